@@ -1,0 +1,1 @@
+"""Files on disk: safetensors headers, model directories, writing, digests, the fingerprint."""

@@ -1,0 +1,43 @@
+"""The fingerprint of a base: what its quantized matrices are, however sharded or named (spec section 12)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..codecs import tensor_specs
+from ..schema import QuantizationConfig
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """`body`: hex SHA-256 of the base model's matrices. `head`: of those outside of it, or the empty string."""
+
+    body: str
+    head: str
+
+
+def fingerprint(
+    config: QuantizationConfig, digests: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> Fingerprint:
+    """Fingerprint from digests of the tensors (FPR-1 to FPR-4).
+
+    Args:
+        config: the model's ``quantization_config``.
+        digests: SHA-256 in lower-case hex of every lowbit tensor, by name.
+        shapes: shape of every lowbit tensor, by name (ragged planes have theirs from the file).
+    """
+    records: dict[bool, list[bytes]] = {True: [], False: []}
+    for module in config:
+        path, in_body = config.canonical_path(module.path)
+        scheme = module.scheme
+        for spec in tensor_specs(module):
+            shape = ",".join(str(n) for n in shapes[spec.name])
+            fields = (
+                path, spec.role, spec.dtype, shape, digests[spec.name], scheme.codec, str(scheme.bits), str(scheme.group_size)
+            )  # fmt: skip
+            records[in_body].append("\t".join(fields).encode() + b"\n")
+    body = hashlib.sha256(b"".join(sorted(records[True]))).hexdigest()
+    head = hashlib.sha256(b"".join(sorted(records[False]))).hexdigest() if records[False] else ""
+    return Fingerprint(body, head)

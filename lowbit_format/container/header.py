@@ -1,0 +1,159 @@
+"""The safetensors header, checked completely before any tensor is given out (spec/FORMAT.md section 3).
+
+The safetensors library reads files too, but it neither checks names and duplicate keys nor gives byte
+ranges, which digests, partial reads and streaming writes need; the header is small enough to own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from ..errors import DigestError, HeaderError
+from ..schema import is_int
+from . import strict_json
+
+MAX_HEADER = 100_000_000  # HDR-1
+MAX_NAME = 1024  # HDR-3
+DIGESTS = "lowbit.digests"  # DIG-1
+
+ITEM_BYTES = {  # HDR-4
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+    "I32": 4, "U32": 4, "F32": 4,
+    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
+}  # fmt: skip
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: dtype, shape, and its absolute byte range in the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Header:
+    """A checked header: tensors by name in file order, metadata, and digests (DIG-1) if there are any."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    digests: dict[str, str]
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """Read and check the header of the file at `path`; raises HeaderError or DigestError."""
+    with open(path, "rb") as f:
+        return parse_header(f, os.fstat(f.fileno()).st_size, path)
+
+
+def parse_header(f: BinaryIO, size: int, path: object) -> Header:
+    """Read and check a header from the start of `f`, a file of `size` bytes (HDR-1 to HDR-7)."""
+
+    def fail(rule: str, message: str) -> HeaderError:
+        return HeaderError("HDR-2" if rule == "JSON" else rule, message, file=path)
+
+    if size < 8:
+        raise fail("HDR-1", f"the file has {size} bytes, expected at least 8; it is cut off or no safetensors file")
+    (n,) = struct.unpack("<Q", f.read(8))
+    if not 2 <= n <= MAX_HEADER:
+        raise fail("HDR-1", f"header length is {n}, expected 2 to {MAX_HEADER}")
+    if 8 + n > size:
+        raise fail("HDR-1", f"header length is {n}, but only {size - 8} bytes follow; the file is cut off")
+    raw = f.read(n)
+    if raw[:1] != b"{":
+        raise fail("HDR-2", "the header does not begin with '{'")
+    text = raw.rstrip(b" ")
+    if not text.endswith(b"}"):
+        raise fail("HDR-2", "the header does not end with '}' and spaces")
+    obj = strict_json.loads(text, fail)
+    metadata = obj.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise fail("HDR-7", "__metadata__ is not an object from string to string")
+    infos = [_tensor_info(name, entry, 8 + n, path) for name, entry in obj.items()]
+    infos.sort(key=lambda t: (t.begin, t.end))
+    at = 8 + n
+    for t in infos:
+        if t.begin != at:
+            what = "a hole before it" if t.begin > at else "an overlap with the tensor before it"
+            raise HeaderError("HDR-6", f"{what}: begins at byte {t.begin}, expected {at}", file=path, tensor=t.name)
+        at = t.end
+    if at != size:
+        what = "the file is cut off" if at > size else "there are bytes behind the last tensor"
+        raise fail("HDR-6", f"tensors end at byte {at}, the file at {size}: {what}")
+    return Header({t.name: t for t in infos}, metadata, parse_digests(metadata, path))
+
+
+def _tensor_info(name: str, entry: object, base: int, path: object) -> TensorInfo:
+    def fail(rule: str, message: str) -> HeaderError:
+        return HeaderError(rule, message, file=path, tensor=name[:80])
+
+    if not 1 <= len(name) <= MAX_NAME or _CONTROL.search(name):
+        raise fail("HDR-3", "a tensor's name is empty, too long or has a control character")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise fail("HDR-3", "the entry does not have exactly dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise fail("HDR-4", f"unknown dtype {str(dtype)[:40]!r}")
+    if not isinstance(shape, list) or not all(is_int(d) and d >= 0 for d in shape):
+        raise fail("HDR-5", f"shape is {str(shape)[:80]}, expected a list of non-negative integers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_int(o) and o >= 0 for o in offsets):
+        raise fail("HDR-5", f"data_offsets is {str(offsets)[:80]}, expected two non-negative integers")
+    begin, end = offsets
+    nbytes = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != nbytes:
+        raise fail("HDR-5", f"data_offsets span {end - begin} bytes, shape {shape} of {dtype} needs {nbytes}")
+    return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
+
+
+def parse_digests(metadata: Mapping[str, str], path: object) -> dict[str, str]:
+    """Digests from a header's metadata, tensor name to hex SHA-256 (DIG-1); empty if it has none."""
+
+    def fail(rule: str, message: str) -> DigestError:
+        return DigestError("DIG-1" if rule == "JSON" else rule, f"{DIGESTS}: {message}", file=path)
+
+    if DIGESTS not in metadata:
+        return {}
+    digests = strict_json.loads(metadata[DIGESTS], fail)
+    if not isinstance(digests, dict):
+        raise fail("DIG-1", "not an object from tensor name to SHA-256")
+    for name, digest in digests.items():
+        if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+            raise fail("DIG-1", f"the digest of {name[:80]!r} is not 64 lower-case hexadecimal digits")
+    return digests
+
+
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], room: int = 0) -> bytes:
+    """Header bytes, length prefix included, for `tensors` (name, dtype, shape) in file order.
+
+    Args:
+        tensors: in the order of their data.
+        metadata: string to string.
+        room: at least this many bytes in all, padded with spaces (HDR-2); otherwise padded to a multiple of 8.
+    """
+    obj: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    at = 0
+    for name, dtype, shape in tensors:
+        end = at + math.prod(shape) * ITEM_BYTES[dtype]
+        obj[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(obj, separators=(",", ":"), ensure_ascii=False).encode()
+    length = max(room - 8, len(text) + -len(text) % 8)
+    return struct.pack("<Q", length) + text.ljust(length, b" ")

@@ -1,0 +1,333 @@
+"""Reading a model directory: checked at the door, then lazy memory-mapped views.
+
+:class:`ModelReader` checks everything that can be known without tensor data when it opens (config, index,
+headers, shapes), and what needs data when that data is asked for. :meth:`ModelReader.verify` checks all.
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import mmap
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..bits import padding_is_zero
+from ..codecs import CODECS, TensorSpec, all_roles, tensor_specs
+from ..errors import ConfigError, DigestError, DirectoryError, PrecisionError, TensorError
+from ..packed import PackedMatrix, Params, missing_precision
+from ..schema import Module, QuantizationConfig
+from . import strict_json
+from .dtypes import stored, to_float32
+from .fingerprint import Fingerprint, fingerprint
+from .header import Header, TensorInfo, read_header
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_SAFE_FILE = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*\.safetensors")  # DIR-3
+
+
+class ModelReader:
+    """A lowbit model directory, opened and checked.
+
+    Args:
+        directory: the model directory.
+
+    Raises:
+        FormatError: one of its subclasses, for whatever is wrong with config, index, headers or shapes.
+
+    Attributes:
+        directory: as given.
+        config: the parsed ``quantization_config``.
+        model_config: the whole of ``config.json``.
+        headers: checked header of each weight file, by file name.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self.directory = Path(directory)
+        self.model_config, self.config = read_config(self.directory)
+        self.headers = read_headers(self.directory)
+        self._file_of = {name: file for file, header in self.headers.items() for name in header.tensors}
+        self._maps: dict[str, NDArray[np.uint8]] = {}
+        self._specs = {m.path: tensor_specs(m) for m in self.config}
+        _check_tensors(self)
+
+    # --- what is there ---
+
+    def names(self) -> Iterator[str]:
+        """Names of all tensors, lowbit or not, in file order."""
+        return iter(self._file_of)
+
+    def info(self, name: str) -> TensorInfo:
+        """Where tensor `name` lies; raises TensorError if there is none."""
+        if name not in self._file_of:
+            raise TensorError("TEN-1", "there is no such tensor", file=self.directory, tensor=name)
+        return self.headers[self._file_of[name]].tensors[name]
+
+    def file_of(self, name: str) -> str:
+        """Name of the file that holds tensor `name`."""
+        self.info(name)
+        return self._file_of[name]
+
+    def specs(self, path: str) -> tuple[TensorSpec, ...]:
+        """The tensors of the module at `path`."""
+        return self._specs[self.module(path).path]
+
+    def module(self, path: str) -> Module:
+        """The module at `path`, tied places resolved (TIE-1); raises ConfigError if there is none."""
+        path = self.config.tied.get(path, path)
+        if path not in self.config.modules:
+            raise ConfigError("CFG-4", "no such module in quantization_config", file=self.directory, tensor=path)
+        return self.config.modules[path]
+
+    def lowbit_names(self) -> frozenset[str]:
+        """Names of all tensors that belong to quantized modules."""
+        return frozenset(spec.name for specs in self._specs.values() for spec in specs)
+
+    # --- data ---
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of tensor `name`: uint8, read-only, memory-mapped."""
+        info, file = self.info(name), self._file_of[name]
+        if file not in self._maps:
+            self._maps[file] = _map(self.directory / file)
+        return self._maps[file][info.begin : info.end]
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """A U8, F16, BF16 or F32 tensor as an array; floats as float32, checked to be finite if lowbit (TEN-3)."""
+        info = self.info(name)
+        values = stored(self.raw(name), info.dtype, info.shape)
+        return values if info.dtype == "U8" else to_float32(values, info.dtype)
+
+    def matrix(self, path: str, expert: int | None = None) -> PackedMatrix:
+        """The quantized matrix of the module at `path` (of one `expert`, where the module has experts).
+
+        Planes are a view of the file; parameters are float32 copies.
+        Raises TensorError for values that the spec forbids (TEN-3, MIX-1, MIX-2).
+        """
+        module = self.module(path)
+        if (module.experts is None) != (expert is None) or (expert is not None and not 0 <= expert < (module.experts or 0)):
+            raise ConfigError(
+                "EXP-2", f"asked for expert {expert}, the module has {module.experts or 'none'}", file=self.directory, tensor=path
+            )
+        at: Any = ... if expert is None else expert
+        codec, scheme = CODECS[module.scheme.codec], module.scheme
+
+        def params(suffix: str) -> Params:
+            has_shift = codec.shift is not None and codec.has_shift(scheme)
+            return Params(
+                self._finite(module.tensor(f"scales{suffix}"))[at],
+                self._finite(module.tensor(f"{codec.shift}{suffix}"))[at] if has_shift else None,
+            )
+
+        return PackedMatrix(
+            scheme,
+            module.rows,
+            module.cols,
+            self.tensor(module.tensor("planes"))[at],
+            params(""),
+            {k: params(f"_k{k}") for k in scheme.nested},
+            self._finite(module.tensor("codebook")) if codec.codebook else None,
+            self._row_bits(module) if scheme.row_bits else None,
+        )
+
+    def decode(self, path: str, bits: int | None = None) -> NDArray[np.float32]:
+        """Decoded weights of a module: float32 ``[rows, cols]`` or ``[experts, rows, cols]`` (section 6)."""
+        from ..reference import decode
+
+        module = self.module(path)
+        self.check_precision(bits, [module])
+        if module.experts is None:
+            return decode(self.matrix(path), bits)
+        return np.stack([decode(self.matrix(path, e), bits) for e in range(module.experts)])
+
+    def check_precision(self, bits: int | None, modules: list[Module] | None = None) -> None:
+        """Raise PrecisionError unless every module can be read at `bits` (NST-3)."""
+        for module in modules if modules is not None else self.config:
+            if bits is not None and bits < module.scheme.bits and bits not in module.scheme.nested:
+                message = missing_precision(module.scheme, bits)
+                raise PrecisionError("NST-3", message, file=self.directory, tensor=module.path)
+
+    # --- checks that need data ---
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of the tensor's bytes, computed now, in lower-case hex."""
+        return hashlib.sha256(self.raw(name)).hexdigest()
+
+    def stored_digest(self, name: str) -> str | None:
+        """The digest that the file gives for the tensor, or None if it is unverified (DIG-3)."""
+        return self.headers[self.file_of(name)].digests.get(name)
+
+    def check_digest(self, name: str) -> bool:
+        """Whether the tensor has a digest; raises DigestError if its bytes do not fit it."""
+        expected = self.stored_digest(name)
+        if expected is None:
+            return False
+        found = self.digest(name)
+        if found != expected:
+            raise DigestError(
+                "DIG-3",
+                f"the bytes have SHA-256 {found}, the header says {expected}; the file is damaged, get it again",
+                file=self.directory / self._file_of[name],
+                tensor=name,
+            )
+        return True
+
+    def check_module(self, path: str) -> None:
+        """Check all rules about one module that need its data (TEN-3, BIT-3, MIX-1 to MIX-3)."""
+        module = self.module(path)
+        for expert in [None] if module.experts is None else range(module.experts):
+            matrix = self.matrix(path, expert)
+            if not padding_is_zero(matrix.planes, module.cols):
+                raise self._bad("BIT-3", "bits behind the last column are not 0", module.tensor("planes"))
+            self._check_unused_scales(module, matrix)
+
+    def verify(self) -> int:
+        """Check every rule for every module and every digest; returns how many tensors have no digest."""
+        for module in self.config:
+            self.check_module(module.path)
+        return sum(not self.check_digest(name) for name in self.names())
+
+    def fingerprint(self, *, trust_digests: bool = True) -> Fingerprint:
+        """Fingerprint of the base (FPR-1 to FPR-4); from the headers' digests where they are there and trusted."""
+        names = self.lowbit_names()
+        digests = {n: (self.stored_digest(n) if trust_digests else None) or self.digest(n) for n in names}
+        return fingerprint(self.config, digests, {n: self.info(n).shape for n in names})
+
+    def _bad(self, rule: str, message: str, tensor: str) -> TensorError:
+        return TensorError(rule, message, file=self.directory / self._file_of[tensor], tensor=tensor)
+
+    def _check_unused_scales(self, module: Module, matrix: PackedMatrix) -> None:
+        """Scales of planes that a row does not have are +0.0 (MIX-3, NST-2)."""
+        if matrix.row_bits is None or module.scheme.codec != "bcq":
+            return
+        for suffix, params in [("", matrix.params), *((f"_k{k}", p) for k, p in matrix.nested.items())]:
+            unused = matrix.row_bits[None, :] <= np.arange(params.scales.shape[0])[:, None]
+            if np.any(params.scales.view(np.uint32)[unused]):
+                name = module.tensor(f"scales{suffix}")
+                raise self._bad("MIX-3", "holds a scale for a plane that the row does not have", name)
+
+    def _finite(self, name: str) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = self.tensor(name)
+        if not np.isfinite(values).all():
+            raise self._bad("TEN-3", "holds NaN or an infinity", name)
+        return values
+
+    def _row_bits(self, module: Module) -> NDArray[np.uint8]:
+        name = module.tensor("row_bits")
+        values: NDArray[np.uint8] = self.tensor(name)
+        if values.min() < 1 or values.max() > module.scheme.bits:
+            raise self._bad("MIX-1", f"holds {values.min()} to {values.max()}, expected 1 to {module.scheme.bits}", name)
+        planes = module.tensor("planes")
+        found, expected = self.info(planes).shape[0], int(values.sum(dtype=np.int64))
+        if found != expected:
+            raise self._bad("MIX-2", f"has {found} rows, row_bits add up to {expected}", planes)
+        return values
+
+
+def read_config(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:
+    """``config.json`` and its parsed ``quantization_config`` (DIR-1, DIR-8, section 2)."""
+    path = directory / CONFIG_FILE
+
+    def fail(rule: str, message: str) -> DirectoryError:
+        return DirectoryError("DIR-1" if rule == "JSON" else rule, message, file=path)
+
+    if not path.is_file():
+        raise fail("DIR-1", "there is no such file; expected a lowbit model directory")
+    config = strict_json.loads(path.read_bytes(), fail, constants=True)
+    if not isinstance(config, dict) or "quantization_config" not in config:
+        raise fail("DIR-1", "has no quantization_config: this is not a lowbit model, convert it first")
+    if _has_constant(config["quantization_config"]):  # elsewhere in config.json transformers writes Infinity
+        raise fail("DIR-8", "quantization_config holds NaN or Infinity, which is not JSON")
+    return config, QuantizationConfig.from_dict(config["quantization_config"], file=path)
+
+
+def _has_constant(value: object) -> bool:
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        value = list(value.values())
+    return isinstance(value, list) and any(_has_constant(v) for v in value)
+
+
+def read_headers(directory: Path) -> dict[str, Header]:
+    """Checked headers of all weight files, by file name; index and shards must agree (DIR-2 to DIR-4)."""
+    single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    if single.is_file() and index.is_file():
+        raise DirectoryError("DIR-2", f"has both {WEIGHTS_FILE} and {INDEX_FILE}; remove the stale one", file=directory)
+    if single.is_file():
+        return {WEIGHTS_FILE: read_header(single)}
+    if not index.is_file():
+        raise DirectoryError("DIR-2", f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}", file=directory)
+    weight_map = _read_index(index)
+    headers = {}
+    for file in dict.fromkeys(weight_map.values()):
+        if not (directory / file).is_file():
+            raise DirectoryError("DIR-4", f"names the shard {file}, which is missing", file=index)
+        headers[file] = read_header(directory / file)
+    for name, file in weight_map.items():
+        if name not in headers[file].tensors:
+            raise DirectoryError("DIR-4", f"the index puts this tensor into {file}, which lacks it", file=index, tensor=name)
+    for file, header in headers.items():
+        for name in header.tensors:
+            if weight_map.get(name) != file:
+                raise DirectoryError("DIR-4", f"stands in {file}, which the index does not say", file=index, tensor=name)
+    return headers
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    def fail(rule: str, message: str) -> DirectoryError:
+        return DirectoryError("DIR-3" if rule == "JSON" else rule, message, file=path)
+
+    index = strict_json.loads(path.read_bytes(), fail, constants=True)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise fail("DIR-3", "weight_map is not a non-empty object from tensor name to file name")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _SAFE_FILE.fullmatch(file):
+            raise fail("DIR-3", f"file name {str(file)[:80]!r} of {name[:80]!r} is not a plain name ending in .safetensors")
+    return weight_map
+
+
+def _check_tensors(reader: ModelReader) -> None:
+    """Every module has exactly its tensors, with their dtypes and shapes (TEN-1, TEN-2, TEN-4, TIE-2)."""
+    config, known, roles = reader.config, reader.lowbit_names(), all_roles()
+    for module in config:
+        for spec in reader.specs(module.path):
+            if spec.name not in reader._file_of:
+                raise TensorError("TEN-1", "is missing", file=reader.directory, tensor=spec.name)
+            info = reader.info(spec.name)
+            shape_fits = len(info.shape) == len(spec.shape) and all(
+                e in (-1, f) for e, f in zip(spec.shape, info.shape, strict=True)
+            )
+            if info.dtype != spec.dtype or not shape_fits:
+                expected = str(list(spec.shape)).replace("-1", "sum of row_bits")
+                raise reader._bad(
+                    "TEN-1", f"is {info.dtype} {list(info.shape)}, expected {spec.dtype} {expected}", spec.name
+                )
+        if module.weight in reader._file_of:
+            raise reader._bad("TEN-2", "stands beside the planes that replace it", module.weight)
+        for role in roles:
+            if module.tensor(role) in reader._file_of and module.tensor(role) not in known:
+                raise reader._bad("TEN-1", "the module's scheme does not call for this tensor", module.tensor(role))
+    for place in config.tied:
+        for role in roles:
+            if f"{place}.{role}" in reader._file_of:
+                raise reader._bad("TIE-2", f"this place is tied to {config.tied[place]!r}", f"{place}.{role}")
+    for name in reader.names():
+        if name not in known and name.endswith((".planes", "_planes")):
+            raise reader._bad("TEN-4", "belongs to no module of quantization_config", name)
+
+
+def _map(path: Path) -> NDArray[np.uint8]:
+    with open(path, "rb") as f:
+        return np.frombuffer(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)

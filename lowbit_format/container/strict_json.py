@@ -1,0 +1,37 @@
+"""JSON as the spec wants it: no duplicate keys, no NaN or Infinity, no surprise from deep nesting (DIR-8)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+
+def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants: bool = False) -> Any:
+    """Parse `text`.
+
+    Args:
+        text: JSON; bytes must be UTF-8.
+        fail: makes the exception to raise from a rule id (``"DIR-8"`` or ``"JSON"``) and a message.
+        constants: allow NaN and Infinity (Python's habit; `config.json` outside of our own key has them).
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        obj = dict(pairs)
+        if len(obj) != len(pairs):
+            seen: set[str] = set()
+            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            raise fail("DIR-8", f"the key {twice[:80]!r} stands twice in one object")
+        return obj
+
+    def constant(name: str) -> NoReturn:
+        raise fail("DIR-8", f"{name} is not JSON")
+
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=None if constants else constant)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise fail("JSON", f"not valid JSON in UTF-8: {str(e)[:120]}") from e
+    except ValueError as e:  # an integer of thousands of digits
+        raise fail("JSON", str(e)[:120]) from e

@@ -1,0 +1,204 @@
+"""Writing safetensors in a stream, and directories so that nothing half-written looks finished (DIR-7).
+
+A shard's header stands before its data but holds digests and shapes that are known only after it. So room
+for the header is kept free, the data streams behind it, and the header is written last, padded with spaces (HDR-2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codecs import CODECS
+from ..errors import OutputError
+from ..packed import PackedMatrix
+from ..schema import Module
+from .dtypes import from_float32
+from .header import DIGESTS, build_header, read_header
+from .reader import INDEX_FILE, WEIGHTS_FILE
+
+_COPY = 1 << 24  # bytes at a time when a file is copied
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write: name, safetensors dtype, shape, and its bytes as a C-contiguous array."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.data.nbytes)
+
+
+def module_tensors(module: Module, matrices: PackedMatrix | list[PackedMatrix]) -> list[Tensor]:
+    """The tensors of a quantized module, planes first (TEN-1, EXP-1).
+
+    Args:
+        module: what it is; its scheme must be that of the matrices.
+        matrices: the matrix, or one for each expert.
+    """
+    stack = matrices if isinstance(matrices, list) else [matrices]
+    codec, scheme, first = CODECS[module.scheme.codec], module.scheme, stack[0]
+
+    def joined(role: str, arrays: list[NDArray[Any]], dtype: str) -> Tensor:
+        data = arrays[0] if module.experts is None else np.stack(arrays)
+        data = np.ascontiguousarray(data if dtype == "U8" else from_float32(data, dtype))
+        return Tensor(module.tensor(role), dtype, data.shape, data)
+
+    out = [joined("planes", [m.planes for m in stack], "U8")]
+    for suffix, of in [("", [m.params for m in stack]), *((f"_k{k}", [m.nested[k] for m in stack]) for k in scheme.nested)]:
+        out.append(joined(f"scales{suffix}", [p.scales for p in of], scheme.scale_dtype))
+        if codec.shift and codec.has_shift(scheme):
+            out.append(joined(f"{codec.shift}{suffix}", [p.shift for p in of if p.shift is not None], scheme.scale_dtype))
+    if first.codebook is not None:
+        out.append(Tensor(module.tensor("codebook"), "F32", first.codebook.shape, first.codebook.astype("<f4")))
+    if first.row_bits is not None:
+        out.append(Tensor(module.tensor("row_bits"), "U8", first.row_bits.shape, first.row_bits))
+    return out
+
+
+class ShardWriter:
+    """One safetensors file, written tensor by tensor in bounded memory.
+
+    Args:
+        path: the file; it appears under its name only when :meth:`close` has made it whole.
+        room: bytes kept for the header; :func:`header_room` gives an upper bound.
+    """
+
+    def __init__(self, path: Path, room: int) -> None:
+        self.path, self.nbytes = path, 0
+        self.digests: dict[str, str] = {}
+        self._room, self._tensors = room, list[tuple[str, str, tuple[int, ...]]]()
+        self._temporary = path.with_name(path.name + ".tmp")
+        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 - closed in close() or abort()
+        self._file.seek(room)
+
+    def add(self, tensor: Tensor) -> None:
+        """Append one tensor."""
+        data = memoryview(tensor.data.reshape(-1).view(np.uint8)) if tensor.nbytes else memoryview(b"")
+        self.digests[tensor.name] = hashlib.sha256(data).hexdigest()
+        self._file.write(data)
+        self._tensors.append((tensor.name, tensor.dtype, tensor.shape))
+        self.nbytes += tensor.nbytes
+
+    def close(self) -> list[str]:
+        """Write the header, sync, and give the file its name; returns the names of its tensors."""
+        header = build_header(self._tensors, file_metadata(self.digests), self._room)
+        if len(header) > self._room:
+            raise OutputError(f"{self.path}: header needs {len(header)} bytes, {self._room} were kept; please report this")
+        self._file.truncate(self._room + self.nbytes)
+        self._file.seek(0)
+        self._file.write(header)
+        sync_and_close(self._file)
+        os.replace(self._temporary, self.path)
+        return [name for name, _, _ in self._tensors]
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def header_room(names: Iterable[str]) -> int:
+    """An upper bound, in bytes, of the header of a file with tensors of these names, digests included."""
+    # A name stands twice as UTF-8 JSON (in the digests' string escaped once more: up to 7 bytes for one byte);
+    # dtype, shape (5 numbers of at most 10 digits), offsets (2 of at most 20) and the digest take under 300.
+    total = 256 + sum(300 + len(json.dumps(n, ensure_ascii=False).encode()) + len(json.dumps(json.dumps(n))) for n in names)
+    return total + -total % 8
+
+
+def file_metadata(digests: Mapping[str, str]) -> dict[str, str]:
+    """``__metadata__`` of a file: transformers wants ``format``; digests are DIG-1."""
+    return {"format": "pt", DIGESTS: json.dumps(dict(sorted(digests.items())), separators=(",", ":"))}
+
+
+def write_safetensors(path: Path, tensors: list[Tensor]) -> dict[str, str]:
+    """Write a small file at once, atomically, with digests; returns these."""
+    writer = ShardWriter(path, header_room(t.name for t in tensors))
+    for tensor in tensors:
+        writer.add(tensor)
+    writer.close()
+    return writer.digests
+
+
+def seal(path: Path) -> None:
+    """Write the file again with digests of all its tensors in the header (DIG-1); its data stays as it is."""
+    header = read_header(path)
+    base = next(iter(header.tensors.values())).begin if header.tensors else path.stat().st_size
+    with open(path, "rb") as f:
+        digests = {}
+        for t in header.tensors.values():
+            f.seek(t.begin)
+            digests[t.name] = hashlib.sha256(f.read(t.nbytes)).hexdigest()
+        tensors = [(t.name, t.dtype, t.shape) for t in header.tensors.values()]
+        f.seek(base)
+        with atomic_file(path) as out:
+            out.write(build_header(tensors, {**header.metadata, **file_metadata(digests)}))
+            while chunk := f.read(_COPY):
+                out.write(chunk)
+
+
+def write_index(directory: Path, shards: Mapping[str, list[str]], nbytes: int) -> None:
+    """The index over `shards` (file name to tensor names); written last (DIR-4, DIR-7)."""
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(directory / INDEX_FILE, index)
+
+
+def shard_name(number: int, total: int) -> str:
+    """The Hub's name of shard `number` (from 1) of `total`."""
+    return WEIGHTS_FILE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
+
+
+def write_json(path: Path, obj: object) -> None:
+    """Write a JSON file atomically."""
+    with atomic_file(path) as f:
+        f.write((json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name, synced, when the block ends well, and not at all otherwise."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with disk_errors(path):
+            f = open(temporary, "wb")  # noqa: SIM115 - closed by sync_and_close
+            try:
+                yield f
+                sync_and_close(f)
+            finally:
+                f.close()
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_and_close(f: BinaryIO) -> None:
+    """Force the file to the disk, so that a rename cannot be seen before its data."""
+    f.flush()
+    os.fsync(f.fileno())
+    f.close()
+
+
+@contextlib.contextmanager
+def disk_errors(path: object) -> Iterator[None]:
+    """Turn a full disk, a missing permission and the like into an OutputError that names the path."""
+    try:
+        yield
+    except OSError as e:
+        hint = "free some space and run again with --resume" if e.errno == errno.ENOSPC else "check the path and its permissions"
+        raise OutputError(f"{path}: cannot write: {e.strerror or e}; {hint}") from e

@@ -1,0 +1,114 @@
+"""Every error that lowbit_format raises on purpose, one class for each way to be wrong.
+
+All derive from :class:`LowbitError`, so that ``except LowbitError`` catches what a user can mend and
+nothing else. A message says file, tensor or module, found, expected, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class LowbitError(Exception):
+    """Base of all errors of this package."""
+
+
+# --- the format (spec/FORMAT.md) -------------------------------------------------------------------
+
+
+class FormatError(LowbitError):
+    """A file or directory breaks a rule of the spec.
+
+    Args:
+        rule: id of the broken rule, for example ``"HDR-6"``.
+        message: what was found, what was expected.
+        file: file or directory, if one is to blame.
+        tensor: tensor or module, if one is to blame.
+    """
+
+    def __init__(self, rule: str, message: str, *, file: object = None, tensor: str | None = None) -> None:
+        self.rule, self.file, self.tensor = rule, None if file is None else str(file), tensor
+        where = [] if file is None else [str(file)]
+        if tensor is not None:
+            where.append(f"{tensor!r}")
+        super().__init__(f"{': '.join(where)}{': ' if where else ''}{message} [{rule}]")
+
+
+class DirectoryError(FormatError):
+    """The set of files is wrong: missing, ambiguous, or index and shards disagree (DIR rules)."""
+
+
+class ConfigError(FormatError):
+    """``quantization_config`` is ill-formed (CFG and TIE rules)."""
+
+
+class HeaderError(FormatError):
+    """A safetensors header is ill-formed or does not fit its file (HDR rules)."""
+
+
+class TensorError(FormatError):
+    """A module's tensors do not fit its scheme, or hold values that they must not (TEN, BIT, MIX rules)."""
+
+
+class DigestError(FormatError):
+    """A tensor's bytes do not have the digest that the header gives (DIG rules)."""
+
+
+class VersionError(FormatError):
+    """The file was written for a version of the format that this reader does not know (VER rules)."""
+
+
+class PrecisionError(FormatError):
+    """A precision was asked for that the file does not hold (NST-3)."""
+
+
+class BundleError(FormatError):
+    """A task bundle is ill-formed (TSK rules)."""
+
+
+class FingerprintError(BundleError):
+    """A task bundle belongs to another base (MAT rules)."""
+
+
+# --- quantizing and converting ---------------------------------------------------------------------
+
+
+class QuantizationError(LowbitError):
+    """A weight cannot be quantized as asked."""
+
+
+class NonFiniteWeightError(QuantizationError):
+    """A weight holds NaN or an infinity (ENC-4)."""
+
+
+class SchemeError(QuantizationError):
+    """Options that do not make a scheme."""
+
+
+class RecipeError(LowbitError):
+    """A recipe file is ill-formed or its patterns match nothing."""
+
+
+class SourceError(LowbitError):
+    """The checkpoint to convert is missing, ill-formed, unsafe or of an unknown architecture."""
+
+
+class NothingToQuantizeError(SourceError):
+    """The checkpoint has no module that the plan would quantize."""
+
+
+class CoverageError(LowbitError):
+    """Less of the model would be quantized than was asked for."""
+
+
+class OutputError(LowbitError):
+    """The output cannot be written: it exists, the disk is full, or a resume does not fit."""
+
+
+# --- the torch runtime -----------------------------------------------------------------------------
+
+
+class LoadError(LowbitError):
+    """A model could not be built from a lowbit directory."""
+
+
+class UnsupportedOperationError(LowbitError):
+    """An operation that a packed weight does not support."""

@@ -1,0 +1,147 @@
+"""The reference dequantizer: planes to float32, the same bits on every machine (spec/FORMAT.md section 6).
+
+:func:`decode` is compiled with Numba; :func:`decode_numpy` says the same in numpy, operation by
+operation, and is what tests hold every other decoder against. Neither uses fused multiply-add:
+Numba contracts operations only under ``fastmath``, which stays off here (DEC-1).
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from .bits import U8, plane_rows, unpack_codes
+from .packed import F32, PackedMatrix
+from .threads import parallel_rows
+
+_NO_INDEX: NDArray[np.int64] = np.empty((0, 0), np.int64)
+_NO_SHIFT: F32 = np.empty((0, 0), np.float32)
+
+
+def decode(matrix: PackedMatrix, bits: int | None = None, out: F32 | None = None) -> F32:
+    """Weights of `matrix` in float32 (DEC-1 to DEC-4).
+
+    Args:
+        matrix: what to decode.
+        bits: precision to read at; None is full precision (NST-1).
+        out: float32 ``[rows, cols]``, C-contiguous, to write into.
+
+    Returns:
+        float32 ``[rows, cols]``.
+
+    Raises:
+        PrecisionError: the matrix has no parameters for `bits`.
+    """
+    params, n = matrix.at(bits)
+    if out is None:
+        out = np.empty((matrix.rows, matrix.cols), np.float32)
+    width = matrix.planes.shape[-1]
+    flat = np.ascontiguousarray(matrix.planes).reshape(-1, width)
+    index = _NO_INDEX if matrix.row_bits is None else plane_rows(matrix.row_bits, matrix.scheme.bits)
+    group = matrix.scheme.group_columns(matrix.cols)
+    shift = _NO_SHIFT if params.shift is None else params.shift
+    if matrix.scheme.codec == "bcq":
+        parallel_rows(_decode_bcq, matrix.rows, out, flat, index, params.scales, shift, n, group)
+    else:
+        if matrix.codebook is None:
+            table = np.arange(2**n, dtype=np.float32)
+        else:
+            table = matrix.codebook
+        parallel_rows(_decode_levels, matrix.rows, out, flat, index, params.scales[0], shift, table, n, group)
+    return out
+
+
+def decode_numpy(matrix: PackedMatrix, bits: int | None = None) -> F32:
+    """The same as :func:`decode`, in numpy."""
+    params, n = matrix.at(bits)
+    group_of = np.arange(matrix.cols) // matrix.scheme.group_columns(matrix.cols)
+    own_bits = np.full(matrix.rows, n) if matrix.row_bits is None else np.minimum(matrix.row_bits, n)
+    planes = _full_planes(matrix)
+    out = np.empty((matrix.rows, matrix.cols), np.float32)
+    for b in np.unique(own_bits):
+        rows = own_bits == b
+        mine = planes[:b, rows]
+        scales = params.scales[:, rows][..., group_of]
+        shift = None if params.shift is None else params.shift[rows][:, group_of]
+        if matrix.scheme.codec == "bcq":
+            acc = np.zeros(scales.shape[1:], np.float32) if shift is None else shift
+            for p in range(b):
+                bit = unpack_codes(mine[p : p + 1], matrix.cols)
+                acc = np.where(bit == 1, acc + scales[p], acc - scales[p])
+            out[rows] = acc
+            continue
+        code = unpack_codes(mine, matrix.cols)
+        level = code.astype(np.float32) if matrix.codebook is None else matrix.codebook[code]
+        if shift is not None:
+            level = level - shift
+        out[rows] = level * scales[0]
+    return out
+
+
+def _full_planes(matrix: PackedMatrix) -> U8:
+    """Planes as ``[bits, rows, bytes]``, with zeros where ragged planes have no row."""
+    if matrix.row_bits is None:
+        return matrix.planes
+    index = plane_rows(matrix.row_bits, matrix.scheme.bits)
+    full = np.zeros((*index.shape, matrix.planes.shape[-1]), np.uint8)
+    full[index >= 0] = matrix.planes
+    return full
+
+
+@numba.njit(nogil=True, cache=True)
+def _plane_row(index, p, r, rows):  # type: ignore[no-untyped-def]
+    """Row of the flat planes that holds plane `p` of row `r`; -1 where ragged planes have none."""
+    return index[p, r] if index.shape[0] > 0 else p * rows + r
+
+
+@numba.njit(nogil=True, cache=True)
+def _row_codes(codes, planes, index, r, rows, n):  # type: ignore[no-untyped-def]
+    """The codes of row `r` from its first `n` planes into `codes`; returns how many planes the row has (BIT-1, BIT-2)."""
+    codes[:] = 0
+    for p in range(n):
+        at = _plane_row(index, p, r, rows)
+        if at < 0:
+            return p
+        plane = planes[at]
+        for k in range(plane.shape[0]):
+            byte = np.uint32(plane[k])
+            for j in range(8):
+                bit = (byte >> np.uint32(j)) & np.uint32(1)
+                codes[8 * k + j] = np.uint8((np.uint32(codes[8 * k + j]) << np.uint32(1)) | bit)
+    return n
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode_bcq(start, stop, out, planes, index, scales, offsets, n, group):  # type: ignore[no-untyped-def]
+    """DEC-2 over rows start to stop. ``a - s`` is ``a + (-s)`` exactly, so a bit only chooses the sign."""
+    rows, cols = out.shape
+    codes = np.empty(planes.shape[1] * 8, np.uint8)
+    for r in range(start, stop):
+        have = _row_codes(codes, planes, index, r, rows, n)
+        for g in range(scales.shape[2]):
+            acc = out[r, g * group : min(cols, (g + 1) * group)]
+            code = codes[g * group : min(cols, (g + 1) * group)]
+            acc[:] = offsets[r, g] if offsets.shape[0] > 0 else np.float32(0.0)
+            for p in range(have):
+                scale, bit = scales[p, r, g], np.uint8(1 << (have - 1 - p))
+                for c in range(acc.shape[0]):
+                    acc[c] += scale if code[c] & bit else -scale
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode_levels(start, stop, out, planes, index, scales, zeros, table, n, group):  # type: ignore[no-untyped-def]
+    """DEC-3 and DEC-4 over rows start to stop: ``(table[code] - zero) * scale``."""
+    rows, cols = out.shape
+    codes = np.empty(planes.shape[1] * 8, np.uint8)
+    for r in range(start, stop):
+        _row_codes(codes, planes, index, r, rows, n)
+        for g in range(scales.shape[1]):
+            scale = scales[r, g]
+            if zeros.shape[0] > 0:
+                zero = zeros[r, g]
+                for c in range(g * group, min(cols, (g + 1) * group)):
+                    out[r, c] = (table[codes[c]] - zero) * scale
+            else:
+                for c in range(g * group, min(cols, (g + 1) * group)):
+                    out[r, c] = table[codes[c]] * scale
