@@ -1,0 +1,1 @@
+"""The torch runtime: decoding, operators, modules, and loading through transformers."""

@@ -1,0 +1,286 @@
+"""From a float32 matrix and a target to a packed matrix: fit, round the parameters, assign, pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+from ..bits import U8, row_bytes
+from ..container.dtypes import round_to
+from ..errors import NonFiniteWeightError, QuantizationError
+from ..packed import F32, PackedMatrix, Params
+from ..reference import decode
+from ..threads import parallel_rows
+from . import bcq, codebook, uniform
+from .lanes import LANES, pack_rows
+from .target import Target
+
+_ALL_ALIKE: F32 = np.empty(0, np.float32)
+_SLACK = 2.0**-6  # parameters may move a level by this part of a step when they are rounded; else a wider dtype is taken
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A packed matrix and how well it fits.
+
+    Attributes:
+        matrix: the result.
+        squared_error: sum of squared differences to the weight, by the reference decoder.
+        squared_norm: sum of the squared weights.
+        lossless: the weight lay on a grid and is stored exactly (ENC-3).
+        widened: why parameters are wider than asked for, or None.
+    """
+
+    matrix: PackedMatrix
+    squared_error: float
+    squared_norm: float
+    lossless: bool = False
+    widened: str | None = None
+
+    @property
+    def relative_error(self) -> float:
+        """``||decoded - weight|| / ||weight||``; 0 for an all-zero weight."""
+        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm > 0 else 0.0
+
+
+def quantize(
+    weight: F32, target: Target, *, importance: F32 | None = None, source_dtype: str = "F32", name: str = "weight"
+) -> Quantized:
+    """Quantize one matrix.
+
+    Args:
+        weight: float32 ``[rows, cols]``.
+        target: what to make of it.
+        importance: float32 ``[cols]``, >= 0: weight of each column's error, such as the mean squared activation; None is all alike.
+        source_dtype: dtype that the weight had; "lossless" means equal after rounding to it (ENC-3).
+        name: tensor name for messages.
+
+    Raises:
+        NonFiniteWeightError: the weight holds NaN or an infinity (ENC-4).
+        QuantizationError: `importance` does not fit, or the weight's range overflows float32.
+    """
+    weight = np.ascontiguousarray(weight, np.float32)
+    if weight.ndim != 2 or 0 in weight.shape:
+        raise QuantizationError(f"{name}: has shape {list(weight.shape)}, expected [rows, cols] without a zero")
+    norm, bad = _sum_of_squares(weight)
+    if bad:
+        raise NonFiniteWeightError(f"{name}: holds {bad} NaN or infinite values; mend the checkpoint, or keep this module in full precision")
+    if importance is not None:
+        importance = np.ascontiguousarray(importance, np.float32)
+        if importance.shape != (weight.shape[1],) or not np.isfinite(importance).all() or (importance < 0).any():
+            raise QuantizationError(f"{name}: importance must be {weight.shape[1]} finite numbers >= 0")
+    if target.recognise:
+        from .recognise import recognise
+
+        found = recognise(weight, target, source_dtype)
+        if found is not None:
+            return Quantized(found, _squared_error(weight, found), norm, lossless=True)
+    solver = _SOLVERS[target.codec]
+    exact = solver.fit(weight, target, importance)
+    matrix = _round_and_assign(weight, target, exact, target.scale_dtype)
+    widened = None
+    if matrix is None:
+        widened = f"{target.scale_dtype} cannot hold its parameters, F32 can"
+        matrix = _round_and_assign(weight, target, exact, "F32")
+    if matrix is None:
+        raise QuantizationError(f"{name}: its parameters overflow float32; keep this module in full precision")
+    error = _squared_error(weight, matrix)
+    if not np.isfinite(error):
+        raise QuantizationError(f"{name}: its levels overflow float32; keep this module in full precision")
+    return Quantized(matrix, error, norm, widened=widened)
+
+
+def _round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> PackedMatrix | None:
+    """The matrix with parameters rounded to `dtype`, or None if that moves a level too far (ENC-4)."""
+    solver, (rows, cols) = _SOLVERS[target.codec], weight.shape
+    params = _rounded(exact, dtype)
+    if not _close(exact, params, target):
+        return None
+    codes = np.zeros((rows, 8 * row_bytes(cols)), np.uint8)
+    solver.assign(weight, params, target, codes)
+    nested = {}
+    for k in target.nested:  # fitted to the codes as they are, whose first k planes they read
+        exact_k = solver.refit(weight, codes, target, k)
+        nested[k] = _rounded(exact_k, dtype)
+        if not _close(exact_k, nested[k], target):
+            return None
+    table = codebook.padded(target.values()) if target.codec == "codebook" else None
+    return PackedMatrix(target.scheme(dtype), rows, cols, pack(codes, target.bits), params, nested, table)
+
+
+def pack(codes: U8, bits: int) -> U8:
+    """Planes of a code matrix uint8 ``[rows, 8 * row_bytes]`` that is zero behind the last column."""
+    planes = np.empty((bits, codes.shape[0], codes.shape[1] // 8), np.uint8)
+    parallel_rows(pack_rows, codes.shape[0], codes, planes)
+    return planes
+
+
+def _rounded(params: Params, dtype: str) -> Params:
+    return Params(round_to(params.scales, dtype), None if params.shift is None else round_to(params.shift, dtype))
+
+
+def _close(exact: Params, rounded: Params, target: Target) -> bool:
+    """Whether rounding keeps every level within `_SLACK` of a step, or of its own size where a group is constant."""
+    if not np.isfinite(rounded.scales).all() or (rounded.shift is not None and not np.isfinite(rounded.shift).all()):
+        return False
+    step = np.abs(exact.scales).max(axis=0)
+    if (np.abs(exact.scales - rounded.scales) > _SLACK * step).any():
+        return False
+    if exact.shift is None or rounded.shift is None:
+        return True
+    moved = np.abs(exact.shift - rounded.shift)
+    if target.codec == "uniform":  # zero points count in steps
+        return bool((moved <= 4 * _SLACK).all())
+    return bool((moved <= np.maximum(_SLACK * step, 2.0**-10 * np.abs(exact.shift))).all())
+
+
+# --- the solvers, one for each codec ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Solver:
+    """`fit` finds parameters, `assign` writes nearest codes, `refit` fits parameters to the first k planes of given codes."""
+
+    fit: Callable[[F32, Target, F32 | None], Params]
+    assign: Callable[[F32, Params, Target, U8], None]
+    refit: Callable[[F32, U8, Target, int], Params]
+
+
+def _shape(weight: F32, target: Target) -> tuple[int, int, int]:
+    """Groups in a row, columns of a full group, and blocks in all."""
+    scheme = target.scheme()
+    groups = scheme.groups(weight.shape[1])
+    return groups, scheme.group_columns(weight.shape[1]), -(-weight.shape[0] * groups // LANES)
+
+
+def _fit_bcq(weight: F32, target: Target, importance: F32 | None) -> Params:
+    rows, (groups, size, blocks) = weight.shape[0], _shape(weight, target)
+    scales, offsets = np.empty((target.bits, rows * groups), np.float32), np.empty(rows * groups, np.float32)
+    rounds = bcq.ROUNDS if target.rounds is None else target.rounds
+    alike = _ALL_ALIKE if importance is None else importance
+    parallel_rows(bcq.fit, blocks, weight, alike, scales, offsets, target.offset, size, rounds)
+    return Params(scales.reshape(target.bits, rows, groups), offsets.reshape(rows, groups) if target.offset else None)
+
+
+def _assign_bcq(weight: F32, params: Params, target: Target, codes: U8) -> None:
+    _, size, blocks = _shape(weight, target)
+    scales = params.scales.reshape(params.scales.shape[0], -1)
+    offsets = np.zeros(scales.shape[1], np.float32) if params.shift is None else params.shift.ravel()
+    parallel_rows(bcq.assign, blocks, weight, scales, offsets, size, codes)
+
+
+def _refit_bcq(weight: F32, codes: U8, target: Target, k: int) -> Params:
+    groups, size, _ = _shape(weight, target)
+    scales = np.empty((k, weight.shape[0], groups), np.float32)
+    offsets = np.zeros((weight.shape[0], groups), np.float32)
+    parallel_rows(bcq.refit, weight.shape[0], weight, codes, scales, offsets, target.offset, size, target.bits)
+    return Params(scales, offsets if target.offset else None)
+
+
+def _fit_uniform(weight: F32, target: Target, importance: F32 | None) -> Params:
+    rows, (groups, size, blocks) = weight.shape[0], _shape(weight, target)
+    scales, zeros = np.empty((2, rows * groups), np.float32)
+    rounds = uniform.ROUNDS if target.rounds is None else target.rounds
+    alike = _ALL_ALIKE if importance is None else importance
+    parallel_rows(
+        uniform.fit, blocks, weight, alike, scales, zeros, target.bits, size, uniform.SOLVERS[target.solver], rounds
+    )
+    return Params(scales.reshape(1, rows, groups), zeros.reshape(rows, groups))
+
+
+def _assign_uniform(weight: F32, params: Params, target: Target, codes: U8) -> None:
+    _, size, blocks = _shape(weight, target)
+    assert params.shift is not None  # noqa: S101 - uniform always has zeros; tells the type checker
+    parallel_rows(
+        uniform.assign, blocks, weight, params.scales.ravel(), params.shift.ravel(), target.bits, size, codes
+    )
+
+
+def _refit_uniform(weight: F32, codes: U8, target: Target, k: int) -> Params:
+    groups, size, _ = _shape(weight, target)
+    scales, zeros = np.empty((2, weight.shape[0], groups), np.float32)
+    parallel_rows(uniform.refit, weight.shape[0], weight, codes, scales, zeros, size, target.bits - k)
+    return Params(scales[None], zeros)
+
+
+def _fit_codebook(weight: F32, target: Target, importance: F32 | None) -> Params:
+    rows, (groups, size, blocks) = weight.shape[0], _shape(weight, target)
+    scales = np.empty(rows * groups, np.float32)
+    table, _ = codebook.sorted_table(codebook.padded(target.values()))
+    rounds = codebook.ROUNDS if target.rounds is None else target.rounds
+    alike = _ALL_ALIKE if importance is None else importance
+    parallel_rows(codebook.fit, blocks, weight, alike, scales, table, size, rounds)
+    return Params(scales.reshape(1, rows, groups))
+
+
+def _assign_codebook(weight: F32, params: Params, target: Target, codes: U8) -> None:
+    _, size, blocks = _shape(weight, target)
+    table, table_codes = codebook.sorted_table(codebook.padded(target.values()))
+    parallel_rows(codebook.assign, blocks, weight, params.scales.ravel(), table, table_codes, size, codes)
+
+
+def _no_refit(weight: F32, codes: U8, target: Target, k: int) -> Params:
+    raise QuantizationError("a codebook has no nested precisions")
+
+
+_SOLVERS = {
+    "bcq": Solver(_fit_bcq, _assign_bcq, _refit_bcq),
+    "uniform": Solver(_fit_uniform, _assign_uniform, _refit_uniform),
+    "codebook": Solver(_fit_codebook, _assign_codebook, _no_refit),
+}
+
+
+# --- measuring --------------------------------------------------------------------------------------
+
+
+def _squared_error(weight: F32, matrix: PackedMatrix) -> float:
+    """Sum of squared differences between the weight and what the reference decoder makes of the matrix."""
+    errors = np.zeros(weight.shape[0], np.float64)
+    parallel_rows(_row_errors, weight.shape[0], weight, decode(matrix), errors)
+    return float(errors.sum())
+
+
+def _sum_of_squares(weight: F32) -> tuple[float, int]:
+    """Sum of squares, and the number of values that are not finite."""
+    sums, bad = np.zeros(weight.shape[0], np.float64), np.zeros(weight.shape[0], np.int64)
+    parallel_rows(_row_norms, weight.shape[0], weight, sums, bad)
+    return float(sums.sum()), int(bad.sum())
+
+
+@numba.njit(nogil=True, cache=True)
+def _row_errors(start, stop, a, b, out):  # type: ignore[no-untyped-def]
+    lanes = np.zeros(LANES, np.float64)
+    for r in range(start, stop):
+        lanes[:] = 0
+        x, y = a[r], b[r]
+        whole = x.shape[0] // LANES * LANES
+        for c in range(0, whole, LANES):
+            for j in range(LANES):
+                d = np.float64(x[c + j]) - np.float64(y[c + j])
+                lanes[j] += d * d
+        for c in range(whole, x.shape[0]):
+            d = np.float64(x[c]) - np.float64(y[c])
+            lanes[0] += d * d
+        out[r] = lanes.sum()
+
+
+@numba.njit(nogil=True, cache=True)
+def _row_norms(start, stop, a, sums, bad):  # type: ignore[no-untyped-def]
+    lanes = np.zeros(LANES, np.float64)
+    for r in range(start, stop):
+        lanes[:] = 0
+        x = a[r]
+        whole = x.shape[0] // LANES * LANES
+        for c in range(0, whole, LANES):
+            for j in range(LANES):
+                lanes[j] += np.float64(x[c + j]) * np.float64(x[c + j])
+        for c in range(whole, x.shape[0]):
+            lanes[0] += np.float64(x[c]) * np.float64(x[c])
+        sums[r] = lanes.sum()
+        if not np.isfinite(sums[r]):  # squares of float32 cannot overflow float64, so the row holds a bad value
+            bad[r] = (~np.isfinite(x)).sum()
+
+

@@ -1,0 +1,242 @@
+"""Modules that hold a packed matrix instead of a weight: ``LowbitLinear``, ``LowbitConv1D``, ``LowbitEmbedding``.
+
+Their parameters are the tensors of spec section 4 under the same names, so that a ``state_dict`` *is* the file.
+Scales, offsets, zeros and the codebook keep the dtype that the file declares, whatever the model is cast to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..codecs import CODECS, tensor_specs
+from ..errors import TensorError, UnsupportedOperationError
+from ..schema import Module, Scheme
+from . import ops
+from .naive import Packed
+from .placeholder import PackedWeight
+
+TORCH_DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+class LowbitModule(nn.Module):
+    """A module whose weight is packed.
+
+    Args:
+        scheme: how the matrix is stored in the file.
+        rows, cols: its logical shape.
+        bits: precision to read at; None, or not below the scheme's own, is full precision (NST-1, NST-3).
+        plane_rows: first dimension of ragged planes (MIX-2); only for schemes with ``row_bits``.
+        bias: a bias ``[rows]`` exists.
+        dtype: compute dtype: that of the bias, and of what an embedding returns.
+        device: where to make the (uninitialised) parameters.
+
+    Attributes:
+        planes: uint8, never trained.
+        scales, offsets, zeros, codebook, row_bits: as in the file; None where the scheme has none.
+        scales_k{k}, …: parameters of the nested precisions, at full precision only.
+        compute_dtype: changed by ``.to(dtype)``.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        rows: int,
+        cols: int,
+        *,
+        bits: int | None = None,
+        plane_rows: int | None = None,
+        bias: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.scheme, self.rows, self.cols, self.compute_dtype = scheme, rows, cols, dtype
+        self.precision = None if bits is None or bits >= scheme.bits else bits
+        specs = {s.role: s for s in tensor_specs(Module("", scheme, self.kind, (rows, cols)))}
+        self._leading = plane_rows if plane_rows is not None else (self.precision or scheme.bits)
+        for role in ("scales", "offsets", "zeros", "codebook", "row_bits"):
+            self.register_parameter(role, None)
+        for role, spec in specs.items():
+            if role != "planes" and self.precision is not None and not self._serves_precision(role):
+                continue
+            shape = (self._leading, *spec.shape[1:]) if role == "planes" else spec.shape
+            empty = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
+            self.register_parameter(role, nn.Parameter(empty, requires_grad=False))
+        self.register_parameter("bias", nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None)
+
+    # --- the packed matrix ---
+
+    @property
+    def packed(self) -> Packed:
+        """The tensors and the scheme, as the operators take them."""
+        s = self.scheme
+        return Packed(
+            self.planes, self.scales, self.offsets, self.zeros, self.codebook, self.row_bits,
+            s.codec, s.bits, s.group_size, self.cols,
+        )  # fmt: skip
+
+    def packed_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the packed matrix by role: all but the bias."""
+        return {name: p for name, p in self._parameters.items() if name != "bias" and p is not None}
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight in the orientation of the module that this one stands for (CFG-5, DEC-5)."""
+        return ops.dequantize(self.packed, dtype=dtype or self.compute_dtype)
+
+    # --- loading ---
+
+    def settle(self) -> None:
+        """Finish loading: declared dtypes, nothing trainable, values checked, precision applied.
+
+        Raises TensorError for values that the spec forbids (TEN-3, MIX-1).
+        """
+        for spec in tensor_specs(Module("", self.scheme, self.kind, (self.rows, self.cols))):
+            param = self._parameters.get(spec.role)
+            if param is None:
+                continue
+            if param.dtype != TORCH_DTYPES[spec.dtype]:  # transformers keeps some modules in float32: undone, exactly
+                self._parameters[spec.role] = param = nn.Parameter(
+                    param.detach().to(TORCH_DTYPES[spec.dtype]), requires_grad=False
+                )
+            param.requires_grad_(False)
+            if param.is_meta:
+                continue  # offloaded to disk
+            if spec.dtype != "U8" and not bool(torch.isfinite(param).all()):
+                raise TensorError("TEN-3", "holds NaN or an infinity", tensor=spec.role)
+            if spec.role == "row_bits" and not bool(((param >= 1) & (param <= self.scheme.bits)).all()):
+                raise TensorError("MIX-1", f"expected values from 1 to {self.scheme.bits}", tensor=spec.role)
+        if self.precision is not None:
+            self._become_precision(self.precision)
+
+    def _serves_precision(self, role: str) -> bool:
+        return role in ("codebook", "row_bits") or role.endswith(f"_k{self.precision}")
+
+    def _become_precision(self, k: int) -> None:
+        """From here on the module is one of `k` bits, with the parameters of ``_k{k}`` as its own (NST-1, NST-2)."""
+        for role in ("scales", CODECS[self.scheme.codec].shift):
+            param = self._parameters.pop(f"{role}_k{k}", None)
+            if role is not None and param is not None:
+                self._parameters[role] = param
+        if self.row_bits is not None:
+            self._parameters["row_bits"] = nn.Parameter(self.row_bits.clamp(max=k), requires_grad=False)
+        self.scheme, self.precision = replace(self.scheme, bits=k, nested=()), None
+
+    # --- what nn.Module asks ---
+
+    @property
+    def weight(self) -> Tensor:
+        """A stand-in with shape, dtype and device of the weight, and no data (see :class:`PackedWeight`)."""
+        return PackedWeight.of(self._weight_shape(), self.compute_dtype, self.planes.device)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise _no_weight(self)
+
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.rows, self.cols
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise _no_weight(self)
+        if name == "planes" and param is not None and param.shape[0] > self._leading:
+            # The loader hands over the file's whole tensor; a lower precision is its prefix (BIT-4).
+            prefix = nn.Parameter(param.detach()[: self._leading].clone(), requires_grad=False)
+            prefix.__dict__.update(param.__dict__)
+            param = prefix
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves reach every tensor; changes of dtype reach the bias and the compute dtype only."""
+        declared = {id(t) for p in self.packed_parameters().values() for t in (p, p.grad) if t is not None}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            keeps = id(tensor) not in declared or moved.dtype == tensor.dtype
+            return moved if keeps else tensor.to(moved.device)
+
+        probe = torch.empty(0, dtype=self.compute_dtype, device=self.planes.device)
+        self.compute_dtype = fn(probe).dtype
+        return super()._apply(move, recurse)
+
+    def extra_repr(self) -> str:
+        s = self.scheme
+        text = f"rows={self.rows}, cols={self.cols}, codec={s.codec}, bits={s.bits}, group_size={s.group_size}"
+        return text + f", bias={self.bias is not None}, dtype={self.compute_dtype}"
+
+
+class LowbitLinear(LowbitModule):
+    """Stands for ``nn.Linear``: rows are output features."""
+
+    kind = "linear"
+
+    @property
+    def in_features(self) -> int:
+        return self.cols
+
+    @property
+    def out_features(self) -> int:
+        return self.rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
+        return ops.linear(x, self.packed, self.bias)
+
+
+class LowbitConv1D(LowbitLinear):
+    """Stands for GPT-2's ``Conv1D``, whose weight is ``[in, out]``; the planes are ``[out, in]`` (CFG-5)."""
+
+    kind = "conv1d"
+
+    @property
+    def nf(self) -> int:
+        return self.rows
+
+    @property
+    def nx(self) -> int:
+        return self.cols
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        return super().dequantize(dtype).t()
+
+    def _weight_shape(self) -> tuple[int, int]:
+        return self.cols, self.rows
+
+
+class LowbitEmbedding(LowbitModule):
+    """Stands for ``nn.Embedding`` with its default options: a row is a word."""
+
+    kind = "embedding"
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # what nn.Embedding has, read by PEFT
+
+    def __init__(self, scheme: Scheme, rows: int, cols: int, *, padding_idx: int | None = None, **kwargs: Any) -> None:
+        super().__init__(scheme, rows, cols, **kwargs)
+        self.padding_idx = padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.rows
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.cols
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``ids`` int ``[...]`` to ``[..., embedding_dim]`` in the compute dtype; only these rows are decoded."""
+        return ops.embedding(ids, self.packed, dtype=self.compute_dtype)
+
+
+MODULES: dict[str, type[LowbitModule]] = {c.kind: c for c in (LowbitLinear, LowbitConv1D, LowbitEmbedding)}
+
+
+def _no_weight(module: nn.Module) -> UnsupportedOperationError:
+    return UnsupportedOperationError(
+        f"{type(module).__name__} has no weight to assign: it holds bit-planes. Call model.dequantize() for a float model, "
+        "or convert with this module kept in full precision"
+    )

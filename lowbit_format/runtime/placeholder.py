@@ -1,0 +1,39 @@
+"""A tensor that has everything but data: what ``module.weight`` is where the weight is packed.
+
+Model code reads ``weight.dtype``, ``weight.device`` and ``weight.shape``, which work; whoever reads values is told
+what to do. A plain ``meta`` tensor would name a wrong device, and let some code compute nonsense without an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedOperationError
+
+
+class PackedWeight(Tensor):
+    """Shape, dtype and device of a weight that is stored as bit-planes; every operation on it is an error."""
+
+    @staticmethod
+    def of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A stand-in, marked as initialised so that transformers' init leaves it alone."""
+        if torch.compiler.is_compiling():  # a graph cannot hold this class, and needs only shape and dtype
+            return torch.empty(shape, dtype=dtype, device="meta")
+        weight: Tensor = torch.Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        return weight
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UnsupportedOperationError(
+            f"{func} needs the values of a weight that is stored as bit-planes. Use module.dequantize() for this one, "
+            "or model.dequantize() for a float model"
+        )
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"PackedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
