@@ -14,7 +14,6 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .container.reader import ModelReader
-    from .converters import convert_hf_to_lowbit
     from .runtime.loading import from_pretrained
 
 __version__ = "0.1.0"

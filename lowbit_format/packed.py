@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,17 @@ class PackedMatrix:
     codebook: F32 | None = None
     row_bits: U8 | None = None
 
+    def row_slice(self, begin: int, end: int) -> PackedMatrix:
+        """Rows `begin` to `end` of a matrix whose rows all have the same bits, as a matrix of views."""
+        if self.row_bits is not None:
+            raise ValueError("a ragged matrix has no row slices")
+
+        def rows(p: Params) -> Params:
+            return Params(p.scales[:, begin:end], None if p.shift is None else p.shift[begin:end])
+
+        nested = {k: rows(p) for k, p in self.nested.items()}
+        return replace(self, rows=end - begin, planes=self.planes[:, begin:end], params=rows(self.params), nested=nested)
+
     def at(self, bits: int | None) -> tuple[Params, int]:
         """Parameters and number of planes to read at precision `bits` (NST-1 to NST-3).
 
@@ -68,7 +79,4 @@ class PackedMatrix:
 def missing_precision(scheme: Scheme, bits: int) -> str:
     """The message for a precision that a scheme does not have."""
     have = ", ".join(str(k) for k in (*scheme.nested, scheme.bits))
-    return (
-        f"asked for {bits} bits, but the file has scales for {have} only; "
-        f"convert with --nested {bits} to store them"
-    )
+    return f"asked for {bits} bits, but the file has scales for {have} only; convert with --nested {bits} to store them"

@@ -15,23 +15,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-AFTER_IMPORT = {  # module to wait for -> our module, whose install() is called once the first is imported
+AFTER_IMPORT = {  # module to wait for -> our module that registers itself there when imported
     "transformers.quantizers.auto": "lowbit_format.runtime.hf",
     "peft.tuners.lora.config": "lowbit_format.runtime.peft",
 }
 
 
 def register() -> None:
-    """Install what the loaded modules of :data:`AFTER_IMPORT` call for, and wait for the others. Idempotent."""
-    for name in AFTER_IMPORT:
+    """Import our side of every module of :data:`AFTER_IMPORT` that is loaded, and wait for the others. Idempotent."""
+    for name, ours in AFTER_IMPORT.items():
         if name in sys.modules:
-            _install(name)
+            importlib.import_module(ours)
     if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
-
-
-def _install(name: str) -> None:
-    importlib.import_module(AFTER_IMPORT[name]).install()
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
@@ -54,7 +50,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The real loader, and then :func:`_install`. An error there fails the import: better than random weights."""
+    """The real loader, and then the import of our side. An error there fails the import: better than random weights."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -68,4 +64,4 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._real.exec_module(module)
-        _install(module.__name__)
+        importlib.import_module(AFTER_IMPORT[module.__name__])

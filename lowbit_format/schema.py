@@ -228,7 +228,9 @@ class QuantizationConfig:
             raise ConfigError("CFG-7", "tied is not an object from path to path", file=file)
         for place, owner in tied.items():
             if place in modules:
-                raise ConfigError("TIE-2", "is tied to another module and must not be in modules", file=file, tensor=place)
+                raise ConfigError(
+                    "TIE-2", "is tied to another module and must not be in modules", file=file, tensor=place
+                )
             if owner not in modules:
                 raise ConfigError("TIE-2", f"is tied to {owner!r}, which is not in modules", file=file, tensor=place)
         return cls(modules, dict(tied), prefix, obj["format_version"])
@@ -251,7 +253,9 @@ def scheme_names(schemes: Any) -> dict[Scheme, str]:
 def check_version(version: object, *, file: object, rule: str) -> None:
     """Refuse a version string that is ill-formed or of another major version (CFG-1, VER-1)."""
     if not isinstance(version, str) or not re.fullmatch(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)", version):
-        raise ConfigError(rule, f"format_version is {version!r}, expected a string such as {FORMAT_VERSION!r}", file=file)
+        raise ConfigError(
+            rule, f"format_version is {version!r}, expected a string such as {FORMAT_VERSION!r}", file=file
+        )
     if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
         raise VersionError(
             "VER-1",
@@ -263,7 +267,9 @@ def check_version(version: object, *, file: object, rule: str) -> None:
 def check_path(path: object, *, file: object, rule: str = "CFG-4") -> str:
     """`path`, refused if it is empty, too long or holds a separator or control character (CFG-4)."""
     if not isinstance(path, str) or not 1 <= len(path) <= MAX_PATH or _CONTROL.search(path) or set(path) & {"/", "\\"}:
-        raise ConfigError(rule, f"module path {str(path)[:80]!r} is empty, too long or has a forbidden character", file=file)
+        raise ConfigError(
+            rule, f"module path {str(path)[:80]!r} is empty, too long or has a forbidden character", file=file
+        )
     return path
 
 

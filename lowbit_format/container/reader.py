@@ -115,9 +115,14 @@ class ModelReader:
         Raises TensorError for values that the spec forbids (TEN-3, MIX-1, MIX-2).
         """
         module = self.module(path)
-        if (module.experts is None) != (expert is None) or (expert is not None and not 0 <= expert < (module.experts or 0)):
+        if (module.experts is None) != (expert is None) or (
+            expert is not None and not 0 <= expert < (module.experts or 0)
+        ):
             raise ConfigError(
-                "EXP-2", f"asked for expert {expert}, the module has {module.experts or 'none'}", file=self.directory, tensor=path
+                "EXP-2",
+                f"asked for expert {expert}, the module has {module.experts or 'none'}",
+                file=self.directory,
+                tensor=path,
             )
         at: Any = ... if expert is None else expert
         codec, scheme = CODECS[module.scheme.codec], module.scheme
@@ -226,7 +231,9 @@ class ModelReader:
         name = module.tensor("row_bits")
         values: NDArray[np.uint8] = self.tensor(name)
         if values.min() < 1 or values.max() > module.scheme.bits:
-            raise self._bad("MIX-1", f"holds {values.min()} to {values.max()}, expected 1 to {module.scheme.bits}", name)
+            raise self._bad(
+                "MIX-1", f"holds {values.min()} to {values.max()}, expected 1 to {module.scheme.bits}", name
+            )
         planes = module.tensor("planes")
         found, expected = self.info(planes).shape[0], int(values.sum(dtype=np.int64))
         if found != expected:
@@ -276,11 +283,15 @@ def read_headers(directory: Path) -> dict[str, Header]:
         headers[file] = read_header(directory / file)
     for name, file in weight_map.items():
         if name not in headers[file].tensors:
-            raise DirectoryError("DIR-4", f"the index puts this tensor into {file}, which lacks it", file=index, tensor=name)
+            raise DirectoryError(
+                "DIR-4", f"the index puts this tensor into {file}, which lacks it", file=index, tensor=name
+            )
     for file, header in headers.items():
         for name in header.tensors:
             if weight_map.get(name) != file:
-                raise DirectoryError("DIR-4", f"stands in {file}, which the index does not say", file=index, tensor=name)
+                raise DirectoryError(
+                    "DIR-4", f"stands in {file}, which the index does not say", file=index, tensor=name
+                )
     return headers
 
 
@@ -294,7 +305,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise fail("DIR-3", "weight_map is not a non-empty object from tensor name to file name")
     for name, file in weight_map.items():
         if not isinstance(file, str) or not _SAFE_FILE.fullmatch(file):
-            raise fail("DIR-3", f"file name {str(file)[:80]!r} of {name[:80]!r} is not a plain name ending in .safetensors")
+            raise fail(
+                "DIR-3", f"file name {str(file)[:80]!r} of {name[:80]!r} is not a plain name ending in .safetensors"
+            )
     return weight_map
 
 

@@ -60,10 +60,15 @@ def module_tensors(module: Module, matrices: PackedMatrix | list[PackedMatrix]) 
         return Tensor(module.tensor(role), dtype, data.shape, data)
 
     out = [joined("planes", [m.planes for m in stack], "U8")]
-    for suffix, of in [("", [m.params for m in stack]), *((f"_k{k}", [m.nested[k] for m in stack]) for k in scheme.nested)]:
+    for suffix, of in [
+        ("", [m.params for m in stack]),
+        *((f"_k{k}", [m.nested[k] for m in stack]) for k in scheme.nested),
+    ]:
         out.append(joined(f"scales{suffix}", [p.scales for p in of], scheme.scale_dtype))
         if codec.shift and codec.has_shift(scheme):
-            out.append(joined(f"{codec.shift}{suffix}", [p.shift for p in of if p.shift is not None], scheme.scale_dtype))
+            out.append(
+                joined(f"{codec.shift}{suffix}", [p.shift for p in of if p.shift is not None], scheme.scale_dtype)
+            )
     if first.codebook is not None:
         out.append(Tensor(module.tensor("codebook"), "F32", first.codebook.shape, first.codebook.astype("<f4")))
     if first.row_bits is not None:
@@ -99,7 +104,9 @@ class ShardWriter:
         """Write the header, sync, and give the file its name; returns the names of its tensors."""
         header = build_header(self._tensors, file_metadata(self.digests), self._room)
         if len(header) > self._room:
-            raise OutputError(f"{self.path}: header needs {len(header)} bytes, {self._room} were kept; please report this")
+            raise OutputError(
+                f"{self.path}: header needs {len(header)} bytes, {self._room} were kept; please report this"
+            )
         self._file.truncate(self._room + self.nbytes)
         self._file.seek(0)
         self._file.write(header)
@@ -117,7 +124,9 @@ def header_room(names: Iterable[str]) -> int:
     """An upper bound, in bytes, of the header of a file with tensors of these names, digests included."""
     # A name stands twice as UTF-8 JSON (in the digests' string escaped once more: up to 7 bytes for one byte);
     # dtype, shape (5 numbers of at most 10 digits), offsets (2 of at most 20) and the digest take under 300.
-    total = 256 + sum(300 + len(json.dumps(n, ensure_ascii=False).encode()) + len(json.dumps(json.dumps(n))) for n in names)
+    total = 256 + sum(
+        300 + len(json.dumps(n, ensure_ascii=False).encode()) + len(json.dumps(json.dumps(n))) for n in names
+    )
     return total + -total % 8
 
 
@@ -200,5 +209,9 @@ def disk_errors(path: object) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        hint = "free some space and run again with --resume" if e.errno == errno.ENOSPC else "check the path and its permissions"
+        hint = (
+            "free some space and run again with --resume"
+            if e.errno == errno.ENOSPC
+            else "check the path and its permissions"
+        )
         raise OutputError(f"{path}: cannot write: {e.strerror or e}; {hint}") from e

@@ -19,9 +19,19 @@ import math
 import numba
 import numpy as np
 
-from .lanes import LANES, codes_of, load_block, store_codes, sums_above
+from .lanes import (
+    LANES,
+    add_product,
+    codes_of,
+    load_block,
+    order,
+    set_product,
+    set_signs,
+    store_codes,
+    sums_above,
+)
 
-ROUNDS = 5  # from each start, and again from the better of the two: 15 in all
+ROUNDS = 4  # from each start, and again from the better of the two: 12 in all
 GRID_RANGE = np.float32(0.9)  # part of the group's range: clipping the ends a little is better than covering them
 RIDGE = np.float32(1e-6)  # times the sum of weights: keeps the system solvable where planes coincide
 
@@ -252,13 +262,13 @@ def _sorted_levels(s, level, code):  # type: ignore[no-untyped-def]
     bits = s.shape[0] - 1
     half = 1 << (bits - 1)
     upper, upper_code = level[half : 2 * half], code[half : 2 * half]
+    plus, minus = np.full(LANES, 1.0, np.float32), np.full(LANES, -1.0, np.float32)
     for k in range(half):
         for lane in range(LANES):
             upper[k, lane] = s[0, lane]
         for p in range(1, bits):
-            sign = np.float32(1.0) if (k >> (bits - 1 - p)) & 1 else np.float32(-1.0)
-            for lane in range(LANES):
-                upper[k, lane] += sign * s[p, lane]
+            sign = plus if (k >> (bits - 1 - p)) & 1 else minus
+            add_product(upper[k], sign, s[p])
         for lane in range(LANES):  # below the offset: then the complement lies above it
             upper_code[k, lane] = half + k if upper[k, lane] >= 0 else half - 1 - k
             upper[k, lane] = abs(upper[k, lane])
@@ -271,9 +281,9 @@ def _sorted_levels(s, level, code):  # type: ignore[no-untyped-def]
                 b = a ^ j
                 if b > a:
                     if a & k:
-                        _order(upper, upper_code, b, a)
+                        order(upper[b], upper[a], upper_code[b], upper_code[a])
                     else:
-                        _order(upper, upper_code, a, b)
+                        order(upper[a], upper[b], upper_code[a], upper_code[b])
             j >>= 1
         k <<= 1
     for k in range(half):
@@ -281,18 +291,6 @@ def _sorted_levels(s, level, code):  # type: ignore[no-untyped-def]
             level[half - 1 - k, lane] = s[bits, lane] - upper[k, lane]
             code[half - 1 - k, lane] = 2 * half - 1 - upper_code[k, lane]
             upper[k, lane] += s[bits, lane]
-
-
-@numba.njit(nogil=True, cache=True)
-def _order(level, code, a, b):  # type: ignore[no-untyped-def]
-    """Exchange rows a and b of the lanes where they are not in ascending order (equal levels: by code, ENC-1)."""
-    for lane in range(LANES):
-        la, lb, ca, cb = level[a, lane], level[b, lane], code[a, lane], code[b, lane]
-        swap = (la > lb) | ((la == lb) & (ca > cb))
-        level[a, lane] = lb if swap else la
-        level[b, lane] = la if swap else lb
-        code[a, lane] = cb if swap else ca
-        code[b, lane] = ca if swap else cb
 
 
 @numba.njit(nogil=True, cache=True)
@@ -316,7 +314,7 @@ def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):  # t
     bits = rhs.shape[0] - 1
     gram[:] = 0
     rhs[:] = 0
-    both, skew, amount = np.empty((3, LANES), np.float32)
+    both, skew, amount, product = np.empty((4, LANES), np.float32)
     sign = np.empty((bits, LANES), np.float32)
     for k in range(levels // 2, levels):
         m = levels - 1 - k  # the mirror of k; above_[m] starts behind it
@@ -329,15 +327,12 @@ def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):  # t
             skew[lane] = upper_w - lower_w
             amount[lane] = upper_s - lower_s
         for p in range(bits):
-            mask = np.uint8(1 << (bits - 1 - p))
-            for lane in range(LANES):
-                sign[p, lane] = np.float32(1.0) if code[k, lane] & mask else np.float32(-1.0)
-            for lane in range(LANES):
-                rhs[p, lane] += amount[lane] * sign[p, lane]
-                gram[bits, p, lane] += skew[lane] * sign[p, lane]
+            set_signs(sign[p], code[k], np.uint8(1 << (bits - 1 - p)))
+            add_product(rhs[p], amount, sign[p])
+            add_product(gram[bits, p], skew, sign[p])
+            set_product(product, both, sign[p])
             for q in range(p):
-                for lane in range(LANES):
-                    gram[p, q, lane] += both[lane] * (sign[p, lane] * sign[q, lane])
+                add_product(gram[p, q], product, sign[q])
     for lane in range(LANES):
         rhs[bits, lane] = total_s[lane]
     for p in range(bits + 1):

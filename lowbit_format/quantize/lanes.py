@@ -61,9 +61,7 @@ def _sums_above(typingctx, x, w, wx, cols, mids, quads, weights, sums):  # type:
     signature = types.void(*[types.uint64] * 3, types.int64, types.uint64, types.int64, *[types.uint64] * 2)
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        px, pw, pwx, pm, pout_w, pout_s = (
-            builder.inttoptr(args[i], _VF.as_pointer()) for i in (0, 1, 2, 4, 6, 7)
-        )
+        px, pw, pwx, pm, pout_w, pout_s = (builder.inttoptr(args[i], _VF.as_pointer()) for i in (0, 1, 2, 4, 6, 7))
         zero = ir.Constant(_VF, [0.0] * LANES)
 
         def four(q: Any, _: list[Any]) -> list[Any]:
@@ -118,6 +116,87 @@ def _codes_of(typingctx, x, cols, mids, steps, codes, out):  # type: ignore[no-u
         return context.get_dummy_value()
 
     return signature, codegen
+
+
+def _row(context: Any, builder: Any, signature: Any, args: Any, i: int, vector: Any) -> Any:
+    """Vector pointer to the data of array argument `i`, a row of LANES elements."""
+    array = context.make_array(signature.args[i])(context, builder, args[i])
+    return builder.bitcast(array.data, vector.as_pointer())
+
+
+def _get(builder: Any, pointer: Any, align: int = 4) -> Any:
+    value = builder.load(pointer)
+    value.align = align
+    return value
+
+
+@intrinsic
+def add_product(typingctx, out, a, b):  # type: ignore[no-untyped-def]
+    """``out += a * b`` over one row of lanes: three float32 ``[LANES]`` arrays.
+
+    A loop over the lanes would do, but the compiler then guards it against overlapping arrays, which costs more than the work.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        po, pa, pb = (_row(context, builder, signature, args, i, _VF) for i in range(3))
+        total = builder.fadd(_get(builder, po), builder.fmul(_get(builder, pa), _get(builder, pb)))
+        builder.store(total, po).align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, a, b), codegen
+
+
+@intrinsic
+def set_product(typingctx, out, a, b):  # type: ignore[no-untyped-def]
+    """``out = a * b`` over one row of lanes."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        po, pa, pb = (_row(context, builder, signature, args, i, _VF) for i in range(3))
+        builder.store(builder.fmul(_get(builder, pa), _get(builder, pb)), po).align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, a, b), codegen
+
+
+@intrinsic
+def set_signs(typingctx, out, code, mask):  # type: ignore[no-untyped-def]
+    """``out = 1 where code & mask, else -1`` over one row of lanes: float32, uint8 ``[LANES]``, and a uint8."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        po = _row(context, builder, signature, args, 0, _VF)
+        codes = _get(builder, _row(context, builder, signature, args, 1, _VB), 1)
+        mask_value = builder.trunc(args[2], _I8) if args[2].type.width > 8 else args[2]
+        masks = ir.Constant(_VB, ir.Undefined)
+        for lane in range(LANES):
+            masks = builder.insert_element(masks, mask_value, ir.IntType(32)(lane))
+        bit = builder.icmp_unsigned("!=", builder.and_(codes, masks), ir.Constant(_VB, [0] * LANES))
+        signs = builder.select(bit, ir.Constant(_VF, [1.0] * LANES), ir.Constant(_VF, [-1.0] * LANES))
+        builder.store(signs, po).align = 4
+        return context.get_dummy_value()
+
+    return types.void(out, code, mask), codegen
+
+
+@intrinsic
+def order(typingctx, level_a, level_b, code_a, code_b):  # type: ignore[no-untyped-def]
+    """Exchange two rows of lanes where they are not in ascending order; equal levels: by code (ENC-1).
+
+    Levels are float32, codes uint8, all ``[LANES]``.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pla, plb = (_row(context, builder, signature, args, i, _VF) for i in (0, 1))
+        pca, pcb = (_row(context, builder, signature, args, i, _VB) for i in (2, 3))
+        la, lb, ca, cb = _get(builder, pla), _get(builder, plb), _get(builder, pca, 1), _get(builder, pcb, 1)
+        tie = builder.and_(builder.fcmp_ordered("==", la, lb), builder.icmp_unsigned(">", ca, cb))
+        swap = builder.or_(builder.fcmp_ordered(">", la, lb), tie)
+        builder.store(builder.select(swap, lb, la), pla).align = 4
+        builder.store(builder.select(swap, la, lb), plb).align = 4
+        builder.store(builder.select(swap, cb, ca), pca).align = 1
+        builder.store(builder.select(swap, ca, cb), pcb).align = 1
+        return context.get_dummy_value()
+
+    return types.void(level_a, level_b, code_a, code_b), codegen
 
 
 @numba.njit(nogil=True, cache=True)

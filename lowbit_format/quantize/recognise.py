@@ -1,1 +1,2 @@
-def recognise(w,t,d): return None
+def recognise(w, t, d):
+    return None

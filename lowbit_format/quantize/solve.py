@@ -19,7 +19,10 @@ from .lanes import LANES, pack_rows
 from .target import Target
 
 _ALL_ALIKE: F32 = np.empty(0, np.float32)
-_SLACK = 2.0**-6  # parameters may move a level by this part of a step when they are rounded; else a wider dtype is taken
+_DECODED_AT_ONCE = 1 << 20  # weights; 4 MB, which stays in the cache
+_SLACK = (
+    2.0**-6
+)  # parameters may move a level by this part of a step when they are rounded; else a wider dtype is taken
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ def quantize(
         raise QuantizationError(f"{name}: has shape {list(weight.shape)}, expected [rows, cols] without a zero")
     norm, bad = _sum_of_squares(weight)
     if bad:
-        raise NonFiniteWeightError(f"{name}: holds {bad} NaN or infinite values; mend the checkpoint, or keep this module in full precision")
+        raise NonFiniteWeightError(
+            f"{name}: holds {bad} NaN or infinite values; mend the checkpoint, or keep this module in full precision"
+        )
     if importance is not None:
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (weight.shape[1],) or not np.isfinite(importance).all() or (importance < 0).any():
@@ -194,9 +199,7 @@ def _fit_uniform(weight: F32, target: Target, importance: F32 | None) -> Params:
 def _assign_uniform(weight: F32, params: Params, target: Target, codes: U8) -> None:
     _, size, blocks = _shape(weight, target)
     assert params.shift is not None  # noqa: S101 - uniform always has zeros; tells the type checker
-    parallel_rows(
-        uniform.assign, blocks, weight, params.scales.ravel(), params.shift.ravel(), target.bits, size, codes
-    )
+    parallel_rows(uniform.assign, blocks, weight, params.scales.ravel(), params.shift.ravel(), target.bits, size, codes)
 
 
 def _refit_uniform(weight: F32, codes: U8, target: Target, k: int) -> Params:
@@ -237,9 +240,17 @@ _SOLVERS = {
 
 
 def _squared_error(weight: F32, matrix: PackedMatrix) -> float:
-    """Sum of squared differences between the weight and what the reference decoder makes of the matrix."""
-    errors = np.zeros(weight.shape[0], np.float64)
-    parallel_rows(_row_errors, weight.shape[0], weight, decode(matrix), errors)
+    """Sum of squared differences between the weight and what the reference decoder makes of the matrix.
+
+    A few rows at a time, so that no second copy of the matrix is held.
+    """
+    rows, cols = weight.shape
+    step = max(1, _DECODED_AT_ONCE // cols)
+    decoded, errors = np.empty((min(step, rows), cols), np.float32), np.zeros(rows, np.float64)
+    for a in range(0, rows, step):
+        b = min(rows, a + step)
+        part = decode(matrix.row_slice(a, b), out=decoded[: b - a])
+        parallel_rows(_row_errors, b - a, weight[a:b], part, errors[a:b])
     return float(errors.sum())
 
 
@@ -282,5 +293,3 @@ def _row_norms(start, stop, a, sums, bad):  # type: ignore[no-untyped-def]
         sums[r] = lanes.sum()
         if not np.isfinite(sums[r]):  # squares of float32 cannot overflow float64, so the row holds a bad value
             bad[r] = (~np.isfinite(x)).sum()
-
-

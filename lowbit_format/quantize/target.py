@@ -50,10 +50,15 @@ class Target:
             is_int(self.group_size) and 0 <= self.group_size <= MAX_DIMENSION,
             f"group_size is {self.group_size!r}, expected 0 (the whole row) or a number of columns",
         )
-        check(self.scale_dtype in SCALE_DTYPES, f"scale_dtype is {self.scale_dtype!r}, expected {', '.join(SCALE_DTYPES)}")
-        check(self.solver in uniform.SOLVERS, f"solver is {self.solver!r}, expected one of {', '.join(uniform.SOLVERS)}")
         check(
-            self.rounds is None or (is_int(self.rounds) and self.rounds >= 0), f"rounds is {self.rounds!r}, expected 0 or more"
+            self.scale_dtype in SCALE_DTYPES, f"scale_dtype is {self.scale_dtype!r}, expected {', '.join(SCALE_DTYPES)}"
+        )
+        check(
+            self.solver in uniform.SOLVERS, f"solver is {self.solver!r}, expected one of {', '.join(uniform.SOLVERS)}"
+        )
+        check(
+            self.rounds is None or (is_int(self.rounds) and self.rounds >= 0),
+            f"rounds is {self.rounds!r}, expected 0 or more",
         )
         check(
             all(is_int(k) and 1 <= k < self.bits for k in self.nested),
@@ -63,11 +68,16 @@ class Target:
         if self.codec == "codebook":
             check(not self.nested, "a codebook has no nested precisions")
             if isinstance(self.table, str):
-                check(self.table in codebook.TABLES, f"table is {self.table!r}, expected one of {', '.join(codebook.TABLES)}")
+                check(
+                    self.table in codebook.TABLES,
+                    f"table is {self.table!r}, expected one of {', '.join(codebook.TABLES)}",
+                )
             else:
                 values = np.array(self.table, np.float64)
                 check(2 <= len(values) <= 256, f"the table has {len(values)} values, expected 2 to 256")
-                check(bool(np.isfinite(values.astype(np.float32)).all()), "the table has a value that float32 cannot hold")
+                check(
+                    bool(np.isfinite(values.astype(np.float32)).all()), "the table has a value that float32 cannot hold"
+                )
                 check(len(set(values)) > 1, "the table has one value only")
             object.__setattr__(self, "bits", codebook.table_bits(self.values()))
 

@@ -171,7 +171,9 @@ def _least_error(x, w, low, high, bits, rounds, scale, zero):  # type: ignore[no
                 if error < best[lane]:
                     best[lane], scale[lane], zero[lane] = error, a[lane], z[lane]
                 determinant = n[lane] * sqq[lane] - sq[lane] * sq[lane]
-                slope = (n[lane] * sqx[lane] - sq[lane] * sx[lane]) / determinant if determinant > 0 else np.float32(1.0)
+                slope = (
+                    (n[lane] * sqx[lane] - sq[lane] * sx[lane]) / determinant if determinant > 0 else np.float32(1.0)
+                )
                 if slope > 0 and step < rounds and low[lane] < high[lane]:
                     middle = (sx[lane] - slope * sq[lane]) / n[lane]  # v = slope * q + middle
                     z[lane] = (z[lane] - middle) / slope

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..codecs import CODECS, tensor_specs
+from ..codecs import tensor_specs
 from ..errors import TensorError, UnsupportedOperationError
 from ..schema import Module, Scheme
 from . import ops
@@ -43,6 +43,13 @@ class LowbitModule(nn.Module):
     """
 
     kind: ClassVar[str]
+    planes: nn.Parameter
+    scales: nn.Parameter
+    offsets: nn.Parameter | None
+    zeros: nn.Parameter | None
+    codebook: nn.Parameter | None
+    row_bits: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -61,7 +68,7 @@ class LowbitModule(nn.Module):
         self.precision = None if bits is None or bits >= scheme.bits else bits
         specs = {s.role: s for s in tensor_specs(Module("", scheme, self.kind, (rows, cols)))}
         self._leading = plane_rows if plane_rows is not None else (self.precision or scheme.bits)
-        for role in ("scales", "offsets", "zeros", "codebook", "row_bits"):
+        for role in ("planes", "scales", "offsets", "zeros", "codebook", "row_bits"):
             self.register_parameter(role, None)
         for role, spec in specs.items():
             if role != "planes" and self.precision is not None and not self._serves_precision(role):
@@ -92,8 +99,8 @@ class LowbitModule(nn.Module):
 
     # --- loading ---
 
-    def settle(self) -> None:
-        """Finish loading: declared dtypes, nothing trainable, values checked, precision applied.
+    def settle(self, path: str) -> None:
+        """Finish loading the module at `path`: declared dtypes, nothing trainable, values checked, precision applied.
 
         Raises TensorError for values that the spec forbids (TEN-3, MIX-1).
         """
@@ -109,21 +116,31 @@ class LowbitModule(nn.Module):
             if param.is_meta:
                 continue  # offloaded to disk
             if spec.dtype != "U8" and not bool(torch.isfinite(param).all()):
-                raise TensorError("TEN-3", "holds NaN or an infinity", tensor=spec.role)
+                raise TensorError("TEN-3", "holds NaN or an infinity", tensor=f"{path}.{spec.role}")
             if spec.role == "row_bits" and not bool(((param >= 1) & (param <= self.scheme.bits)).all()):
-                raise TensorError("MIX-1", f"expected values from 1 to {self.scheme.bits}", tensor=spec.role)
+                raise TensorError("MIX-1", f"expected 1 to {self.scheme.bits}", tensor=f"{path}.{spec.role}")
         if self.precision is not None:
             self._become_precision(self.precision)
+
+    def share(self, owner: LowbitModule) -> None:
+        """Use the packed matrix of `owner` (TIE-1); the bias stays this module's own."""
+        for name in self.packed_parameters():
+            self._parameters[name] = None
+        self._parameters.update(owner.packed_parameters())
+        self.scheme, self.precision = owner.scheme, owner.precision
+
+    def float_module(self, weight: nn.Parameter) -> nn.Module:
+        """The module that this one stands for, with `weight` (in that module's orientation)."""
+        raise NotImplementedError
 
     def _serves_precision(self, role: str) -> bool:
         return role in ("codebook", "row_bits") or role.endswith(f"_k{self.precision}")
 
     def _become_precision(self, k: int) -> None:
         """From here on the module is one of `k` bits, with the parameters of ``_k{k}`` as its own (NST-1, NST-2)."""
-        for role in ("scales", CODECS[self.scheme.codec].shift):
-            param = self._parameters.pop(f"{role}_k{k}", None)
-            if role is not None and param is not None:
-                self._parameters[role] = param
+        for role in list(self.packed_parameters()):
+            if role.endswith(f"_k{k}"):
+                self._parameters[role.removesuffix(f"_k{k}")] = self._parameters.pop(role)
         if self.row_bits is not None:
             self._parameters["row_bits"] = nn.Parameter(self.row_bits.clamp(max=k), requires_grad=False)
         self.scheme, self.precision = replace(self.scheme, bits=k, nested=()), None
@@ -163,7 +180,7 @@ class LowbitModule(nn.Module):
 
         probe = torch.empty(0, dtype=self.compute_dtype, device=self.planes.device)
         self.compute_dtype = fn(probe).dtype
-        return super()._apply(move, recurse)
+        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         s = self.scheme
@@ -176,13 +193,12 @@ class LowbitLinear(LowbitModule):
 
     kind = "linear"
 
-    @property
-    def in_features(self) -> int:
-        return self.cols
+    def __init__(self, scheme: Scheme, rows: int, cols: int, **kwargs: Any) -> None:
+        super().__init__(scheme, rows, cols, **kwargs)
+        self.in_features, self.out_features = cols, rows
 
-    @property
-    def out_features(self) -> int:
-        return self.rows
+    def float_module(self, weight: nn.Parameter) -> nn.Module:
+        return _with_parameters(nn.Linear(self.cols, self.rows, self.bias is not None, device="meta"), weight, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
@@ -194,16 +210,18 @@ class LowbitConv1D(LowbitLinear):
 
     kind = "conv1d"
 
-    @property
-    def nf(self) -> int:
-        return self.rows
-
-    @property
-    def nx(self) -> int:
-        return self.cols
+    def __init__(self, scheme: Scheme, rows: int, cols: int, **kwargs: Any) -> None:
+        super().__init__(scheme, rows, cols, **kwargs)
+        self.nf, self.nx = rows, cols
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         return super().dequantize(dtype).t()
+
+    def float_module(self, weight: nn.Parameter) -> nn.Module:
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            return _with_parameters(Conv1D(self.rows, self.cols), weight, self)  # type: ignore[no-untyped-call]
 
     def _weight_shape(self) -> tuple[int, int]:
         return self.cols, self.rows
@@ -217,15 +235,11 @@ class LowbitEmbedding(LowbitModule):
 
     def __init__(self, scheme: Scheme, rows: int, cols: int, *, padding_idx: int | None = None, **kwargs: Any) -> None:
         super().__init__(scheme, rows, cols, **kwargs)
-        self.padding_idx = padding_idx
+        self.num_embeddings, self.embedding_dim, self.padding_idx = rows, cols, padding_idx
 
-    @property
-    def num_embeddings(self) -> int:
-        return self.rows
-
-    @property
-    def embedding_dim(self) -> int:
-        return self.cols
+    def float_module(self, weight: nn.Parameter) -> nn.Module:
+        empty = nn.Embedding(self.rows, self.cols, self.padding_idx, device="meta")
+        return _with_parameters(empty, weight, self)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` int ``[...]`` to ``[..., embedding_dim]`` in the compute dtype; only these rows are decoded."""
@@ -235,8 +249,15 @@ class LowbitEmbedding(LowbitModule):
 MODULES: dict[str, type[LowbitModule]] = {c.kind: c for c in (LowbitLinear, LowbitConv1D, LowbitEmbedding)}
 
 
+def _with_parameters(module: nn.Module, weight: nn.Parameter, old: LowbitModule) -> nn.Module:
+    module.register_parameter("weight", weight)
+    if old.bias is not None:
+        module.register_parameter("bias", nn.Parameter(old.bias.detach().to(weight.dtype)))
+    return module.train(old.training)
+
+
 def _no_weight(module: nn.Module) -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        f"{type(module).__name__} has no weight to assign: it holds bit-planes. Call model.dequantize() for a float model, "
-        "or convert with this module kept in full precision"
+        f"{type(module).__name__} has no weight to assign: it holds bit-planes. Call model.dequantize() for a "
+        "float model, or convert with this module kept in full precision"
     )

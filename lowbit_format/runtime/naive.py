@@ -183,7 +183,7 @@ def _tasks(deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Row
     if deltas is None or task_ids is None:
         yield slice(None), -1 if deltas is None else 0
         return
-    for task in task_ids.unique().tolist():
+    for task in torch.unique(task_ids).tolist():
         yield task_ids == task, task
 
 
@@ -238,7 +238,7 @@ def _levels(w: Packed) -> Tensor:
 
 
 def _bits(w: Packed) -> Iterator[Tensor]:
-    """For each plane, the most significant first, its bits: bool ``[rows, groups, columns of a group]`` (BIT-1, BIT-2)."""
+    """Bits of each plane, the most significant first: bool ``[rows, groups, columns of a group]`` (BIT-1, BIT-2)."""
     rows, groups = w.scales.shape[1:]
     columns = groups * _group_columns(w)
     powers = torch.arange(8, dtype=torch.uint8, device=w.planes.device)

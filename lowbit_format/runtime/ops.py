@@ -1,17 +1,19 @@
-"""The ``torch.library`` operators over packed matrices: ``lowbit::dequantize``, ``lowbit::linear``, ``lowbit::embedding``.
+"""The ``torch.library`` operators over packed matrices: ``lowbit::dequantize``, ``::linear`` and ``::embedding``.
 
 Their schema is complete, so that faster kernels and per-task scales need no other one: packed tensors, deltas, the
 task of each row, and the scheme as plain values. Gradients flow to x, scales, offsets, zeros, bias and deltas, never
-to planes; the backward pass decodes the weight again instead of keeping it. The functions below are the way to call them.
+to planes; the backward pass decodes the weight again instead of keeping it. Call the functions at the top.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from . import naive
 from .naive import Packed
@@ -69,8 +71,11 @@ _SCHEME = "str codec, int bits, int group_size, int cols"
 _GRADS = "(Tensor, Tensor, Tensor, Tensor)"  # of scales, offsets, zeros, deltas; an empty one stands for None
 
 
-def _define(name: str, schema: str) -> Any:
-    return torch.library.custom_op(f"lowbit::{name}", mutates_args=(), schema=schema)
+def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    define: Callable[[Callable[..., Any]], CustomOpDef] = torch.library.custom_op(
+        f"lowbit::{name}", mutates_args=(), schema=schema
+    )
+    return define
 
 
 def _split(args: tuple[Any, ...]) -> tuple[Packed, tuple[Any, ...]]:

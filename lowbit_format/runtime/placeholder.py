@@ -22,18 +22,20 @@ class PackedWeight(Tensor):
         """A stand-in, marked as initialised so that transformers' init leaves it alone."""
         if torch.compiler.is_compiling():  # a graph cannot hold this class, and needs only shape and dtype
             return torch.empty(shape, dtype=dtype, device="meta")
-        weight: Tensor = torch.Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        weight: Tensor = torch.Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=device)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise UnsupportedOperationError(
             f"{func} needs the values of a weight that is stored as bit-planes. Use module.dequantize() for this one, "
             "or model.dequantize() for a float model"
         )
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"PackedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -1,0 +1,137 @@
+"""The command ``convert_hf_to_lowbit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import LowbitError, RecipeError, SchemeError
+from ..quantize import Target
+from .convert import convert_hf_to_lowbit, plan_conversion
+from .recipe import Recipe, load_recipe
+from .summary import plan_tables, result_tables
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Model directory, or repository on the Hub such as `user/model`.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make. It appears only when it is complete.")],
+    codec: Annotated[
+        str, typer.Option(help="`bcq` (best at low bits), `uniform` (integers, for PEQA) or `codebook`.")
+    ] = "bcq",
+    bits: Annotated[int, typer.Option(min=1, max=8, help="Planes of each matrix.")] = 4,
+    group_size: Annotated[int, typer.Option(min=0, help="Columns that share a scale; 0 is the whole row.")] = 128,
+    nested: Annotated[
+        str, typer.Option(help="Also store scales for fewer planes, such as `2,3`: one file, many precisions.")
+    ] = "",
+    offset: Annotated[bool, typer.Option(help="bcq: fit an offset for each group.")] = True,
+    solver: Annotated[str, typer.Option(help="uniform: `mse`, `minmax` (round to nearest) or `symmetric`.")] = "mse",
+    table: Annotated[
+        str, typer.Option(help="codebook: `nf4`, `fp4-e2m1`, `fp4-e3m0`, `fp4-e1m2` or `ternary`.")
+    ] = "nf4",
+    scale_dtype: Annotated[
+        str, typer.Option(help="`F16`, `BF16` or `F32`; F32 is taken where it does not fit.")
+    ] = "F16",
+    embeddings: Annotated[
+        bool, typer.Option(help="Quantize embeddings: looked up, not multiplied, so it saves memory only.")
+    ] = False,
+    lm_head: Annotated[
+        bool, typer.Option(help="Quantize the output head: faster decoding, the most sensitive matrix.")
+    ] = False,
+    keep: Annotated[
+        Optional[list[str]], typer.Option(help="Leave modules that match this pattern in full precision; repeatable.")
+    ] = None,  # noqa: UP045 - typer reads it
+    recipe: Annotated[Optional[Path], typer.Option(help="JSON file with a default and rules by pattern.")] = None,  # noqa: UP045
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")] = None,  # noqa: UP045
+    min_coverage: Annotated[
+        float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
+    ] = 0.9,
+    max_shard_size: Annotated[str, typer.Option(help="Begin a new file at this size, such as `2GB`.")] = "5GiB",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Complete an interrupted conversion.")] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to low-bit planes.
+
+    By default every Linear and Conv1D matrix of the base model is quantized; embeddings and the output head stay in
+    full precision: embeddings are looked up rather than multiplied, so their bits cost no time, and the head
+    turns small errors into other words. `--embeddings` and `--lm-head` change that.
+
+    Examples:
+
+        convert_hf_to_lowbit ./llama ./llama-4bit
+
+        convert_hf_to_lowbit user/model out --bits 3 --nested 2 --lm-head
+
+        convert_hf_to_lowbit ./model out --codec uniform --bits 4 --group-size 0 --dry-run
+    """
+    console = Console(stderr=False)
+    try:
+        target = Target(codec, bits, group_size, offset, _numbers(nested), solver, table, scale_dtype.upper())
+        plan_recipe = Recipe(target, (), embeddings, lm_head)
+        if recipe is not None:
+            plan_recipe = load_recipe(recipe, plan_recipe)
+        plan_recipe = plan_recipe.keeping(keep or [])
+        shard_bytes = _size(max_shard_size)
+        if dry_run:
+            _, plan, _ = plan_conversion(source, plan_recipe, revision=revision, min_coverage=min_coverage)
+            for one in plan_tables(plan):
+                console.print(one)
+            return
+        with _progress(console) as progress:
+            task = progress.add_task("reading", total=None)
+            done = convert_hf_to_lowbit(
+                source, out, plan_recipe, revision=revision, min_coverage=min_coverage, max_shard_bytes=shard_bytes,
+                resume=resume, report=lambda step, total: progress.update(
+                    task, advance=1, total=total, description=step.role.path[-40:]
+                ),
+            )  # fmt: skip
+        for one in result_tables(done.plan, done.outcomes, done.seconds):
+            console.print(one)
+        console.print(
+            f"Wrote {done.directory}. Load it with `import lowbit_format`, then transformers' from_pretrained."
+        )
+    except LowbitError as e:
+        fail(e)
+
+
+def run() -> None:
+    """Entry point."""
+    app()
+
+
+def fail(error: LowbitError) -> None:
+    """Print a named error to standard error and exit with 1."""
+    Console(stderr=True).print(
+        f"[red]{type(error).__name__}[/red]:", str(error), highlight=False, markup=True, soft_wrap=True
+    )
+    raise typer.Exit(1)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    )
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as e:
+        raise SchemeError(f"--nested is {text!r}, expected numbers such as 2,3") from e
+
+
+def _size(text: str) -> int:
+    upper = text.strip().upper()
+    unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if upper.endswith(u)), None)
+    number = upper.removesuffix(unit or "").strip()
+    if not number.isdigit() or int(number) == 0:
+        raise RecipeError(f"--max-shard-size is {text!r}, expected a size such as 2GB")
+    return int(number) * (_UNITS[unit] if unit else 1)

@@ -1,0 +1,115 @@
+"""Convert a Hugging Face checkpoint: open, plan, carry out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .card import model_card
+from .driver import Outcome, run
+from .huggingface import open_checkpoint, read_model_config, side_files
+from .names import map_names
+from .plan import Plan, Step, make_plan
+from .recipe import Recipe
+from .source import FLOATS, Source
+
+SHARD_BYTES = 5 << 30
+_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A finished conversion: where it lies, what was planned, what came of it, and how long it took in seconds."""
+
+    directory: Path
+    plan: Plan
+    outcomes: dict[str, Outcome]
+    seconds: float
+
+
+def plan_conversion(
+    source: str,
+    recipe: Recipe = Recipe(),
+    *,
+    revision: str | None = None,
+    min_coverage: float = 0.9,  # noqa: B008 - frozen
+) -> tuple[Source, Plan, dict[str, Any]]:
+    """Open a checkpoint and plan its conversion, from headers alone.
+
+    Args:
+        source: a directory, or a repository on the Hub.
+        recipe: what to quantize, and how.
+        revision: branch, tag or commit on the Hub.
+        min_coverage: part of the matrices' weights that must be quantized.
+
+    Returns:
+        The open source, the plan, and the checkpoint's ``config.json``.
+
+    Raises:
+        SourceError, RecipeError, CoverageError: see :func:`make_plan`.
+    """
+    opened = open_checkpoint(source, revision=revision)
+    config = read_model_config(opened.directory)
+    names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
+    plan = make_plan(opened, names, recipe, min_coverage=min_coverage)
+    if "dtype" not in config and "torch_dtype" not in config:
+        # transformers would take the dtype of the first float tensor, which may be a scale.
+        config = {**config, "dtype": _main_dtype(opened)}
+    return opened, plan, config
+
+
+def convert_hf_to_lowbit(
+    source: str,
+    out: str | Path,
+    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    *,
+    revision: str | None = None,
+    min_coverage: float = 0.9,
+    max_shard_bytes: int = SHARD_BYTES,
+    resume: bool = False,
+    report: Callable[[Step, int], None] = lambda step, total: None,
+) -> Conversion:
+    """Convert a Hugging Face checkpoint into a lowbit model directory.
+
+    Memory stays at about 1 GiB plus three times the largest tensor in float32, whatever the size of the model.
+
+    Args:
+        source: a directory, or a repository on the Hub.
+        out: directory to make; must not exist, or be empty.
+        recipe: what to quantize, and how.
+        revision: branch, tag or commit on the Hub.
+        min_coverage: part of the matrices' weights that must be quantized.
+        max_shard_bytes: size at which a new file is begun.
+        resume: go on with what an interrupted run left; the result is the same bytes.
+        report: called after every tensor with its step and the number of all steps.
+
+    Raises:
+        LowbitError: one of its subclasses; nothing that looks finished is left behind.
+    """
+    began = time.perf_counter()
+    opened, plan, config = plan_conversion(source, recipe, revision=revision, min_coverage=min_coverage)
+    out = Path(out)
+    outcomes = run(
+        opened,
+        plan,
+        config,
+        out,
+        side=side_files(opened.directory),
+        card=lambda found: model_card(opened, plan, found, name=out.name),
+        max_shard_bytes=max_shard_bytes,
+        resume=resume,
+        report=report,
+    )
+    return Conversion(out, plan, outcomes, time.perf_counter() - began)
+
+
+def _main_dtype(source: Source) -> str:
+    """The float dtype that most of the checkpoint's weights have."""
+    counts: dict[str, int] = {}
+    for t in source.tensors.values():
+        if t.dtype in FLOATS:
+            counts[t.dtype] = counts.get(t.dtype, 0) + t.numel
+    return _DTYPES[max(counts, key=lambda d: counts[d])] if counts else "float32"

@@ -1,0 +1,357 @@
+"""The driver: streams a plan's tensors from a source into an output directory. It knows no source format.
+
+Memory holds one tensor at a time. Everything is written into a hidden sibling of OUT, which becomes OUT by one
+rename when all of it is complete (DIR-7); a journal in it lets an interrupted conversion go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..codecs import tensor_specs
+from ..container.header import read_header
+from ..container.reader import CONFIG_FILE
+from ..container.writer import (
+    ShardWriter,
+    Tensor,
+    disk_errors,
+    header_room,
+    module_tensors,
+    shard_name,
+    write_index,
+    write_json,
+)
+from ..errors import OutputError, SourceError
+from ..quantize import Quantized, quantize
+from ..schema import Module, QuantizationConfig, Scheme
+from .plan import Plan, Step
+from .source import Source, as_float32
+
+JOURNAL = ".lowbit-progress.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one quantized module.
+
+    Attributes:
+        module: as stored.
+        nbytes: bytes on disk.
+        squared_error, squared_norm: sums over the weights, by the reference decoder.
+        lossless: recognised and stored exactly.
+        widened: why its parameters are wider than asked for, or None.
+    """
+
+    module: Module
+    nbytes: int
+    squared_error: float
+    squared_norm: float
+    lossless: bool
+    widened: str | None
+
+    @property
+    def relative_error(self) -> float:
+        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm > 0 else 0.0
+
+
+@dataclass
+class Progress:
+    """What is done: finished shards with their tensors, outcomes by module, and how many steps they cover."""
+
+    shards: list[list[str]] = field(default_factory=list)
+    nbytes: int = 0
+    steps: int = 0
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+
+def run(
+    source: Source,
+    plan: Plan,
+    config: dict[str, Any],
+    out: Path,
+    *,
+    side: list[Path],
+    card: Callable[[dict[str, Outcome]], str],
+    max_shard_bytes: int,
+    resume: bool = False,
+    report: Callable[[Step, int], None] = lambda step, total: None,
+) -> dict[str, Outcome]:
+    """Carry out a plan.
+
+    Args:
+        source: the checkpoint.
+        plan: what to do.
+        config: the checkpoint's ``config.json``; gets ``quantization_config``.
+        out: the directory to make; must not exist, or be empty.
+        side: files of the checkpoint to copy, relative to its directory.
+        card: makes the model card from the outcomes.
+        max_shard_bytes: start a new shard where this would be passed.
+        resume: go on with what an interrupted run left.
+        report: called after every step with it and the number of all steps.
+
+    Returns:
+        What became of each quantized module, by path.
+
+    Raises:
+        OutputError: `out` exists, the disk is full, or the interrupted run had other settings.
+        SourceError, QuantizationError: a tensor cannot be read or quantized.
+    """
+    work = work_directory(out)
+    settings = _settings(source, plan, config, max_shard_bytes)
+    _check_free(out, work, resume)
+    with disk_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    done = _load_journal(work, settings) if resume else Progress()
+    try:
+        with disk_errors(work):
+            for file in work.glob("*.tmp"):
+                file.unlink()
+            _compare_dropped(source, plan)
+            _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
+            _finish(source, plan, config, work, done, side, card(done.outcomes))
+            if out.exists():
+                out.rmdir()
+            os.replace(work, out)
+            _sync_directory(out.parent)
+            (out / JOURNAL).unlink()
+    except BaseException:
+        if not done.shards:  # nothing worth going on with
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    return done.outcomes
+
+
+def work_directory(out: Path) -> Path:
+    """Where an unfinished conversion to `out` lies."""
+    return out.with_name(f".{out.name}.lowbit-partial")
+
+
+def _check_free(out: Path, work: Path, resume: bool) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: exists already and is not empty; choose another name or remove it")
+    if work.exists() and not resume:
+        raise OutputError(
+            f"{work}: an unfinished conversion to {out.name} lies there; pass --resume to complete it, or remove it"
+        )
+
+
+def _settings(source: Source, plan: Plan, config: dict[str, Any], max_shard_bytes: int) -> str:
+    """A digest of everything that decides what the output's bytes are."""
+    steps = [(s.tensor.name, s.path, None if s.target is None else asdict(s.target)) for s in plan.steps]
+    text = json.dumps([source.identity, steps, plan.tied, config, max_shard_bytes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _write_shards(
+    source: Source,
+    plan: Plan,
+    work: Path,
+    settings: str,
+    done: Progress,
+    max_shard_bytes: int,
+    report: Callable[[Step, int], None],
+) -> None:
+    for step in plan.steps[: done.steps]:
+        report(step, len(plan.steps))
+    writer: ShardWriter | None = None
+    outcomes: dict[str, Outcome] = {}
+    try:
+        for number, (step, data) in enumerate(_read_ahead(source, plan.steps[done.steps :]), done.steps):
+            tensors, outcome = _carry_out(step, data)
+            del data  # the next tensor is in memory already
+            size = sum(t.nbytes for t in tensors)
+            if writer is not None and writer.nbytes + size > max_shard_bytes:
+                _close(writer, work, settings, done, outcomes, number)
+                writer, outcomes = None, {}
+            if writer is None:
+                room = header_room(_possible_names(plan.steps[number:], max_shard_bytes))
+                writer = ShardWriter(work / _part(len(done.shards)), room)
+            for tensor in tensors:
+                writer.add(tensor)
+            if outcome is not None:
+                outcomes[outcome.module.path] = outcome
+            report(step, len(plan.steps))
+        if writer is not None:
+            _close(writer, work, settings, done, outcomes, len(plan.steps))
+            writer = None
+    finally:
+        if writer is not None:
+            writer.abort()
+
+
+def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:
+    """Each step with its tensor (see :func:`_load`), the next one being read while the caller works on the present one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="lowbit-read") as reader:
+        following = reader.submit(_load, source, steps[0]) if steps else None
+        for i, step in enumerate(steps):
+            assert following is not None  # noqa: S101 - for the type checker: there is one for every step
+            data = following.result()
+            following = reader.submit(_load, source, steps[i + 1]) if i + 1 < len(steps) else None
+            yield step, data
+            del data
+
+
+def _load(source: Source, step: Step) -> NDArray[Any]:
+    """A tensor to quantize as a float32 matrix ``[rows, cols]``, one to keep as its bytes."""
+    raw = source.read(step.tensor.name)
+    if step.target is None:
+        return raw
+    weight = as_float32(raw, step.tensor)
+    return np.ascontiguousarray(weight.T) if step.role.kind == "conv1d" else weight
+
+
+def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[Tensor], Outcome | None]:
+    """The tensors that one tensor of the checkpoint becomes."""
+    if step.target is None:
+        return [Tensor(step.tensor.name, step.tensor.dtype, step.tensor.shape, data)], None
+    result: Quantized = quantize(data, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
+    module = replace(step.module(), scheme=result.matrix.scheme)
+    tensors = module_tensors(module, result.matrix)
+    nbytes = sum(t.nbytes for t in tensors)
+    return tensors, Outcome(module, nbytes, result.squared_error, result.squared_norm, result.lossless, result.widened)
+
+
+def _compare_dropped(source: Source, plan: Plan) -> None:
+    """A tied matrix that the checkpoint holds twice is stored once: the copies must be equal (TIE-1)."""
+    owners = {s.path: s.tensor.name for s in plan.quantized}
+    for key in plan.dropped:
+        path = key.removesuffix(".weight")
+        owner = next((owners[o] for place, o in plan.tied.items() if path.endswith(place) and o in owners), None)
+        if owner is not None and not np.array_equal(source.read(key), source.read(owner)):
+            raise SourceError(
+                f"{key}: is tied to {owner} by the config, but their values differ; set tie_word_embeddings to false "
+                "in the checkpoint's config.json, or keep both in full precision"
+            )
+
+
+def _possible_names(steps: tuple[Step, ...], max_shard_bytes: int) -> list[str]:
+    """Names that the next shard may hold at most, to keep room for its header."""
+    names, size = list[str](), 0
+    for step in steps:
+        if step.target is None:
+            names.append(step.tensor.name)
+            size += step.tensor.nbytes
+        else:
+            module = step.module()
+            # Recognition may turn any codec into any other, with a codebook or zeros: the bcq tensors and two more.
+            names.extend(spec.name for spec in tensor_specs(module))
+            names.extend([module.tensor("codebook"), module.tensor("offsets")])
+            size += module.numel // 8  # one bit for a weight at least
+        if size > max_shard_bytes:
+            break
+    return names
+
+
+def _part(index: int) -> str:
+    return f"part-{index + 1:05d}.safetensors"
+
+
+def _close(
+    writer: ShardWriter, work: Path, settings: str, done: Progress, outcomes: dict[str, Outcome], steps: int
+) -> None:
+    """Finish a shard and write the journal, in this order: what the journal names is on the disk."""
+    done.shards.append(writer.close())
+    done.nbytes += writer.nbytes
+    done.outcomes.update(outcomes)
+    done.steps = steps
+    write_json(
+        work / JOURNAL,
+        {
+            "settings": settings,
+            "shards": done.shards,
+            "nbytes": done.nbytes,
+            "steps": done.steps,
+            "outcomes": {p: _outcome_to_json(o) for p, o in done.outcomes.items()},
+        },
+    )
+
+
+def _load_journal(work: Path, settings: str) -> Progress:
+    """What an interrupted run has finished; an empty Progress if it left nothing."""
+    path = work / JOURNAL
+    if not path.is_file():
+        return Progress()
+    try:
+        obj = json.loads(path.read_text("utf-8"))
+        if obj["settings"] != settings:
+            raise OutputError(
+                f"{work}: was begun with other options, another source or another version; "
+                "run with the same ones to resume, or remove it"
+            )
+        outcomes = {p: _outcome_from_json(p, o) for p, o in obj["outcomes"].items()}
+        done = Progress(obj["shards"], obj["nbytes"], obj["steps"], outcomes)
+        for i, names in enumerate(done.shards):
+            file = _shard_path(work, i, len(done.shards))
+            if sorted(read_header(file).tensors) != sorted(names):
+                raise OutputError(f"{file}: does not hold what the journal says; remove {work} and begin again")
+        return done
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise OutputError(f"{path}: cannot be resumed from: {e!r}; remove {work} and begin again") from e
+
+
+def _shard_path(work: Path, index: int, total: int) -> Path:
+    """A finished shard: under its working name, or under its last one if the run was cut off while renaming."""
+    part = work / _part(index)
+    return part if part.exists() else work / shard_name(index + 1, total)
+
+
+def _finish(
+    source: Source, plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: list[Path], card: str
+) -> None:
+    """Name the shards, copy side files, write card, index and config: the config last, without which nothing is a model."""
+    total = len(done.shards)
+    shards = {}
+    for i, names in enumerate(done.shards):
+        name = shard_name(i + 1, total)
+        os.replace(_shard_path(work, i, total), work / name)
+        shards[name] = names
+    if total > 1:
+        write_index(work, shards, done.nbytes)
+    for relative in side:
+        (work / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source.directory / relative, work / relative)
+    (work / "README.md").write_text(card, "utf-8")
+    modules = {o.module.path: o.module for o in done.outcomes.values()}
+    quantization = QuantizationConfig(modules, dict(plan.tied), plan.base_model_prefix)
+    write_json(work / CONFIG_FILE, {**config, "quantization_config": quantization.to_dict()})
+    _sync_directory(work)
+
+
+def _sync_directory(path: Path) -> None:
+    """Make renames in a directory durable; not every system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _outcome_to_json(o: Outcome) -> dict[str, Any]:
+    return {
+        "scheme": o.module.scheme.to_dict(),
+        "kind": o.module.kind,
+        "shape": list(o.module.shape),
+        "nbytes": o.nbytes,
+        "squared_error": o.squared_error,
+        "squared_norm": o.squared_norm,
+        "lossless": o.lossless,
+        "widened": o.widened,
+    }
+
+
+def _outcome_from_json(path: str, obj: dict[str, Any]) -> Outcome:
+    module = Module(path, Scheme.from_dict(obj["scheme"]), obj["kind"], tuple(obj["shape"]))
+    return Outcome(module, obj["nbytes"], obj["squared_error"], obj["squared_norm"], obj["lossless"], obj["widened"])

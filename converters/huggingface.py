@@ -1,0 +1,169 @@
+"""Hugging Face checkpoints: a directory or a Hub id; safetensors, sharded or not, and old PyTorch files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..container.header import Header, read_header
+from ..errors import FormatError, SourceError
+from .source import Source, SourceTensor
+
+SAFETENSORS = "model.safetensors"
+PYTORCH = "pytorch_model.bin"
+
+# Weights in any framework's format; everything else of a checkpoint is a side file.
+WEIGHT_SUFFIXES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
+    ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".mlmodel", ".npz",
+)  # fmt: skip
+# Never carried over: code is not run from a model directory, so it has no place in one either (DIR-5).
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle")
+
+
+def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
+    """Open SOURCE for reading: an existing directory, or a repository on the Hub.
+
+    Raises:
+        SourceError: it is neither, or its files are missing or ill-formed.
+    """
+    directory, repo_id = Path(source), None
+    if not directory.is_dir():
+        directory, repo_id = _download(source, revision), source
+    elif revision is not None:
+        raise SourceError(f"{source}: is a directory, which has no revisions; leave --revision out")
+    files = _weight_files(directory)
+    if files[0].endswith(".safetensors"):
+        return SafetensorsSource(directory, files, repo_id, revision)
+    from .pytorch import PytorchSource
+
+    return PytorchSource(directory, files, repo_id, revision)
+
+
+class SafetensorsSource:
+    """Safetensors files, read by byte range: nothing stays in memory between two reads."""
+
+    def __init__(self, directory: Path, files: list[str], repo_id: str | None, revision: str | None) -> None:
+        self.directory, self.repo_id, self.revision = directory, repo_id, revision
+        headers: dict[str, Header] = {}
+        for file in files:
+            try:
+                headers[file] = read_header(directory / file)
+            except FormatError as e:
+                raise SourceError(f"cannot read the checkpoint: {e}") from e
+        self._place: dict[str, tuple[Path, int]] = {}
+        self.tensors: dict[str, SourceTensor] = {}
+        for file, header in headers.items():
+            for t in header.tensors.values():
+                if t.name in self.tensors:
+                    raise SourceError(f"{directory / file}: tensor {t.name!r} stands in another shard too")
+                self.tensors[t.name] = SourceTensor(t.name, t.dtype, t.shape, t.nbytes)
+                self._place[t.name] = (directory / file, t.begin)
+        self.identity = file_identity([directory / f for f in files])
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        path, begin = self._place[name]
+        out = np.empty(self.tensors[name].nbytes, np.uint8)
+        with open(path, "rb", buffering=0) as f:
+            f.seek(begin)
+            done = 0
+            while done < len(out):  # one read call gives at most 2 GiB
+                n = f.readinto(memoryview(out)[done:])
+                if not n:
+                    raise SourceError(f"{path}: ends inside tensor {name!r}; it changed while it was read")
+                done += n
+        return out
+
+
+def file_identity(paths: list[Path]) -> str:
+    """Names, sizes and first bytes (the header, so names and shapes) of files; cheap, and enough to tell checkpoints apart."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            digest.update(f"{path.name}\t{path.stat().st_size}\n".encode() + f.read(1 << 20))
+    return digest.hexdigest()
+
+
+def read_model_config(directory: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint that is not quantized yet."""
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise SourceError(f"{path}: is missing; SOURCE must be a Hugging Face model directory") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise SourceError(f"{path}: is not valid JSON: {e}") from e
+    if not isinstance(config, dict):
+        raise SourceError(f"{path}: is not a JSON object")
+    if "quantization_config" in config:
+        found = config["quantization_config"]
+        method = found.get("quant_method") if isinstance(found, dict) else None
+        raise SourceError(
+            f"{path}: the checkpoint is quantized already (quant_method {method!r}); convert the original, "
+            + ("or run `lowbit dequantize` first" if method == "lowbit" else "or dequantize it first")
+        )
+    return config
+
+
+def side_files(directory: Path) -> list[Path]:
+    """Files to carry over (tokenizer, generation config, …), relative to `directory`, sorted."""
+    found = []
+    for path in sorted(directory.rglob("*")):
+        relative = path.relative_to(directory)
+        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
+            continue
+        if relative.name.endswith((*WEIGHT_SUFFIXES, *CODE_SUFFIXES)) or str(relative) in ("config.json", "README.md"):
+            continue
+        found.append(relative)
+    return found
+
+
+def _weight_files(directory: Path) -> list[str]:
+    """Names of the weight files, safetensors first; an index is followed."""
+    for single in (SAFETENSORS, PYTORCH):
+        if (directory / single).is_file():
+            return [single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            return _indexed_files(index)
+    raise SourceError(f"{directory}: has neither {SAFETENSORS} nor {PYTORCH}, nor an index of either")
+
+
+def _indexed_files(index: Path) -> list[str]:
+    try:
+        weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
+        files = list(dict.fromkeys(weight_map.values()))
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+        raise SourceError(f"{index}: is not an index with a weight_map: {e!r}") from e
+    if not files:
+        raise SourceError(f"{index}: names no files")
+    for file in files:
+        if not isinstance(file, str) or not re.fullmatch(r"[^./\\][^/\\]*", file):
+            raise SourceError(f"{index}: file name {file!r} is not a plain name")
+        if not (index.parent / file).is_file():
+            raise SourceError(f"{index}: the shard {file} is missing; the download is incomplete")
+    return files
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    """The repository's files in the local cache; PyTorch files only where there is no safetensors."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id):
+        raise SourceError(f"{repo_id}: no such directory, and not the id of a Hub repository")
+    unwanted = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.py", "*.pt", "*.pth", "*.ckpt"]
+    try:
+        path = Path(hub.snapshot_download(repo_id, revision=revision, ignore_patterns=[*unwanted, "*.bin"]))
+        if not any(path.glob("*.safetensors")):
+            path = Path(hub.snapshot_download(repo_id, revision=revision, ignore_patterns=unwanted))
+        return path
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        at = f" at revision {revision}" if revision else ""
+        raise SourceError(f"{repo_id}: no such directory, and not to be had from the Hub{at}: {e}") from e

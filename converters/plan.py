@@ -1,0 +1,156 @@
+"""The plan of a conversion, made from names and shapes alone: what becomes of every tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ..codecs import stored_bits
+from ..errors import CoverageError, NothingToQuantizeError, SourceError
+from ..quantize import Target
+from ..schema import Module
+from .names import Names, Role
+from .recipe import Recipe
+from .source import FLOATS, Source, SourceTensor
+
+MATRICES = ("linear", "conv1d", "expert")  # the kinds that coverage counts
+_BASE_MEMORY = 640 << 20  # Python with torch, transformers and numba loaded
+
+
+@dataclass(frozen=True)
+class Step:
+    """What becomes of one tensor of the checkpoint.
+
+    Attributes:
+        tensor: the tensor.
+        role: its place in the model.
+        target: how to quantize it; None keeps it as it is.
+        path: path of the module that it becomes (the owner, if tied).
+        reason: why it is kept, where it might have been quantized.
+    """
+
+    tensor: SourceTensor
+    role: Role
+    target: Target | None = None
+    path: str = ""
+    reason: str = ""
+
+    def module(self, scheme_dtype: str | None = None) -> Module:
+        """The planned module; recognition and rounding may still change its scheme."""
+        if self.target is None:
+            raise ValueError(f"{self.tensor.name} is not quantized")
+        shape = self.tensor.shape[::-1] if self.role.kind == "conv1d" else self.tensor.shape
+        return Module(self.path, self.target.scheme(scheme_dtype), self.role.kind, shape)
+
+    @property
+    def counted(self) -> bool:
+        """Whether coverage counts it: a Linear, Conv1D or expert weight of the base model."""
+        return self.role.kind in MATRICES and not self.role.head
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All steps, in the order of writing, and what follows from them."""
+
+    steps: tuple[Step, ...]
+    tied: dict[str, str] = field(default_factory=dict)
+    base_model_prefix: str = ""
+    architecture: str = ""
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def quantized(self) -> list[Step]:
+        return [s for s in self.steps if s.target is not None]
+
+    @property
+    def coverage(self) -> float:
+        """Quantized part of the weights of Linear, Conv1D and expert modules of the base model; 1 if it has none."""
+        counted = [s for s in self.steps if s.counted]
+        total = sum(s.tensor.numel for s in counted)
+        return sum(s.tensor.numel for s in counted if s.target is not None) / total if total else 1.0
+
+    def kept(self) -> list[Step]:
+        """Matrices that might have been quantized and are not, largest first."""
+        kinds = (*MATRICES, "embedding")
+        kept = [s for s in self.steps if s.target is None and s.role.kind in kinds]
+        return sorted(kept, key=lambda s: -s.tensor.numel)
+
+    def output_bytes(self) -> int:
+        """Bytes of all tensors of the output, as planned."""
+        return sum(s.tensor.nbytes if s.target is None else -(-stored_bits(s.module()) // 8) for s in self.steps)
+
+    def peak_memory(self) -> int:
+        """Expected peak of resident memory in bytes: the libraries, and the largest tensor as bytes, floats, codes and decoded."""
+        largest = max((s.tensor.numel for s in self.quantized), default=0)
+        copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
+        return _BASE_MEMORY + max(11 * largest, copied)
+
+
+def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: float = 0.9) -> Plan:
+    """Decide about every tensor.
+
+    Raises:
+        NothingToQuantizeError: no module would be quantized.
+        CoverageError: less than `min_coverage` of the matrices would be.
+        RecipeError: a pattern of the recipe matches nothing.
+        SourceError: a tensor to quantize has a dtype that is no float.
+    """
+    quantizable = [r for r in names.roles.values() if r.kind in ("linear", "conv1d", "embedding")]
+    recipe.check_matches([r.path for r in quantizable] + list(names.tied))
+    steps, dropped, tied = [], [], {}
+    owners = set(names.tied.values())
+    by_path = {r.path: r for r in names.roles.values()}
+    for key, role in names.roles.items():
+        tensor = source.tensors[key]
+        owner = names.tied.get(role.path, role.path)
+        target, reason = _decide(role, owner, names, recipe)
+        if target is not None and role.path != owner and owner in by_path:
+            dropped.append(key)  # a copy of a tied matrix that is stored under its owner; the driver compares the two
+            continue
+        if target is not None and tensor.dtype not in FLOATS:
+            raise SourceError(
+                f"{key}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; is it quantized already?"
+            )
+        steps.append(Step(tensor, role, target, owner, reason))
+        if target is not None and owner in owners:
+            tied.update({place: own for place, own in names.tied.items() if own == owner})
+    plan = Plan(tuple(steps), tied, names.base_model_prefix, names.architecture, tuple(dropped))
+    _check(plan, min_coverage)
+    return plan
+
+
+def _decide(role: Role, owner: str, names: Names, recipe: Recipe) -> tuple[Target | None, str]:
+    """Target of a tensor, or None and the reason. All places of a tied matrix share one decision."""
+    if role.kind not in (*MATRICES, "embedding"):
+        return None, ""
+    if role.reason is not None:
+        return None, role.reason
+    places = [owner, *(place for place, own in names.tied.items() if own == owner)]
+    for place in places:
+        rule = recipe.rule_for(place)
+        if rule is not None:
+            return rule.target, "" if rule.target is not None else f"kept by the pattern {rule.match!r}"
+    tied = len(places) > 1
+    if role.kind == "embedding" or tied:
+        if recipe.embeddings or (tied and recipe.lm_head):
+            return recipe.default, ""
+        return None, "embedding, tied to the output head" if tied else "embedding"
+    if role.head:
+        return (recipe.default, "") if recipe.lm_head else (None, "output head")
+    return recipe.default, ""
+
+
+def _check(plan: Plan, min_coverage: float) -> None:
+    if not plan.quantized:
+        found = Counter(s.reason for s in plan.kept())
+        why = "; ".join(f"{n} kept: {reason}" for reason, n in found.most_common(3))
+        raise NothingToQuantizeError(
+            f"{plan.architecture}: no Linear, Conv1D or Embedding weight would be quantized"
+            + (f" ({why})" if why else "")
+        )
+    if plan.coverage < min_coverage:
+        largest = "; ".join(f"{s.role.path} ({s.reason})" for s in plan.kept() if s.counted)[:400]
+        raise CoverageError(
+            f"{plan.architecture}: only {plan.coverage:.1%} of the weights in matrices would be quantized, expected at least "
+            f"{min_coverage:.0%}; kept in full precision: {largest}; pass --min-coverage {plan.coverage:.2f} to accept it"
+        )

@@ -1,0 +1,75 @@
+"""Old PyTorch checkpoints (``pytorch_model.bin``): pickles, read with ``weights_only=True`` only."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SourceError
+from .huggingface import file_identity
+from .source import SourceTensor
+
+SAFE_TORCH = (2, 6)  # before it, weights_only=True could be made to run code: CVE-2025-32434
+
+_DTYPES = {
+    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
+    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+}  # fmt: skip
+
+
+class PytorchSource:
+    """Zip-format files are memory-mapped, so that only the tensor in hand takes memory; older ones are read whole."""
+
+    def __init__(self, directory: Path, files: list[str], repo_id: str | None, revision: str | None) -> None:
+        import torch
+
+        found = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
+        if found < SAFE_TORCH:
+            raise SourceError(
+                f"{directory / files[0]}: a pickle cannot be read safely with torch {torch.__version__} (CVE-2025-32434); "
+                "install torch 2.6 or newer, or get the checkpoint as safetensors"
+            )
+        self.directory, self.repo_id, self.revision = directory, repo_id, revision
+        self._loaded: dict[str, Any] = {}
+        self.tensors: dict[str, SourceTensor] = {}
+        for file in files:
+            for name, value in _load(directory / file).items():
+                if not isinstance(value, torch.Tensor):
+                    continue
+                dtype = _DTYPES.get(str(value.dtype))
+                if dtype is None:
+                    raise SourceError(f"{directory / file}: tensor {name!r} has the unknown dtype {value.dtype}")
+                self._loaded[name] = value
+                self.tensors[name] = SourceTensor(name, dtype, tuple(value.shape), value.numel() * value.element_size())
+        self.identity = file_identity([directory / f for f in files])
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        import torch
+
+        flat = self._loaded[name].contiguous().reshape(-1)
+        return np.array(flat.view(torch.uint8).numpy()) if flat.numel() else np.empty(0, np.uint8)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    import torch
+
+    try:
+        with open(path, "rb") as f:
+            zipped = f.read(4) == b"PK\x03\x04"
+        if not zipped:
+            warnings.warn(
+                f"{path}: an old checkpoint that is not a zip file; it is read into memory as a whole", stacklevel=2
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as e:
+        raise SourceError(f"{path}: is damaged, or holds more than tensors and is refused: {str(e)[:200]}") from e
+    if not isinstance(state, dict):
+        raise SourceError(f"{path}: holds a {type(state).__name__}, expected a state dict")
+    return state

@@ -1,0 +1,68 @@
+"""What the driver asks of a checkpoint: names and shapes at once, numbers one tensor at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import SourceError
+from ..packed import F32
+
+FLOATS = ("F64", "F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor of the checkpoint, known from headers alone."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=object)) if self.shape else 1
+
+
+class Source(Protocol):
+    """A checkpoint.
+
+    Attributes:
+        directory: where its config and side files lie.
+        tensors: every tensor by name.
+        identity: a string that changes when the weights do; a resumed conversion must find the same.
+        repo_id, revision: where it came from, if from the Hub.
+    """
+
+    directory: Path
+    tensors: dict[str, SourceTensor]
+    identity: str
+    repo_id: str | None
+    revision: str | None
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor, row-major and little-endian, as a uint8 array of its own."""
+        ...
+
+
+def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
+    """Bytes of a float tensor as float32 in its shape; raises SourceError for other dtypes.
+
+    Exact for all but F64, whose values are rounded.
+    """
+    if tensor.dtype == "BF16":
+        wide = raw.view("<u2").astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32).reshape(tensor.shape)
+    kinds: dict[str, Any] = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+    if tensor.dtype not in kinds:
+        raise SourceError(
+            f"{tensor.name}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; "
+            "a checkpoint that is quantized already must be dequantized first"
+        )
+    return raw.view(kinds[tensor.dtype]).astype(np.float32, copy=False).reshape(tensor.shape)

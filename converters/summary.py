@@ -1,0 +1,150 @@
+"""What a plan or a conversion amounts to, in numbers and in tables for the terminal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..codecs import stored_bits
+from .driver import Outcome
+from .plan import Plan, Step
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+WORST = 5  # modules listed with the largest error
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over a converted model.
+
+    Attributes:
+        weights: quantized weights.
+        bits_per_weight: stored bits of quantized modules for each of their weights.
+        source_bytes, output_bytes: of all tensors.
+        relative_error: over all quantized weights.
+    """
+
+    weights: int
+    bits_per_weight: float
+    source_bytes: int
+    output_bytes: int
+    relative_error: float
+
+    @property
+    def ratio(self) -> float:
+        return self.source_bytes / self.output_bytes
+
+    @classmethod
+    def of(cls, plan: Plan, outcomes: dict[str, Outcome]) -> Totals:
+        weights = sum(o.module.numel for o in outcomes.values())
+        stored = sum(o.nbytes for o in outcomes.values())
+        kept = sum(s.tensor.nbytes for s in plan.steps if s.target is None)
+        norm = sum(o.squared_norm for o in outcomes.values())
+        error = sum(o.squared_error for o in outcomes.values())
+        return cls(
+            weights,
+            8 * stored / weights,
+            sum(s.tensor.nbytes for s in plan.steps),
+            stored + kept,
+            (error / norm) ** 0.5 if norm else 0.0,
+        )
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """Tables of ``--dry-run``: each module's scheme, and the totals."""
+    from rich.table import Table
+
+    modules = Table("module", "kind", "shape", "scheme", "bits/weight", title="Plan")
+    for step in plan.steps:
+        if step.target is not None:
+            m = step.module()
+            bits = stored_bits(m) / m.numel
+            modules.add_row(step.path, m.kind, "x".join(map(str, m.shape)), _scheme(step), f"{bits:.2f}")
+    source = sum(s.tensor.nbytes for s in plan.steps)
+    bits = sum(stored_bits(s.module()) for s in plan.quantized) / sum(s.tensor.numel for s in plan.quantized)
+    totals = _pairs(
+        "Totals",
+        [
+            ("architecture", plan.architecture),
+            ("quantized modules", str(len(plan.quantized))),
+            ("bits per quantized weight", f"{bits:.2f}"),
+            ("size now", _mb(source)),
+            ("size then", f"{_mb(plan.output_bytes())} ({source / plan.output_bytes():.2f} x smaller)"),
+            ("coverage", f"{plan.coverage:.1%}"),
+            ("expected peak memory", _mb(plan.peak_memory())),
+        ],
+    )
+    return [modules, totals, *_kept_table(plan)]
+
+
+def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> list[Table]:
+    """Tables at the end of a conversion."""
+    from rich.table import Table
+
+    kinds: dict[str, list[Outcome]] = defaultdict(list)
+    for o in outcomes.values():
+        kinds[_module_kind(o.module.path)].append(o)
+    errors = Table("module kind", "modules", "weights", "bits/weight", "relative error", title="Error by module kind")
+    for kind, group in sorted(kinds.items()):
+        weights = sum(o.module.numel for o in group)
+        norm = sum(o.squared_norm for o in group)
+        error = (sum(o.squared_error for o in group) / norm) ** 0.5 if norm else 0.0
+        bits = 8 * sum(o.nbytes for o in group) / weights
+        errors.add_row(kind, str(len(group)), f"{weights:,}", f"{bits:.2f}", f"{error:.4f}")
+    worst = Table("module", "relative error", title="Worst modules")
+    for o in sorted(outcomes.values(), key=lambda o: -o.relative_error)[:WORST]:
+        worst.add_row(o.module.path, f"{o.relative_error:.4f}")
+    totals, rows = Totals.of(plan, outcomes), []
+    rows.append(("quantized weights", f"{totals.weights:,}"))
+    rows.append(("bits per quantized weight", f"{totals.bits_per_weight:.2f}"))
+    rows.append(("size", f"{_mb(totals.source_bytes)} -> {_mb(totals.output_bytes)} ({totals.ratio:.2f} x smaller)"))
+    rows.append(("coverage", f"{plan.coverage:.1%}"))
+    rows.append(("relative error", f"{totals.relative_error:.4f}"))
+    rows.append(("time", f"{seconds:.1f} s ({totals.weights / seconds / 1e6:.1f} M weights/s)"))
+    if lossless := [o for o in outcomes.values() if o.lossless]:
+        rows.append(("stored without loss", f"{len(lossless)} modules lay on a grid already"))
+    if widened := [o for o in outcomes.values() if o.widened]:
+        rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
+    return [errors, worst, _pairs("Result", rows), *_kept_table(plan)]
+
+
+def _kept_table(plan: Plan) -> list[Table]:
+    """Matrices left in full precision, and why; no table if there are none."""
+    from rich.table import Table
+
+    if not plan.kept():
+        return []
+    table = Table("module", "weights", "reason", title="Kept in full precision")
+    for step in plan.kept()[:20]:
+        table.add_row(step.role.path, f"{step.tensor.numel:,}", step.reason)
+    if len(plan.kept()) > 20:
+        table.add_row(f"… and {len(plan.kept()) - 20} more", "", "")
+    return [table]
+
+
+def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _scheme(step: Step) -> str:
+    scheme = step.module().scheme
+    return (
+        f"{scheme.label or scheme.codec} {scheme.bits} bits, group {scheme.group_size or 'row'}, {scheme.scale_dtype}"
+    )
+
+
+def _module_kind(path: str) -> str:
+    """The last name of a path that is not a number: ``model.layers.3.mlp.up_proj`` is an ``up_proj``."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.1f} MB"

@@ -1,0 +1,171 @@
+"""The format as a quantization method of transformers. Importing this module registers it under ``"lowbit"``.
+
+transformers reads a pre-quantized checkpoint in three steps: it builds the model without data, lets the quantizer put
+its own modules in, and loads tensors by name. File names equal module names, so the second step is all there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..container.reader import CONFIG_FILE, ModelReader
+from ..container.writer import file_metadata
+from ..errors import LoadError
+from ..schema import QUANT_METHOD, QuantizationConfig
+from .model import generalize, specialize
+from .modules import LowbitModule
+from .placement import Placement, describe, lowbit_modules, place_modules, tie
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load: `bits`, the precision to read at (NST-1); `verify`, check all digests and rules first."""
+
+    bits: int | None = None
+    verify: bool = False
+
+
+_DEFAULT = LoadOptions()
+_options: ContextVar[LoadOptions] = ContextVar("lowbit_load_options", default=_DEFAULT)
+
+
+@contextlib.contextmanager
+def load_options(options: LoadOptions) -> Iterator[None]:
+    """Options for the models loaded inside the block; a file cannot set them, as it could keys of its config."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+@register_quantization_config(QUANT_METHOD)
+class LowbitConfig(QuantizationConfigMixin):
+    """``quantization_config`` as transformers wants it: a parsed :class:`QuantizationConfig` inside.
+
+    Raises ConfigError or VersionError for what the spec does not allow (CFG and VER rules).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a str enum in transformers
+        self.parsed = QuantizationConfig.from_dict({"quant_method": QUANT_METHOD, **kwargs})
+
+    @classmethod
+    def of(cls, parsed: QuantizationConfig) -> LowbitConfig:
+        """Wrap a config that is parsed already."""
+        return cls(**parsed.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.parsed.to_dict()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+@register_quantizer(QUANT_METHOD)
+class LowbitQuantizer(HfQuantizer):
+    """Puts lowbit modules in before loading, checks and settles them afterwards, describes them on saving."""
+
+    requires_calibration = True  # transformers' word for: cannot quantize on the fly
+    is_trainable = True
+    is_qat_trainable = True  # the Trainer takes a model without adapters only with both
+    is_compileable = True
+
+    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.options = _options.get()
+        self.placed = Placement()
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """At a lower precision the file's planes are more than the module keeps, which is no mismatch."""
+        return self.options.bits is not None and param_name.endswith(".planes")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        reader = self._open(checkpoint_files)
+        self.placed = place_modules(model, reader, self.options.bits)
+        tie(model, self.placed)
+        specialize(model)
+        if self.options.bits is not None:  # the parameters of other precisions are left aside on purpose
+            ignored = model._keys_to_ignore_on_load_unexpected  # None, a list or a set: versions differ
+            kind = list if ignored is None else type(ignored)
+            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), r"\.(scales|offsets|zeros)(_k\d)?$"])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        offloaded = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        for path, module in lowbit_modules(model):
+            _check_loaded(path, module, offloaded)
+            if path in self.placed.files:
+                module.settle(path)
+        for place, owner in self.placed.tied.items():
+            model.get_submodule(place).share(model.get_submodule(owner))
+        tie(model, self.placed)
+        self.quantization_config = LowbitConfig.of(describe(model, self.placed))
+        model.config.quantization_config = self.quantization_config
+        # Saved names are the model's own, which quantization_config has; a reverted renaming would part the two.
+        model._weight_conversions = []
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """On saving: transformers' own state dict, and digests of its tensors, one map for all shards (DIG-2)."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        twice = model.all_tied_weights_keys
+        tensors = {name: t for name, t in model.state_dict().items() if name not in twice}
+        plain = {name: t for name, t in tensors.items() if type(t) is Tensor and not t.is_meta}
+        return None, file_metadata({name: _digest(t) for name, t in plain.items()})
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace lowbit modules by float ones; tied weights stay tied, and the classes become those of before."""
+        weights: dict[int, nn.Parameter] = {}
+        for path, module in list(lowbit_modules(model)):
+            if id(module.planes) not in weights:
+                weights[id(module.planes)] = nn.Parameter(module.dequantize(dtype).contiguous())
+            model.set_submodule(path, module.float_module(weights[id(module.planes)]))
+        tie(model, self.placed)
+        generalize(model)
+        return model.to(dtype)
+
+    def _open(self, checkpoint_files: list[str] | None) -> ModelReader:
+        """The directory of the files, checked as a whole (section 3, TEN-1); with ``verify``, its data too."""
+        if not checkpoint_files or not (Path(checkpoint_files[0]).parent / CONFIG_FILE).is_file():
+            raise LoadError("a lowbit model is loaded from the files of its directory, not from a state_dict")
+        reader = ModelReader(Path(checkpoint_files[0]).parent)
+        if self.options.verify and (unverified := reader.verify()):
+            log.warning("%s: %d tensors have no digest", reader.directory, unverified)
+        return reader
+
+
+def _check_loaded(path: str, module: LowbitModule, offloaded: bool) -> None:
+    """Raise LoadError for a tensor that was not loaded: transformers would go on with whatever memory held."""
+    for role, param in module.packed_parameters().items():
+        if param.is_meta and offloaded:
+            if module.precision is not None:
+                raise LoadError(f"{path}: a lower precision cannot be offloaded; load all bits, or on one device")
+        elif param.is_meta or not getattr(param, "_is_hf_initialized", False):
+            raise LoadError(f"{path}.{role} was not loaded from the file")
+
+
+def _digest(tensor: Tensor) -> str:
+    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(raw.numpy().data).hexdigest()

@@ -1,0 +1,110 @@
+"""What a transformers model with lowbit modules answers differently: dtype, sizes, casts, resizing.
+
+``PreTrainedModel`` computes these from its parameters, of which uint8 planes and float16 scales are now the first.
+A loaded model's class is a subclass of its own class, of the same name, with :class:`LowbitModel` in front; torch's
+FSDP makes its classes in the same way. Pickling goes through the original class.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import UnsupportedOperationError
+from .modules import LowbitEmbedding, LowbitModule
+
+
+class LowbitModel:
+    """Mixin in front of a ``PreTrainedModel``."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype: ``save_pretrained`` writes it, and model code builds masks and caches in it."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, LowbitModule):
+                return module.compute_dtype
+            for param in module.parameters(recurse=False):
+                if param.is_floating_point():
+                    dtype: torch.dtype = param.dtype
+                    return dtype
+        raise AttributeError("a model without modules has no dtype")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the model that this one stands for: a packed matrix counts rows * cols.
+
+        With `only_trainable`, the tensors that get gradients, as they are.
+        """
+        total, seen = 0, set[int]()
+        for module in self.modules():  # type: ignore[attr-defined]
+            if exclude_embeddings and isinstance(module, (nn.Embedding, LowbitEmbedding)):
+                seen.update(id(p) for p in module.parameters(recurse=False))
+                continue
+            packed = module.packed_parameters().values() if isinstance(module, LowbitModule) else ()
+            if packed and not only_trainable and id(module.planes) not in seen:
+                total += module.rows * module.cols
+                seen.update(id(p) for p in packed)
+            for p in module.parameters(recurse=False):
+                if id(p) not in seen and (p.requires_grad or not only_trainable):
+                    total += p.numel()
+                    seen.add(id(p))
+        return total
+
+    def half(self) -> Any:
+        """Compute in float16; packed tensors keep their dtype."""
+        return self.to(torch.float16)  # type: ignore[attr-defined]
+
+    def float(self) -> Any:
+        """Compute in float32; packed tensors keep their dtype."""
+        return self.to(torch.float32)  # type: ignore[attr-defined]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """As in transformers, if embeddings are float or the size stays; else raises UnsupportedOperationError."""
+        places = (self.get_input_embeddings(), self.get_output_embeddings())  # type: ignore[attr-defined]
+        rows = next((m.rows for m in places if isinstance(m, LowbitModule)), None)
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        if rows is not None and wanted is not None:
+            wanted += -wanted % (pad_to_multiple_of or 1)
+            if wanted != rows:
+                raise UnsupportedOperationError(
+                    f"cannot resize token embeddings from {rows} to {wanted}: they are stored as bit-planes. Convert "
+                    "the model with embeddings and output head in full precision, or call model.dequantize() first"
+                )
+        resized: nn.Module = super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, pad_to_multiple_of, *args, **kwargs
+        )
+        return resized
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        return (_new, (type(self).__mro__[2],), *reduced[2:])
+
+
+def specialize(model: nn.Module) -> None:
+    """Give every transformers model inside `model` that has lowbit modules its :class:`LowbitModel` class."""
+    for module in model.modules():
+        is_model = hasattr(module, "all_tied_weights_keys") and not isinstance(module, LowbitModel)
+        if is_model and any(isinstance(m, LowbitModule) for m in module.modules()):
+            cls: Any = type(module)
+            module.__class__ = _lowbit_class(cls)
+
+
+def generalize(model: nn.Module) -> None:
+    """Undo :func:`specialize`."""
+    for module in model.modules():
+        if isinstance(module, LowbitModel):
+            module.__class__ = type(module).__mro__[2]
+
+
+@functools.cache
+def _lowbit_class(cls: type) -> Any:
+    return type(cls.__name__, (LowbitModel, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+
+def _new(cls: type) -> Any:
+    lowbit = _lowbit_class(cls)
+    return object.__new__(lowbit)
