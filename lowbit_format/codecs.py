@@ -73,7 +73,7 @@ def tensor_specs(module: Module) -> tuple[TensorSpec, ...]:
 def all_roles() -> frozenset[str]:
     """Every role that a tensor of section 4 can have."""
     shifts = {c.shift for c in CODECS.values() if c.shift}
-    numbered = {f"{r}_k{k}" for r in ("scales", *shifts) for k in range(1, 8)}
+    numbered = {f"{r}_k{k}" for r in ("scales", *shifts) for k in range(1, 10)}  # TEN-1
     return frozenset({"planes", "scales", "codebook", "row_bits"} | shifts | numbered)
 
 

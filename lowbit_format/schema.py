@@ -22,7 +22,7 @@ KINDS = {"linear": 2, "conv1d": 2, "embedding": 2, "experts": 3, "experts_transp
 CODECS = ("bcq", "uniform", "codebook")
 
 _SCHEME_KEYS = {"codec", "bits", "group_size", "scale_dtype", "offset", "row_bits", "nested", "label"}
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,7 @@ class QuantizationConfig:
         if not isinstance(tied, Mapping) or not all(isinstance(v, str) for v in tied.values()):
             raise ConfigError("CFG-7", "tied is not an object from path to path", file=file)
         for place, owner in tied.items():
+            check_path(place, file=file)
             if place in modules:
                 raise ConfigError(
                     "TIE-2", "is tied to another module and must not be in modules", file=file, tensor=place
@@ -266,7 +267,7 @@ def check_version(version: object, *, file: object, rule: str) -> None:
 
 def check_path(path: object, *, file: object, rule: str = "CFG-4") -> str:
     """`path`, refused if it is empty, too long or holds a separator or control character (CFG-4)."""
-    if not isinstance(path, str) or not 1 <= len(path) <= MAX_PATH or _CONTROL.search(path) or set(path) & {"/", "\\"}:
+    if not isinstance(path, str) or not 1 <= len(path) <= MAX_PATH or _CONTROL.search(path) or set(path) & {"/", "\\"} or "" in path.split("."):
         raise ConfigError(
             rule, f"module path {str(path)[:80]!r} is empty, too long or has a forbidden character", file=file
         )

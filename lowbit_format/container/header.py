@@ -30,7 +30,7 @@ ITEM_BYTES = {  # HDR-4
     "C64": 8, "F64": 8, "I64": 8, "U64": 8,
 }  # fmt: skip
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _HEX = re.compile(r"[0-9a-f]{64}")
 
 

@@ -33,7 +33,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_SAFE_FILE = re.compile(r"[^./\\\x00-\x1f\x7f][^/\\\x00-\x1f\x7f]*\.safetensors")  # DIR-3
+_SAFE_FILE = re.compile(r"[^./\\\x00-\x1f\x7f\ud800-\udfff][^/\\\x00-\x1f\x7f\ud800-\udfff]*\.safetensors")  # DIR-3
 
 
 class ModelReader:
@@ -253,6 +253,8 @@ def read_config(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:
     config = strict_json.loads(path.read_bytes(), fail, constants=True)
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise fail("DIR-1", "has no quantization_config: this is not a lowbit model, convert it first")
+    if not isinstance(config["quantization_config"], dict):
+        raise fail("DIR-1", "quantization_config is not an object")
     if _has_constant(config["quantization_config"]):  # elsewhere in config.json transformers writes Infinity
         raise fail("DIR-8", "quantization_config holds NaN or Infinity, which is not JSON")
     return config, QuantizationConfig.from_dict(config["quantization_config"], file=path)
@@ -333,7 +335,7 @@ def _check_tensors(reader: ModelReader) -> None:
             if module.tensor(role) in reader._file_of and module.tensor(role) not in known:
                 raise reader._bad("TEN-1", "the module's scheme does not call for this tensor", module.tensor(role))
     for place in config.tied:
-        for role in roles:
+        for role in (*roles, "weight"):
             if f"{place}.{role}" in reader._file_of:
                 raise reader._bad("TIE-2", f"this place is tied to {config.tied[place]!r}", f"{place}.{role}")
     for name in reader.names():

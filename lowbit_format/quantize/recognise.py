@@ -38,6 +38,8 @@ def recognise(weight: F32, target: Target, source_dtype: str) -> PackedMatrix | 
     """
     if source_dtype not in FLOATS:  # F64: what float32 has lost cannot be stored without loss
         return None
+    # Without scales of its own, a matrix serves a nested precision only if it has no more bits than that (NST-3).
+    target = replace(target, bits=min(target.nested, default=target.bits), nested=())
     for size in dict.fromkeys(s for s in (0, target.group_size, *_GROUP_SIZES) if s < weight.shape[1]):
         found = _on_grid(weight[:_PROBES], size, target, source_dtype)
         if found is not None and len(weight) > _PROBES:
