@@ -29,7 +29,8 @@ def model_card(source: Source, plan: Plan, outcomes: dict[str, Outcome], *, name
 
 # {name}
 
-{f"[{original}](https://huggingface.co/{original})" if original else "A model"} with its weights in bit-planes, in the lowbit format 1.0.
+{f"[{original}](https://huggingface.co/{original})" if original else "A model"} with its weights in bit-planes, in the
+lowbit format 1.0.
 
 ## Loading
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -47,10 +47,10 @@ def convert(
         bool, typer.Option(help="Quantize the output head: faster decoding, the most sensitive matrix.")
     ] = False,
     keep: Annotated[
-        Optional[list[str]], typer.Option(help="Leave modules that match this pattern in full precision; repeatable.")
-    ] = None,  # noqa: UP045 - typer reads it
-    recipe: Annotated[Optional[Path], typer.Option(help="JSON file with a default and rules by pattern.")] = None,  # noqa: UP045
-    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit on the Hub.")] = None,  # noqa: UP045
+        list[str] | None, typer.Option(help="Leave modules that match this pattern in full precision; repeatable.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="JSON file with a default and rules by pattern.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
     ] = 0.9,

@@ -17,6 +17,7 @@ from .recipe import Recipe
 from .source import FLOATS, Source
 
 SHARD_BYTES = 5 << 30
+DEFAULT_RECIPE = Recipe()
 _DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -32,10 +33,10 @@ class Conversion:
 
 def plan_conversion(
     source: str,
-    recipe: Recipe = Recipe(),
+    recipe: Recipe = DEFAULT_RECIPE,
     *,
     revision: str | None = None,
-    min_coverage: float = 0.9,  # noqa: B008 - frozen
+    min_coverage: float = 0.9,
 ) -> tuple[Source, Plan, dict[str, Any]]:
     """Open a checkpoint and plan its conversion, from headers alone.
 
@@ -64,7 +65,7 @@ def plan_conversion(
 def convert_hf_to_lowbit(
     source: str,
     out: str | Path,
-    recipe: Recipe = Recipe(),  # noqa: B008 - frozen
+    recipe: Recipe = DEFAULT_RECIPE,
     *,
     revision: str | None = None,
     min_coverage: float = 0.9,

@@ -6,7 +6,6 @@ rename when all of it is complete (DIR-7); a journal in it lets an interrupted c
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -26,9 +25,11 @@ from ..container.reader import CONFIG_FILE
 from ..container.writer import (
     ShardWriter,
     Tensor,
+    check_absent,
     disk_errors,
     header_room,
     module_tensors,
+    publish,
     shard_name,
     write_index,
     write_json,
@@ -121,10 +122,7 @@ def run(
             _compare_dropped(source, plan)
             _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
             _finish(source, plan, config, work, done, side, card(done.outcomes))
-            if out.exists():
-                out.rmdir()
-            os.replace(work, out)
-            _sync_directory(out.parent)
+            publish(work, out)
             (out / JOURNAL).unlink()
     except BaseException:
         if not done.shards:  # nothing worth going on with
@@ -139,8 +137,7 @@ def work_directory(out: Path) -> Path:
 
 
 def _check_free(out: Path, work: Path, resume: bool) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: exists already and is not empty; choose another name or remove it")
+    check_absent(out)
     if work.exists() and not resume:
         raise OutputError(
             f"{work}: an unfinished conversion to {out.name} lies there; pass --resume to complete it, or remove it"
@@ -192,7 +189,9 @@ def _write_shards(
 
 
 def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:
-    """Each step with its tensor (see :func:`_load`), the next one being read while the caller works on the present one."""
+    """Each step with its tensor (see :func:`_load`), the next one being read while the caller works on the present
+    one.
+    """
     with ThreadPoolExecutor(1, thread_name_prefix="lowbit-read") as reader:
         following = reader.submit(_load, source, steps[0]) if steps else None
         for i, step in enumerate(steps):
@@ -310,7 +309,9 @@ def _shard_path(work: Path, index: int, total: int) -> Path:
 def _finish(
     source: Source, plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: list[Path], card: str
 ) -> None:
-    """Name the shards, copy side files, write card, index and config: the config last, without which nothing is a model."""
+    """Name the shards, copy side files, write card, index and config: the config last, without which nothing is a
+    model.
+    """
     total = len(done.shards)
     shards = {}
     for i, names in enumerate(done.shards):
@@ -326,17 +327,6 @@ def _finish(
     modules = {o.module.path: o.module for o in done.outcomes.values()}
     quantization = QuantizationConfig(modules, dict(plan.tied), plan.base_model_prefix)
     write_json(work / CONFIG_FILE, {**config, "quantization_config": quantization.to_dict()})
-    _sync_directory(work)
-
-
-def _sync_directory(path: Path) -> None:
-    """Make renames in a directory durable; not every system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _outcome_to_json(o: Outcome) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class SafetensorsSource:
             f.seek(begin)
             done = 0
             while done < len(out):  # one read call gives at most 2 GiB
-                n = f.readinto(memoryview(out)[done:])
+                n = f.readinto(out[done:].data)
                 if not n:
                     raise SourceError(f"{path}: ends inside tensor {name!r}; it changed while it was read")
                 done += n
@@ -82,7 +82,9 @@ class SafetensorsSource:
 
 
 def file_identity(paths: list[Path]) -> str:
-    """Names, sizes and first bytes (the header, so names and shapes) of files; cheap, and enough to tell checkpoints apart."""
+    """Names, sizes and first bytes (the header, so names and shapes) of files; cheap, and enough to tell checkpoints
+    apart.
+    """
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as f:

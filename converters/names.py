@@ -20,7 +20,8 @@ class Role:
     Attributes:
         key: name in the checkpoint.
         path: the module's path in the model.
-        kind: ``linear``, ``conv1d`` or ``embedding`` where it is the weight of such a module; ``expert`` for a part of a
+        kind: ``linear``, ``conv1d`` or ``embedding`` where it is the weight of such a module; ``expert`` for a part
+            of a
             fused experts parameter; ``other``.
         head: the module lies outside of the base model, or gives the output.
         reason: why it cannot be quantized, or None.
@@ -137,7 +138,7 @@ def _meta_model(directory: Path) -> Any:
         try:
             if cls is not None:
                 return cls(config)
-            return transformers.AutoModel.from_config(config, trust_remote_code=False)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         except Exception as e:
             raise SourceError(
                 f"{directory}: cannot build the architecture {names or type(config).__name__}: {e}"

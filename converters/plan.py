@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -80,7 +81,9 @@ class Plan:
         return sum(s.tensor.nbytes if s.target is None else -(-stored_bits(s.module()) // 8) for s in self.steps)
 
     def peak_memory(self) -> int:
-        """Expected peak of resident memory in bytes: the libraries, and the largest tensor as bytes, floats, codes and decoded."""
+        """Expected peak of resident memory in bytes: the libraries, and the largest tensor as bytes, floats, codes
+        and decoded.
+        """
         largest = max((s.tensor.numel for s in self.quantized), default=0)
         copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
         return _BASE_MEMORY + max(11 * largest, copied)
@@ -151,6 +154,7 @@ def _check(plan: Plan, min_coverage: float) -> None:
     if plan.coverage < min_coverage:
         largest = "; ".join(f"{s.role.path} ({s.reason})" for s in plan.kept() if s.counted)[:400]
         raise CoverageError(
-            f"{plan.architecture}: only {plan.coverage:.1%} of the weights in matrices would be quantized, expected at least "
-            f"{min_coverage:.0%}; kept in full precision: {largest}; pass --min-coverage {plan.coverage:.2f} to accept it"
+            f"{plan.architecture}: only {plan.coverage:.1%} of the weights in matrices would be quantized, expected at "
+            f"least {min_coverage:.0%}; kept in full precision: {largest}; "
+            f"pass --min-coverage {math.floor(100 * plan.coverage) / 100} to accept it"
         )

@@ -33,7 +33,7 @@ class PytorchSource:
         found = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
         if found < SAFE_TORCH:
             raise SourceError(
-                f"{directory / files[0]}: a pickle cannot be read safely with torch {torch.__version__} (CVE-2025-32434); "
+                f"{directory / files[0]}: torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434); "
                 "install torch 2.6 or newer, or get the checkpoint as safetensors"
             )
         self.directory, self.repo_id, self.revision = directory, repo_id, revision

@@ -7,7 +7,8 @@
            {"match": "model.layers.0.*", "keep": true}]}
 ```
 
-A pattern is matched against the module's path (``*`` and ``?`` as in file names; ``*`` crosses dots). The first rule that
+A pattern is matched against the module's path (``*`` and ``?`` as in file names; ``*`` crosses dots). The first rule
+that
 matches decides. A rule's keys override the default; ``"keep": true`` leaves the module in full precision. A rule that
 matches an embedding or the output head quantizes it, which the default does not.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Recipe:
         lm_head: quantize the output head by default too.
     """
 
-    default: Target = Target()
+    default: Target = field(default_factory=Target)
     rules: tuple[Rule, ...] = ()
     embeddings: bool = False
     lm_head: bool = False

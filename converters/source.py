@@ -56,7 +56,7 @@ def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
     Exact for all but F64, whose values are rounded.
     """
     if tensor.dtype == "BF16":
-        wide = raw.view("<u2").astype(np.uint32)
+        wide = raw.view(np.dtype("<u2")).astype(np.uint32)
         wide <<= 16
         return wide.view(np.float32).reshape(tensor.shape)
     kinds: dict[str, Any] = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
@@ -65,4 +65,5 @@ def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
             f"{tensor.name}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; "
             "a checkpoint that is quantized already must be dequantized first"
         )
-    return raw.view(kinds[tensor.dtype]).astype(np.float32, copy=False).reshape(tensor.shape)
+    values: F32 = raw.view(kinds[tensor.dtype]).astype(np.float32, copy=False)
+    return values.reshape(tensor.shape)

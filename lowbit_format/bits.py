@@ -37,9 +37,9 @@ def pack_codes(codes: U8, bits: int) -> U8:
 
 def unpack_codes(planes: U8, cols: int) -> U8:
     """Codes of planes: uint8 ``[n, rows, bytes]`` to uint8 ``[rows, cols]`` (BIT-1, BIT-2)."""
-    codes = np.zeros((planes.shape[1], cols), np.uint8)
+    codes: U8 = np.zeros((planes.shape[1], cols), np.uint8)
     for plane in planes:
-        codes = (codes << 1) | np.unpackbits(plane, axis=1, count=cols, bitorder="little")
+        codes = (codes << np.uint8(1)) | np.unpackbits(plane, axis=1, count=cols, bitorder="little")
     return codes
 
 

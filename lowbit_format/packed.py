@@ -61,7 +61,9 @@ class PackedMatrix:
             return Params(p.scales[:, begin:end], None if p.shift is None else p.shift[begin:end])
 
         nested = {k: rows(p) for k, p in self.nested.items()}
-        return replace(self, rows=end - begin, planes=self.planes[:, begin:end], params=rows(self.params), nested=nested)
+        return replace(
+            self, rows=end - begin, planes=self.planes[:, begin:end], params=rows(self.params), nested=nested
+        )
 
     def at(self, bits: int | None) -> tuple[Params, int]:
         """Parameters and number of planes to read at precision `bits` (NST-1 to NST-3).

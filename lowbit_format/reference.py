@@ -44,10 +44,7 @@ def decode(matrix: PackedMatrix, bits: int | None = None, out: F32 | None = None
     if matrix.scheme.codec == "bcq":
         parallel_rows(_decode_bcq, matrix.rows, out, flat, index, params.scales, shift, n, group)
     else:
-        if matrix.codebook is None:
-            table = np.arange(2**n, dtype=np.float32)
-        else:
-            table = matrix.codebook
+        table = np.arange(2**n, dtype=np.float32) if matrix.codebook is None else matrix.codebook
         parallel_rows(_decode_levels, matrix.rows, out, flat, index, params.scales[0], shift, table, n, group)
     return out
 
@@ -90,14 +87,16 @@ def _full_planes(matrix: PackedMatrix) -> U8:
 
 
 @numba.njit(nogil=True, cache=True)
-def _plane_row(index, p, r, rows):  # type: ignore[no-untyped-def]
+def _plane_row(index, p, r, rows):
     """Row of the flat planes that holds plane `p` of row `r`; -1 where ragged planes have none."""
     return index[p, r] if index.shape[0] > 0 else p * rows + r
 
 
 @numba.njit(nogil=True, cache=True)
-def _row_codes(codes, planes, index, r, rows, n):  # type: ignore[no-untyped-def]
-    """The codes of row `r` from its first `n` planes into `codes`; returns how many planes the row has (BIT-1, BIT-2)."""
+def _row_codes(codes, planes, index, r, rows, n):
+    """The codes of row `r` from its first `n` planes into `codes`; returns how many planes the row has (BIT-1,
+    BIT-2).
+    """
     codes[:] = 0
     for p in range(n):
         at = _plane_row(index, p, r, rows)
@@ -113,7 +112,7 @@ def _row_codes(codes, planes, index, r, rows, n):  # type: ignore[no-untyped-def
 
 
 @numba.njit(nogil=True, cache=True)
-def _decode_bcq(start, stop, out, planes, index, scales, offsets, n, group):  # type: ignore[no-untyped-def]
+def _decode_bcq(start, stop, out, planes, index, scales, offsets, n, group):
     """DEC-2 over rows start to stop. ``a - s`` is ``a + (-s)`` exactly, so a bit only chooses the sign."""
     rows, cols = out.shape
     codes = np.empty(planes.shape[1] * 8, np.uint8)
@@ -130,7 +129,7 @@ def _decode_bcq(start, stop, out, planes, index, scales, offsets, n, group):  # 
 
 
 @numba.njit(nogil=True, cache=True)
-def _decode_levels(start, stop, out, planes, index, scales, zeros, table, n, group):  # type: ignore[no-untyped-def]
+def _decode_levels(start, stop, out, planes, index, scales, zeros, table, n, group):
     """DEC-3 and DEC-4 over rows start to stop: ``(table[code] - zero) * scale``."""
     rows, cols = out.shape
     codes = np.empty(planes.shape[1] * 8, np.uint8)

@@ -267,7 +267,13 @@ def check_version(version: object, *, file: object, rule: str) -> None:
 
 def check_path(path: object, *, file: object, rule: str = "CFG-4") -> str:
     """`path`, refused if it is empty, too long or holds a separator or control character (CFG-4)."""
-    if not isinstance(path, str) or not 1 <= len(path) <= MAX_PATH or _CONTROL.search(path) or set(path) & {"/", "\\"} or "" in path.split("."):
+    if (
+        not isinstance(path, str)
+        or not 1 <= len(path) <= MAX_PATH
+        or _CONTROL.search(path)
+        or set(path) & {"/", "\\"}
+        or "" in path.split(".")
+    ):
         raise ConfigError(
             rule, f"module path {str(path)[:80]!r} is empty, too long or has a forbidden character", file=file
         )

@@ -11,8 +11,9 @@ import pytest
 import lowbit_format
 
 REGISTERED = """
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs, AUTO_QUANTIZER_MAPPING as quantizers
-assert quantizers["lowbit"].__name__ == "LowbitQuantizer" and configs["lowbit"].__name__ == "LowbitConfig"
+import transformers.quantizers.auto as auto
+assert auto.AUTO_QUANTIZER_MAPPING["lowbit"].__name__ == "LowbitQuantizer"
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["lowbit"].__name__ == "LowbitConfig"
 """
 
 
@@ -47,5 +48,6 @@ def test_registers_in_every_order(first: str) -> None:
 def test_lazy_names() -> None:
     assert lowbit_format.ModelReader.__module__ == "lowbit_format.container.reader"
     assert set(lowbit_format.__all__) <= set(dir(lowbit_format))
+    assert all(hasattr(lowbit_format, name) for name in lowbit_format.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = lowbit_format.no_such_name

@@ -33,8 +33,9 @@ def filled(module: LowbitModule) -> LowbitModule:
     return module
 
 
-def linear(scheme: Scheme = SCHEME, **kwargs: object) -> LowbitModule:
-    return filled(LowbitLinear(scheme, 6, 20, bias=True, **kwargs))
+def linear(scheme: Scheme = SCHEME) -> LowbitModule:
+    row_bits = random_matrix(scheme, 6, 20).row_bits
+    return filled(LowbitLinear(scheme, 6, 20, bias=True, plane_rows=None if row_bits is None else int(row_bits.sum())))
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float64)])

@@ -1,0 +1,1 @@
+"""The command ``lowbit``: one file for each subcommand."""

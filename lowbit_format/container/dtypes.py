@@ -11,7 +11,8 @@ _STORED = {"U8": "<u1", "F16": "<f2", "BF16": "<u2", "F32": "<f4"}
 
 def stored(raw: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> NDArray[np.generic]:
     """View bytes as an array of the file's dtype; BF16 is seen as uint16. No copy, no alignment needed."""
-    return np.ndarray(shape, np.dtype(_STORED[dtype]), buffer=raw.data)
+    array: NDArray[np.generic] = np.ndarray(shape, np.dtype(_STORED[dtype]), buffer=raw.data)
+    return array
 
 
 def to_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
@@ -22,7 +23,9 @@ def to_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
-    """Array of the file's dtype, rounded to nearest even; BF16 as uint16. Overflow gives infinity, as the dtype has it."""
+    """Array of the file's dtype, rounded to nearest even; BF16 as uint16. Overflow gives infinity, as the dtype has
+    it.
+    """
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return values.astype("<f2")

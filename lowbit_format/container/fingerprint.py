@@ -35,7 +35,8 @@ def fingerprint(
         for spec in tensor_specs(module):
             shape = ",".join(str(n) for n in shapes[spec.name])
             fields = (
-                path, spec.role, spec.dtype, shape, digests[spec.name], scheme.codec, str(scheme.bits), str(scheme.group_size)
+                path, spec.role, spec.dtype, shape, digests[spec.name],
+                scheme.codec, str(scheme.bits), str(scheme.group_size),
             )  # fmt: skip
             records[in_body].append("\t".join(fields).encode() + b"\n")
     body = hashlib.sha256(b"".join(sorted(records[True]))).hexdigest()

@@ -166,7 +166,7 @@ class ModelReader:
 
     def digest(self, name: str) -> str:
         """SHA-256 of the tensor's bytes, computed now, in lower-case hex."""
-        return hashlib.sha256(self.raw(name)).hexdigest()
+        return hashlib.sha256(self.raw(name).data).hexdigest()
 
     def stored_digest(self, name: str) -> str | None:
         """The digest that the file gives for the tensor, or None if it is unverified (DIG-3)."""

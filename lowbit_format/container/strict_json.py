@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -19,8 +20,8 @@ def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         obj = dict(pairs)
         if len(obj) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+            counts = Counter(k for k, _ in pairs)
+            twice = next(k for k in counts if counts[k] > 1)
             raise fail("DIR-8", f"the key {twice[:80]!r} stands twice in one object")
         return obj
 

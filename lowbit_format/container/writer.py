@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ class ShardWriter:
 
     def add(self, tensor: Tensor) -> None:
         """Append one tensor."""
-        data = memoryview(tensor.data.reshape(-1).view(np.uint8)) if tensor.nbytes else memoryview(b"")
+        data = tensor.data.reshape(-1).view(np.uint8).data if tensor.nbytes else memoryview(b"")
         self.digests[tensor.name] = hashlib.sha256(data).hexdigest()
         self._file.write(data)
         self._tensors.append((tensor.name, tensor.dtype, tensor.shape))
@@ -215,3 +216,46 @@ def disk_errors(path: object) -> Iterator[None]:
             else "check the path and its permissions"
         )
         raise OutputError(f"{path}: cannot write: {e.strerror or e}; {hint}") from e
+
+
+@contextlib.contextmanager
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """A hidden sibling directory that becomes `out` when the block ends well, and vanishes otherwise (DIR-7).
+
+    Raises OutputError if `out` exists and is not an empty directory.
+    """
+    check_absent(out)
+    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    with disk_errors(out):
+        try:
+            work.mkdir(parents=True)
+            yield work
+            publish(work, out)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def check_absent(out: Path) -> None:
+    """Raise OutputError if there is something at `out` that a new directory would replace."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: exists already and is not empty; choose another name or remove it")
+
+
+def publish(work: Path, out: Path) -> None:
+    """Give a complete directory its name, durably."""
+    sync_directory(work)
+    if out.exists():
+        out.rmdir()
+    os.replace(work, out)
+    sync_directory(out.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable; not every system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

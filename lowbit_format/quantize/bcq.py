@@ -37,7 +37,7 @@ RIDGE = np.float32(1e-6)  # times the sum of weights: keeps the system solvable 
 
 
 @numba.njit(nogil=True, cache=True)
-def fit(start, stop, weight, importance, scales, offsets, with_offset, size, rounds):  # type: ignore[no-untyped-def]
+def fit(start, stop, weight, importance, scales, offsets, with_offset, size, rounds):
     """Fit blocks start to stop of LANES groups; a kernel for `parallel_rows`.
 
     Args:
@@ -78,7 +78,7 @@ def fit(start, stop, weight, importance, scales, offsets, with_offset, size, rou
 
 
 @numba.njit(nogil=True, cache=True)
-def _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds, s, gain):  # type: ignore[no-untyped-def]
+def _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds, s, gain):
     """Improve `s` by rounds of assignment and least squares.
 
     `gain` becomes what the last fit takes off the weighted sum of squares: the larger, the smaller the error.
@@ -104,10 +104,11 @@ def _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds
 
 
 @numba.njit(nogil=True, cache=True)
-def assign(start, stop, weight, scales, offsets, size, codes):  # type: ignore[no-untyped-def]
+def assign(start, stop, weight, scales, offsets, size, codes):
     """Nearest codes for given parameters, blocks start to stop; a kernel for `parallel_rows`.
 
-    scales float32 ``[bits, rows * groups]``; offsets float32 ``[rows * groups]``; codes uint8 ``[rows, >= cols]``, written.
+    scales float32 ``[bits, rows * groups]``; offsets float32 ``[rows * groups]``; codes uint8 ``[rows, >= cols]``,
+    written.
     """
     bits, total = scales.shape
     groups = total // weight.shape[0]
@@ -133,10 +134,11 @@ def assign(start, stop, weight, scales, offsets, size, codes):  # type: ignore[n
 
 
 @numba.njit(nogil=True, cache=True)
-def refit(start, stop, weight, codes, scales, offsets, with_offset, size, bits):  # type: ignore[no-untyped-def]
+def refit(start, stop, weight, codes, scales, offsets, with_offset, size, bits):
     """Least-squares parameters for the first k planes of given codes (NST-1), rows start to stop; a kernel.
 
-    weight float32 ``[rows, cols]``; codes uint8 ``[rows, >= cols]`` of `bits` planes; scales float32 ``[k, rows, groups]`` and
+    weight float32 ``[rows, cols]``; codes uint8 ``[rows, >= cols]`` of `bits` planes; scales float32 ``[k, rows,
+    groups]`` and
     offsets float32 ``[rows, groups]`` are written.
     """
     k, _, groups = scales.shape
@@ -171,7 +173,7 @@ def refit(start, stop, weight, codes, scales, offsets, with_offset, size, bits):
 
 
 @numba.njit(nogil=True, cache=True)
-def _normalise(x, wx, unit):  # type: ignore[no-untyped-def]
+def _normalise(x, wx, unit):
     """Scale each lane by a power of two to magnitudes of at most 1: exact, and no sum can overflow."""
     largest = np.zeros(LANES, np.float32)
     factor = np.empty(LANES, np.float32)
@@ -189,7 +191,7 @@ def _normalise(x, wx, unit):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _totals(x, w, wx, total_w, total_s, spread):  # type: ignore[no-untyped-def]
+def _totals(x, w, wx, total_w, total_s, spread):
     """Sums of weights and of weighted values of each lane, and whether the lane holds more than one value."""
     total_w[:] = 0
     total_s[:] = 0
@@ -204,7 +206,7 @@ def _totals(x, w, wx, total_w, total_s, spread):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _greedy_start(x, w, total_w, s, with_offset, spread):  # type: ignore[no-untyped-def]
+def _greedy_start(x, w, total_w, s, with_offset, spread):
     """First scales: the mean of the group as offset, then mean magnitudes of what is left."""
     size, bits = x.shape[0], s.shape[0] - 1
     rest = np.empty_like(x)
@@ -232,7 +234,7 @@ def _greedy_start(x, w, total_w, s, with_offset, spread):  # type: ignore[no-unt
 
 
 @numba.njit(nogil=True, cache=True)
-def _grid_start(x, s, with_offset):  # type: ignore[no-untyped-def]
+def _grid_start(x, s, with_offset):
     """Second start: a uniform grid over most of the range, around its middle (around 0 without offset)."""
     bits = s.shape[0] - 1
     low, high = x[0].copy(), x[0].copy()
@@ -253,10 +255,11 @@ def _grid_start(x, s, with_offset):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _sorted_levels(s, level, code):  # type: ignore[no-untyped-def]
+def _sorted_levels(s, level, code):
     """All levels of each lane in ascending order with their codes.
 
-    s is float32 ``[bits + 1, LANES]``, the offset last. A code and its complement lie the same distance from the offset, on
+    s is float32 ``[bits + 1, LANES]``, the offset last. A code and its complement lie the same distance from the
+    offset, on
     either side: so only the upper half, codes with the top bit set, is computed and sorted.
     """
     bits = s.shape[0] - 1
@@ -294,7 +297,7 @@ def _sorted_levels(s, level, code):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _midpoints(level, levels, mids):  # type: ignore[no-untyped-def]
+def _midpoints(level, levels, mids):
     """Thresholds between neighbouring levels; infinity behind the last."""
     for k in range(mids.shape[0]):
         for lane in range(LANES):
@@ -305,7 +308,7 @@ def _midpoints(level, levels, mids):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):  # type: ignore[no-untyped-def]
+def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):
     """Normal equations of scales and offset: ``gram = D'WD + ridge``, ``rhs = D'Wx``, D the signs and a column of ones.
 
     Levels k and 2^bits - 1 - k have opposite signs, so their sums and differences are all that counts.
@@ -341,8 +344,10 @@ def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):  # t
 
 
 @numba.njit(nogil=True, cache=True)
-def _solve(gram, rhs, n):  # type: ignore[no-untyped-def]
-    """Solve the leading n equations in place by LDL' factors; gram's lower triangle is used, the solution is left in rhs."""
+def _solve(gram, rhs, n):
+    """Solve the leading n equations in place by LDL' factors; gram's lower triangle is used, the solution is left in
+    rhs.
+    """
     for j in range(n):
         for k in range(j):
             for lane in range(LANES):
@@ -370,7 +375,7 @@ def _solve(gram, rhs, n):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _canonical(s, bits):  # type: ignore[no-untyped-def]
+def _canonical(s, bits):
     """Scales >= 0 and descending (ENC-2); the codes follow at the next assignment."""
     for p in range(bits):
         for lane in range(LANES):

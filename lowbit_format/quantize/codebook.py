@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numba
 import numpy as np
+from numpy.typing import NDArray
 
 from ..packed import F32
 from .lanes import LANES, codes_of, load_block, store_codes, sums_above
@@ -51,17 +52,18 @@ def padded(table: list[float] | F32) -> F32:
     return np.array(values + [values[0]] * (2 ** table_bits(values) - len(values)), np.float32)
 
 
-def sorted_table(table: F32) -> tuple[F32, np.ndarray]:  # type: ignore[type-arg]
+def sorted_table(table: F32) -> tuple[F32, NDArray[np.uint8]]:
     """Distinct values of the table in ascending order, and a code of each; of equal values the first code is kept."""
     values, first = np.unique(table + np.float32(0.0), return_index=True)  # adding 0 joins -0.0 and 0.0
     return values.astype(np.float32), first.astype(np.uint8)
 
 
 @numba.njit(nogil=True, cache=True)
-def fit(start, stop, weight, importance, scales, table, size, rounds):  # type: ignore[no-untyped-def]
+def fit(start, stop, weight, importance, scales, table, size, rounds):
     """Scales of blocks start to stop of LANES groups; a kernel for `parallel_rows`.
 
-    From the scale that puts the largest magnitude on the end of the table, alternate nearest codes and the least-squares
+    From the scale that puts the largest magnitude on the end of the table, alternate nearest codes and the
+    least-squares
     scale; ``rounds = 0`` keeps the first.
 
     Args:
@@ -110,7 +112,7 @@ def fit(start, stop, weight, importance, scales, table, size, rounds):  # type: 
 
 
 @numba.njit(nogil=True, cache=True)
-def assign(start, stop, weight, scales, table, table_codes, size, codes):  # type: ignore[no-untyped-def]
+def assign(start, stop, weight, scales, table, table_codes, size, codes):
     """Nearest codes for given scales, blocks start to stop; a kernel for `parallel_rows`.
 
     table float32 ``[n]`` ascending with their codes, uint8 ``[n]``; codes uint8 ``[rows, >= cols]``, written.
@@ -137,7 +139,7 @@ def assign(start, stop, weight, scales, table, table_codes, size, codes):  # typ
 
 
 @numba.njit(nogil=True, cache=True)
-def _table_midpoints(table, scale, mids):  # type: ignore[no-untyped-def]
+def _table_midpoints(table, scale, mids):
     """Thresholds between neighbouring levels ``table * scale``; infinity behind the last."""
     for k in range(mids.shape[0]):
         for lane in range(LANES):

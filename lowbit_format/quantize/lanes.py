@@ -56,11 +56,11 @@ def _load(builder: Any, pointer: Any, index: Any, align: int = 4) -> Any:
 
 
 @intrinsic
-def _sums_above(typingctx, x, w, wx, cols, mids, quads, weights, sums):  # type: ignore[no-untyped-def]
+def _sums_above(typingctx, x, w, wx, cols, mids, quads, weights, sums):
     """See :func:`sums_above`; arguments are addresses, `quads` counts thresholds in fours."""
     signature = types.void(*[types.uint64] * 3, types.int64, types.uint64, types.int64, *[types.uint64] * 2)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         px, pw, pwx, pm, pout_w, pout_s = (builder.inttoptr(args[i], _VF.as_pointer()) for i in (0, 1, 2, 4, 6, 7))
         zero = ir.Constant(_VF, [0.0] * LANES)
 
@@ -91,11 +91,11 @@ def _sums_above(typingctx, x, w, wx, cols, mids, quads, weights, sums):  # type:
 
 
 @intrinsic
-def _codes_of(typingctx, x, cols, mids, steps, codes, out):  # type: ignore[no-untyped-def]
+def _codes_of(typingctx, x, cols, mids, steps, codes, out):
     """See :func:`codes_of`; arguments are addresses, `steps` counts thresholds."""
     signature = types.void(types.uint64, types.int64, types.uint64, types.int64, types.uint64, types.uint64)
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         px, pm = (builder.inttoptr(args[i], _VF.as_pointer()) for i in (0, 2))
         pc, pout = (builder.inttoptr(args[i], _VB.as_pointer()) for i in (4, 5))
         first = _load(builder, pc, _I64(0), 1)
@@ -131,13 +131,14 @@ def _get(builder: Any, pointer: Any, align: int = 4) -> Any:
 
 
 @intrinsic
-def add_product(typingctx, out, a, b):  # type: ignore[no-untyped-def]
+def add_product(typingctx, out, a, b):
     """``out += a * b`` over one row of lanes: three float32 ``[LANES]`` arrays.
 
-    A loop over the lanes would do, but the compiler then guards it against overlapping arrays, which costs more than the work.
+    A loop over the lanes would do, but the compiler then guards it against overlapping arrays, which costs more than
+    the work.
     """
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         po, pa, pb = (_row(context, builder, signature, args, i, _VF) for i in range(3))
         total = builder.fadd(_get(builder, po), builder.fmul(_get(builder, pa), _get(builder, pb)))
         builder.store(total, po).align = 4
@@ -147,10 +148,10 @@ def add_product(typingctx, out, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def set_product(typingctx, out, a, b):  # type: ignore[no-untyped-def]
+def set_product(typingctx, out, a, b):
     """``out = a * b`` over one row of lanes."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         po, pa, pb = (_row(context, builder, signature, args, i, _VF) for i in range(3))
         builder.store(builder.fmul(_get(builder, pa), _get(builder, pb)), po).align = 4
         return context.get_dummy_value()
@@ -159,10 +160,10 @@ def set_product(typingctx, out, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def set_signs(typingctx, out, code, mask):  # type: ignore[no-untyped-def]
+def set_signs(typingctx, out, code, mask):
     """``out = 1 where code & mask, else -1`` over one row of lanes: float32, uint8 ``[LANES]``, and a uint8."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         po = _row(context, builder, signature, args, 0, _VF)
         codes = _get(builder, _row(context, builder, signature, args, 1, _VB), 1)
         mask_value = builder.trunc(args[2], _I8) if args[2].type.width > 8 else args[2]
@@ -178,13 +179,13 @@ def set_signs(typingctx, out, code, mask):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def order(typingctx, level_a, level_b, code_a, code_b):  # type: ignore[no-untyped-def]
+def order(typingctx, level_a, level_b, code_a, code_b):
     """Exchange two rows of lanes where they are not in ascending order; equal levels: by code (ENC-1).
 
     Levels are float32, codes uint8, all ``[LANES]``.
     """
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, signature, args):
         pla, plb = (_row(context, builder, signature, args, i, _VF) for i in (0, 1))
         pca, pcb = (_row(context, builder, signature, args, i, _VB) for i in (2, 3))
         la, lb, ca, cb = _get(builder, pla), _get(builder, plb), _get(builder, pca, 1), _get(builder, pcb, 1)
@@ -200,10 +201,13 @@ def order(typingctx, level_a, level_b, code_a, code_b):  # type: ignore[no-untyp
 
 
 @numba.njit(nogil=True, cache=True)
-def sums_above(x, w, wx, mids, weights, sums):  # type: ignore[no-untyped-def]
-    """For every threshold t and lane: ``weights[t] = sum of w``, ``sums[t] = sum of wx``, over columns with ``x >= mids[t]``.
+def sums_above(x, w, wx, mids, weights, sums):
+    """Sums over the columns above each threshold, for every lane.
 
-    x, w, wx are float32 ``[cols, LANES]``; mids, weights, sums are float32 ``[T, LANES]``, T a multiple of 4 (pad with inf).
+    ``weights[t]`` is the sum of w, ``sums[t]`` that of wx, over columns with ``x >= mids[t]``.
+
+    x, w, wx are float32 ``[cols, LANES]``; mids, weights, sums are float32 ``[T, LANES]``, T a multiple of 4 (pad
+    with inf).
     """
     _sums_above(
         np.uint64(x.ctypes.data), np.uint64(w.ctypes.data), np.uint64(wx.ctypes.data), np.int64(x.shape[0]),
@@ -213,10 +217,11 @@ def sums_above(x, w, wx, mids, weights, sums):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def codes_of(x, mids, codes, steps, out):  # type: ignore[no-untyped-def]
+def codes_of(x, mids, codes, steps, out):
     """Code of the nearest level: ``out[c] = codes[number of the first `steps` mids that are <= x[c]]`` in every lane.
 
-    x float32 ``[cols, LANES]``; mids float32 ``[>= steps, LANES]`` ascending; codes uint8 ``[steps + 1, LANES]`` in the order of
+    x float32 ``[cols, LANES]``; mids float32 ``[>= steps, LANES]`` ascending; codes uint8 ``[steps + 1, LANES]`` in
+    the order of
     their levels; out uint8 ``[cols, LANES]``. A weight on a midpoint gets the larger level (ENC-1).
     """
     _codes_of(
@@ -226,7 +231,7 @@ def codes_of(x, mids, codes, steps, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def load_block(weight, importance, first, last, groups, size, x, w, wx):  # type: ignore[no-untyped-def]
+def load_block(weight, importance, first, last, groups, size, x, w, wx):
     """Fill a block with groups `first` to `last` of `weight`, scaled by a power of two; returns nothing.
 
     Group ``i`` is columns ``size * (i % groups)`` and on of row ``i // groups``. Lanes past `last` repeat the last
@@ -263,7 +268,7 @@ def load_block(weight, importance, first, last, groups, size, x, w, wx):  # type
 
 
 @numba.njit(nogil=True, cache=True)
-def store_codes(codes, first, last, groups, size, cols, out):  # type: ignore[no-untyped-def]
+def store_codes(codes, first, last, groups, size, cols, out):
     """Scatter a block's codes, uint8 ``[size, LANES]``, into the code matrix ``out`` uint8 ``[rows, >= cols]``."""
     for lane in range(last - first):
         i = first + lane
@@ -274,7 +279,7 @@ def store_codes(codes, first, last, groups, size, cols, out):  # type: ignore[no
 
 
 @numba.njit(nogil=True, cache=True)
-def pack_rows(start, stop, codes, planes):  # type: ignore[no-untyped-def]
+def pack_rows(start, stop, codes, planes):
     """Planes of the code rows start to stop (BIT-1, BIT-2); a kernel for `parallel_rows`.
 
     codes uint8 ``[rows, 8 * bytes]``, zero behind the last column; planes uint8 ``[bits, rows, bytes]``.

@@ -95,7 +95,9 @@ def _exact(weight: F32, attempt: Attempt, source_dtype: str) -> PackedMatrix | N
 
 @dataclass(frozen=True)
 class Bounds:
-    """Values that round to a group's values in the source's dtype: float64 ``[rows, columns]`` each, and the dtype's precision."""
+    """Values that round to a group's values in the source's dtype: float64 ``[rows, columns]`` each, and the dtype's
+    precision.
+    """
 
     low: F64
     high: F64
@@ -132,7 +134,7 @@ def _common_scales(factors: F64, bounds: Bounds) -> F32 | None:
     least[free], most[free] = 1.0, 1.0
     if (least > most).any():
         return None
-    middle = ((least + most) / 2).astype(np.float32)
+    middle: F32 = ((least + most) / 2).astype(np.float32)
     for dtype in FLOATS:
         near = round_to(middle, dtype)
         if ((near >= least) & (near <= most)).all():
@@ -224,7 +226,8 @@ def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
                 return None  # a smaller step only spreads them further
             step = float(values @ k / (k @ k))
         if np.abs(values - k * step).max() <= slack and len(np.unique(k)) == len(k):
-            return np.rint(row.astype(np.float64) / step)
+            multiples: F64 = np.rint(row.astype(np.float64) / step)
+            return multiples
     return None
 
 
@@ -243,15 +246,13 @@ def _bcq(groups: list[F32], bounds: list[Bounds], bits: int, size: int, target: 
         all_codes.append(codes)
         all_scales.append(scales)
         all_offsets.append(offsets)
-    offsets = np.stack(all_offsets, axis=1).astype(np.float32)
-    offset = bool(offsets.any())
-    params = Params(np.stack(all_scales, axis=2).astype(np.float32), offsets if offset else None)
+    shift = np.stack(all_offsets, axis=1).astype(np.float32)
+    offset = bool(shift.any())
+    params = Params(np.stack(all_scales, axis=2).astype(np.float32), shift if offset else None)
     yield _scheme("bcq", bits, size, offset=offset), np.concatenate(all_codes, axis=1), params, None
 
 
-def _bcq_row(
-    row: F32, low: F64, high: F64, bits: int, epsilon: float
-) -> tuple[NDArray[np.uint8], F64, float] | None:
+def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[NDArray[np.uint8], F64, float] | None:
     """Codes, scales and offset of values ``z ± s0 ± s1 …``; all of the levels must occur.
 
     Above the smallest level, the others are sums of subsets of the doubled scales: the smallest is itself a doubled

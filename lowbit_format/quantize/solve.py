@@ -57,7 +57,8 @@ def quantize(
     Args:
         weight: float32 ``[rows, cols]``.
         target: what to make of it.
-        importance: float32 ``[cols]``, >= 0: weight of each column's error, such as the mean squared activation; None is all alike.
+        importance: float32 ``[cols]``, >= 0: weight of each column's error, such as the mean squared activation; None
+            is all alike.
         source_dtype: dtype that the weight had; "lossless" means equal after rounding to it (ENC-3).
         name: tensor name for messages.
 
@@ -147,7 +148,9 @@ def _close(exact: Params, rounded: Params, target: Target) -> bool:
 
 @dataclass(frozen=True)
 class Solver:
-    """`fit` finds parameters, `assign` writes nearest codes, `refit` fits parameters to the first k planes of given codes."""
+    """`fit` finds parameters, `assign` writes nearest codes, `refit` fits parameters to the first k planes of given
+    codes.
+    """
 
     fit: Callable[[F32, Target, F32 | None], Params]
     assign: Callable[[F32, Params, Target, U8], None]
@@ -262,7 +265,7 @@ def _sum_of_squares(weight: F32) -> tuple[float, int]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _row_errors(start, stop, a, b, out):  # type: ignore[no-untyped-def]
+def _row_errors(start, stop, a, b, out):
     lanes = np.zeros(LANES, np.float64)
     for r in range(start, stop):
         lanes[:] = 0
@@ -279,7 +282,7 @@ def _row_errors(start, stop, a, b, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _row_norms(start, stop, a, sums, bad):  # type: ignore[no-untyped-def]
+def _row_norms(start, stop, a, sums, bad):
     lanes = np.zeros(LANES, np.float64)
     for r in range(start, stop):
         lanes[:] = 0

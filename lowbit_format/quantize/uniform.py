@@ -4,7 +4,8 @@ Three ways to choose step and zero point of a group:
 
 - ``minmax``: the range of the group, ends included (round-to-nearest, asymmetric); the zero point is a float.
 - ``symmetric``: the largest magnitude either side; zero is a code, so that 0.0 stays 0.0.
-- ``mse``: from clipped ranges, alternate nearest codes with the least-squares line through (code, weight): the start that
+- ``mse``: from clipped ranges, alternate nearest codes with the least-squares line through (code, weight): the start
+that
   PEQA wants (Kim et al. 2023, arXiv:2305.14152: step sizes of least Frobenius error).
 """
 
@@ -19,10 +20,12 @@ SOLVERS = {"minmax": 0, "symmetric": 1, "mse": 2}
 ROUNDS = 6  # of line fit and assignment from each clipped range
 CLIPS = (1.0, 0.9, 0.8, 0.7)  # parts of the range that `mse` starts from
 _CLIPS = np.array(CLIPS, np.float32)
+_TINY = np.float32(2.0**-100)  # smaller steps are counted in units of 2^-64: the inverse of a subnormal is infinite
+_TINY_UNIT = np.float32(2.0**64)
 
 
 @numba.njit(nogil=True, cache=True)
-def fit(start, stop, weight, importance, scales, zeros, bits, size, solver, rounds):  # type: ignore[no-untyped-def]
+def fit(start, stop, weight, importance, scales, zeros, bits, size, solver, rounds):
     """Steps and zero points of blocks start to stop of LANES groups; a kernel for `parallel_rows`.
 
     Args:
@@ -59,7 +62,7 @@ def fit(start, stop, weight, importance, scales, zeros, bits, size, solver, roun
 
 
 @numba.njit(nogil=True, cache=True)
-def assign(start, stop, weight, scales, zeros, bits, size, codes):  # type: ignore[no-untyped-def]
+def assign(start, stop, weight, scales, zeros, bits, size, codes):
     """Nearest codes for given parameters, blocks start to stop; a kernel for `parallel_rows`.
 
     scales, zeros float32 ``[rows * groups]``; codes uint8 ``[rows, >= cols]``, written. Halfway goes up (ENC-1).
@@ -71,15 +74,16 @@ def assign(start, stop, weight, scales, zeros, bits, size, codes):  # type: igno
             row, begin = i // groups, size * (i % groups)
             end = min(cols, begin + size)
             source, target = weight[row, begin:end], codes[row, begin:end]
-            inverse = np.float32(1.0) / scales[i] if scales[i] > 0 else np.float32(0.0)
+            unit = _TINY_UNIT if scales[i] < _TINY else np.float32(1.0)
+            inverse = np.float32(1.0) / (scales[i] * unit) if scales[i] > 0 else np.float32(0.0)
             shift = zeros[i] + np.float32(0.5)
             for c in range(end - begin):
-                code = source[c] * inverse + shift
+                code = (source[c] * unit) * inverse + shift
                 target[c] = np.uint8(min(max(code, np.float32(0.0)), top))
 
 
 @numba.njit(nogil=True, cache=True)
-def refit(start, stop, weight, codes, scales, zeros, size, drop):  # type: ignore[no-untyped-def]
+def refit(start, stop, weight, codes, scales, zeros, size, drop):
     """Least-squares step and zero point for codes without their last `drop` bits (NST-1), rows start to stop; a kernel.
 
     weight float32 ``[rows, cols]``; codes uint8 ``[rows, >= cols]``; scales, zeros float32 ``[rows, groups]``, written.
@@ -105,7 +109,7 @@ def refit(start, stop, weight, codes, scales, zeros, size, drop):  # type: ignor
 
 
 @numba.njit(nogil=True, cache=True)
-def _from_range(low, high, part, bits, scale, zero):  # type: ignore[no-untyped-def]
+def _from_range(low, high, part, bits, scale, zero):
     """Codes spread evenly over `part` of the range, its middle kept.
 
     A constant group gets scale = the value itself and a zero point that makes code 0 or 1 stand for it.
@@ -123,7 +127,7 @@ def _from_range(low, high, part, bits, scale, zero):  # type: ignore[no-untyped-
 
 
 @numba.njit(nogil=True, cache=True)
-def _symmetric(low, high, bits, scale, zero):  # type: ignore[no-untyped-def]
+def _symmetric(low, high, bits, scale, zero):
     """0.0 has a code of its own; with one bit there are only the two signs."""
     for lane in range(LANES):
         largest = max(-low[lane], high[lane])
@@ -136,7 +140,7 @@ def _symmetric(low, high, bits, scale, zero):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _least_error(x, w, low, high, bits, rounds, scale, zero):  # type: ignore[no-untyped-def]
+def _least_error(x, w, low, high, bits, rounds, scale, zero):
     """The best of several clipped ranges, each improved by rounds of codes and weighted line fits."""
     size = x.shape[0]
     top = np.float32((1 << bits) - 1)

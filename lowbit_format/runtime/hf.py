@@ -26,7 +26,6 @@ from ..container.writer import file_metadata
 from ..errors import LoadError
 from ..schema import QUANT_METHOD, QuantizationConfig
 from .model import generalize, specialize
-from .modules import LowbitModule
 from .placement import Placement, describe, lowbit_modules, place_modules, tie
 
 log = logging.getLogger(__name__)
@@ -73,6 +72,9 @@ class LowbitConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         return self.parsed.to_dict()
 
+    def to_diff_dict(self) -> dict[str, Any]:  # the base class of transformers 5.0 calls it but lacks it
+        return self.to_dict()
+
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
@@ -112,11 +114,8 @@ class LowbitQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        offloaded = len(set(getattr(model, "hf_device_map", {}).values())) > 1
-        for path, module in lowbit_modules(model):
-            _check_loaded(path, module, offloaded)
-            if path in self.placed.files:
-                module.settle(path)
+        for path in self.placed.files:
+            model.get_submodule(path).settle(path)
         for place, owner in self.placed.tied.items():
             model.get_submodule(place).share(model.get_submodule(owner))
         tie(model, self.placed)
@@ -154,16 +153,6 @@ class LowbitQuantizer(HfQuantizer):
         if self.options.verify and (unverified := reader.verify()):
             log.warning("%s: %d tensors have no digest", reader.directory, unverified)
         return reader
-
-
-def _check_loaded(path: str, module: LowbitModule, offloaded: bool) -> None:
-    """Raise LoadError for a tensor that was not loaded: transformers would go on with whatever memory held."""
-    for role, param in module.packed_parameters().items():
-        if param.is_meta and offloaded:
-            if module.precision is not None:
-                raise LoadError(f"{path}: a lower precision cannot be offloaded; load all bits, or on one device")
-        elif param.is_meta or not getattr(param, "_is_hf_initialized", False):
-            raise LoadError(f"{path}.{role} was not loaded from the file")
 
 
 def _digest(tensor: Tensor) -> str:

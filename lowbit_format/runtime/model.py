@@ -15,6 +15,7 @@ from torch import nn
 
 from ..errors import UnsupportedOperationError
 from .modules import LowbitEmbedding, LowbitModule
+from .placement import refuse_missing
 
 
 class LowbitModel:
@@ -51,6 +52,12 @@ class LowbitModel:
                     total += p.numel()
                     seen.add(id(p))
         return total
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which also says here, while it loads, what the file does not have."""
+        super().tie_weights(*args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("missing_keys"):
+            refuse_missing(self, kwargs["missing_keys"])
 
     def half(self) -> Any:
         """Compute in float16; packed tensors keep their dtype."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import tensor_specs
-from ..errors import TensorError, UnsupportedOperationError
+from ..errors import LoadError, TensorError, UnsupportedOperationError
 from ..schema import Module, Scheme
 from . import ops
 from .naive import Packed
@@ -64,6 +64,8 @@ class LowbitModule(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if (plane_rows is not None) != scheme.row_bits:
+            raise ValueError("plane_rows belongs to schemes with row_bits, and to them only")
         self.scheme, self.rows, self.cols, self.compute_dtype = scheme, rows, cols, dtype
         self.precision = None if bits is None or bits >= scheme.bits else bits
         specs = {s.role: s for s in tensor_specs(Module("", scheme, self.kind, (rows, cols)))}
@@ -102,7 +104,8 @@ class LowbitModule(nn.Module):
     def settle(self, path: str) -> None:
         """Finish loading the module at `path`: declared dtypes, nothing trainable, values checked, precision applied.
 
-        Raises TensorError for values that the spec forbids (TEN-3, MIX-1).
+        Raises TensorError for values that the spec forbids (TEN-3, MIX-1), LoadError for a lower precision that is
+        offloaded: what brings the tensors back knows them by the names they are about to lose.
         """
         for spec in tensor_specs(Module("", self.scheme, self.kind, (self.rows, self.cols))):
             param = self._parameters.get(spec.role)
@@ -113,8 +116,10 @@ class LowbitModule(nn.Module):
                     param.detach().to(TORCH_DTYPES[spec.dtype]), requires_grad=False
                 )
             param.requires_grad_(False)
+            if param.is_meta and self.precision is not None:
+                raise LoadError(f"{path}: a lower precision cannot be offloaded; load all bits, or on one device")
             if param.is_meta:
-                continue  # offloaded to disk
+                continue
             if spec.dtype != "U8" and not bool(torch.isfinite(param).all()):
                 raise TensorError("TEN-3", "holds NaN or an infinity", tensor=f"{path}.{spec.role}")
             if spec.role == "row_bits" and not bool(((param >= 1) & (param <= self.scheme.bits)).all()):

@@ -7,7 +7,7 @@ as they are, with the base model's prefix, and without it: the same rule by whic
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,26 @@ def describe(model: Any, placed: Placement) -> QuantizationConfig:
     return QuantizationConfig(modules, dict(placed.tied), model.base_model_prefix)
 
 
+def refuse_missing(model: Any, missing: Iterable[str]) -> None:
+    """Raise LoadError for tensors that the file lacks, unless they are of another head or of a part it lacks whole.
+
+    transformers would initialise them at random, with a warning.
+    """
+    names, missing = set(model.state_dict()), set(missing)
+    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    for name in sorted(missing):
+        path, _, role = name.rpartition(".")
+        packed = role in all_roles() and isinstance(model.get_submodule(path), LowbitModule)
+        part = prefix + name.removeprefix(prefix).split(".")[0] + "."
+        part_is_there = name.startswith(prefix) and any(n.startswith(part) for n in names - missing)
+        if packed or (part_is_there and not any(pattern.search(name) for pattern in ignored)):
+            raise LoadError(
+                f"{type(model).__name__} has {name!r}, but the file does not: "
+                "config.json and the weights do not belong together"
+            )
+
+
 def lowbit_modules(model: nn.Module) -> Iterator[tuple[str, LowbitModule]]:
     """All lowbit modules with their paths."""
     for path, module in model.named_modules():
@@ -109,9 +129,8 @@ def _locate(model: Any, modules: dict[str, nn.Module], path: str, config: Quanti
         if candidate in modules:
             return candidate
     headed = bool(prefix) and any(p.startswith(prefix) for p in config.modules)
-    base = getattr(model, model.base_model_prefix, model) if prefix else model
     in_head = headed and bare == path
-    if in_head or not isinstance(getattr(base, bare.split(".")[0], None), nn.Module):
+    if in_head or not isinstance(getattr(model.base_model, bare.split(".")[0], None), nn.Module):
         return None  # another head, or a part such as a pooler that this class is built without
     raise LoadError(
         f"the file has a quantized module {path!r}, but {type(model).__name__} has no such module: "

@@ -1,0 +1,135 @@
+"""``lowbit inspect``: what a lowbit model directory holds, from its headers alone."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from ..container.reader import ModelReader
+from ..schema import Module, Scheme, scheme_names
+from . import console
+
+
+def inspect(
+    model: Annotated[Path, typer.Argument(help="A lowbit model directory.")],
+    modules: Annotated[bool, typer.Option("--modules", help="List every module, not only schemes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+) -> None:
+    """Show what a lowbit model holds: schemes, sizes, precisions, fingerprint.
+
+    Reads headers only, so it is quick for a model of any size. `lowbit verify` checks the data too.
+
+    Example: `lowbit inspect ./llama-4bit --modules`
+    """
+    with console.named_errors():
+        reader = ModelReader(model)
+        facts = describe(reader)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for table in _tables(reader, facts, modules):
+        console.out.print(table)
+
+
+def describe(reader: ModelReader) -> dict[str, Any]:
+    """Facts about a model as a JSON object."""
+    config, lowbit = reader.config, reader.lowbit_names()
+    names = scheme_names(m.scheme for m in config)
+    stored = sum(reader.info(n).nbytes for n in lowbit)
+    weights = sum(m.numel for m in config)
+    mark = reader.fingerprint()
+    precisions = [k for k in range(1, 9) if _readable(reader, k)]
+    return {
+        "directory": str(reader.directory),
+        "format_version": config.format_version,
+        "architectures": reader.model_config.get("architectures"),
+        "fingerprint": mark.body,
+        "head_fingerprint": mark.head,
+        "files": {f: sum(t.nbytes for t in h.tensors.values()) for f, h in reader.headers.items()},
+        "quantized_weights": weights,
+        "bits_per_quantized_weight": 8 * stored / weights if weights else 0.0,
+        "lowbit_bytes": stored,
+        "other_bytes": sum(reader.info(n).nbytes for n in reader.names() if n not in lowbit),
+        "precisions": precisions,
+        "tensors_without_digest": sum(reader.stored_digest(n) is None for n in reader.names()),
+        "tied": config.tied,
+        "schemes": {name: scheme.to_dict() for scheme, name in names.items()},
+        "modules": {
+            m.path: {
+                "scheme": names[m.scheme],
+                "kind": m.kind,
+                "shape": list(m.shape),
+                "bytes": _module_bytes(reader, m),
+            }
+            for m in config
+        },
+    }
+
+
+def _readable(reader: ModelReader, bits: int) -> bool:
+    """Whether the model can be read at `bits`, and that differs from reading it whole."""
+    schemes = {m.scheme for m in reader.config}
+    if not any(bits <= s.bits for s in schemes):
+        return False
+    return all(bits >= s.bits or bits in s.nested for s in schemes)
+
+
+def _module_bytes(reader: ModelReader, module: Module) -> int:
+    return sum(reader.info(spec.name).nbytes for spec in reader.specs(module.path))
+
+
+def _tables(reader: ModelReader, facts: dict[str, Any], every_module: bool) -> list[Table]:
+    rows = [
+        ("directory", facts["directory"]),
+        ("format", f"lowbit {facts['format_version']}"),
+        ("architecture", ", ".join(facts["architectures"] or ["unknown"])),
+        ("fingerprint", facts["fingerprint"]),
+        ("quantized weights", f"{facts['quantized_weights']:,} in {len(facts['modules'])} modules"),
+        ("bits per quantized weight", f"{facts['bits_per_quantized_weight']:.3f}"),
+        (
+            "size",
+            f"{console.megabytes(facts['lowbit_bytes'])} quantized, {console.megabytes(facts['other_bytes'])} other",
+        ),
+        ("files", ", ".join(facts["files"])),
+        ("precisions", ", ".join(f"{k} bits" for k in facts["precisions"])),
+        (
+            "digests",
+            "all tensors"
+            if not facts["tensors_without_digest"]
+            else f"{facts['tensors_without_digest']} tensors lack one",
+        ),
+    ]
+    if facts["tied"]:
+        rows.append(("tied", ", ".join(f"{a} -> {b}" for a, b in facts["tied"].items())))
+    groups: dict[tuple[str, str], list[Module]] = defaultdict(list)
+    names = scheme_names(m.scheme for m in reader.config)
+    for m in reader.config:
+        groups[names[m.scheme], m.kind].append(m)
+    schemes = Table(
+        "scheme", "codec", "bits", "group", "scales", "extras", "kind", "modules", "weights", title="Schemes"
+    )
+    for (name, kind), members in sorted(groups.items()):
+        s = members[0].scheme
+        schemes.add_row(
+            name, s.label or s.codec, str(s.bits), str(s.group_size or "row"), s.scale_dtype, _extras(s), kind,
+            str(len(members)), f"{sum(m.numel for m in members):,}",
+        )  # fmt: skip
+    tables = [console.pairs("Model", rows), schemes]
+    if every_module:
+        listing = Table("module", "kind", "shape", "scheme", "bytes", title="Modules")
+        for m in reader.config:
+            listing.add_row(
+                m.path, m.kind, "x".join(map(str, m.shape)), names[m.scheme], f"{_module_bytes(reader, m):,}"
+            )
+        tables.append(listing)
+    return tables
+
+
+def _extras(scheme: Scheme) -> str:
+    parts = ["offset"] * scheme.offset + ["row_bits"] * scheme.row_bits
+    return ", ".join([*parts, *(f"nested {k}" for k in scheme.nested)]) or "-"

@@ -1,0 +1,28 @@
+"""``lowbit``: look at, check and turn back lowbit models; try it all with ``lowbit demo``."""
+
+from __future__ import annotations
+
+import typer
+
+from . import demo, dequantize, diff, inspect, verify
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Low-bit models in bit-planes: one model, many tasks.
+
+Make one with `convert_hf_to_lowbit SOURCE OUT`; try everything with `lowbit demo`.
+""",
+)
+app.command()(demo.demo)
+app.command()(inspect.inspect)
+app.command()(verify.verify)
+app.command()(dequantize.dequantize)
+app.command()(diff.diff)
+
+
+def run() -> None:
+    """Entry point."""
+    app()

@@ -1,0 +1,126 @@
+"""From a lowbit model directory back to an ordinary Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .container.dtypes import from_float32
+from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
+from .container.writer import (
+    ShardWriter,
+    Tensor,
+    atomic_directory,
+    header_room,
+    shard_name,
+    write_index,
+    write_json,
+)
+from .errors import OutputError
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+SHARD_BYTES = 5 << 30
+
+
+def dequantize_directory(
+    reader: ModelReader,
+    out: Path,
+    *,
+    dtype: str = "auto",
+    bits: int | None = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    report: Callable[[], None] = lambda: None,
+) -> str:
+    """Write the model with its quantized weights decoded (DEC-5); one module is in memory at a time.
+
+    Args:
+        reader: the lowbit model.
+        out: directory to make; must not exist, or be empty.
+        dtype: ``"auto"`` (the model's own) or a key of DTYPES.
+        bits: nested precision to read at (NST-1).
+        max_shard_bytes: size at which a new file is begun.
+        report: called after every decoded module.
+
+    Returns:
+        The dtype written.
+
+    Raises:
+        OutputError: `dtype` is unknown, `out` exists or cannot be written, or float16 cannot hold a weight.
+        PrecisionError: the model has no scales for `bits`.
+        TensorError: a module's values break a rule.
+    """
+    own = reader.model_config.get("dtype") or reader.model_config.get("torch_dtype") or "float32"
+    chosen = own if dtype == "auto" else dtype
+    if chosen not in DTYPES:
+        raise OutputError(f"dtype is {chosen!r}, expected auto or one of {', '.join(DTYPES)}")
+    reader.check_precision(bits)
+    lowbit = reader.lowbit_names()
+    planes = {m.tensor("planes"): m for m in reader.config}
+    with atomic_directory(out) as work:
+        shards: list[list[str]] = []
+        writer: ShardWriter | None = None
+        total = 0
+        for name in reader.names():
+            if name in planes:
+                module = planes[name]
+                tensor = _decoded(reader, module.path, chosen, bits)
+                report()
+            elif name in lowbit:
+                continue
+            else:
+                info = reader.info(name)
+                tensor = Tensor(name, info.dtype, info.shape, reader.raw(name))
+            if writer is not None and writer.nbytes + tensor.nbytes > max_shard_bytes:
+                shards.append(writer.close())
+                total, writer = total + writer.nbytes, None
+            if writer is None:
+                rest = [*reader.names(), *(m.weight for m in reader.config)]
+                writer = ShardWriter(work / f"part-{len(shards)}.safetensors", header_room(rest))
+            writer.add(tensor)
+        if writer is not None:
+            shards.append(writer.close())
+            total += writer.nbytes
+        _finish(reader, work, shards, total, chosen)
+    return chosen
+
+
+def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> Tensor:
+    """The model's own parameter (CFG-5), decoded and rounded once."""
+    module = reader.module(path)
+    reader.check_digest(module.tensor("planes"))
+    weight = reader.decode(path, bits)
+    if module.kind in ("conv1d", "experts_transposed"):
+        weight = np.swapaxes(weight, -1, -2)
+    data = from_float32(np.ascontiguousarray(weight), DTYPES[dtype])
+    if dtype == "float16" and not np.isfinite(data).all():
+        raise OutputError(f"{module.weight}: has values that float16 cannot hold; use --dtype bfloat16 or float32")
+    return Tensor(module.weight, DTYPES[dtype], data.shape, data)
+
+
+def _finish(reader: ModelReader, work: Path, shards: list[list[str]], total: int, dtype: str) -> None:
+    """Name the shards, copy side files, write the index and the config without ``quantization_config``."""
+    named = {}
+    for i, names in enumerate(shards):
+        name = shard_name(i + 1, len(shards))
+        (work / f"part-{i}.safetensors").replace(work / name)
+        named[name] = names
+    if len(shards) > 1:
+        write_index(work, named, total)
+    for path in sorted(reader.directory.rglob("*")):
+        relative = path.relative_to(reader.directory)
+        if path.is_file() and not _is_own(relative, reader) and not any(p.startswith(".") for p in relative.parts):
+            (work / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, work / relative)
+    config: dict[str, Any] = {k: v for k, v in reader.model_config.items() if k != "quantization_config"}
+    config.pop("torch_dtype", None)
+    write_json(work / CONFIG_FILE, json.loads(json.dumps({**config, "dtype": dtype})))
+
+
+def _is_own(relative: Path, reader: ModelReader) -> bool:
+    """Weights, index, config and card of the lowbit model, which do not describe the result."""
+    return str(relative) in {CONFIG_FILE, INDEX_FILE, "README.md", *reader.headers}
