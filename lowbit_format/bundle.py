@@ -77,20 +77,21 @@ class TaskConfig:
             kind = VersionError if isinstance(e, VersionError) else BundleError
             raise kind("TSK-1", str(e), file=file) from e
         base, head = obj.get("base_fingerprint"), obj.get("head_fingerprint", "")
-        for key, value in (("base_fingerprint", base), ("head_fingerprint", head)):
-            if not isinstance(value, str) or not (_HEX.fullmatch(value) or (key, value) == ("head_fingerprint", "")):
-                raise fail("TSK-2", f"{key} is {str(value)[:80]!r}, expected 64 lower-case hexadecimal digits")
+        if not isinstance(base, str) or not _HEX.fullmatch(base):
+            raise fail("TSK-2", f"base_fingerprint is {base!r}, expected 64 lower-case hexadecimal digits")
+        if not isinstance(head, str) or not (head == "" or _HEX.fullmatch(head)):
+            raise fail("TSK-2", f"head_fingerprint is {head!r}, expected 64 lower-case hexadecimal digits, or none")
         bits = obj.get("bits")
         if bits is not None and not (is_int(bits) and 1 <= bits <= 8):
-            raise fail("TSK-3", f"bits is {str(bits)[:80]}, expected an integer from 1 to 8, or null")
+            raise fail("TSK-3", f"bits is {bits!r}, expected an integer from 1 to 8, or null")
         for key in ("base_model_name_or_path", "revision"):
             if not isinstance(obj.get(key), str | None):
-                raise fail("TSK-4", f"{key} is {str(obj[key])[:80]}, expected a string or null")
+                raise fail("TSK-4", f"{key} is {obj[key]!r}, expected a string or null")
         method, saved = obj.get("method"), obj.get("modules_to_save", [])
         if not isinstance(method, str):
-            raise fail("TSK-5", f"method is {str(method)[:80]}, expected a string")
+            raise fail("TSK-5", f"method is {method!r}, expected a string")
         if not isinstance(saved, list) or not all(map(_is_path, saved)):
-            raise fail("TSK-5", f"modules_to_save is {str(saved)[:80]}, expected a list of module paths")
+            raise fail("TSK-5", f"modules_to_save is {saved!r}, expected a list of module paths")
         place, revision = obj.get("base_model_name_or_path"), obj.get("revision")
         return cls(base, head, method, place, revision, bits, tuple(saved), obj["format_version"])
 
@@ -261,17 +262,17 @@ def _check(bundle: TaskBundle, file: Path) -> None:
             raise fail("TSK-9", "holds NaN or an infinity", name)
     listed = bundle.config.modules_to_save
     for tensor in bundle.saved:
-        if not any(_belongs(tensor, path) for path in listed):
+        if not any(_belongs(tensor.name, path) for path in listed):
             raise fail("TSK-10", "belongs to no module of modules_to_save", tensor.name)
         if tensor.nbytes != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
             raise fail("HDR-5", f"{tensor.nbytes} bytes are not {tensor.dtype} {list(tensor.shape)}", tensor.name)
     for path in listed:
-        if not any(_belongs(tensor, path) for tensor in bundle.saved):
+        if not any(_belongs(tensor.name, path) for tensor in bundle.saved):
             raise fail("TSK-10", "modules_to_save lists this module, but it has no tensor", path)
 
 
-def _belongs(tensor: Tensor, path: str) -> bool:
-    return tensor.name.startswith(f"{path}.") and len(tensor.name) > len(path) + 1
+def _belongs(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.") and name != f"{path}."
 
 
 def _is_path(value: object) -> bool:
@@ -301,6 +302,5 @@ def _fits(shape: tuple[int, ...], operation: str, module: Module, bits: int | No
 
 def _other_base(rule: str, config: TaskConfig, tuned: str, found: str, tensor: str | None = None) -> FingerprintError:
     what, name = "base" if rule == "MAT-1" else "head", config.base_model_name_or_path or "unnamed"
-    none = "(none)"
-    message = f"was tuned on a {what} with the fingerprint {tuned or none} ({name}), this {what} has {found or none}"
-    return FingerprintError(rule, f"{message}; load the base that the bundle names", tensor=tensor)
+    found = f"was tuned on a {what} with the fingerprint {tuned or '(none)'} ({name}); this one has {found or '(none)'}"
+    return FingerprintError(rule, f"{found}. Load the {what} that it was tuned on", tensor=tensor)

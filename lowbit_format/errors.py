@@ -6,6 +6,8 @@ nothing else. A message says file, tensor or module, found, expected, and what t
 
 from __future__ import annotations
 
+MAX_MESSAGE = 1000  # characters: a hostile file cannot fill the screen with what it holds
+
 
 class LowbitError(Exception):
     """Base of all errors of this package."""
@@ -29,6 +31,7 @@ class FormatError(LowbitError):
         where = [] if file is None else [str(file)]
         if tensor is not None:
             where.append(f"{tensor!r}")
+        message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"
         super().__init__(f"{': '.join(where)}{': ' if where else ''}{message} [{rule}]")
 
 

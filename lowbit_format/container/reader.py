@@ -13,6 +13,7 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,10 +335,11 @@ def _check_tensors(reader: ModelReader) -> None:
         for role in roles:
             if module.tensor(role) in reader._file_of and module.tensor(role) not in known:
                 raise reader._bad("TEN-1", "the module's scheme does not call for this tensor", module.tensor(role))
-    for place in config.tied:
-        for role in (*roles, "weight"):
-            if f"{place}.{role}" in reader._file_of:
-                raise reader._bad("TIE-2", f"this place is tied to {config.tied[place]!r}", f"{place}.{role}")
+    for place, owner in config.tied.items():
+        twin = replace(config.modules[owner], path=place)
+        for name in (*map(twin.tensor, roles), twin.weight):
+            if name in reader._file_of:
+                raise reader._bad("TIE-2", f"this place is tied to {owner!r}", name)
     for name in reader.names():
         if name not in known and name.endswith((".planes", "_planes")):
             raise reader._bad("TEN-4", "belongs to no module of quantization_config", name)

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+MAX_DEPTH = 64  # of nested lists and objects: what is parsed can then be walked and printed recursively
+
 
 def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants: bool = False) -> Any:
     """Parse `text`.
@@ -31,8 +33,26 @@ def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=None if constants else constant)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=None if constants else constant)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise fail("JSON", f"not valid JSON in UTF-8: {str(e)[:120]}") from e
     except ValueError as e:  # an integer of thousands of digits
         raise fail("JSON", str(e)[:120]) from e
+    if _deeper_than(MAX_DEPTH, value):
+        raise fail("JSON", f"more than {MAX_DEPTH} lists and objects inside each other")
+    return value
+
+
+def _deeper_than(limit: int, value: object) -> bool:
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, list | dict)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, list | dict)
+        ]
+        if not level:
+            return False
+    return True

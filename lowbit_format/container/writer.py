@@ -117,7 +117,8 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Throw away what was written."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # a full disk also fails the last flush
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -138,10 +139,15 @@ def file_metadata(digests: Mapping[str, str]) -> dict[str, str]:
 
 def write_safetensors(path: Path, tensors: list[Tensor]) -> dict[str, str]:
     """Write a small file at once, atomically, with digests; returns these."""
-    writer = ShardWriter(path, header_room(t.name for t in tensors))
-    for tensor in tensors:
-        writer.add(tensor)
-    writer.close()
+    with disk_errors(path):
+        writer = ShardWriter(path, header_room(t.name for t in tensors))
+        try:
+            for tensor in tensors:
+                writer.add(tensor)
+            writer.close()
+        except BaseException:
+            writer.abort()
+            raise
     return writer.digests
 
 

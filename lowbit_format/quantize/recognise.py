@@ -23,7 +23,7 @@ from .target import Target
 
 _PROBES = 8  # rows tried before the rest: most weights that look like a grid and are none fail in the first few
 _MULTIPLES = 4  # the smallest gap seen may be this many steps of the grid
-_PROJECTIONS = 50  # rounds of moving scales until every value lies within its bounds
+_REFLECTIONS = 400  # moves of scales until every value lies within its bounds
 _PRECISION = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126)}  # bits of the mantissa, least exponent
 _GROUP_SIZES = (0, 128, 64, 32)  # tried beside the target's; 0 is the whole row, which needs the fewest scales
 
@@ -131,13 +131,13 @@ def _common_scales(factors: F64, bounds: Bounds) -> F32 | None:
         least = np.where(magnitude > 0, low / magnitude, -np.inf).max(axis=1)
         most = np.where(magnitude > 0, high / magnitude, np.inf).min(axis=1)
     free = ~(magnitude > 0).any(axis=1)  # an all-zero row takes any scale
-    least[free], most[free] = 1.0, 1.0
+    least[free], most[free] = 0.5, 1.5
     if (least > most).any():
         return None
     middle: F32 = ((least + most) / 2).astype(np.float32)
     for dtype in FLOATS:
         near = round_to(middle, dtype)
-        if ((near >= least) & (near <= most)).all():
+        if ((near > least) & (near < most)).all():  # on a bound, a tie might round away from the value
             return near
     return middle
 
@@ -218,16 +218,18 @@ def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
         return np.zeros(len(row))
     slack = 2 * epsilon * np.abs(values).max()
     gaps = np.diff(values)
-    for multiple in range(1, _MULTIPLES + 1):
-        step = gaps[gaps > slack].min(initial=np.inf) / multiple
-        for _ in range(3):  # a gap is a rough measure of a step, all values together a better one
-            k = np.rint(values / step)
-            if not k.any() or max(k.max(), 0) - min(k.min(), 0) >= 2**bits:
-                return None  # a smaller step only spreads them further
-            step = float(values @ k / (k @ k))
-        if np.abs(values - k * step).max() <= slack and len(np.unique(k)) == len(k):
-            multiples: F64 = np.rint(row.astype(np.float64) / step)
-            return multiples
+    smallest = np.abs(values[values != 0]).min()  # the closer to zero, the less a value was rounded
+    for start in (smallest, gaps[gaps > slack].min(initial=np.inf)):
+        for multiple in range(1, _MULTIPLES + 1):
+            step = start / multiple
+            for _ in range(3):  # a gap is a rough measure of a step, all values together a better one
+                k = np.rint(values / step)
+                if not k.any():
+                    break
+                step = float(values @ k / (k @ k))
+            fits = np.abs(values - k * step).max() <= slack and len(np.unique(k)) == len(k)
+            if fits and np.ptp(k) < 2**bits:
+                return np.rint(row.astype(np.float64) / step)
     return None
 
 
@@ -285,14 +287,23 @@ def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[
 
 
 def _within(design: F64, target: F64, low: F64, high: F64) -> F64:
-    """Parameters whose ``design @ parameters`` lies within the bounds, if projections find some; else least squares."""
-    inverse = np.linalg.pinv(design)
-    solution = inverse @ target
-    for _ in range(_PROJECTIONS):
-        made = design @ solution
-        if ((made >= low) & (made <= high)).all():
+    """Parameters whose ``design @ parameters`` lies within the bounds, if they can be found.
+
+    From least squares on, move beyond the bound that is most violated, a little further than onto it: where the
+    parameters that fit have an inside, this gets there (Motzkin and Schoenberg 1954, "The relaxation method for linear
+    inequalities").
+    """
+    solution = np.linalg.pinv(design) @ target
+    rows, first = np.unique(design, axis=0, return_index=True)
+    low, high = low[first], high[first]
+    for _ in range(_REFLECTIONS):
+        made = rows @ solution
+        outside = np.maximum(low - made, made - high)
+        worst = int((outside / (high - low)).argmax())
+        if outside[worst] <= 0:
             break
-        solution = solution + inverse @ (np.clip(made, low, high) - made)
+        step = -outside[worst] if made[worst] > high[worst] else outside[worst]
+        solution = solution + 1.5 * step * rows[worst] / rows.shape[1]  # every entry is 1 or -1: the squared length
     return solution
 
 
