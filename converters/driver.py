@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codecs import tensor_specs
 from ..container.header import read_header
 from ..container.reader import CONFIG_FILE
 from ..container.writer import (
@@ -27,7 +26,6 @@ from ..container.writer import (
     Tensor,
     check_absent,
     disk_errors,
-    header_room,
     module_tensors,
     publish,
     shard_name,
@@ -173,8 +171,7 @@ def _write_shards(
                 _close(writer, work, settings, done, outcomes, number)
                 writer, outcomes = None, {}
             if writer is None:
-                room = header_room(_possible_names(plan.steps[number:], max_shard_bytes))
-                writer = ShardWriter(work / _part(len(done.shards)), room)
+                writer = ShardWriter(work / _part(len(done.shards)))
             for tensor in tensors:
                 writer.add(tensor)
             if outcome is not None:
@@ -233,24 +230,6 @@ def _compare_dropped(source: Source, plan: Plan) -> None:
                 f"{key}: is tied to {owner} by the config, but their values differ; set tie_word_embeddings to false "
                 "in the checkpoint's config.json, or keep both in full precision"
             )
-
-
-def _possible_names(steps: tuple[Step, ...], max_shard_bytes: int) -> list[str]:
-    """Names that the next shard may hold at most, to keep room for its header."""
-    names, size = list[str](), 0
-    for step in steps:
-        if step.target is None:
-            names.append(step.tensor.name)
-            size += step.tensor.nbytes
-        else:
-            module = step.module()
-            # Recognition may turn any codec into any other, with a codebook or zeros: the bcq tensors and two more.
-            names.extend(spec.name for spec in tensor_specs(module))
-            names.extend([module.tensor("codebook"), module.tensor("offsets")])
-            size += module.numel // 8  # one bit for a weight at least
-        if size > max_shard_bytes:
-            break
-    return names
 
 
 def _part(index: int) -> str:

@@ -16,7 +16,6 @@ from .container.writer import (
     ShardWriter,
     Tensor,
     atomic_directory,
-    header_room,
     shard_name,
     write_index,
     write_json,
@@ -79,8 +78,7 @@ def dequantize_directory(
                 shards.append(writer.close())
                 total, writer = total + writer.nbytes, None
             if writer is None:
-                rest = [*reader.names(), *(m.weight for m in reader.config)]
-                writer = ShardWriter(work / f"part-{len(shards)}.safetensors", header_room(rest))
+                writer = ShardWriter(work / f"part-{len(shards)}.safetensors")
             writer.add(tensor)
         if writer is not None:
             shards.append(writer.close())

@@ -154,13 +154,10 @@ def parse_digests(metadata: Mapping[str, str], path: object) -> dict[str, str]:
     return digests
 
 
-def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str], room: int = 0) -> bytes:
-    """Header bytes, length prefix included, for `tensors` (name, dtype, shape) in file order.
+def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
+    """Header bytes for `tensors` (name, dtype, shape) in file order.
 
-    Args:
-        tensors: in the order of their data.
-        metadata: string to string.
-        room: at least this many bytes in all, padded with spaces (HDR-2); otherwise padded to a multiple of 8.
+    The length prefix is included; spaces pad it to a multiple of 8 (HDR-2).
     """
     obj: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
@@ -169,5 +166,5 @@ def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapp
         obj[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(obj, separators=(",", ":"), ensure_ascii=False).encode()
-    length = max(room - 8, len(text) + -len(text) % 8)
+    length = len(text) + -len(text) % 8
     return struct.pack("<Q", length) + text.ljust(length, b" ")

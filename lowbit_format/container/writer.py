@@ -1,7 +1,8 @@
 """Writing safetensors in a stream, and directories so that nothing half-written looks finished (DIR-7).
 
-A shard's header stands before its data but holds digests and shapes that are known only after it. So room
-for the header is kept free, the data streams behind it, and the header is written last, padded with spaces (HDR-2).
+A shard's header stands before its data but holds digests and shapes that are known only after it. So the data is
+streamed into a file of its own first, and copied behind the header when that is known: one more copy on the disk,
+for bounded memory and no guess at the header's size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -82,54 +83,37 @@ class ShardWriter:
 
     Args:
         path: the file; it appears under its name only when :meth:`close` has made it whole.
-        room: bytes kept for the header; :func:`header_room` gives an upper bound.
     """
 
-    def __init__(self, path: Path, room: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path, self.nbytes = path, 0
         self.digests: dict[str, str] = {}
-        self._room, self._tensors = room, list[tuple[str, str, tuple[int, ...]]]()
-        self._temporary = path.with_name(path.name + ".tmp")
-        self._file: BinaryIO = open(self._temporary, "wb")  # noqa: SIM115 - closed in close() or abort()
-        self._file.seek(room)
+        self._tensors: list[tuple[str, str, tuple[int, ...]]] = []
+        self._data: BinaryIO = open(path.with_name(f"{path.name}.data.tmp"), "w+b")  # noqa: SIM115 - close(), abort()
 
     def add(self, tensor: Tensor) -> None:
         """Append one tensor."""
         data = tensor.data.reshape(-1).view(np.uint8).data if tensor.nbytes else memoryview(b"")
         self.digests[tensor.name] = hashlib.sha256(data).hexdigest()
-        self._file.write(data)
+        self._data.write(data)
         self._tensors.append((tensor.name, tensor.dtype, tensor.shape))
         self.nbytes += tensor.nbytes
 
     def close(self) -> list[str]:
-        """Write the header, sync, and give the file its name; returns the names of its tensors."""
-        header = build_header(self._tensors, file_metadata(self.digests), self._room)
-        if len(header) > self._room:
-            raise OutputError(
-                f"{self.path}: header needs {len(header)} bytes, {self._room} were kept; please report this"
-            )
-        self._file.truncate(self._room + self.nbytes)
-        self._file.seek(0)
-        self._file.write(header)
-        sync_and_close(self._file)
-        os.replace(self._temporary, self.path)
+        """Write header and data, sync, and give the file its name; returns the names of its tensors."""
+        try:
+            self._data.seek(0)
+            with atomic_file(self.path) as f:
+                f.write(build_header(self._tensors, file_metadata(self.digests)))
+                shutil.copyfileobj(self._data, f, _COPY)
+        finally:
+            self.abort()
         return [name for name, _, _ in self._tensors]
 
     def abort(self) -> None:
-        """Throw away what was written."""
-        with contextlib.suppress(OSError):  # a full disk also fails the last flush
-            self._file.close()
-        self._temporary.unlink(missing_ok=True)
-
-
-def header_room(names: Iterable[str]) -> int:
-    """An upper bound, in bytes, of the header of a file with tensors of these names, digests included."""
-    # A name stands twice as UTF-8 JSON (in the digests' string escaped once more: up to 7 bytes for one byte);
-    # dtype, shape (5 numbers of at most 10 digits), offsets (2 of at most 20) and the digest take under 300.
-    total = 256 + sum(
-        300 + len(json.dumps(n, ensure_ascii=False).encode()) + len(json.dumps(json.dumps(n))) for n in names
-    )
-    return total + -total % 8
+        """Throw away what was streamed."""
+        self._data.close()
+        Path(self._data.name).unlink(missing_ok=True)
 
 
 def file_metadata(digests: Mapping[str, str]) -> dict[str, str]:
@@ -140,7 +124,7 @@ def file_metadata(digests: Mapping[str, str]) -> dict[str, str]:
 def write_safetensors(path: Path, tensors: list[Tensor]) -> dict[str, str]:
     """Write a small file at once, atomically, with digests; returns these."""
     with disk_errors(path):
-        writer = ShardWriter(path, header_room(t.name for t in tensors))
+        writer = ShardWriter(path)
         try:
             for tensor in tensors:
                 writer.add(tensor)

@@ -1,0 +1,36 @@
+"""Fixtures that tests of several parts share."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``checkpoint("gpt2", dtype=…)`` gives the directory of :func:`checkpoints.build`, built once; not to be changed."""
+    from checkpoints import build
+
+    built: dict[str, Path] = {}
+
+    def get(name: str, **options: Any) -> Path:
+        key = f"{name} {sorted(options.items(), key=str)}"
+        if key not in built:
+            built[key] = build(name, tmp_path_factory.mktemp(name), **options)
+        return built[key]
+
+    return get
+
+
+@pytest.fixture
+def own_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """A copy of a checkpoint that the test may change."""
+
+    def copy(name: str, **options: Any) -> Path:
+        return Path(shutil.copytree(checkpoint(name, **options), tmp_path / "source"))
+
+    return copy

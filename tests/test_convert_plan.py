@@ -1,0 +1,121 @@
+"""The plan: defaults, options for embeddings and head, coverage, sizes; and that a dry run tells the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, plan_conversion
+from lowbit_format.converters.plan import Plan
+from lowbit_format.errors import CoverageError, NothingToQuantizeError, RecipeError
+from lowbit_format.quantize import Target
+
+Checkpoint = Callable[..., Path]
+
+TARGET = Target(bits=2, group_size=32)
+
+
+@pytest.fixture
+def planned(checkpoint: Checkpoint) -> Callable[..., Plan]:
+    def plan(name: str, min_coverage: float = 0.9, **options: object) -> Plan:
+        return plan_conversion(str(checkpoint(name)), Recipe(TARGET, **options), min_coverage=min_coverage)[1]
+
+    return plan
+
+
+def quantized(plan: Plan) -> set[str]:
+    return {step.path for step in plan.quantized}
+
+
+def kept(plan: Plan) -> dict[str, str]:
+    return {step.role.path: step.reason for step in plan.kept()}
+
+
+def test_by_default_embeddings_and_head_are_kept(planned: Callable[..., Plan]) -> None:
+    plan = planned("llama")
+    assert kept(plan) == {"model.embed_tokens": "embedding", "lm_head": "output head"}
+    assert len(quantized(plan)) == 14
+    assert plan.coverage == 1.0
+    assert plan.tied == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"embeddings": True}, {"lm_head": "output head"}),
+        ({"lm_head": True}, {"model.embed_tokens": "embedding"}),
+        ({"embeddings": True, "lm_head": True}, {}),
+    ],
+)
+def test_options_quantize_embeddings_and_head(planned: Callable[..., Plan], options: dict, left: dict) -> None:
+    assert kept(planned("llama", **options)) == left
+
+
+@pytest.mark.parametrize("option", ["embeddings", "lm_head"])
+def test_a_tied_embedding_is_quantized_by_either_option(planned: Callable[..., Plan], option: str) -> None:
+    assert kept(planned("llama-tied")) == {"model.embed_tokens": "embedding, tied to the output head"}
+    plan = planned("llama-tied", **{option: True})
+    assert kept(plan) == {}
+    assert plan.tied == {"lm_head": "model.embed_tokens"}
+
+
+@pytest.mark.parametrize("place", ["lm_head", "model.embed_tokens"])
+def test_a_rule_for_either_place_of_a_tied_matrix_decides(planned: Callable[..., Plan], place: str) -> None:
+    assert "model.embed_tokens" in quantized(planned("llama-tied", rules=(Rule(place, TARGET),)))
+    plan = planned("llama-tied", embeddings=True, rules=(Rule(place, None),))
+    assert kept(plan) == {"model.embed_tokens": f"kept by the pattern {place!r}"}
+
+
+def test_the_first_rule_that_matches_decides(planned: Callable[..., Plan]) -> None:
+    five, eight = Target(bits=5), Target("uniform", 8)
+    rules = (Rule("*.0.mlp.up_proj", None), Rule("*.mlp.*", five), Rule("*.up_proj", eight), Rule("lm_head", eight))
+    plan = planned("llama", min_coverage=0.5, rules=rules)
+    targets = {step.path: step.target for step in plan.quantized}
+    assert "model.layers.0.mlp.up_proj" not in targets
+    assert targets["model.layers.1.mlp.up_proj"] == five
+    assert targets["model.layers.1.self_attn.q_proj"] == TARGET
+    assert targets["lm_head"] == eight
+
+
+def test_a_pattern_that_matches_nothing_is_refused(planned: Callable[..., Plan]) -> None:
+    with pytest.raises(RecipeError, match=r"'\*\.up_prj' matches no module; modules are named like .*model\."):
+        planned("llama", rules=(Rule("*.up_prj", None),))
+
+
+def test_coverage_counts_matrices_of_the_base_model_only(planned: Callable[..., Plan]) -> None:
+    rule = Rule("*.mlp.*", None)
+    mlp, attention = 3 * 96 * 64, (64 + 32 + 32 + 64) * 64
+    expected = attention / (mlp + attention)
+    for options in ({}, {"embeddings": True, "lm_head": True}):
+        assert planned("llama", min_coverage=0, rules=(rule,), **options).coverage == pytest.approx(expected)
+
+
+def test_the_coverage_that_an_error_suggests_is_accepted(planned: Callable[..., Plan]) -> None:
+    rule = Rule("*.mlp.*", None)
+    with pytest.raises(CoverageError, match=r"only 40\.0% .* expected at least 90%.*mlp.*\(kept by the pattern") as e:
+        planned("llama", rules=(rule, Rule("lm_head", TARGET)))
+    assert planned("llama", min_coverage=_suggested(e), rules=(rule,)).coverage == pytest.approx(0.4)
+    rules = (Rule("*.0.output.dense", None), Rule("pooler.dense", None))  # 80.77%: two digits would round it up
+    with pytest.raises(CoverageError) as e:
+        planned("bert", rules=rules)
+    assert planned("bert", _suggested(e), rules=rules).coverage < 0.9
+
+
+def test_nothing_to_quantize_is_refused_whatever_the_coverage(planned: Callable[..., Plan]) -> None:
+    with pytest.raises(NothingToQuantizeError, match=r"14 kept: kept by the pattern '\*'|kept by the pattern '\*'"):
+        planned("llama", min_coverage=0, rules=(Rule("*", None),))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_the_planned_size_is_the_real_one(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    recipe = Recipe(Target(bits=4, group_size=32, nested=(2,)), embeddings=True)
+    done = convert_hf_to_lowbit(str(checkpoint(name)), tmp_path / "out", recipe)
+    header = (tmp_path / "out" / "model.safetensors").read_bytes()[:8]
+    written = (tmp_path / "out" / "model.safetensors").stat().st_size - 8 - int.from_bytes(header, "little")
+    assert done.plan.output_bytes() == written
+
+
+def _suggested(error: pytest.ExceptionInfo[CoverageError]) -> float:
+    return float(str(error.value).split("--min-coverage ")[1].split()[0])
