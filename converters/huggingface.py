@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..container.header import Header, read_header
 from ..errors import FormatError, SourceError
-from .source import Source, SourceTensor
+from .source import Source, SourceTensor, file_identity
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
@@ -41,7 +40,7 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
     files = _weight_files(directory)
     if files[0].endswith(".safetensors"):
         return SafetensorsSource(directory, files, repo_id, revision)
-    from .pytorch import PytorchSource
+    from .pytorch import PytorchSource  # a leaf that imports torch
 
     return PytorchSource(directory, files, repo_id, revision)
 
@@ -79,17 +78,6 @@ class SafetensorsSource:
                     raise SourceError(f"{path}: ends inside tensor {name!r}; it changed while it was read")
                 done += n
         return out
-
-
-def file_identity(paths: list[Path]) -> str:
-    """Names, sizes and first bytes (the header, so names and shapes) of files; cheap, and enough to tell checkpoints
-    apart.
-    """
-    digest = hashlib.sha256()
-    for path in paths:
-        with open(path, "rb") as f:
-            digest.update(f"{path.name}\t{path.stat().st_size}\n".encode() + f.read(1 << 20))
-    return digest.hexdigest()
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:

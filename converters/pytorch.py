@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError
-from .huggingface import file_identity
-from .source import SourceTensor
+from .source import SourceTensor, file_identity
 
 SAFE_TORCH = (2, 6)  # before it, weights_only=True could be made to run code: CVE-2025-32434
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,3 +68,14 @@ def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
         )
     values: F32 = raw.view(kinds[tensor.dtype]).astype(np.float32, copy=False)
     return values.reshape(tensor.shape)
+
+
+def file_identity(paths: list[Path]) -> str:
+    """Names, sizes and first bytes (the header, so names and shapes) of files; cheap, and enough to tell checkpoints
+    apart.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as f:
+            digest.update(f"{path.name}\t{path.stat().st_size}\n".encode() + f.read(1 << 20))
+    return digest.hexdigest()

@@ -112,7 +112,8 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Throw away what was streamed."""
-        self._data.close()
+        with contextlib.suppress(OSError):  # on a full disk the last flush fails too
+            self._data.close()
         Path(self._data.name).unlink(missing_ok=True)
 
 

@@ -19,6 +19,9 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ..bits import U8
+from ..threads import parallel_rows
+
 LANES = 16
 
 _I64, _F32, _I8 = ir.IntType(64), ir.FloatType(), ir.IntType(8)
@@ -293,3 +296,10 @@ def pack_rows(start, stop, codes, planes):
             for k in range(width):
                 ones = (words[k] >> shift) & np.uint64(0x0101010101010101)
                 planes[p, r, k] = np.uint8((ones * np.uint64(0x0102040810204080)) >> np.uint64(56))
+
+
+def pack(codes: U8, bits: int) -> U8:
+    """Planes of a code matrix uint8 ``[rows, 8 * row_bytes]`` that is zero behind the last column."""
+    planes = np.empty((bits, codes.shape[0], codes.shape[1] // 8), np.uint8)
+    parallel_rows(pack_rows, codes.shape[0], codes, planes)
+    return planes

@@ -19,6 +19,7 @@ from ..packed import F32, PackedMatrix, Params
 from ..reference import decode
 from ..schema import Scheme
 from . import codebook
+from .lanes import pack
 from .target import Target
 
 _PROBES = 8  # rows tried before the rest: most weights that look like a grid and are none fail in the first few
@@ -73,8 +74,6 @@ def _attempts(groups: list[F32], target: Target, size: int, source_dtype: str) -
 
 def _exact(weight: F32, attempt: Attempt, source_dtype: str) -> PackedMatrix | None:
     """The attempt as a matrix, with the narrowest parameters that decode to exactly `weight`."""
-    from .solve import pack
-
     scheme, codes, params, table = attempt
     rows, cols = weight.shape
     padded = np.zeros((rows, 8 * row_bytes(cols)), np.uint8)

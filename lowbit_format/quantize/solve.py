@@ -15,7 +15,8 @@ from ..packed import F32, PackedMatrix, Params
 from ..reference import decode
 from ..threads import parallel_rows
 from . import bcq, codebook, uniform
-from .lanes import LANES, pack_rows
+from .lanes import LANES, pack
+from .recognise import recognise
 from .target import Target
 
 _ALL_ALIKE: F32 = np.empty(0, np.float32)
@@ -79,8 +80,6 @@ def quantize(
         if importance.shape != (weight.shape[1],) or not np.isfinite(importance).all() or (importance < 0).any():
             raise QuantizationError(f"{name}: importance must be {weight.shape[1]} finite numbers >= 0")
     if target.recognise:
-        from .recognise import recognise
-
         found = recognise(weight, target, source_dtype)
         if found is not None:
             return Quantized(found, _squared_error(weight, found), norm, lossless=True)
@@ -115,13 +114,6 @@ def _round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) ->
             return None
     table = codebook.padded(target.values()) if target.codec == "codebook" else None
     return PackedMatrix(target.scheme(dtype), rows, cols, pack(codes, target.bits), params, nested, table)
-
-
-def pack(codes: U8, bits: int) -> U8:
-    """Planes of a code matrix uint8 ``[rows, 8 * row_bytes]`` that is zero behind the last column."""
-    planes = np.empty((bits, codes.shape[0], codes.shape[1] // 8), np.uint8)
-    parallel_rows(pack_rows, codes.shape[0], codes, planes)
-    return planes
 
 
 def _rounded(params: Params, dtype: str) -> Params:
