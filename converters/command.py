@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..errors import LowbitError, RecipeError, SchemeError
@@ -96,7 +97,7 @@ def convert(
         for one in result_tables(done.plan, done.outcomes, done.seconds):
             console.print(one)
         console.print(
-            f"Wrote {done.directory}. Load it with `import lowbit_format`, then transformers' from_pretrained."
+            f"Wrote {escape(str(done.directory))}. Load it with `import lowbit_format`, then transformers' from_pretrained."
         )
     except LowbitError as e:
         fail(e)
@@ -110,7 +111,7 @@ def run() -> None:
 def fail(error: LowbitError) -> None:
     """Print a named error to standard error and exit with 1."""
     Console(stderr=True).print(
-        f"[red]{type(error).__name__}[/red]:", str(error), highlight=False, markup=True, soft_wrap=True
+        f"[red]{type(error).__name__}[/red]:", escape(str(error)), highlight=False, markup=True, soft_wrap=True
     )
     raise typer.Exit(1)
 

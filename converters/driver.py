@@ -32,7 +32,7 @@ from ..container.writer import (
     write_index,
     write_json,
 )
-from ..errors import OutputError, SourceError
+from ..errors import FormatError, OutputError, SourceError
 from ..quantize import Quantized, quantize
 from ..schema import Module, QuantizationConfig, Scheme
 from .plan import Plan, Step
@@ -275,7 +275,7 @@ def _load_journal(work: Path, settings: str) -> Progress:
             if sorted(read_header(file).tensors) != sorted(names):
                 raise OutputError(f"{file}: does not hold what the journal says; remove {work} and begin again")
         return done
-    except (ValueError, KeyError, TypeError, OSError) as e:
+    except (ValueError, KeyError, TypeError, OSError, FormatError) as e:
         raise OutputError(f"{path}: cannot be resumed from: {e!r}; remove {work} and begin again") from e
 
 

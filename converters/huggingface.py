@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..container.header import Header, read_header
 from ..errors import FormatError, SourceError
-from .source import Source, SourceTensor, file_identity
+from .source import Source, SourceTensor, check_index, file_identity
 
 SAFETENSORS = "model.safetensors"
 PYTORCH = "pytorch_model.bin"
@@ -38,7 +38,7 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
     elif revision is not None:
         raise SourceError(f"{source}: is a directory, which has no revisions; leave --revision out")
     files = _weight_files(directory)
-    if files[0].endswith(".safetensors"):
+    if next(iter(files)).endswith(".safetensors"):
         return SafetensorsSource(directory, files, repo_id, revision)
     from .pytorch import PytorchSource  # a leaf that imports torch
 
@@ -46,9 +46,14 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
 
 
 class SafetensorsSource:
-    """Safetensors files, read by byte range: nothing stays in memory between two reads."""
+    """Safetensors files, read by byte range: nothing stays in memory between two reads.
 
-    def __init__(self, directory: Path, files: list[str], repo_id: str | None, revision: str | None) -> None:
+    `files` maps their names to the tensors that an index puts into them.
+    """
+
+    def __init__(
+        self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None
+    ) -> None:
         self.directory, self.repo_id, self.revision = directory, repo_id, revision
         headers: dict[str, Header] = {}
         for file in files:
@@ -56,6 +61,7 @@ class SafetensorsSource:
                 headers[file] = read_header(directory / file)
             except FormatError as e:
                 raise SourceError(f"cannot read the checkpoint: {e}") from e
+            check_index(directory / file, files[file], headers[file].tensors)
         self._place: dict[str, tuple[Path, int]] = {}
         self.tensors: dict[str, SourceTensor] = {}
         for file, header in headers.items():
@@ -114,21 +120,21 @@ def side_files(directory: Path) -> list[Path]:
     return found
 
 
-def _weight_files(directory: Path) -> list[str]:
-    """Names of the weight files, safetensors first; an index is followed."""
+def _weight_files(directory: Path) -> dict[str, list[str]]:
+    """Names of the weight files, safetensors first, with the tensors that an index puts into each."""
     for single in (SAFETENSORS, PYTORCH):
         if (directory / single).is_file():
-            return [single]
+            return {single: []}
         index = directory / f"{single}.index.json"
         if index.is_file():
             return _indexed_files(index)
     raise SourceError(f"{directory}: has neither {SAFETENSORS} nor {PYTORCH}, nor an index of either")
 
 
-def _indexed_files(index: Path) -> list[str]:
+def _indexed_files(index: Path) -> dict[str, list[str]]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
-        files = list(dict.fromkeys(weight_map.values()))
+        files: dict[str, list[str]] = {file: [] for file in weight_map.values()}
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{index}: is not an index with a weight_map: {e!r}") from e
     if not files:
@@ -138,6 +144,8 @@ def _indexed_files(index: Path) -> list[str]:
             raise SourceError(f"{index}: file name {file!r} is not a plain name")
         if not (index.parent / file).is_file():
             raise SourceError(f"{index}: the shard {file} is missing; the download is incomplete")
+    for name, file in weight_map.items():
+        files[file].append(name)
     return files
 
 

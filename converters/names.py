@@ -133,7 +133,9 @@ def _meta_model(directory: Path) -> Any:
             "transformers may know the architecture, code from the checkpoint is never run"
         ) from e
     names = config.architectures or []
-    cls = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    found = (getattr(transformers, n, None) for n in names if isinstance(n, str))
+    # Only model classes: the name comes from a file, and transformers exports functions too.
+    cls = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
     with torch.device("meta"):
         try:
             if cls is not None:

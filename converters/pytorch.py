@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError
-from .source import SourceTensor, file_identity
+from .source import SourceTensor, check_index, file_identity
 
 SAFE_TORCH = (2, 6)  # before it, weights_only=True could be made to run code: CVE-2025-32434
 
@@ -26,20 +26,24 @@ _DTYPES = {
 class PytorchSource:
     """Zip-format files are memory-mapped, so that only the tensor in hand takes memory; older ones are read whole."""
 
-    def __init__(self, directory: Path, files: list[str], repo_id: str | None, revision: str | None) -> None:
+    def __init__(
+        self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None
+    ) -> None:
         import torch
 
         found = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
         if found < SAFE_TORCH:
             raise SourceError(
-                f"{directory / files[0]}: torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434); "
+                f"{directory / next(iter(files))}: torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434); "
                 "install torch 2.6 or newer, or get the checkpoint as safetensors"
             )
         self.directory, self.repo_id, self.revision = directory, repo_id, revision
         self._loaded: dict[str, Any] = {}
         self.tensors: dict[str, SourceTensor] = {}
         for file in files:
-            for name, value in _load(directory / file).items():
+            state = _load(directory / file)
+            check_index(directory / file, files[file], state)
+            for name, value in state.items():
                 if not isinstance(value, torch.Tensor):
                     continue
                 dtype = _DTYPES.get(str(value.dtype))

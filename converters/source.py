@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -68,6 +69,13 @@ def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
         )
     values: F32 = raw.view(kinds[tensor.dtype]).astype(np.float32, copy=False)
     return values.reshape(tensor.shape)
+
+
+def check_index(path: Path, expected: Iterable[str], found: Container[str]) -> None:
+    """Raise SourceError unless the file at `path` holds every tensor that the index puts into it."""
+    for name in expected:
+        if name not in found:
+            raise SourceError(f"{path}: lacks the tensor {name!r}, which the index puts there; get the checkpoint again")
 
 
 def file_identity(paths: list[Path]) -> str:

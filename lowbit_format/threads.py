@@ -26,7 +26,7 @@ _inside = threading.local()
 def num_threads() -> int:
     """Threads that kernels use: ``LOWBIT_NUM_THREADS``, or the cores this process may run on."""
     wanted = os.environ.get("LOWBIT_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted) > 0:
+    if wanted.isdecimal() and int(wanted) > 0:
         return int(wanted)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

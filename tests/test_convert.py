@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import DENSE, edit_weights, weights
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
+from lowbit_format.converters.driver import work_directory
 
 from lowbit_format.container import writer
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
-from lowbit_format.converters.driver import work_directory
 from lowbit_format.errors import CoverageError, NonFiniteWeightError, NothingToQuantizeError, OutputError, SourceError
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode
@@ -278,11 +278,12 @@ def test_a_lowbit_source_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> N
 # --- helpers ----------------------------------------------------------------------------------------
 
 
-def assert_nothing_looks_finished(out: Path) -> None:
-    """DIR-7: neither `out` nor what an unfinished conversion leaves beside it is a model directory."""
+def assert_nothing_looks_finished(out: Path, *, killed: bool = False) -> None:
+    """DIR-7: neither `out` nor what an unfinished conversion leaves beside it is for use; no scraps, unless killed."""
     assert not out.exists()
     work = work_directory(out)
-    if work.exists():
+    assert work.name.startswith(".")
+    if not killed:
         assert not (work / "config.json").exists()
         assert not list(work.glob("*.tmp"))
 

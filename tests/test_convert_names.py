@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from checkpoints import ARCHITECTURES, build, edit_config, edit_weights, weights
-
-from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.converters.names import Names, map_names
+
+from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import SourceError
 from lowbit_format.quantize import Target
 

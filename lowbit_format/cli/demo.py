@@ -48,8 +48,8 @@ def demo(
         wanted = [int(b) for b in bits.split(",")]
         original = _Sentences(source)
         console.out.print(
-            f"{source.name}: {_size(source) / 1e6:.1f} MB; groups of {GROUP_SIZE}, embeddings left in float; "
-            f"{len(original.texts)} sentences", highlight=False, soft_wrap=True,
+            f"{model or 'all-MiniLM-L6-v2'}: {_size(source) / 1e6:.1f} MB; groups of {GROUP_SIZE}, "
+            f"embeddings left in float; {len(original.texts)} sentences", highlight=False, soft_wrap=True,
         )  # fmt: skip
         table = Table("bits", "method", "MB", "bits/w", "convert", "load", "error", "cosine", "least")
         with tempfile.TemporaryDirectory() as scratch:
@@ -61,7 +61,8 @@ def demo(
     console.out.print(table)
     console.out.print(
         "RTN: round to nearest between the ends of the group. error: of the weights, relative. cosine: between "
-        "sentence embeddings of the converted and of the float model, mean and least.",
+        "sentence embeddings of the converted and of the float model, mean and least. The first conversion with "
+        "each method after an installation compiles its kernels, which takes some seconds.",
         highlight=False,
     )
     if keep:

@@ -34,6 +34,7 @@ def inspect(
         return
     for table in _tables(reader, facts, modules):
         console.out.print(table)
+    console.out.print(f"fingerprint {facts['fingerprint']}", soft_wrap=True, highlight=False)
 
 
 def describe(reader: ModelReader) -> dict[str, Any]:
@@ -88,7 +89,6 @@ def _tables(reader: ModelReader, facts: dict[str, Any], every_module: bool) -> l
         ("directory", facts["directory"]),
         ("format", f"lowbit {facts['format_version']}"),
         ("architecture", ", ".join(facts["architectures"] or ["unknown"])),
-        ("fingerprint", facts["fingerprint"]),
         ("quantized weights", f"{facts['quantized_weights']:,} in {len(facts['modules'])} modules"),
         ("bits per quantized weight", f"{facts['bits_per_quantized_weight']:.3f}"),
         (

@@ -85,11 +85,11 @@ def quantize(
             return Quantized(found, _squared_error(weight, found), norm, lossless=True)
     solver = _SOLVERS[target.codec]
     exact = solver.fit(weight, target, importance)
-    matrix = _round_and_assign(weight, target, exact, target.scale_dtype)
+    matrix = round_and_assign(weight, target, exact, target.scale_dtype)
     widened = None
     if matrix is None:
         widened = f"{target.scale_dtype} cannot hold its parameters, F32 can"
-        matrix = _round_and_assign(weight, target, exact, "F32")
+        matrix = round_and_assign(weight, target, exact, "F32")
     if matrix is None:
         raise QuantizationError(f"{name}: its parameters overflow float32; keep this module in full precision")
     error = _squared_error(weight, matrix)
@@ -98,7 +98,7 @@ def quantize(
     return Quantized(matrix, error, norm, widened=widened)
 
 
-def _round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> PackedMatrix | None:
+def round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> PackedMatrix | None:
     """The matrix with parameters rounded to `dtype`, or None if that moves a level too far (ENC-4)."""
     solver, (rows, cols) = _SOLVERS[target.codec], weight.shape
     params = _rounded(exact, dtype)

@@ -60,6 +60,8 @@ class Target:
             self.rounds is None or (is_int(self.rounds) and self.rounds >= 0),
             f"rounds is {self.rounds!r}, expected 0 or more",
         )
+        for key in ("offset", "recognise"):
+            check(isinstance(getattr(self, key), bool), f"{key} is {getattr(self, key)!r}, expected true or false")
         check(
             all(is_int(k) and 1 <= k < self.bits for k in self.nested),
             f"nested is {list(self.nested)}, expected precisions from 1 to bits - 1 = {self.bits - 1}",

@@ -49,6 +49,8 @@ def from_pretrained(
         )
     if model_class is None:
         names = getattr(config, "architectures", None) or ["AutoModel"]
-        model_class = getattr(transformers, names[0], transformers.AutoModel)
+        model_class = getattr(transformers, names[0], None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            model_class = transformers.AutoModel  # the name comes from a file, and may be that of anything
     with load_options(LoadOptions(bits, verify)):
         return model_class.from_pretrained(path_or_repo, revision=revision, **kwargs)

@@ -1,0 +1,59 @@
+"""Peak memory of a conversion, measured in a process of its own on a checkpoint that does not fit the bound."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowbit_format.container.header import build_header
+
+LAYERS, HIDDEN, MLP, VOCAB = 12, 1024, 4096, 32_000
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
+    "num_hidden_layers": LAYERS, "num_attention_heads": 16, "vocab_size": VOCAB, "dtype": "bfloat16",
+}  # fmt: skip
+CHILD = """
+import json, resource, sys
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.quantize import Target
+recipe = Recipe(Target(sys.argv[3], 4), embeddings=True, lm_head=True)
+done = convert_hf_to_lowbit(sys.argv[1], sys.argv[2], recipe)
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"peak": peak, "expected": done.plan.peak_memory(), "modules": len(done.outcomes)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 530 MB in bfloat16."""
+    directory = tmp_path_factory.mktemp("large")
+    shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
+    for i in range(LAYERS):
+        shapes |= {f"model.layers.{i}.self_attn.{n}_proj.weight": (HIDDEN, HIDDEN) for n in "qkvo"}
+        shapes |= {f"model.layers.{i}.mlp.{n}_proj.weight": (MLP, HIDDEN) for n in ("up", "gate")}
+        shapes |= {f"model.layers.{i}.mlp.down_proj.weight": (HIDDEN, MLP)}
+    random = np.random.default_rng(0).standard_normal(VOCAB * HIDDEN, np.float32) * np.float32(0.02)
+    words = (random.view(np.uint32) >> 16).astype("<u2")  # one pool of values serves all tensors
+    with open(directory / "model.safetensors", "wb") as f:
+        f.write(build_header([(name, "BF16", shape) for name, shape in shapes.items()], {"format": "pt"}))
+        for i, (rows, cols) in enumerate(shapes.values()):
+            f.write(np.roll(words[: rows * cols], i).tobytes())
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    return directory
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("codec", ["bcq", "uniform"])
+def test_peak_memory_is_bounded(codec: str, source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CHILD, str(source), str(tmp_path / "out"), codec]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["modules"] == 2 + 7 * LAYERS
+    assert found["peak"] <= (1 << 30) + 3 * 4 * VOCAB * HIDDEN
+    assert found["peak"] <= found["expected"]

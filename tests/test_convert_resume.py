@@ -1,0 +1,140 @@
+"""Interrupted conversions: kill -9 at any moment leaves nothing that looks finished, and --resume gives the same bytes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import edit_config, edit_weights
+from killed import OPTIONS, convert_until
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
+from lowbit_format.converters.driver import JOURNAL, work_directory
+from test_convert import assert_nothing_looks_finished, content
+
+from lowbit_format.container.reader import ModelReader
+from lowbit_format.errors import OutputError
+from lowbit_format.quantize import Target
+
+Checkpoint = Callable[..., Path]
+
+TARGET = OPTIONS["recipe"].default
+KILLS = 12  # moments, evenly spread over all that touch the disk
+
+
+def run_until(source: Path, out: Path, moment: int) -> int | None:
+    """Run :func:`killed.convert_until` in a process of its own; returns its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killed"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    process = context.Process(target=convert_until, args=(source, out, moment))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def interrupted(source: Path, out: Path) -> Path:
+    """Leave an unfinished conversion to `out`, two shards of it done."""
+
+    def stop(step: object, steps: int) -> None:
+        if len(list(work_directory(out).glob("part-*.safetensors"))) >= 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_hf_to_lowbit(str(source), out, **OPTIONS, report=stop)
+    return work_directory(out)
+
+
+def test_killed_at_any_moment_it_resumes_to_the_same_bytes(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DIR-7."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))  # the fork server finds the module `killed` there
+    source = checkpoint("llama")
+    touches = run_until(source, tmp_path / "whole" / "out", 0)
+    assert touches is not None
+    assert KILLS < touches < 255
+    whole = content(tmp_path / "whole" / "out")
+    for moment in sorted({1 + i * (touches - 1) // (KILLS - 1) for i in range(KILLS)}):
+        out = tmp_path / str(moment) / "out"
+        assert run_until(source, out, moment) == -signal.SIGKILL
+        if out.exists():  # killed after the rename that makes it a model: then it is whole
+            assert ModelReader(out).verify() == 0
+            assert {name: digest for name, digest in content(out).items() if name != JOURNAL} == whole
+            continue
+        assert_nothing_looks_finished(out, killed=True)
+        convert_hf_to_lowbit(str(source), out, **OPTIONS, resume=True)
+        assert content(out) == whole
+        assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+def test_resume_without_anything_to_resume_is_a_plain_run(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS, resume=True)
+    assert ModelReader(tmp_path / "out").verify() == 0
+
+
+def test_resume_does_not_do_finished_shards_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    work = interrupted(checkpoint("llama"), out)
+    before = {p.name: p.stat().st_ino for p in work.glob("part-*.safetensors")}
+    assert len(before) == 2
+    done = convert_hf_to_lowbit(str(checkpoint("llama")), out, **OPTIONS, resume=True)
+    after = {p.stat().st_ino for p in out.glob("*.safetensors")}
+    assert set(before.values()) <= after
+    assert set(done.outcomes) == {step.path for step in done.plan.quantized}
+
+
+def test_an_unfinished_conversion_is_not_overwritten(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    work = interrupted(checkpoint("llama"), tmp_path / "out")
+    before = content(work)
+    with pytest.raises(OutputError, match="unfinished conversion.*--resume"):
+        convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS)
+    assert content(work) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"recipe": Recipe(Target(bits=3, group_size=32))},
+        {"recipe": Recipe(TARGET, lm_head=True)},
+        {"recipe": Recipe(TARGET, (Rule("*.0.mlp.up_proj", Target(bits=2, group_size=32, rounds=1)),))},
+        {"max_shard_bytes": 30_000},
+    ],
+)
+def test_resume_with_other_options_is_refused(change: dict, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    work = interrupted(checkpoint("llama"), tmp_path / "out")
+    before = content(work)
+    with pytest.raises(OutputError, match="begun with other options"):
+        convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **{**OPTIONS, **change}, resume=True)
+    assert content(work) == before
+
+
+def test_resume_with_another_source_is_refused(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = own_checkpoint("llama")
+    interrupted(source, tmp_path / "out")
+    for change in (
+        lambda: edit_config(source, rms_norm_eps=1e-3),
+        lambda: edit_weights(edit_config(source, rms_norm_eps=1e-6), lambda t: t["model.norm.weight"].add_(1)),
+    ):
+        change()
+        with pytest.raises(OutputError, match="another source"):
+            convert_hf_to_lowbit(str(source), tmp_path / "out", **OPTIONS, resume=True)
+
+
+@pytest.mark.parametrize("damage", ["cut journal", "other journal", "cut shard", "no shard"])
+def test_a_damaged_unfinished_conversion_is_refused(damage: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    work = interrupted(checkpoint("llama"), tmp_path / "out")
+    journal, shard = work / JOURNAL, work / "part-00001.safetensors"
+    if damage == "cut journal":
+        journal.write_bytes(journal.read_bytes()[:-20])
+    elif damage == "other journal":
+        journal.write_text("[]")
+    elif damage == "cut shard":
+        shard.write_bytes(shard.read_bytes()[:-1])
+    else:
+        shard.unlink()
+    with pytest.raises(OutputError, match="begin again"):
+        convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS, resume=True)
+    assert not (tmp_path / "out").exists()
