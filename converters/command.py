@@ -96,9 +96,8 @@ def convert(
             )  # fmt: skip
         for one in result_tables(done.plan, done.outcomes, done.seconds):
             console.print(one)
-        console.print(
-            f"Wrote {escape(str(done.directory))}. Load it with `import lowbit_format`, then transformers' from_pretrained."
-        )
+        where = escape(str(done.directory))
+        console.print(f"Wrote {where}. Load it with `import lowbit_format`, then transformers' from_pretrained.")
     except LowbitError as e:
         fail(e)
 

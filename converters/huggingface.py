@@ -51,9 +51,7 @@ class SafetensorsSource:
     `files` maps their names to the tensors that an index puts into them.
     """
 
-    def __init__(
-        self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None
-    ) -> None:
+    def __init__(self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None) -> None:
         self.directory, self.repo_id, self.revision = directory, repo_id, revision
         headers: dict[str, Header] = {}
         for file in files:
@@ -75,14 +73,17 @@ class SafetensorsSource:
     def read(self, name: str) -> NDArray[np.uint8]:
         path, begin = self._place[name]
         out = np.empty(self.tensors[name].nbytes, np.uint8)
-        with open(path, "rb", buffering=0) as f:
-            f.seek(begin)
-            done = 0
-            while done < len(out):  # one read call gives at most 2 GiB
-                n = f.readinto(out[done:].data)
-                if not n:
-                    raise SourceError(f"{path}: ends inside tensor {name!r}; it changed while it was read")
-                done += n
+        try:
+            with open(path, "rb", buffering=0) as f:
+                f.seek(begin)
+                done = 0
+                while done < len(out):  # one read call gives at most 2 GiB
+                    n = f.readinto(out[done:].data)
+                    if not n:
+                        raise SourceError(f"{path}: ends inside tensor {name!r}; it changed while it was read")
+                    done += n
+        except OSError as e:
+            raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
         return out
 
 

@@ -26,15 +26,13 @@ _DTYPES = {
 class PytorchSource:
     """Zip-format files are memory-mapped, so that only the tensor in hand takes memory; older ones are read whole."""
 
-    def __init__(
-        self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None
-    ) -> None:
+    def __init__(self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None) -> None:
         import torch
 
         found = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
         if found < SAFE_TORCH:
             raise SourceError(
-                f"{directory / next(iter(files))}: torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434); "
+                f"{directory / min(files)}: torch {torch.__version__} cannot read a pickle safely (CVE-2025-32434); "
                 "install torch 2.6 or newer, or get the checkpoint as safetensors"
             )
         self.directory, self.repo_id, self.revision = directory, repo_id, revision

@@ -75,7 +75,9 @@ def check_index(path: Path, expected: Iterable[str], found: Container[str]) -> N
     """Raise SourceError unless the file at `path` holds every tensor that the index puts into it."""
     for name in expected:
         if name not in found:
-            raise SourceError(f"{path}: lacks the tensor {name!r}, which the index puts there; get the checkpoint again")
+            raise SourceError(
+                f"{path}: lacks the tensor {name!r}, which the index puts there; get the checkpoint again"
+            )
 
 
 def file_identity(paths: list[Path]) -> str:

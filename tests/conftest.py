@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``checkpoint("gpt2", dtype=…)`` gives the directory of :func:`checkpoints.build`, built once; not to be changed."""
+    """``checkpoint("gpt2", dtype=…)`` is the directory of :func:`checkpoints.build`, built once; not to be changed."""
     from checkpoints import build
 
     built: dict[str, Path] = {}

@@ -22,7 +22,9 @@ OPTIONS: dict[str, Any] = {"recipe": Recipe(Target(bits=2, group_size=32)), "max
 _TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 _ = transformers.LlamaForCausalLM
-quantize(np.eye(40, dtype=np.float32) + np.arange(40, dtype=np.float32), OPTIONS["recipe"].default)  # loads compiled code
+quantize(
+    np.eye(40, dtype=np.float32) + np.arange(40, dtype=np.float32), OPTIONS["recipe"].default
+)  # loads compiled code
 
 
 def convert_until(source: Path, out: Path, moment: int) -> None:

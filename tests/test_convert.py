@@ -98,9 +98,7 @@ def test_a_weight_on_a_grid_is_stored_without_loss(own_checkpoint: Checkpoint, t
 
 def test_side_files_come_along_and_code_does_not(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = own_checkpoint("llama")
-    carried = {
-        "tokenizer.json": b'{"a":\r\n1}', "merges.txt": b"\xff\x00", "chat/template.jinja": b"{{ x }}", "LICENSE": b"free",
-    }  # fmt: skip
+    carried = {"tokenizer.json": b'{"a":\r\n1}', "merges.txt": b"\xff\x00", "chat/x.jinja": b"{{}}", "LICENSE": b"free"}
     left = ["modeling_x.py", "custom.so", "data.pkl", ".gitattributes", ".cache/x", "old.bin", "tf_model.h5", "a.onnx"]
     for name in (*carried, *left):
         (source / name).parent.mkdir(exist_ok=True)
@@ -162,9 +160,7 @@ def test_a_module_is_never_split_over_shards(limit: int, checkpoint: Checkpoint,
     assert ModelReader(tmp_path / "one").fingerprint() == reader.fingerprint()
 
 
-def test_two_runs_give_the_same_bytes(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_runs_give_the_same_bytes(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for run, threads in [("1", "1"), ("2", "3")]:
         monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
         convert_hf_to_lowbit(str(checkpoint("gpt2")), tmp_path / run / "out", RECIPE, max_shard_bytes=20_000)
@@ -219,7 +215,7 @@ def test_a_kept_tensor_may_hold_infinities(own_checkpoint: Checkpoint, tmp_path:
 def test_a_full_disk_leaves_nothing_that_looks_finished(
     share: float, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk takes a share of all writes, then no more; once it has space again, --resume completes the conversion."""
+    """The disk takes a share of all writes, then no more; once it has space again, --resume completes the work."""
 
     def convert(out: Path, room: int, resume: bool = False) -> int:
         """Convert with room for so many writes; returns how many of them were left."""
@@ -232,7 +228,7 @@ def test_a_full_disk_leaves_nothing_that_looks_finished(
 
     whole, out = tmp_path / "whole" / "out", tmp_path / "cut" / "out"
     writes = 10_000 - convert(whole, 10_000)
-    with pytest.raises(OutputError, match="No space left on device.*--resume"):
+    with pytest.raises(OutputError, match=r"No space left on device.*--resume"):
         convert(out, int(share * (writes - 1)))
     assert_nothing_looks_finished(out)
     convert(out, 10_000, resume=True)
@@ -263,14 +259,14 @@ def test_an_empty_output_directory_is_taken(checkpoint: Checkpoint, tmp_path: Pa
 
 
 def test_a_source_without_anything_to_quantize_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(NothingToQuantizeError, match="LlamaForCausalLM: no Linear.*kept by the pattern"):
+    with pytest.raises(NothingToQuantizeError, match=r"LlamaForCausalLM: no Linear.*kept by the pattern"):
         convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", RECIPE.keeping(["*"]))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_lowbit_source_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", RECIPE)
-    with pytest.raises(SourceError, match="quantized already.*lowbit dequantize"):
+    with pytest.raises(SourceError, match=r"quantized already.*lowbit dequantize"):
         convert_hf_to_lowbit(str(tmp_path / "out"), tmp_path / "again", RECIPE)
     assert not (tmp_path / "again").exists()
 

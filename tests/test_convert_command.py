@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters.command import app
 from test_convert import content
 from typer.testing import CliRunner, Result
 
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
-from lowbit_format.converters.command import app
 from lowbit_format.quantize import Target
 
 Checkpoint = Callable[..., Path]
@@ -36,7 +36,9 @@ def failed(result: Result, error: str, message: str) -> None:
     assert "Traceback" not in result.output
 
 
-def test_it_converts_and_says_what_came_of_it(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_it_converts_and_says_what_came_of_it(
+    run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     result = run(checkpoint("llama"), tmp_path / "out")
     assert result.exit_code == 0
     for text in (
@@ -77,7 +79,10 @@ def test_a_recipe_adds_to_the_options(run: Callable[..., Result], checkpoint: Ch
     result = run(checkpoint("llama"), tmp_path / "out", "--recipe", recipe, "--bits", 2, "--keep", "*.k_proj")
     assert result.exit_code == 0
     bits = {m.path.split(".")[-1]: m.scheme.bits for m in ModelReader(tmp_path / "out").config}
-    assert bits == {**dict.fromkeys(("q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"), 3), "lm_head": 6}
+    assert bits == {
+        **dict.fromkeys(("q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"), 3),
+        "lm_head": 6,
+    }
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
@@ -117,7 +122,13 @@ def test_it_resumes(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path
 )
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
 def test_a_named_error_and_exit_code_1(
-    more: list, options: list, error: str, message: str, run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+    more: list,
+    options: list,
+    error: str,
+    message: str,
+    run: Callable[..., Result],
+    checkpoint: Checkpoint,
+    tmp_path: Path,
 ) -> None:
     failed(run(checkpoint("llama"), tmp_path / "out", *options, *more), error, message)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Peak memory of a conversion, measured in a process of its own on a checkpoint that does not fit the bound."""
+"""Peak memory of a conversion, measured in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHILD = """
 import json, resource, sys
 from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target
-recipe = Recipe(Target(sys.argv[3], 4), embeddings=True, lm_head=True)
+recipe = Recipe(Target(), embeddings=True, lm_head=True)
 done = convert_hf_to_lowbit(sys.argv[1], sys.argv[2], recipe)
 peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({"peak": peak, "expected": done.plan.peak_memory(), "modules": len(done.outcomes)}))
@@ -49,9 +49,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
-@pytest.mark.parametrize("codec", ["bcq", "uniform"])
-def test_peak_memory_is_bounded(codec: str, source: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CHILD, str(source), str(tmp_path / "out"), codec]
+def test_peak_memory_is_bounded(source: Path, tmp_path: Path) -> None:
+    """At most 1 GiB and three times the largest tensor in float32, and no more than the plan says."""
+    command = [sys.executable, "-c", CHILD, str(source), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["modules"] == 2 + 7 * LAYERS

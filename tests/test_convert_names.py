@@ -110,7 +110,7 @@ def test_an_unknown_architecture_name_falls_back_to_the_model_type(own_checkpoin
 @pytest.mark.parametrize("model_type", ["no-such-model", None])
 def test_an_unknown_model_type_is_refused(model_type: str | None, own_checkpoint: Checkpoint) -> None:
     source = edit_config(own_checkpoint("llama"), model_type=model_type)
-    with pytest.raises(SourceError, match="(?s)cannot read its config.*code from the checkpoint is never run"):
+    with pytest.raises(SourceError, match=r"(?s)cannot read its config.*code from the checkpoint is never run"):
         names_of(source)
 
 

@@ -1,4 +1,4 @@
-"""Interrupted conversions: kill -9 at any moment leaves nothing that looks finished, and --resume gives the same bytes."""
+"""Interrupted conversions: kill -9 leaves nothing that looks finished, and --resume gives the same bytes."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_resume_does_not_do_finished_shards_again(checkpoint: Checkpoint, tmp_pa
 def test_an_unfinished_conversion_is_not_overwritten(checkpoint: Checkpoint, tmp_path: Path) -> None:
     work = interrupted(checkpoint("llama"), tmp_path / "out")
     before = content(work)
-    with pytest.raises(OutputError, match="unfinished conversion.*--resume"):
+    with pytest.raises(OutputError, match=r"unfinished conversion.*--resume"):
         convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS)
     assert content(work) == before
 

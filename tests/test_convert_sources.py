@@ -122,7 +122,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(zipped: bool, own_checkpoint:
     path = source / "pytorch_model.bin"
     state = torch.load(path, weights_only=True)
     torch.save({**state, "x": Payload(marker)}, path, _use_new_zipfile_serialization=zipped)
-    with contextlib.nullcontext() if zipped else pytest.warns(UserWarning):
+    with contextlib.nullcontext() if zipped else pytest.warns(UserWarning, match="not a zip file"):
         refused(source, "holds more than tensors and is refused", tmp_path)
     assert not marker.exists()
 
@@ -204,8 +204,23 @@ def test_a_file_that_is_cut_off_is_refused(
     source = own_checkpoint("llama", pickled=pickled)
     path = source / ("pytorch_model.bin" if pickled else "model.safetensors")
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.warns(UserWarning) if pickled and keep == 0 else contextlib.nullcontext():
+    with pytest.warns(UserWarning, match="not a zip file") if pickled and keep == 0 else contextlib.nullcontext():
         refused(source, path.name, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [None, 5000])
+def test_a_file_that_goes_away_while_it_is_read_is_named(
+    keep: int | None, own_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = own_checkpoint("llama") / "model.safetensors"
+
+    def damage(step: object, steps: int) -> None:
+        if path.exists() and keep is None:
+            path.unlink()
+        elif keep is not None:
+            os.truncate(path, keep)
+
+    refused(path.parent, r"model\.safetensors: ", tmp_path, report=damage)
 
 
 def test_a_header_that_is_too_long_is_refused(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -272,4 +287,3 @@ def test_what_is_neither_directory_nor_repository_is_refused(source: str, tmp_pa
 
 def test_a_directory_has_no_revisions(checkpoint: Checkpoint, tmp_path: Path) -> None:
     refused(checkpoint("llama"), "is a directory, which has no revisions", tmp_path, revision="main")
-

@@ -82,7 +82,9 @@ def test_a_pattern_that_matches_nothing_is_refused() -> None:
         recipe.check_matches(["a.x", "b.y"])
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"\xff", b'{"default": NaN}', b'{"rules": [], "rules": []}', b"[" * 99_999])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"\xff", b'{"default": NaN}', b'{"rules": [], "rules": []}', b"[" * 99_999]
+)
 def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
     with pytest.raises(RecipeError, match=r"recipe\.json: "):
         load(tmp_path, text)

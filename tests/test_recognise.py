@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -57,15 +59,16 @@ KINDS = {  # kind of grid: most bits a weight of it may take
 CODECS = {"ternary": "codebook", "nf4": "codebook", "user": "codebook", "fp4-e3m0": "codebook"}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale_dtype", ["F16", "F32"])
+def storable(kind: str, scale_dtype: str, dtype: str) -> bool:
+    """Whether grids of `kind` are recognised: sums of float32 scales are rounded, so that they lie on no exact grid."""
+    return not (kind in ("bcq2", "bcq3", "bcq3 offset") and scale_dtype == dtype == "F32")
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale_dtype", "dtype"), [c for c in itertools.product(KINDS, ("F16", "F32"), DTYPES) if storable(*c)]
+)
 @pytest.mark.parametrize("group", [COLS, 64])
-@pytest.mark.parametrize("kind", KINDS)
 def test_a_grid_is_stored_without_loss(kind: str, group: int, scale_dtype: str, dtype: str) -> None:
-    if kind in ("bcq2", "bcq3", "bcq3 offset") and scale_dtype == dtype == "F32":
-        pytest.skip("sums of float32 scales are rounded, so the levels of a group lie on no grid")
-    if kind == "bcq3 offset" and dtype != "F32":
-        pytest.skip("rounding the weights hides which levels differ by the same scale")
     weight = round_to(grid(kind, group, scale_dtype), dtype)
     target = Target("codebook", group_size=64, table=USER) if kind == "user" else Target(group_size=64)
     result = quantize(weight, target, source_dtype=dtype)
@@ -168,9 +171,7 @@ def test_a_grid_whose_first_rows_are_zero_is_recognised() -> None:
     rows=st.integers(1, 20), cols=st.integers(1, 90), values=st.integers(1, 20), dtype=st.sampled_from(DTYPES),
     codec=st.sampled_from(["bcq", "uniform", "codebook"]), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_lossless_is_never_a_false_claim(
-    rows: int, cols: int, values: int, dtype: str, codec: str, seed: int
-) -> None:
+def test_lossless_is_never_a_false_claim(rows: int, cols: int, values: int, dtype: str, codec: str, seed: int) -> None:
     """Weights with few distinct values, on no grid in particular."""
     rng = np.random.default_rng(seed)
     pool = round_to(rng.standard_normal(values).astype(np.float32), dtype)

@@ -24,6 +24,7 @@ from lowbit_format.threads import num_threads, parallel_rows
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered", "ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"
 )
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 PATIENCE = 60.0  # seconds after which something that should end is held to be stuck
 
 
@@ -137,17 +138,21 @@ def test_an_error_in_a_kernel_is_raised() -> None:
     parallel_rows(lambda start, stop: None, 100)  # and the pool goes on
 
 
+@forks
 def test_a_kernel_may_call_again(matrix: PackedMatrix, expected: F32) -> None:
-    """Every thread of the pool waits for work of its own: run inline, or all would wait for ever."""
-    out = np.zeros((64, *expected.shape), np.float32)
+    """It runs inline; if every thread of the pool waited for the pool, all would wait for ever."""
 
-    def kernel(start: int, stop: int) -> None:
-        for i in range(start, stop):
-            decode(matrix, out=out[i])
+    def nested() -> bool:
+        out = np.zeros((64, *expected.shape), np.float32)
 
-    at_once(lambda: parallel_rows(kernel, 64))
-    for copy in out:
-        assert_same_bits(copy, expected)
+        def kernel(start: int, stop: int) -> None:
+            for i in range(start, stop):
+                decode(matrix, out=out[i])
+
+        parallel_rows(kernel, 64)
+        return all(copy.tobytes() == expected.tobytes() for copy in out)
+
+    assert in_child(nested)  # a child can be killed when it is stuck, a thread cannot
 
 
 # --- callers and forks -----------------------------------------------------------------------------
@@ -183,7 +188,7 @@ def test_the_pool_may_grow_while_it_is_used(
     at_once(growing, steady)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@forks
 class TestFork:
     def test_in_a_child(self, matrix: PackedMatrix, expected: F32) -> None:
         assert_same_bits(decode(matrix), expected)
@@ -220,7 +225,7 @@ class TestFork:
 
 
 class TestBesideTorch:
-    @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+    @forks
     def test_in_a_worker_of_a_data_loader(self, matrix: PackedMatrix, expected: F32) -> None:
         torch = pytest.importorskip("torch")
 

@@ -228,7 +228,8 @@ def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
                 step = float(values @ k / (k @ k))
             fits = np.abs(values - k * step).max() <= slack and len(np.unique(k)) == len(k)
             if fits and np.ptp(k) < 2**bits:
-                return np.rint(row.astype(np.float64) / step)
+                multiples: F64 = np.rint(row.astype(np.float64) / step)
+                return multiples
     return None
 
 
@@ -272,21 +273,23 @@ def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[
         return None
     scales = np.array(sorted(doubled, reverse=True) + [0.0] * (bits - len(doubled))) / 2
     offset = float((values[0] + values[-1]) / 2)
-    symmetric = abs(offset) <= slack
     signs = 2.0 * ((np.arange(2**bits)[:, None] >> np.arange(bits - 1, -1, -1)) & 1) - 1
-    levels = (0.0 if symmetric else offset) + signs @ scales
-    order = np.argsort(levels, kind="stable")
-    mids = (levels[order][1:] + levels[order][:-1]) / 2
-    codes = order[np.searchsorted(mids, row, side="right")]
     used = scales > 0
-    design = np.concatenate([signs[codes][:, used], np.ones((len(row), 0 if symmetric else 1))], axis=1)
-    solution = _within(design, row.astype(np.float64), low, high)
-    scales[used] = solution[: int(used.sum())]
-    return codes.astype(np.uint8), scales, 0.0 if symmetric else float(solution[-1])
+    for centre in (0.0, offset) if abs(offset) <= slack else (offset,):  # a small one may be the values' rounding
+        levels = centre + signs @ scales
+        order = np.argsort(levels, kind="stable")
+        mids = (levels[order][1:] + levels[order][:-1]) / 2
+        codes = order[np.searchsorted(mids, row, side="right")]
+        design = np.concatenate([signs[codes][:, used], np.ones((len(row), 0 if centre == 0 else 1))], axis=1)
+        solution = _within(design, row.astype(np.float64), low, high)
+        if solution is not None:
+            scales[used] = solution[: int(used.sum())]
+            return codes.astype(np.uint8), scales, 0.0 if centre == 0 else float(solution[-1])
+    return None
 
 
-def _within(design: F64, target: F64, low: F64, high: F64) -> F64:
-    """Parameters whose ``design @ parameters`` lies within the bounds, if they can be found.
+def _within(design: F64, target: F64, low: F64, high: F64) -> F64 | None:
+    """Parameters whose ``design @ parameters`` lies within the bounds, or None if they are not found.
 
     From least squares on, move beyond the bound that is most violated, a little further than onto it: where the
     parameters that fit have an inside, this gets there (Motzkin and Schoenberg 1954, "The relaxation method for linear
@@ -300,10 +303,10 @@ def _within(design: F64, target: F64, low: F64, high: F64) -> F64:
         outside = np.maximum(low - made, made - high)
         worst = int((outside / (high - low)).argmax())
         if outside[worst] <= 0:
-            break
+            return solution
         step = -outside[worst] if made[worst] > high[worst] else outside[worst]
         solution = solution + 1.5 * step * rows[worst] / rows.shape[1]  # every entry is 1 or -1: the squared length
-    return solution
+    return None
 
 
 _RECOGNISERS = {"bcq": _bcq, "codebook": _tables, "uniform": _uniform}
