@@ -111,6 +111,8 @@ def run(
     settings = _settings(source, plan, config, max_shard_bytes)
     _check_free(out, work, resume)
     with disk_errors(work):
+        if work.exists() and not (work / JOURNAL).is_file():
+            shutil.rmtree(work)  # cut off before its first shard, or after the journal had done its work
         work.mkdir(parents=True, exist_ok=True)
     done = _load_journal(work, settings) if resume else Progress()
     try:
@@ -120,8 +122,8 @@ def run(
             _compare_dropped(source, plan)
             _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
             _finish(source, plan, config, work, done, side, card(done.outcomes))
+            (work / JOURNAL).unlink()  # a run cut off between these two begins anew
             publish(work, out)
-            (out / JOURNAL).unlink()
     except BaseException:
         if not done.shards:  # nothing worth going on with
             shutil.rmtree(work, ignore_errors=True)

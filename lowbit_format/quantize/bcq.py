@@ -32,7 +32,9 @@ from .lanes import (
 )
 
 ROUNDS = 4  # from each start, and again from the better of the two: 12 in all
-GRID_RANGE = np.float32(0.9)  # part of the group's range: clipping the ends a little is better than covering them
+# Part of the group's range that the grid covers, by bits: few levels do better without the ends, many need them.
+GRID_RANGE = (0.9, 0.9, 0.9, 0.9, 0.97, 1.0, 1.0, 1.0)
+_GRID_RANGE = np.array(GRID_RANGE, np.float32)
 RIDGE = np.float32(1e-6)  # times the sum of weights: keeps the system solvable where planes coincide
 
 
@@ -249,7 +251,7 @@ def _grid_start(x, s, with_offset):
     for lane in range(LANES):
         s[bits, lane] = np.float32(0.5) * (low[lane] + high[lane])
     for p in range(bits):
-        share = np.float32(0.5) * GRID_RANGE * np.float32((1 << (bits - 1 - p)) / ((1 << bits) - 1))
+        share = np.float32(0.5) * _GRID_RANGE[bits - 1] * np.float32((1 << (bits - 1 - p)) / ((1 << bits) - 1))
         for lane in range(LANES):
             s[p, lane] = (high[lane] - low[lane]) * share
 

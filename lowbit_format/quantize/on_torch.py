@@ -101,7 +101,7 @@ def _grid_start(x: Tensor, w: Tensor, target: Target) -> tuple[Tensor, Tensor]:
         high = torch.maximum(high, -low)
         low = -high
     share = torch.tensor([2.0 ** (target.bits - 1 - p) for p in range(target.bits)], device=x.device)
-    reach = (high - low) / 2 * float(bcq.GRID_RANGE)
+    reach = (high - low) / 2 * bcq.GRID_RANGE[target.bits - 1]
     return reach[:, None] * share / (2**target.bits - 1), (low + high) / 2
 
 

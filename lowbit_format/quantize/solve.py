@@ -121,7 +121,7 @@ def _rounded(params: Params, dtype: str) -> Params:
 
 
 def _close(exact: Params, rounded: Params, target: Target) -> bool:
-    """Whether rounding keeps every level within `_SLACK` of a step, or of its own size where a group is constant."""
+    """Whether rounding moves no level too far: `_SLACK` of a step, or an offset the last place or so that F16 has."""
     if not np.isfinite(rounded.scales).all() or (rounded.shift is not None and not np.isfinite(rounded.shift).all()):
         return False
     step = np.abs(exact.scales).max(axis=0)

@@ -98,9 +98,7 @@ def linear_param_grads(
         return _sum_over_tasks(lambda rows: flat_grad[rows].T @ flat_x[rows], w, deltas, task_ids)
 
 
-def embedding(
-    ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def embedding(ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (int ``[...]``) of the weight in `dtype`, ``[..., cols]``; only these rows are decoded.
 
     `task_ids` is int64 ``[number of ids]``.
