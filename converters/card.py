@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .driver import Outcome
+from .journal import Outcome
 from .plan import Plan
 from .source import Source
 from .summary import Totals

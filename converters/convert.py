@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .card import model_card
-from .driver import Outcome, run
+from .driver import run
 from .huggingface import open_checkpoint, read_model_config, side_files
+from .journal import Outcome
 from .names import map_names
 from .plan import Plan, Step, make_plan
 from .recipe import Recipe

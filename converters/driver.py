@@ -6,25 +6,28 @@ rename when all of it is complete (DIR-7); a journal in it lets an interrupted c
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..container.header import read_header
+from .. import __version__
 from ..container.reader import CONFIG_FILE
 from ..container.writer import (
     ShardWriter,
     Tensor,
     check_absent,
+    data_file,
     disk_errors,
     module_tensors,
     publish,
@@ -32,47 +35,14 @@ from ..container.writer import (
     write_index,
     write_json,
 )
-from ..errors import FormatError, OutputError, SourceError
+from ..errors import OutputError, SourceError
 from ..quantize import Quantized, quantize
-from ..schema import Module, QuantizationConfig, Scheme
+from ..schema import QuantizationConfig
+from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, working_shard
 from .plan import Plan, Step
 from .source import Source, as_float32
 
-JOURNAL = ".lowbit-progress.json"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one quantized module.
-
-    Attributes:
-        module: as stored.
-        nbytes: bytes on disk.
-        squared_error, squared_norm: sums over the weights, by the reference decoder.
-        lossless: recognised and stored exactly.
-        widened: why its parameters are wider than asked for, or None.
-    """
-
-    module: Module
-    nbytes: int
-    squared_error: float
-    squared_norm: float
-    lossless: bool
-    widened: str | None
-
-    @property
-    def relative_error(self) -> float:
-        return (self.squared_error / self.squared_norm) ** 0.5 if self.squared_norm > 0 else 0.0
-
-
-@dataclass
-class Progress:
-    """What is done: finished shards with their tensors, outcomes by module, and how many steps they cover."""
-
-    shards: list[list[str]] = field(default_factory=list)
-    nbytes: int = 0
-    steps: int = 0
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+SAVE_SECONDS = 20.0  # between two savings of what is done: as much work an interruption by force can cost
 
 
 def run(
@@ -114,18 +84,17 @@ def run(
         if work.exists() and not (work / JOURNAL).is_file():
             shutil.rmtree(work)  # cut off before its first shard, or after the journal had done its work
         work.mkdir(parents=True, exist_ok=True)
-    done = _load_journal(work, settings) if resume else Progress()
+    done = load_progress(work, settings) if resume else Progress()
     try:
         with disk_errors(work):
-            for file in work.glob("*.tmp"):
-                file.unlink()
+            _clean(work, done)
             _compare_dropped(source, plan)
             _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
             _finish(source, plan, config, work, done, side, card(done.outcomes))
             (work / JOURNAL).unlink()  # a run cut off between these two begins anew
             publish(work, out)
     except BaseException:
-        if not done.shards:  # nothing worth going on with
+        if not (work / JOURNAL).is_file():  # nothing to go on with
             shutil.rmtree(work, ignore_errors=True)
         raise
     return done.outcomes
@@ -144,10 +113,18 @@ def _check_free(out: Path, work: Path, resume: bool) -> None:
         )
 
 
+def _clean(work: Path, done: Progress) -> None:
+    """Remove temporary files that an interrupted run has left, but for the data of the open shard."""
+    keep = data_file(working_shard(work, len(done.shards))) if done.open else None
+    for file in [*work.glob("*.tmp"), *work.glob("*.data")]:
+        if file != keep:
+            file.unlink()
+
+
 def _settings(source: Source, plan: Plan, config: dict[str, Any], max_shard_bytes: int) -> str:
     """A digest of everything that decides what the output's bytes are."""
     steps = [(s.tensor.name, s.path, None if s.target is None else asdict(s.target)) for s in plan.steps]
-    text = json.dumps([source.identity, steps, plan.tied, config, max_shard_bytes], sort_keys=True)
+    text = json.dumps([__version__, source.identity, steps, plan.tied, config, max_shard_bytes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -162,29 +139,46 @@ def _write_shards(
 ) -> None:
     for step in plan.steps[: done.steps]:
         report(step, len(plan.steps))
-    writer: ShardWriter | None = None
-    outcomes: dict[str, Outcome] = {}
+    writer = ShardWriter(working_shard(work, len(done.shards)), done.open) if done.open else None
+    saved = time.monotonic()
     try:
-        for number, (step, data) in enumerate(_read_ahead(source, plan.steps[done.steps :]), done.steps):
+        for step, data in _read_ahead(source, plan.steps[done.steps :]):
             tensors, outcome = _carry_out(step, data)
             del data  # the next tensor is in memory already
-            size = sum(t.nbytes for t in tensors)
-            if writer is not None and writer.nbytes + size > max_shard_bytes:
-                _close(writer, work, settings, done, outcomes, number)
-                writer, outcomes = None, {}
+            if writer is not None and writer.nbytes + sum(t.nbytes for t in tensors) > max_shard_bytes:
+                writer = _close(writer, work, settings, done)
             if writer is None:
-                writer = ShardWriter(work / _part(len(done.shards)))
+                writer = ShardWriter(working_shard(work, len(done.shards)))
             for tensor in tensors:
                 writer.add(tensor)
+            done.open = list(writer.written)
+            done.steps += 1
             if outcome is not None:
-                outcomes[outcome.module.path] = outcome
+                done.outcomes[outcome.module.path] = outcome
             report(step, len(plan.steps))
+            if time.monotonic() - saved > SAVE_SECONDS:
+                done.save(work, settings, writer)
+                saved = time.monotonic()
         if writer is not None:
-            _close(writer, work, settings, done, outcomes, len(plan.steps))
-            writer = None
-    finally:
+            writer = _close(writer, work, settings, done)
+    except (KeyboardInterrupt, SystemExit, OSError, OutputError):
+        if writer is not None:  # stopped from outside: what is done is worth going on with
+            with contextlib.suppress(OSError, OutputError):
+                done.save(work, settings, writer)
+            writer.leave()
+        raise
+    except BaseException:
         if writer is not None:
             writer.abort()
+        raise
+
+
+def _close(writer: ShardWriter, work: Path, settings: str, done: Progress) -> None:
+    """Finish a shard and save the journal, in this order: what the journal names is on the disk."""
+    done.shards.append(writer.close())
+    done.nbytes += writer.nbytes
+    done.open = []
+    done.save(work, settings, None)
 
 
 def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:
@@ -234,59 +228,6 @@ def _compare_dropped(source: Source, plan: Plan) -> None:
             )
 
 
-def _part(index: int) -> str:
-    return f"part-{index + 1:05d}.safetensors"
-
-
-def _close(
-    writer: ShardWriter, work: Path, settings: str, done: Progress, outcomes: dict[str, Outcome], steps: int
-) -> None:
-    """Finish a shard and write the journal, in this order: what the journal names is on the disk."""
-    done.shards.append(writer.close())
-    done.nbytes += writer.nbytes
-    done.outcomes.update(outcomes)
-    done.steps = steps
-    write_json(
-        work / JOURNAL,
-        {
-            "settings": settings,
-            "shards": done.shards,
-            "nbytes": done.nbytes,
-            "steps": done.steps,
-            "outcomes": {p: _outcome_to_json(o) for p, o in done.outcomes.items()},
-        },
-    )
-
-
-def _load_journal(work: Path, settings: str) -> Progress:
-    """What an interrupted run has finished; an empty Progress if it left nothing."""
-    path = work / JOURNAL
-    if not path.is_file():
-        return Progress()
-    try:
-        obj = json.loads(path.read_text("utf-8"))
-        if obj["settings"] != settings:
-            raise OutputError(
-                f"{work}: was begun with other options, another source or another version; "
-                "run with the same ones to resume, or remove it"
-            )
-        outcomes = {p: _outcome_from_json(p, o) for p, o in obj["outcomes"].items()}
-        done = Progress(obj["shards"], obj["nbytes"], obj["steps"], outcomes)
-        for i, names in enumerate(done.shards):
-            file = _shard_path(work, i, len(done.shards))
-            if sorted(read_header(file).tensors) != sorted(names):
-                raise OutputError(f"{file}: does not hold what the journal says; remove {work} and begin again")
-        return done
-    except (ValueError, KeyError, TypeError, OSError, FormatError) as e:
-        raise OutputError(f"{path}: cannot be resumed from: {e!r}; remove {work} and begin again") from e
-
-
-def _shard_path(work: Path, index: int, total: int) -> Path:
-    """A finished shard: under its working name, or under its last one if the run was cut off while renaming."""
-    part = work / _part(index)
-    return part if part.exists() else work / shard_name(index + 1, total)
-
-
 def _finish(
     source: Source, plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: list[Path], card: str
 ) -> None:
@@ -297,7 +238,7 @@ def _finish(
     shards = {}
     for i, names in enumerate(done.shards):
         name = shard_name(i + 1, total)
-        os.replace(_shard_path(work, i, total), work / name)
+        os.replace(finished_shard(work, i, total), work / name)
         shards[name] = names
     if total > 1:
         write_index(work, shards, done.nbytes)
@@ -308,21 +249,3 @@ def _finish(
     modules = {o.module.path: o.module for o in done.outcomes.values()}
     quantization = QuantizationConfig(modules, dict(plan.tied), plan.base_model_prefix)
     write_json(work / CONFIG_FILE, {**config, "quantization_config": quantization.to_dict()})
-
-
-def _outcome_to_json(o: Outcome) -> dict[str, Any]:
-    return {
-        "scheme": o.module.scheme.to_dict(),
-        "kind": o.module.kind,
-        "shape": list(o.module.shape),
-        "nbytes": o.nbytes,
-        "squared_error": o.squared_error,
-        "squared_norm": o.squared_norm,
-        "lossless": o.lossless,
-        "widened": o.widened,
-    }
-
-
-def _outcome_from_json(path: str, obj: dict[str, Any]) -> Outcome:
-    module = Module(path, Scheme.from_dict(obj["scheme"]), obj["kind"], tuple(obj["shape"]))
-    return Outcome(module, obj["nbytes"], obj["squared_error"], obj["squared_norm"], obj["lossless"], obj["widened"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..codecs import stored_bits
-from .driver import Outcome
+from .journal import Outcome
 from .plan import Plan, Step
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import pytest
 from checkpoints import edit_config, edit_weights
 from killed import OPTIONS, convert_until
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
-from lowbit_format.converters.driver import JOURNAL, work_directory
+from lowbit_format.converters.driver import work_directory
+from lowbit_format.converters.journal import JOURNAL
 from test_convert import assert_nothing_looks_finished, content
 
 from lowbit_format.container.reader import ModelReader

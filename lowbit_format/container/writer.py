@@ -11,9 +11,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +27,7 @@ from ..errors import OutputError
 from ..packed import PackedMatrix
 from ..schema import Module
 from .dtypes import from_float32
-from .header import DIGESTS, build_header, read_header
+from .header import DIGESTS, ITEM_BYTES, build_header, read_header
 from .reader import INDEX_FILE, WEIGHTS_FILE
 
 _COPY = 1 << 24  # bytes at a time when a file is copied
@@ -78,43 +79,82 @@ def module_tensors(module: Module, matrices: PackedMatrix | list[PackedMatrix]) 
     return out
 
 
+@dataclass(frozen=True)
+class Written:
+    """A tensor that has been written: name, safetensors dtype, shape, SHA-256 in hex."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
 class ShardWriter:
     """One safetensors file, written tensor by tensor in bounded memory.
 
     Args:
         path: the file; it appears under its name only when :meth:`close` has made it whole.
+        written: go on behind these tensors, which an earlier writer of the same path had synced when it was left.
+
+    Raises:
+        OutputError: the earlier writer's data is not there.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.nbytes = path, 0
-        self.digests: dict[str, str] = {}
-        self._tensors: list[tuple[str, str, tuple[int, ...]]] = []
-        self._data: BinaryIO = open(path.with_name(f"{path.name}.data.tmp"), "w+b")  # noqa: SIM115 - close(), abort()
+    def __init__(self, path: Path, written: Sequence[Written] = ()) -> None:
+        self.path, self.written = path, list(written)
+        self.nbytes = sum(t.nbytes for t in self.written)
+        data = data_file(path)
+        if self.written and (not data.is_file() or data.stat().st_size < self.nbytes):
+            raise OutputError(f"{data}: does not hold what was written before; remove {path.parent} and begin again")
+        self._data: BinaryIO = open(data, "r+b" if self.written else "w+b")  # noqa: SIM115 - close(), leave()
+        if self.written:
+            self._data.truncate(self.nbytes)  # what came behind the last save is done again
+            self._data.seek(self.nbytes)
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each tensor, by name."""
+        return {t.name: t.digest for t in self.written}
 
     def add(self, tensor: Tensor) -> None:
         """Append one tensor."""
         data = tensor.data.reshape(-1).view(np.uint8).data if tensor.nbytes else memoryview(b"")
-        self.digests[tensor.name] = hashlib.sha256(data).hexdigest()
         self._data.write(data)
-        self._tensors.append((tensor.name, tensor.dtype, tensor.shape))
+        self.written.append(Written(tensor.name, tensor.dtype, tensor.shape, hashlib.sha256(data).hexdigest()))
         self.nbytes += tensor.nbytes
+
+    def sync(self) -> None:
+        """Force what was written to the disk."""
+        self._data.flush()
+        os.fsync(self._data.fileno())
 
     def close(self) -> list[str]:
         """Write header and data, sync, and give the file its name; returns the names of its tensors."""
-        try:
-            self._data.seek(0)
-            with atomic_file(self.path) as f:
-                f.write(build_header(self._tensors, file_metadata(self.digests)))
-                shutil.copyfileobj(self._data, f, _COPY)
-        finally:
-            self.abort()
-        return [name for name, _, _ in self._tensors]
+        self._data.seek(0)
+        with atomic_file(self.path) as f:
+            f.write(build_header([(t.name, t.dtype, t.shape) for t in self.written], file_metadata(self.digests)))
+            shutil.copyfileobj(self._data, f, _COPY)
+        self.abort()
+        return [t.name for t in self.written]
+
+    def leave(self) -> None:
+        """Stop writing; the data stays for a later writer, if a journal speaks of it."""
+        with contextlib.suppress(OSError):  # a full disk refuses the last flush too
+            self._data.close()
 
     def abort(self) -> None:
         """Throw away what was streamed."""
-        with contextlib.suppress(OSError):  # on a full disk the last flush fails too
-            self._data.close()
+        self.leave()
         Path(self._data.name).unlink(missing_ok=True)
+
+
+def data_file(path: Path) -> Path:
+    """Where a :class:`ShardWriter` of `path` keeps its data until it is closed."""
+    return path.with_name(f"{path.name}.data")
 
 
 def file_metadata(digests: Mapping[str, str]) -> dict[str, str]:
