@@ -39,10 +39,11 @@ pip install lowbit-format
 ```
 ```python
 import lowbit_format  # registers the format with transformers; without this line the weights would be RANDOM
-from transformers import {_auto_class(plan.architecture)}
 
-model = {_auto_class(plan.architecture)}.from_pretrained("PATH_OR_REPO")
+model = lowbit_format.from_pretrained("PATH_OR_REPO")  # a {plan.architecture}
 ```
+
+After the import, `from_pretrained` of transformers' own classes works too.
 
 ## What was done
 
@@ -54,6 +55,7 @@ model = {_auto_class(plan.architecture)}.from_pretrained("PATH_OR_REPO")
 | size | {totals.output_bytes / 1e6:.1f} MB ({totals.ratio:.2f} x smaller) |
 | coverage of Linear, Conv1D and expert weights | {plan.coverage:.1%} |
 | relative error of the quantized weights | {totals.relative_error:.4f} |
+| source revision | {source.revision or "unknown"} |
 | kept in full precision | {_kept_text(plan)} |
 
 Tensors carry SHA-256 digests: `lowbit verify PATH` checks them.
@@ -71,20 +73,6 @@ def _kept_text(plan: Plan) -> str:
     kept = plan.kept()
     text = ", ".join(f"`{s.role.path}` ({s.reason})" for s in kept[:8])
     return text + (f" and {len(kept) - 8} more" if len(kept) > 8 else "") if kept else "norms and biases only"
-
-
-def _auto_class(architecture: str) -> str:
-    """The Auto class that loads an architecture, by the endings that transformers uses."""
-    for ending in (
-        "ForCausalLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
-    ):  # fmt: skip
-        if architecture.endswith(ending):
-            return f"AutoModel{ending}"
-    if architecture.endswith("LMHeadModel"):
-        return "AutoModelForCausalLM"
-    if architecture.endswith("ForConditionalGeneration"):
-        return "AutoModelForSeq2SeqLM"
-    return "AutoModel"
 
 
 def _original_name(directory: Path) -> str | None:

@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..container.writer import check_absent
 from ..errors import LowbitError, RecipeError, SchemeError
 from ..quantize import Target
 from .convert import convert_hf_to_lowbit, plan_conversion
+from .driver import work_directory
 from .recipe import Recipe, load_recipe
 from .summary import plan_tables, result_tables
 
@@ -48,7 +50,10 @@ def convert(
         bool, typer.Option(help="Quantize the output head: faster decoding, the most sensitive matrix.")
     ] = False,
     keep: Annotated[
-        list[str] | None, typer.Option(help="Leave modules that match this pattern in full precision; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Leave modules in full precision whose path matches this pattern, such as `*.q_proj`; repeatable."
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="JSON file with a default and rules by pattern.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
@@ -83,6 +88,7 @@ def convert(
         shard_bytes = _size(max_shard_size)
         if dry_run:
             _, plan, _ = plan_conversion(source, plan_recipe, revision=revision, min_coverage=min_coverage)
+            check_absent(out)
             for one in plan_tables(plan):
                 console.print(one)
             return
@@ -98,6 +104,11 @@ def convert(
             console.print(one)
         where = escape(str(done.directory))
         console.print(f"Wrote {where}. Load it with `import lowbit_format`, then transformers' from_pretrained.")
+    except KeyboardInterrupt:
+        kept = work_directory(out).exists()
+        how = "run the same command with --resume to go on" if kept else "nothing was done yet"
+        Console(stderr=True).print(f"Interrupted: {how}.", highlight=False)
+        raise typer.Exit(130) from None
     except LowbitError as e:
         fail(e)
 
@@ -108,16 +119,21 @@ def run() -> None:
 
 
 def fail(error: LowbitError) -> None:
-    """Print a named error to standard error and exit with 1."""
+    """Print a named error to standard error and exit with 2."""
     Console(stderr=True).print(
         f"[red]{type(error).__name__}[/red]:", escape(str(error)), highlight=False, markup=True, soft_wrap=True
     )
-    raise typer.Exit(1)
+    raise typer.Exit(2)
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description:40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        TextColumn("{task.description:40}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
     )
 
 

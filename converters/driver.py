@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -77,26 +78,25 @@ def run(
         OutputError: `out` exists, the disk is full, or the interrupted run had other settings.
         SourceError, QuantizationError: a tensor cannot be read or quantized.
     """
+    out = out.absolute()
     work = work_directory(out)
     settings = _settings(source, plan, config, max_shard_bytes)
     _check_free(out, work, resume)
     with disk_errors(work):
-        if work.exists() and not (work / JOURNAL).is_file():
-            shutil.rmtree(work)  # cut off before its first shard, or after the journal had done its work
-        work.mkdir(parents=True, exist_ok=True)
-    done = load_progress(work, settings) if resume else Progress()
-    try:
-        with disk_errors(work):
-            _clean(work, done)
-            _compare_dropped(source, plan)
-            _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
-            _finish(source, plan, config, work, done, side, card(done.outcomes))
-            (work / JOURNAL).unlink()  # a run cut off between these two begins anew
-            publish(work, out)
-    except BaseException:
-        if not (work / JOURNAL).is_file():  # nothing to go on with
-            shutil.rmtree(work, ignore_errors=True)
-        raise
+        work.mkdir(parents=True, exist_ok=resume)
+    with _locked(work):
+        done = load_progress(work, settings) if resume else Progress()
+        try:
+            with disk_errors(work):
+                _clean(work, done)
+                _compare_dropped(source, plan)
+                _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
+                _finish(source, plan, config, work, done, side, card(done.outcomes))
+                _publish(work, out, settings, done)
+        except BaseException:
+            if not (work / JOURNAL).is_file():  # nothing to go on with
+                shutil.rmtree(work, ignore_errors=True)
+            raise
     return done.outcomes
 
 
@@ -113,8 +113,41 @@ def _check_free(out: Path, work: Path, resume: bool) -> None:
         )
 
 
+@contextlib.contextmanager
+def _locked(work: Path) -> Iterator[None]:
+    """Only one process works on an unfinished conversion; the lock goes with the process, however it ends."""
+    if sys.platform == "win32":  # no flock there: the exclusive mkdir guards all but two resumes at once
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(work, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(f"{work}: another process is converting there; wait for it, or end it") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _publish(work: Path, out: Path, settings: str, done: Progress) -> None:
+    """Give the finished directory its name, the journal taken out; where that fails, the journal comes back."""
+    (work / JOURNAL).unlink()
+    try:
+        publish(work, out)
+    except BaseException:
+        if work.is_dir():
+            done.save(work, settings, None)
+        raise
+
+
 def _clean(work: Path, done: Progress) -> None:
-    """Remove temporary files that an interrupted run has left, but for the data of the open shard."""
+    """Remove what an interrupted run has left beside what its journal names: temporary files, data of other shards."""
+    if not (work / JOURNAL).is_file():  # cut off before the first save, or between the last one and the rename
+        for path in work.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     keep = data_file(working_shard(work, len(done.shards))) if done.open else None
     for file in [*work.glob("*.tmp"), *work.glob("*.data")]:
         if file != keep:
@@ -146,7 +179,8 @@ def _write_shards(
             tensors, outcome = _carry_out(step, data)
             del data  # the next tensor is in memory already
             if writer is not None and writer.nbytes + sum(t.nbytes for t in tensors) > max_shard_bytes:
-                writer = _close(writer, work, settings, done)
+                _close(writer, work, settings, done)
+                writer = None
             if writer is None:
                 writer = ShardWriter(working_shard(work, len(done.shards)))
             for tensor in tensors:
@@ -160,7 +194,8 @@ def _write_shards(
                 done.save(work, settings, writer)
                 saved = time.monotonic()
         if writer is not None:
-            writer = _close(writer, work, settings, done)
+            _close(writer, work, settings, done)
+            writer = None
     except (KeyboardInterrupt, SystemExit, OSError, OutputError):
         if writer is not None:  # stopped from outside: what is done is worth going on with
             with contextlib.suppress(OSError, OutputError):

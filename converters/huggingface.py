@@ -35,6 +35,7 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
     directory, repo_id = Path(source), None
     if not directory.is_dir():
         directory, repo_id = _download(source, revision), source
+        revision = directory.name  # the commit that a branch or tag was resolved to
     elif revision is not None:
         raise SourceError(f"{source}: is a directory, which has no revisions; leave --revision out")
     files = _weight_files(directory)
@@ -115,7 +116,12 @@ def side_files(directory: Path) -> list[Path]:
         relative = path.relative_to(directory)
         if any(part.startswith(".") for part in relative.parts) or not path.is_file():
             continue
-        if relative.name.endswith((*WEIGHT_SUFFIXES, *CODE_SUFFIXES)) or str(relative) in ("config.json", "README.md"):
+        at_top = len(relative.parts) == 1
+        # A subfolder's safetensors belong to a part of their own, such as a layer behind a sentence encoder.
+        part_of_its_own = not at_top and relative.name.endswith(".safetensors")
+        if relative.name.endswith((*WEIGHT_SUFFIXES, *CODE_SUFFIXES)) and not part_of_its_own:
+            continue
+        if str(relative) in ("config.json", "README.md"):
             continue
         found.append(relative)
     return found
@@ -155,13 +161,15 @@ def _download(repo_id: str, revision: str | None) -> Path:
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    if repo_id.startswith((".", "/", "~")):
+        raise SourceError(f"{repo_id}: no such directory")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id):
         raise SourceError(f"{repo_id}: no such directory, and not the id of a Hub repository")
     unwanted = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.py", "*.pt", "*.pth", "*.ckpt"]
     try:
         path = Path(hub.snapshot_download(repo_id, revision=revision, ignore_patterns=[*unwanted, "*.bin"]))
-        if not any(path.glob("*.safetensors")):
-            path = Path(hub.snapshot_download(repo_id, revision=revision, ignore_patterns=unwanted))
+        if not any(path.glob("*.safetensors")):  # of the same commit, which names the folder
+            path = Path(hub.snapshot_download(repo_id, revision=path.name, ignore_patterns=unwanted))
         return path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         at = f" at revision {revision}" if revision else ""

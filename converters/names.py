@@ -6,6 +6,7 @@ is written loads whatever renames a release of transformers makes.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,10 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     prefix = model.base_model_prefix or ""
     has_body = any(name == prefix for name in modules) and prefix != ""
-    roles = {}
+    roles, found = {}, set[str]()
     for key, shape in shapes.items():
         target, converted = rename(key)
+        found.update(rename.targets(key))
         path = target.removesuffix(".weight")
         module = modules.get(path) if target.endswith(".weight") else None
         owner = tied.get(path, path)
@@ -87,7 +89,21 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
         elif kind != "other" and not rename.keeps(f"{owner}.weight"):
             reason = "transformers would rename it on loading"
         roles[key] = Role(key, path, kind, head, reason)
+    _check_complete(model, found, directory)
     return Names(roles, tied, prefix, type(model).__name__)
+
+
+def _check_complete(model: Any, found: set[str], directory: Path) -> None:
+    """Raise SourceError for tensors of the model that the checkpoint lacks: they would be random when it is loaded."""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    tied = _tied_keys(model)
+    found = found | {t for pair in tied.items() if found & set(pair) for t in pair}
+    missing = [n for n in model.state_dict() if n not in found and not any(p.search(n) for p in ignored)]
+    if missing:
+        raise SourceError(
+            f"{directory}: lacks {len(missing)} tensors of {type(model).__name__}, such as {missing[0]!r}, which would "
+            "be random; get the checkpoint again, or load it with transformers and save it, which completes it"
+        )
 
 
 def _kind(module: Any) -> tuple[str, str | None]:
@@ -107,7 +123,7 @@ def _kind(module: Any) -> tuple[str, str | None]:
 
 
 def _is_expert(model: Any, name: str) -> bool:
-    """Whether the parameter is a stack of expert matrices: three dimensions, and not a convolution."""
+    """Whether the parameter is a stack of expert matrices: three dimensions, in a module that says so by its name."""
     import torch
 
     path, _, leaf = name.rpartition(".")
@@ -116,8 +132,8 @@ def _is_expert(model: Any, name: str) -> bool:
     except AttributeError:
         return False
     parameter = getattr(module, leaf, None)
-    convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
-    return isinstance(parameter, torch.nn.Parameter) and parameter.ndim == 3 and not convolution
+    named = "expert" in f"{path} {type(module).__name__}".lower()
+    return named and isinstance(parameter, torch.nn.Parameter) and parameter.ndim == 3
 
 
 def _meta_model(directory: Path) -> Any:
@@ -170,6 +186,17 @@ class _Renamer:
     def __call__(self, key: str) -> tuple[str, bool]:
         """Name in the model, and whether a conversion beyond renaming is needed."""
         return self._rename(key, self._state)
+
+    def targets(self, key: str) -> list[str]:
+        """All names in the model that the tensor has a part in; a conversion may split it."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, converted = self(key)
+        for converter in self._converters if converted else ():
+            if rename_source_key(key, self._renamings, [converter], self._prefix, self._state)[1] is not None:
+                first, *others = converter.target_patterns
+                return [name, *(name.replace(first, other) for other in others)]
+        return [name]
 
     def keeps(self, name: str) -> bool:
         """Whether the lowbit tensors of the weight `name` of the model load under their own names."""

@@ -152,8 +152,8 @@ def _check(plan: Plan, min_coverage: float) -> None:
             + (f" ({why})" if why else "")
         )
     if plan.coverage < min_coverage:
-        kept = dict.fromkeys(f"{s.role.path} ({s.reason})" for s in plan.kept() if s.counted)
-        largest = "; ".join(kept)[:400]
+        kept = list(dict.fromkeys(f"{s.role.path} ({s.reason})" for s in plan.kept() if s.counted))
+        largest = "; ".join(kept[:4]) + (f"; and {len(kept) - 4} more" if len(kept) > 4 else "")
         raise CoverageError(
             f"{plan.architecture}: only {plan.coverage:.1%} of the weights in matrices would be quantized, expected at "
             f"least {min_coverage:.0%}; kept in full precision: {largest}; "

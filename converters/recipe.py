@@ -27,6 +27,7 @@ from ..errors import DirectoryError, RecipeError, SchemeError
 from ..quantize import Target
 
 _TARGET_KEYS = {f.name for f in fields(Target)}
+_KEYS = ", ".join(sorted(_TARGET_KEYS))
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def load_recipe(path: Path, base: Recipe) -> Recipe:
         return RecipeError(f"{path}: {message}")
 
     try:
-        obj = strict_json.loads(path.read_bytes(), lambda rule, m: DirectoryError(rule, m, file=path))
+        obj = strict_json.loads(path.read_bytes(), lambda rule, m: DirectoryError(rule, m))
     except OSError as e:
         raise fail("", f"cannot be read: {e.strerror}") from e
     except DirectoryError as e:
@@ -106,8 +107,12 @@ def load_recipe(path: Path, base: Recipe) -> Recipe:
 
 
 def _rule(obj: Any, default: Target, where: str) -> Rule:
-    if not isinstance(obj, dict) or not isinstance(obj.get("match"), str):
-        raise RecipeError(f'{where}: expected an object with a "match" pattern')
+    if not isinstance(obj, dict):
+        raise RecipeError(f"{where}: is {json.dumps(obj)[:80]}, expected an object")
+    if unknown := set(obj) - _TARGET_KEYS - {"match", "keep"}:
+        raise RecipeError(f"{where}: unknown key {sorted(unknown)[0]!r}; expected match, keep, {_KEYS}")
+    if not isinstance(obj.get("match"), str):
+        raise RecipeError(f'{where}: has no "match", the pattern of the modules that it is for')
     settings = {k: v for k, v in obj.items() if k not in ("match", "keep")}
     if not isinstance(obj.get("keep", False), bool):
         raise RecipeError(f"{where}: keep must be true or false")
@@ -124,7 +129,7 @@ def _target(obj: Any, base: Target, where: str) -> Target:
     if not isinstance(obj, dict):
         raise RecipeError(f"{where}: is {json.dumps(obj)[:80]}, expected an object")
     if unknown := set(obj) - _TARGET_KEYS:
-        raise RecipeError(f"{where}: unknown key {sorted(unknown)[0]!r}; expected {', '.join(sorted(_TARGET_KEYS))}")
+        raise RecipeError(f"{where}: unknown key {sorted(unknown)[0]!r}; expected {_KEYS}")
     settings = dict(obj)
     for key in ("nested", "table"):
         if isinstance(settings.get(key), list):

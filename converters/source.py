@@ -81,11 +81,13 @@ def check_index(path: Path, expected: Iterable[str], found: Container[str]) -> N
 
 
 def file_identity(paths: list[Path]) -> str:
-    """Names, sizes and first bytes (the header, so names and shapes) of files; cheap, and enough to tell checkpoints
-    apart.
+    """A digest of names, sizes, times of change, and first bytes (names and shapes of tensors) of files.
+
+    Cheap: the weights themselves are not read. A checkpoint that was written again is another one.
     """
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as f:
-            digest.update(f"{path.name}\t{path.stat().st_size}\n".encode() + f.read(1 << 20))
+            stat = path.stat()
+            digest.update(f"{path.name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode() + f.read(1 << 20))
     return digest.hexdigest()

@@ -55,9 +55,9 @@ class Totals:
 
 def plan_tables(plan: Plan) -> list[Table]:
     """Tables of ``--dry-run``: each module's scheme, and the totals."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    modules = Table("module", "kind", "shape", "scheme", "bits/weight", title="Plan")
+    modules = Table(Column("module", overflow="fold"), "kind", "shape", "scheme", "bits/weight", title="Plan")
     for step in plan.steps:
         if step.target is not None:
             m = step.module()
@@ -73,7 +73,7 @@ def plan_tables(plan: Plan) -> list[Table]:
             ("bits per quantized weight", f"{bits:.2f}"),
             ("size now", _mb(source)),
             ("size then", f"{_mb(plan.output_bytes())} ({source / plan.output_bytes():.2f} x smaller)"),
-            ("coverage", f"{plan.coverage:.1%}"),
+            *_coverage(plan),
             ("expected peak memory", _mb(plan.peak_memory())),
         ],
     )
@@ -100,8 +100,10 @@ def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> l
     totals, rows = Totals.of(plan, outcomes), []
     rows.append(("quantized weights", f"{totals.weights:,}"))
     rows.append(("bits per quantized weight", f"{totals.bits_per_weight:.2f}"))
-    rows.append(("size", f"{_mb(totals.source_bytes)} -> {_mb(totals.output_bytes)} ({totals.ratio:.2f} x smaller)"))
-    rows.append(("coverage", f"{plan.coverage:.1%}"))
+    rows.append(
+        ("tensor data", f"{_mb(totals.source_bytes)} -> {_mb(totals.output_bytes)} ({totals.ratio:.2f} x smaller)")
+    )
+    rows.extend(_coverage(plan))
     rows.append(("relative error", f"{totals.relative_error:.4f}"))
     rows.append(("time", f"{seconds:.1f} s ({totals.weights / seconds / 1e6:.1f} M weights/s)"))
     if lossless := [o for o in outcomes.values() if o.lossless]:
@@ -109,6 +111,24 @@ def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> l
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
     return [errors, worst, _pairs("Result", rows), *_kept_table(plan)]
+
+
+def _coverage(plan: Plan) -> list[tuple[str, str]]:
+    """Coverage of the matrices, and what became of embeddings and output head beside them."""
+
+    def share(steps: list[Step]) -> str:
+        total = sum(s.tensor.numel for s in steps)
+        done = sum(s.tensor.numel for s in steps if s.target is not None)
+        return f"{done:,} of {total:,} weights quantized"
+
+    rows = [("coverage of matrices", f"{plan.coverage:.1%}")]
+    for name, steps in (
+        ("embeddings", [s for s in plan.steps if s.role.kind == "embedding"]),
+        ("output head", [s for s in plan.steps if s.role.head and s.role.kind in ("linear", "conv1d")]),
+    ):
+        if steps:
+            rows.append((name, share(steps)))
+    return rows
 
 
 def _kept_table(plan: Plan) -> list[Table]:
@@ -136,9 +156,9 @@ def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
 
 def _scheme(step: Step) -> str:
     scheme = step.module().scheme
-    return (
-        f"{scheme.label or scheme.codec} {scheme.bits} bits, group {scheme.group_size or 'row'}, {scheme.scale_dtype}"
-    )
+    group = f"group {scheme.group_size}" if scheme.group_size else "group row"
+    nested = f", nested {' '.join(map(str, scheme.nested))}" if scheme.nested else ""
+    return f"{scheme.label or scheme.codec} {scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}"
 
 
 def _module_kind(path: str) -> str:

@@ -241,7 +241,7 @@ def _read_config(path: Path) -> TaskConfig:
 
     if not path.is_file():
         raise fail("TSK-1", "there is no such file; expected a task bundle's directory")
-    return TaskConfig.from_dict(strict_json.loads(path.read_bytes(), fail), file=path)
+    return TaskConfig.from_dict(strict_json.load_file(path, fail), file=path)
 
 
 def _check(bundle: TaskBundle, file: Path) -> None:

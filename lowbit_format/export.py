@@ -52,6 +52,7 @@ def dequantize_directory(
         OutputError: `dtype` is unknown, `out` exists or cannot be written, or float16 cannot hold a weight.
         PrecisionError: the model has no scales for `bits`.
         TensorError: a module's values break a rule.
+        DigestError: a tensor is damaged.
     """
     own = reader.model_config.get("dtype") or reader.model_config.get("torch_dtype") or "float32"
     chosen = own if dtype == "auto" else dtype
@@ -72,6 +73,7 @@ def dequantize_directory(
             elif name in lowbit:
                 continue
             else:
+                reader.check_digest(name)
                 info = reader.info(name)
                 tensor = Tensor(name, info.dtype, info.shape, reader.raw(name))
             if writer is not None and writer.nbytes + tensor.nbytes > max_shard_bytes:
@@ -90,7 +92,8 @@ def dequantize_directory(
 def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> Tensor:
     """The model's own parameter (CFG-5), decoded and rounded once."""
     module = reader.module(path)
-    reader.check_digest(module.tensor("planes"))
+    for spec in reader.specs(path):
+        reader.check_digest(spec.name)
     weight = reader.decode(path, bits)
     if module.kind in ("conv1d", "experts_transposed"):
         weight = np.swapaxes(weight, -1, -2)

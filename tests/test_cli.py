@@ -136,8 +136,11 @@ def test_dequantize_refuses_a_precision_that_is_not_stored(model: Path, tmp_path
     assert not (tmp_path / "three").exists()
 
 
-def test_dequantize_leaves_nothing_behind_when_data_is_damaged(model: Path, tmp_path: Path) -> None:
-    flip_a_bit(model, "model.layers.1.mlp.up_proj.planes")
+@pytest.mark.parametrize(
+    "tensor", ["model.layers.1.mlp.up_proj.planes", "model.layers.1.mlp.up_proj.scales", "model.norm.weight"]
+)
+def test_dequantize_leaves_nothing_behind_when_data_is_damaged(tensor: str, model: Path, tmp_path: Path) -> None:
+    flip_a_bit(model, tensor)
     result = lowbit("dequantize", model, tmp_path / "float")
     assert result.exit_code == 2
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -196,3 +199,16 @@ def test_demo_reaches_its_figures(tmp_path: Path) -> None:
         assert cosine[bits, "BCQ"] >= least
         assert cosine[bits, "BCQ"] > cosine[bits, "RTN"]
         assert ModelReader(tmp_path / f"bcq-{bits}bit").verify() == 0
+
+
+@pytest.mark.parametrize("bits", ["foo", "9", "4,,2"])
+def test_demo_with_bad_bits_is_refused(bits: str) -> None:
+    result = lowbit("demo", "--bits", bits)
+    assert result.exit_code == 2
+    assert "SchemeError" in result.output
+
+
+def test_version() -> None:
+    import lowbit_format
+
+    assert lowbit("--version").output == f"lowbit-format {lowbit_format.__version__}\n"

@@ -126,7 +126,13 @@ def test_model_card_has_front_matter_and_says_how_to_load(own_checkpoint: Checkp
     card = (tmp_path / "out" / "README.md").read_text()
     front = card.split("---\n")[1].splitlines()
     assert front == ["library_name: transformers", "tags:", "- lowbit", "- quantized", "license: mit"]
-    for text in ("# out", "import lowbit_format", "AutoModel.from_pretrained", "bcq 2 bits, groups of 32", "100.0%"):
+    for text in (
+        "# out",
+        "import lowbit_format",
+        "lowbit_format.from_pretrained(",
+        "bcq 2 bits, groups of 32",
+        "100.0%",
+    ):
         assert text in card
 
 
@@ -137,7 +143,7 @@ def test_model_card_names_the_original_of_a_downloaded_checkpoint(checkpoint: Ch
     convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: someone/tiny-llama\nbase_model_relation: quantized" in card
-    assert "AutoModelForCausalLM" in card
+    assert "# a LlamaForCausalLM" in card
 
 
 @pytest.mark.parametrize("limit", [1, 20_000, 60_000])
@@ -295,3 +301,23 @@ def _counting_open(left: list[int]) -> Callable[..., Any]:
             return super().write(data)
 
     return lambda path, mode="r": builtins.open(path, mode) if mode == "rb" else Counting(path, mode)
+
+
+def test_a_part_in_a_subfolder_keeps_its_weights(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Such as the dense layer behind a sentence encoder; what is no safetensors stays out (DIR-5)."""
+    source = own_checkpoint("bert")
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "model.safetensors").write_bytes(b"weights")
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"pickle")
+    out = convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE).directory
+    assert [p.name for p in (out / "2_Dense").iterdir()] == ["model.safetensors"]
+    assert (out / "2_Dense" / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_the_current_directory_can_be_the_output(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    convert_hf_to_lowbit(str(checkpoint("llama")), ".", RECIPE)
+    assert ModelReader(tmp_path / "here").verify() == 0

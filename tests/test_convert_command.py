@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
 
 def failed(result: Result, error: str, message: str) -> None:
     """Exit code 1, and the named error with its message on standard error, without a traceback."""
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert result.stderr.startswith(f"{error}: ")
     assert message in result.stderr
     assert "Traceback" not in result.output
@@ -121,7 +121,7 @@ def test_it_resumes(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
-def test_a_named_error_and_exit_code_1(
+def test_a_named_error_and_exit_code_2(
     more: list,
     options: list,
     error: str,

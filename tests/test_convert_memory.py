@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -37,12 +38,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shapes |= {f"model.layers.{i}.self_attn.{n}_proj.weight": (HIDDEN, HIDDEN) for n in "qkvo"}
         shapes |= {f"model.layers.{i}.mlp.{n}_proj.weight": (MLP, HIDDEN) for n in ("up", "gate")}
         shapes |= {f"model.layers.{i}.mlp.down_proj.weight": (HIDDEN, MLP)}
+        shapes |= {f"model.layers.{i}.{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
+    shapes["model.norm.weight"] = (HIDDEN,)
     random = np.random.default_rng(0).standard_normal(VOCAB * HIDDEN, np.float32) * np.float32(0.02)
     words = (random.view(np.uint32) >> 16).astype("<u2")  # one pool of values serves all tensors
     with open(directory / "model.safetensors", "wb") as f:
         f.write(build_header([(name, "BF16", shape) for name, shape in shapes.items()], {"format": "pt"}))
-        for i, (rows, cols) in enumerate(shapes.values()):
-            f.write(np.roll(words[: rows * cols], i).tobytes())
+        for i, shape in enumerate(shapes.values()):
+            f.write(np.roll(words[: math.prod(shape)], i).tobytes())
     (directory / "config.json").write_text(json.dumps(CONFIG))
     return directory
 
@@ -57,3 +60,24 @@ def test_peak_memory_is_bounded(source: Path, tmp_path: Path) -> None:
     assert found["modules"] == 2 + 7 * LAYERS
     assert found["peak"] <= (1 << 30) + 3 * 4 * VOCAB * HIDDEN
     assert found["peak"] <= found["expected"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_recognition_stays_within_the_bound() -> None:
+    """A large matrix on a grid takes no more memory beside itself than one that is quantized: two of its size."""
+    child = """
+import resource
+import numpy as np
+from lowbit_format.quantize import Target, quantize
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+small = np.random.default_rng(0).integers(-1, 2, (64, 2048)).astype(np.float32)
+assert quantize(small, Target()).lossless  # compiled code is loaded
+weight = np.tile(small, (128, 2))
+before = peak()
+assert quantize(weight, Target()).lossless
+print((peak() - before) / weight.nbytes)
+"""
+    printed = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
+    assert float(printed) < 2

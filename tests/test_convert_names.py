@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from checkpoints import ARCHITECTURES, build, edit_config, edit_weights, weights
 from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.converters.names import Names, map_names
@@ -91,16 +93,49 @@ def test_copies_of_a_tied_matrix_that_differ_are_refused(own_checkpoint: Checkpo
     assert not (tmp_path / "out").exists()
 
 
-def test_a_headless_checkpoint_under_a_head_is_named_as_the_model_names_it(
+def test_keys_without_the_base_prefix_are_named_as_the_model_names_them(
     own_checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     """Keys without the base model's prefix load into a model with a head: the output is named for that model."""
+
+    def add_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({"classifier.weight": torch.ones(2, 64), "classifier.bias": torch.zeros(2)})
+
     source = edit_config(own_checkpoint("bert"), architectures=["BertForSequenceClassification"])
+    edit_weights(source, add_head)
     names = names_of(source)
     assert names.architecture == "BertForSequenceClassification"
-    assert {role.path.split(".")[0] for role in names.roles.values()} == {"bert"}
+    assert {role.path.split(".")[0] for role in names.roles.values()} == {"bert", "classifier"}
     convert_hf_to_lowbit(str(source), tmp_path / "out", BOTH)
-    assert all(path.startswith("bert.") for path in ModelReader(tmp_path / "out").config.modules)
+    assert {path.split(".")[0] for path in ModelReader(tmp_path / "out").config.modules} == {"bert", "classifier"}
+
+
+@pytest.mark.parametrize(
+    "missing", ["model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(missing: str, own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """transformers would load it with random values in place of the tensor."""
+    source = edit_weights(own_checkpoint("llama"), lambda tensors: tensors.pop(missing))
+    with pytest.raises(SourceError, match=f"lacks 1 tensors of LlamaForCausalLM, such as '{missing}'"):
+        convert_hf_to_lowbit(str(source), tmp_path / "out", BOTH)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tied_tensor_may_be_absent_in_one_place(own_checkpoint: Checkpoint) -> None:
+    source = own_checkpoint("llama-tied")
+    assert "lm_head.weight" not in weights(source)
+    assert names_of(source).tied == {"lm_head": "model.embed_tokens"}
+
+
+def test_only_expert_modules_hold_experts(tmp_path: Path) -> None:
+    """A vision transformer has parameters of three dimensions that are no experts."""
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, image_size=32, patch_size=16
+    )
+    transformers.ViTModel(config, add_pooling_layer=True).save_pretrained(tmp_path / "vit")
+    kinds = {role.path: role.kind for role in names_of(tmp_path / "vit").roles.values()}
+    assert "expert" not in kinds.values()
+    assert "linear" in kinds.values()
 
 
 def test_an_unknown_architecture_name_falls_back_to_the_model_type(own_checkpoint: Checkpoint) -> None:

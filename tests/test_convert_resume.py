@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from checkpoints import edit_config, edit_weights
 from killed import OPTIONS, convert_until
-from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, driver
 from lowbit_format.converters.driver import work_directory
 from lowbit_format.converters.journal import JOURNAL
+from lowbit_format.converters.plan import Step
 from test_convert import assert_nothing_looks_finished, content
 
 from lowbit_format.container.reader import ModelReader
@@ -87,6 +88,49 @@ def test_resume_does_not_do_finished_shards_again(checkpoint: Checkpoint, tmp_pa
     assert set(done.outcomes) == {step.path for step in done.plan.quantized}
 
 
+@pytest.mark.parametrize("steps", [1, 5, 10])
+def test_a_stopped_conversion_goes_on_inside_of_a_shard(
+    steps: int, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all in one shard: what was done before Ctrl-C is not done again, and the bytes are the same."""
+    source, options = str(checkpoint("llama")), {"recipe": OPTIONS["recipe"]}
+    whole = convert_hf_to_lowbit(source, tmp_path / "whole" / "out", **options).directory
+    seen: list[str] = []
+
+    def stop(step: Step, total: int) -> None:
+        seen.append(step.tensor.name)
+        if len(seen) == steps:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_hf_to_lowbit(source, tmp_path / "out", **options, report=stop)
+    assert_nothing_looks_finished(tmp_path / "out")
+    carried = []
+    carry_out = driver._carry_out
+    monkeypatch.setattr(
+        driver, "_carry_out", lambda step, data: carried.append(step.tensor.name) or carry_out(step, data)
+    )
+    done = convert_hf_to_lowbit(source, tmp_path / "out", **options, resume=True)
+    assert not set(seen) & set(carried)
+    assert content(tmp_path / "out") == content(whole)
+    assert set(done.outcomes) == {step.path for step in done.plan.quantized}
+
+
+def test_lost_data_of_an_open_shard_is_noticed(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, options = str(checkpoint("llama")), {"recipe": OPTIONS["recipe"]}
+
+    def stop(step: Step, total: int) -> None:
+        if step.tensor.name.endswith("1.mlp.up_proj.weight"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_hf_to_lowbit(source, tmp_path / "out", **options, report=stop)
+    (data,) = work_directory(tmp_path / "out").glob("*.data")
+    data.write_bytes(data.read_bytes()[:-1])
+    with pytest.raises(OutputError, match="begin again"):
+        convert_hf_to_lowbit(source, tmp_path / "out", **options, resume=True)
+
+
 def test_an_unfinished_conversion_is_not_overwritten(checkpoint: Checkpoint, tmp_path: Path) -> None:
     work = interrupted(checkpoint("llama"), tmp_path / "out")
     before = content(work)
@@ -139,3 +183,47 @@ def test_a_damaged_unfinished_conversion_is_refused(damage: str, checkpoint: Che
     with pytest.raises(OutputError, match="begin again"):
         convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS, resume=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_was_written_again_is_another_one(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Even with the same names, shapes, size and first tensors: half of each model would be a model of its own."""
+    source = own_checkpoint("llama")
+    interrupted(source, tmp_path / "out")
+    file = source / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    raw[-1] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(OutputError, match="another source"):
+        convert_hf_to_lowbit(str(source), tmp_path / "out", **OPTIONS, resume=True)
+
+
+def test_two_conversions_to_one_place_do_not_meet(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """While one works, another neither begins nor resumes there."""
+    tried = []
+
+    def meet(step: Step, total: int) -> None:
+        for resume in (False, True):
+            with pytest.raises(OutputError, match=r"another process is converting there|unfinished conversion"):
+                convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS, resume=resume)
+            tried.append(resume)
+
+    convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS, report=meet)
+    assert True in tried
+    assert ModelReader(tmp_path / "out").verify() == 0
+
+
+def test_a_failing_rename_can_be_resumed(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(work: Path, out: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "publish", fail)
+        with pytest.raises(OutputError, match="Permission denied"):
+            convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS)
+    carried = []
+    monkeypatch.setattr(driver, "_carry_out", lambda step, data: carried.append(step))
+    convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS, resume=True)
+    assert carried == []
+    assert ModelReader(tmp_path / "out").verify() == 0

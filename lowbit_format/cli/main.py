@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from .. import __version__
 from . import demo, dequantize, diff, inspect, verify
 
 app = typer.Typer(
@@ -21,6 +24,21 @@ app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(dequantize.dequantize)
 app.command()(diff.diff)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowbit-format {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def run() -> None:

@@ -24,7 +24,7 @@ from ..bits import padding_is_zero
 from ..codecs import CODECS, TensorSpec, all_roles, tensor_specs
 from ..errors import ConfigError, DigestError, DirectoryError, PrecisionError, TensorError
 from ..packed import PackedMatrix, Params, missing_precision
-from ..schema import Module, QuantizationConfig
+from ..schema import Module, QuantizationConfig, is_int
 from . import strict_json
 from .dtypes import stored, to_float32
 from .fingerprint import Fingerprint, fingerprint
@@ -157,7 +157,10 @@ class ModelReader:
         return np.stack([decode(self.matrix(path, e), bits) for e in range(module.experts)])
 
     def check_precision(self, bits: int | None, modules: list[Module] | None = None) -> None:
-        """Raise PrecisionError unless every module can be read at `bits` (NST-3)."""
+        """Raise PrecisionError unless every module can be read at `bits` (NST-3), and some has that many."""
+        most = max((m.scheme.bits for m in self.config), default=8)
+        if bits is not None and not (is_int(bits) and 1 <= bits <= most):
+            raise PrecisionError("NST-3", f"asked for {bits!r} bits, expected 1 to {most}", file=self.directory)
         for module in modules if modules is not None else self.config:
             if bits is not None and bits < module.scheme.bits and bits not in module.scheme.nested:
                 message = missing_precision(module.scheme, bits)
@@ -251,7 +254,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:
 
     if not path.is_file():
         raise fail("DIR-1", "there is no such file; expected a lowbit model directory")
-    config = strict_json.loads(path.read_bytes(), fail, constants=True)
+    config = strict_json.load_file(path, fail, constants=True)
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise fail("DIR-1", "has no quantization_config: this is not a lowbit model, convert it first")
     if not isinstance(config["quantization_config"], dict):
@@ -302,7 +305,7 @@ def _read_index(path: Path) -> dict[str, str]:
     def fail(rule: str, message: str) -> DirectoryError:
         return DirectoryError("DIR-3" if rule == "JSON" else rule, message, file=path)
 
-    index = strict_json.loads(path.read_bytes(), fail, constants=True)
+    index = strict_json.load_file(path, fail, constants=True)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise fail("DIR-3", "weight_map is not a non-empty object from tensor name to file name")

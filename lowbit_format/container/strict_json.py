@@ -5,9 +5,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
+_FREE, _BYTES_EACH = 1024, 10  # so many lists and objects, and one more for so many characters: `[],[],…` is a bomb
 MAX_DEPTH = 64  # of nested lists and objects: what is parsed can then be walked and printed recursively
+
+
+MAX_BYTES = 1 << 25  # of a text: parsed, it takes many times its size
+
+
+def load_file(path: Path, fail: Callable[[str, str], Exception], *, constants: bool = False) -> Any:
+    """Parse the file at `path`; see :func:`loads`."""
+    if path.stat().st_size > MAX_BYTES:
+        raise fail("JSON", f"has {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
+    return loads(path.read_bytes(), fail, constants=constants)
 
 
 def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants: bool = False) -> Any:
@@ -33,6 +45,8 @@ def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if text.count("[") + text.count("{") > _FREE + len(text) // _BYTES_EACH:
+            raise fail("JSON", "has more lists and objects than the facts about tensors need")
         value = json.loads(text, object_pairs_hook=unique, parse_constant=None if constants else constant)
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
         raise fail("JSON", f"not valid JSON in UTF-8: {str(e)[:120]}") from e

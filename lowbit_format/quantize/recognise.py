@@ -7,7 +7,7 @@ too many distinct values in their first group, so looking costs them next to not
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from .lanes import pack
 from .target import Target
 
 _PROBES = 8  # rows tried before the rest: most weights that look like a grid and are none fail in the first few
+_AT_ONCE = 1 << 20  # weights looked at together
 _MULTIPLES = 4  # the smallest gap seen may be this many steps of the grid
 _REFLECTIONS = 400  # moves of scales until every value lies within its bounds
 _PRECISION = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126)}  # bits of the mantissa, least exponent
@@ -42,51 +43,90 @@ def recognise(weight: F32, target: Target, source_dtype: str) -> PackedMatrix | 
     # Without scales of its own, a matrix serves a nested precision only if it has no more bits than that (NST-3).
     target = replace(target, bits=min(target.nested, default=target.bits), nested=())
     for size in dict.fromkeys(s for s in (0, target.group_size, *_GROUP_SIZES) if s < weight.shape[1]):
-        found = _on_grid(weight[:_PROBES], size, target, source_dtype)
-        if found is not None and len(weight) > _PROBES:
-            found = _on_grid(weight, size, target, source_dtype)
-        if found is not None:
-            return found
+        probe = weight[:_PROBES]
+        if any(len(np.unique(row)) > 2**target.bits for row in probe[:, : size or None]):
+            continue
+        for grid in _grids(target):
+            if _on_grid(probe, grid, size, source_dtype) is not None:
+                found = _on_grid(weight, grid, size, source_dtype)
+                if found is not None:
+                    return found
     return None
-
-
-def _on_grid(weight: F32, size: int, target: Target, source_dtype: str) -> PackedMatrix | None:
-    """The matrix with groups of `size` columns (0: the whole row), if there is an exact one."""
-    width = size or weight.shape[1]
-    groups = [weight[:, c : c + width] for c in range(0, weight.shape[1], width)]
-    if any(len(np.unique(row)) > 2**target.bits for row in groups[0][:_PROBES]):
-        return None
-    attempts = (_exact(weight, attempt, source_dtype) for attempt in _attempts(groups, target, size, source_dtype))
-    return next((matrix for matrix in attempts if matrix is not None), None)
 
 
 F64 = NDArray[np.float64]
-Attempt = tuple[Scheme, NDArray[np.uint8], Params, F32 | None]
 
 
-def _attempts(groups: list[F32], target: Target, size: int, source_dtype: str) -> Iterator[Attempt]:
-    """Guesses, cheapest storage first: fewer bits before more, then the codec that was asked for."""
-    bounds = [_bounds(group, source_dtype) for group in groups]
+@dataclass(frozen=True)
+class Grid:
+    """A kind of grid to try: codec, bits, and for a codebook its name and table."""
+
+    codec: str
+    bits: int
+    label: str | None = None
+    table: F32 | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A guess: codes uint8 ``[rows, cols]``, scales ``[planes, rows, groups]``, shift ``[rows, groups]`` or None."""
+
+    codes: NDArray[np.uint8]
+    scales: F64
+    shift: F64 | None = None
+
+
+def _grids(target: Target) -> Iterator[Grid]:
+    """Grids to try, cheapest storage first: fewer bits before more, then the codec that was asked for."""
+    tables = {name: codebook.padded(table) for name, table in codebook.TABLES.items()}
+    if target.codec == "codebook" and not isinstance(target.table, str):
+        tables = {"table": codebook.padded(target.values()), **tables}
     for bits in range(1, target.bits + 1):
         for codec in sorted(_RECOGNISERS, key=lambda c: c != target.codec):
-            yield from _RECOGNISERS[codec](groups, bounds, bits, size, target)
+            if codec != "codebook":
+                yield Grid(codec, bits)
+                continue
+            yield from (Grid(codec, bits, n, t) for n, t in tables.items() if codebook.table_bits(t) == bits)
 
 
-def _exact(weight: F32, attempt: Attempt, source_dtype: str) -> PackedMatrix | None:
-    """The attempt as a matrix, with the narrowest parameters that decode to exactly `weight`."""
-    scheme, codes, params, table = attempt
+def _on_grid(weight: F32, grid: Grid, size: int, source_dtype: str) -> PackedMatrix | None:
+    """The matrix on this grid with groups of `size` columns (0: the whole row), if there is an exact one.
+
+    A block of rows at a time: the guesses take many times the memory of what they look at.
+    """
     rows, cols = weight.shape
-    padded = np.zeros((rows, 8 * row_bytes(cols)), np.uint8)
-    padded[:, :cols] = codes
-    planes = pack(padded, scheme.bits)
-    for dtype in FLOATS:
-        small = Params(round_to(params.scales, dtype), None if params.shift is None else round_to(params.shift, dtype))
-        if not np.isfinite(small.scales).all() or (small.shift is not None and not np.isfinite(small.shift).all()):
-            continue
-        matrix = PackedMatrix(replace(scheme, scale_dtype=dtype), rows, cols, planes, small, {}, table)
-        if np.array_equal(round_to(decode(matrix), source_dtype), weight):  # == takes -0.0 for 0.0
+    codes, fits = np.zeros((rows, 8 * row_bytes(cols)), np.uint8), list[Fit]()
+    blocks = [slice(r, min(rows, r + max(1, _AT_ONCE // cols))) for r in range(0, rows, max(1, _AT_ONCE // cols))]
+    width = size or cols
+    for block in blocks:
+        groups = [weight[block, c : c + width] for c in range(0, cols, width)]
+        fit = _RECOGNISERS[grid.codec](groups, [_bounds(group, source_dtype) for group in groups], grid)
+        if fit is None:
+            return None
+        codes[block, :cols] = fit.codes
+        fits.append(replace(fit, codes=codes[block]))
+    scales = np.concatenate([f.scales for f in fits], axis=1).astype(np.float32)
+    shifts = [f.shift for f in fits if f.shift is not None]
+    shift = np.concatenate(shifts).astype(np.float32) if shifts else None
+    if grid.codec == "bcq" and shift is not None and not shift.any():
+        shift = None
+    scheme = Scheme(
+        grid.codec, grid.bits, size, "F32", offset=grid.codec == "bcq" and shift is not None, label=grid.label
+    )
+    planes = pack(codes, grid.bits)
+    for dtype in FLOATS:  # the narrowest parameters that decode to exactly the weight
+        params = Params(round_to(scales, dtype), None if shift is None else round_to(shift, dtype))
+        matrix = PackedMatrix(replace(scheme, scale_dtype=dtype), rows, cols, planes, params, {}, grid.table)
+        if all(_is_exact(weight[b], matrix.row_slice(b.start, b.stop), source_dtype) for b in blocks):
             return matrix
     return None
+
+
+def _is_exact(weight: F32, matrix: PackedMatrix, source_dtype: str) -> bool:
+    """Whether the matrix is finite and decodes to `weight`; -0.0 may be 0.0 (ENC-3)."""
+    params = matrix.params
+    finite = np.isfinite(params.scales).all() and (params.shift is None or np.isfinite(params.shift).all())
+    return bool(finite) and np.array_equal(round_to(decode(matrix), source_dtype), weight)
 
 
 # --- what a rounded value may have been ------------------------------------------------------------
@@ -141,25 +181,20 @@ def _common_scales(factors: F64, bounds: Bounds) -> F32 | None:
     return middle
 
 
-def _scheme(codec: str, bits: int, size: int, *, offset: bool = False, label: str | None = None) -> Scheme:
-    return Scheme(codec, bits, size, "F32", offset=offset, label=label)
-
-
 # --- tables: FP4, NF4, ternary, and the user's ------------------------------------------------------
 
 
-def _tables(groups: list[F32], bounds: list[Bounds], bits: int, size: int, target: Target) -> Iterator[Attempt]:
-    named = {name: codebook.padded(table) for name, table in codebook.TABLES.items()}
-    if not isinstance(target.table, str):
-        named = {"table": codebook.padded(target.values()), **named}
-    for name, table in named.items():
-        if codebook.table_bits(table) != bits:
-            continue
-        found = [_table_group(group, b, table) for group, b in zip(groups, bounds, strict=True)]
-        good = [f for f in found if f is not None]
-        if len(good) == len(groups):
-            codes, scales = np.concatenate([f[0] for f in good], axis=1), np.stack([f[1] for f in good], axis=1)
-            yield _scheme("codebook", bits, size, label=name), codes, Params(scales[None]), table
+def _tables(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
+    if grid.table is None:
+        return None
+    codes, scales = [], []
+    for group, b in zip(groups, bounds, strict=True):
+        found = _table_group(group, b, grid.table)
+        if found is None:
+            return None
+        codes.append(found[0])
+        scales.append(found[1])
+    return Fit(np.concatenate(codes, axis=1), np.stack(scales, axis=1)[None].astype(np.float64))
 
 
 def _table_group(group: F32, bounds: Bounds, table: F32) -> tuple[NDArray[np.uint8], F32] | None:
@@ -188,23 +223,24 @@ def _table_group(group: F32, bounds: Bounds, table: F32) -> tuple[NDArray[np.uin
 # --- uniform grids: whole multiples of a step -------------------------------------------------------
 
 
-def _uniform(groups: list[F32], bounds: list[Bounds], bits: int, size: int, target: Target) -> Iterator[Attempt]:
-    all_codes, all_scales, all_zeros = [], [], []
+def _uniform(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
+    codes, scales, zeros = [], [], []
     for group, b in zip(groups, bounds, strict=True):
-        found = [_multiples(row, bits, b.epsilon) for row in group]
-        k = [f for f in found if f is not None]
-        if len(k) < len(found):
-            return
-        multiples = np.stack(k)
-        scales = _common_scales(multiples, b)
-        if scales is None:
-            return
-        zeros = -multiples.min(axis=1, keepdims=True).clip(max=0)
-        all_codes.append((multiples + zeros).astype(np.uint8))
-        all_scales.append(scales)
-        all_zeros.append(zeros[:, 0].astype(np.float32))
-    params = Params(np.stack(all_scales, axis=1)[None], np.stack(all_zeros, axis=1))
-    yield _scheme("uniform", bits, size), np.concatenate(all_codes, axis=1), params, None
+        found = [_multiples(row, grid.bits, b.epsilon) for row in group]
+        multiples = [f for f in found if f is not None]
+        if len(multiples) < len(found):
+            return None
+        k = np.stack(multiples)
+        common = _common_scales(k, b)
+        if common is None:
+            return None
+        zero = -k.min(axis=1, keepdims=True).clip(max=0)
+        codes.append((k + zero).astype(np.uint8))
+        scales.append(common)
+        zeros.append(zero[:, 0])
+    return Fit(
+        np.concatenate(codes, axis=1), np.stack(scales, axis=1)[None].astype(np.float64), np.stack(zeros, axis=1)
+    )
 
 
 def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
@@ -236,22 +272,17 @@ def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
 # --- BCQ grids: an offset plus and minus scales -----------------------------------------------------
 
 
-def _bcq(groups: list[F32], bounds: list[Bounds], bits: int, size: int, target: Target) -> Iterator[Attempt]:
-    all_codes, all_scales, all_offsets = [], [], []
-    for group, b in zip(groups, bounds, strict=True):
-        codes, scales, offsets = np.empty(group.shape, np.uint8), np.empty((bits, len(group))), np.empty(len(group))
+def _bcq(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
+    rows = len(groups[0])
+    codes, scales = [np.empty(g.shape, np.uint8) for g in groups], np.empty((grid.bits, rows, len(groups)))
+    offsets = np.empty((rows, len(groups)))
+    for g, (group, b) in enumerate(zip(groups, bounds, strict=True)):
         for r, row in enumerate(group):
-            found = _bcq_row(row, b.low[r], b.high[r], bits, b.epsilon)
+            found = _bcq_row(row, b.low[r], b.high[r], grid.bits, b.epsilon)
             if found is None:
-                return
-            codes[r], scales[:, r], offsets[r] = found
-        all_codes.append(codes)
-        all_scales.append(scales)
-        all_offsets.append(offsets)
-    shift = np.stack(all_offsets, axis=1).astype(np.float32)
-    offset = bool(shift.any())
-    params = Params(np.stack(all_scales, axis=2).astype(np.float32), shift if offset else None)
-    yield _scheme("bcq", bits, size, offset=offset), np.concatenate(all_codes, axis=1), params, None
+                return None
+            codes[g][r], scales[:, r, g], offsets[r, g] = found
+    return Fit(np.concatenate(codes, axis=1), scales, offsets)
 
 
 def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[NDArray[np.uint8], F64, float] | None:
@@ -309,4 +340,8 @@ def _within(design: F64, target: F64, low: F64, high: F64) -> F64 | None:
     return None
 
 
-_RECOGNISERS = {"bcq": _bcq, "codebook": _tables, "uniform": _uniform}
+_RECOGNISERS: dict[str, Callable[[list[F32], list[Bounds], Grid], Fit | None]] = {
+    "bcq": _bcq,
+    "codebook": _tables,
+    "uniform": _uniform,
+}

@@ -60,6 +60,7 @@ class Target:
             self.rounds is None or (is_int(self.rounds) and self.rounds >= 0),
             f"rounds is {self.rounds!r}, expected 0 or more",
         )
+        check(isinstance(self.nested, (tuple, list)), f"nested is {self.nested!r}, expected several precisions: (2, 3)")
         for key in ("offset", "recognise"):
             check(isinstance(getattr(self, key), bool), f"{key} is {getattr(self, key)!r}, expected true or false")
         check(

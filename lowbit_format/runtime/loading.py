@@ -48,9 +48,19 @@ def from_pretrained(
             f"{path_or_repo}: not a lowbit model (quant_method is {method!r}); convert it with convert_hf_to_lowbit"
         )
     if model_class is None:
-        names = getattr(config, "architectures", None) or ["AutoModel"]
-        model_class = getattr(transformers, names[0], None)
-        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-            model_class = transformers.AutoModel  # the name comes from a file, and may be that of anything
+        model_class = _class_of(config, path_or_repo)
     with load_options(LoadOptions(bits, verify)):
         return model_class.from_pretrained(path_or_repo, revision=revision, **kwargs)
+
+
+def _class_of(config: Any, where: object) -> Any:
+    """The model class that a config names, or AutoModel if it names none."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    # Only model classes: the name comes from a file, and transformers exports functions too.
+    known = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    if names and known is None:
+        raise LoadError(f"{where}: transformers {transformers.__version__} has no model class {names}; update it")
+    return known or transformers.AutoModel

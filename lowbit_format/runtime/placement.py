@@ -95,10 +95,11 @@ def describe(model: Any, placed: Placement) -> QuantizationConfig:
 
 
 def refuse_missing(model: Any, missing: Iterable[str]) -> None:
-    """Raise LoadError for tensors that the file lacks, unless they are of another head or of a part it lacks whole.
+    """Raise LoadError for tensors that the file lacks; transformers would initialise them at random, with a warning.
 
-    transformers would initialise them at random, with a warning.
+    Another class than the file was written for may have another head, or a part that the file lacks whole.
     """
+    same_class = type(model).__name__ in (model.config.architectures or [])
     names, missing = set(model.state_dict()), set(missing)
     prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
@@ -107,7 +108,8 @@ def refuse_missing(model: Any, missing: Iterable[str]) -> None:
         packed = role in all_roles() and isinstance(model.get_submodule(path), LowbitModule)
         part = prefix + name.removeprefix(prefix).split(".")[0] + "."
         part_is_there = name.startswith(prefix) and any(n.startswith(part) for n in names - missing)
-        if packed or (part_is_there and not any(pattern.search(name) for pattern in ignored)):
+        expected = (same_class or part_is_there) and not any(pattern.search(name) for pattern in ignored)
+        if packed or expected:
             raise LoadError(
                 f"{type(model).__name__} has {name!r}, but the file does not: "
                 "config.json and the weights do not belong together"
