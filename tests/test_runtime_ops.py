@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -68,6 +69,24 @@ def test_decodes_as_the_reference(kind: Scheme, bits: int) -> None:
             assert ops.embedding(ids, w).numpy().tobytes() == want[ids.numpy()].tobytes()
             half = ops.dequantize(w, dtype=torch.bfloat16)  # DEC-5
             assert torch.equal(half, torch.from_numpy(want).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("module", sorted({*ops.KERNELS.values(), "naive"}))
+def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module: str) -> None:
+    """Weights bit for bit; products and gradients of x by the same library call on them."""
+    kernels = importlib.import_module(f"lowbit_format.runtime.{module}")
+    for rows, cols, group_size in SHAPES:
+        w = packed(random_matrix(replace(kind, bits=3, group_size=group_size), rows, cols))
+        x, grad = torch.randn(4, cols), torch.randn(4, rows)
+        deltas, tasks, ids = torch.randn(2, 1, rows), torch.tensor([1, -1, 0, 1]), torch.randint(0, rows, (4,))
+        for name, args in {
+            "dequantize": (w, None, torch.bfloat16),
+            "linear": (x, w, torch.randn(rows), deltas, tasks),
+            "linear_input_grad": (grad, w, deltas, tasks),
+            "embedding": (ids, w, deltas, tasks, torch.float32),
+        }.items():
+            assert torch.equal(getattr(kernels, name)(*args), getattr(naive, name)(*args)), name
 
 
 def test_padding_bits_do_not_matter() -> None:

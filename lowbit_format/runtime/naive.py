@@ -44,10 +44,28 @@ ParamGrads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # of sc
 Rows = Tensor | slice  # rows of a flattened input: bool mask, or all
 
 
+def decode(w: Packed) -> Tensor:
+    """Weights ``[rows, cols]`` in float32 (float64 if the scales are), operation by operation as DEC-2 to DEC-4 say."""
+    scales, shift = w.scales.to(_work_dtype(w))[..., None], _shift(w)
+    if w.codec != "bcq":
+        return _columns(_levels(w) * scales[0], w)
+    rows, groups = w.scales.shape[1:]
+    acc = torch.zeros((), dtype=scales.dtype, device=scales.device) if shift is None else shift
+    acc = acc.expand(rows, groups, _group_columns(w))
+    present = _present(w)
+    for p, bit in enumerate(_bits(w)):
+        step = torch.where(bit, acc + scales[p], acc - scales[p])
+        acc = step if present is None else torch.where(present[p][:, None, None], step, acc)
+    return _columns(acc, w)
+
+
+Decoder = Callable[[Packed], Tensor]  # a faster one gives the same bits
+
+
 # --- the operators ---------------------------------------------------------------------------------
 
 
-def dequantize(w: Packed, deltas: Tensor | None, dtype: torch.dtype) -> Tensor:
+def dequantize(w: Packed, deltas: Tensor | None, dtype: torch.dtype, *, decode: Decoder = decode) -> Tensor:
     """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); of task 0 where there are `deltas`."""
     return decode(w if deltas is None else with_delta(w, deltas[0])).to(dtype).contiguous()
 
@@ -58,7 +76,15 @@ def dequantize_param_grads(grad: Tensor, w: Packed, deltas: Tensor | None) -> Pa
     return _sum_over_tasks(lambda rows: grad, w, deltas, None)
 
 
-def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor,
+    w: Packed,
+    bias: Tensor | None,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    *,
+    decode: Decoder = decode,
+) -> Tensor:
     """``x @ weight.T + bias`` with the weight in the dtype of `x`.
 
     Args:
@@ -66,6 +92,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
         bias: float ``[rows]``, or None.
         deltas: float32 ``[tasks, p, rows]`` (multiply) or ``[tasks, p, rows, groups]`` (add), or None; see TSK-6.
         task_ids: int64 ``[rows of x]``, the task of each row of the flattened `x`, -1 for the base; None: task 0.
+        decode: what gives the float weight.
 
     Returns:
         ``[..., rows]`` in the dtype of `x`.
@@ -78,7 +105,9 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 
-def linear_input_grad(grad: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+def linear_input_grad(
+    grad: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, *, decode: Decoder = decode
+) -> Tensor:
     """Gradient of `x` in :func:`linear`, from that of its result ``[..., rows]``."""
     flat = grad.reshape(-1, grad.shape[-1])
     out = grad.new_empty(flat.shape[0], w.cols)
@@ -98,7 +127,15 @@ def linear_param_grads(
         return _sum_over_tasks(lambda rows: flat_grad[rows].T @ flat_x[rows], w, deltas, task_ids)
 
 
-def embedding(ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+def embedding(
+    ids: Tensor,
+    w: Packed,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    decode: Decoder = decode,
+) -> Tensor:
     """Rows `ids` (int ``[...]``) of the weight in `dtype`, ``[..., cols]``; only these rows are decoded.
 
     `task_ids` is int64 ``[number of ids]``.
@@ -124,21 +161,6 @@ def embedding_param_grads(
 
 
 # --- decoding --------------------------------------------------------------------------------------
-
-
-def decode(w: Packed) -> Tensor:
-    """Weights ``[rows, cols]`` in float32 (float64 if the scales are), operation by operation as DEC-2 to DEC-4 say."""
-    scales, shift = w.scales.to(_work_dtype(w))[..., None], _shift(w)
-    if w.codec != "bcq":
-        return _columns(_levels(w) * scales[0], w)
-    rows, groups = w.scales.shape[1:]
-    acc = torch.zeros((), dtype=scales.dtype, device=scales.device) if shift is None else shift
-    acc = acc.expand(rows, groups, _group_columns(w))
-    present = _present(w)
-    for p, bit in enumerate(_bits(w)):
-        step = torch.where(bit, acc + scales[p], acc - scales[p])
-        acc = step if present is None else torch.where(present[p][:, None, None], step, acc)
-    return _columns(acc, w)
 
 
 def decode_grads(w: Packed, grad: Tensor) -> tuple[Tensor, Tensor | None]:

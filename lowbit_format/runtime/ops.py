@@ -7,6 +7,8 @@ to planes; the backward pass decodes the weight again instead of keeping it. Cal
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -18,7 +20,7 @@ from torch._library.custom_ops import CustomOpDef
 from . import naive
 from .naive import Packed
 
-KERNELS: dict[str, ModuleType] = {"cpu": naive, "cuda": naive}  # device type -> module; naive serves all others
+KERNELS = {"cpu": "numba_cpu", "cuda": "naive"}  # device type -> module beside this one; naive serves all others
 
 
 def dequantize(w: Packed, deltas: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -84,7 +86,13 @@ def _split(args: tuple[Any, ...]) -> tuple[Packed, tuple[Any, ...]]:
 
 
 def _kernels(w: Packed) -> Any:
-    return KERNELS.get(w.planes.device.type, naive)
+    return _module(KERNELS.get(w.planes.device.type, "naive"))
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    """A module of kernels, imported when first used: compilers take their time."""
+    return importlib.import_module(f".{name}", __package__)
 
 
 def _tensors(grads: naive.ParamGrads) -> tuple[Tensor, ...]:

@@ -34,7 +34,7 @@ class PackedWeight(Tensor):
     ) -> Any:
         raise UnsupportedOperationError(
             f"{func} needs the values of a weight that is stored as bit-planes. Use module.dequantize() for this one, "
-            "or model.dequantize() for a float model"
+            "model.dequantize() for a float model, or convert again with this module kept in full precision (--keep)"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
