@@ -198,7 +198,7 @@ def _write_shards(
             writer = None
     except (KeyboardInterrupt, SystemExit, OSError, OutputError):
         if writer is not None:  # stopped from outside: what is done is worth going on with
-            with contextlib.suppress(OSError, OutputError):
+            with contextlib.suppress(OSError, OutputError, ValueError):  # ValueError: the writer is closed already
                 done.save(work, settings, writer)
             writer.leave()
         raise
@@ -217,9 +217,7 @@ def _close(writer: ShardWriter, work: Path, settings: str, done: Progress) -> No
 
 
 def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:
-    """Each step with its tensor (see :func:`_load`), the next one being read while the caller works on the present
-    one.
-    """
+    """Each step with its tensor (see :func:`_load`); while the caller works on one, the next is being read."""
     with ThreadPoolExecutor(1, thread_name_prefix="lowbit-read") as reader:
         following = reader.submit(_load, source, steps[0]) if steps else None
         for i, step in enumerate(steps):
@@ -266,9 +264,7 @@ def _compare_dropped(source: Source, plan: Plan) -> None:
 def _finish(
     source: Source, plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: list[Path], card: str
 ) -> None:
-    """Name the shards, copy side files, write card, index and config: the config last, without which nothing is a
-    model.
-    """
+    """Name the shards, copy side files, write card, index and config; the config last: without it there is no model."""
     total = len(done.shards)
     shards = {}
     for i, names in enumerate(done.shards):

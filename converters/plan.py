@@ -81,9 +81,7 @@ class Plan:
         return sum(s.tensor.nbytes if s.target is None else -(-stored_bits(s.module()) // 8) for s in self.steps)
 
     def peak_memory(self) -> int:
-        """Expected peak of resident memory in bytes: the libraries, and the largest tensor as bytes, floats, codes
-        and decoded.
-        """
+        """Expected peak of resident memory in bytes: the libraries, and what the largest tensor takes in all forms."""
         largest = max((s.tensor.numel for s in self.quantized), default=0)
         copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
         return _BASE_MEMORY + max(11 * largest, copied)

@@ -17,9 +17,7 @@ err = Console(stderr=True)
 
 @contextlib.contextmanager
 def named_errors() -> Iterator[None]:
-    """Print a LowbitError as one line on standard error and exit with 2; everything else is a bug and shows its
-    trace.
-    """
+    """Print a LowbitError on standard error and exit with 2; everything else is a bug and shows its trace."""
     try:
         yield
     except LowbitError as e:

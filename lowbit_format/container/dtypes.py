@@ -23,9 +23,7 @@ def to_float32(values: NDArray[np.generic], dtype: str) -> NDArray[np.float32]:
 
 
 def from_float32(values: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
-    """Array of the file's dtype, rounded to nearest even; BF16 as uint16. Overflow gives infinity, as the dtype has
-    it.
-    """
+    """Array of the file's dtype, rounded to nearest even; BF16 as uint16. Overflow gives infinity."""
     if dtype == "F16":
         with np.errstate(over="ignore"):
             return values.astype("<f2")

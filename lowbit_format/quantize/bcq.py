@@ -347,9 +347,7 @@ def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):
 
 @numba.njit(nogil=True, cache=True)
 def _solve(gram, rhs, n):
-    """Solve the leading n equations in place by LDL' factors; gram's lower triangle is used, the solution is left in
-    rhs.
-    """
+    """Solve the leading n equations by LDL' factors, in place: gram is used up, rhs becomes the solution."""
     for j in range(n):
         for k in range(j):
             for lane in range(LANES):

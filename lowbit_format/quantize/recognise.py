@@ -134,8 +134,11 @@ def _is_exact(weight: F32, matrix: PackedMatrix, source_dtype: str) -> bool:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Values that round to a group's values in the source's dtype: float64 ``[rows, columns]`` each, and the dtype's
-    precision.
+    """Values that round to a group's values in the source's dtype.
+
+    Attributes:
+        low, high: float64 ``[rows, columns]``.
+        epsilon: the dtype's precision.
     """
 
     low: F64

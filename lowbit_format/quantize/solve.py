@@ -21,9 +21,8 @@ from .target import Target
 
 _ALL_ALIKE: F32 = np.empty(0, np.float32)
 _DECODED_AT_ONCE = 1 << 20  # weights; 4 MB, which stays in the cache
-_SLACK = (
-    2.0**-6
-)  # parameters may move a level by this part of a step when they are rounded; else a wider dtype is taken
+# Rounding its parameters may move a level by this part of a step; else a wider dtype is taken.
+_SLACK = 2.0**-6
 
 
 @dataclass(frozen=True)
@@ -140,9 +139,7 @@ def _close(exact: Params, rounded: Params, target: Target) -> bool:
 
 @dataclass(frozen=True)
 class Solver:
-    """`fit` finds parameters, `assign` writes nearest codes, `refit` fits parameters to the first k planes of given
-    codes.
-    """
+    """`fit` finds parameters, `assign` writes nearest codes, `refit` fits parameters to first planes of given codes."""
 
     fit: Callable[[F32, Target, F32 | None], Params]
     assign: Callable[[F32, Params, Target, U8], None]
