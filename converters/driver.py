@@ -251,10 +251,9 @@ def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[Tensor], Outcome | 
 def _compare_dropped(source: Source, plan: Plan) -> None:
     """A tied matrix that the checkpoint holds twice is stored once: the copies must be equal (TIE-1)."""
     owners = {s.path: s.tensor.name for s in plan.quantized}
-    for key in plan.dropped:
-        path = key.removesuffix(".weight")
-        owner = next((owners[o] for place, o in plan.tied.items() if path.endswith(place) and o in owners), None)
-        if owner is not None and not np.array_equal(source.read(key), source.read(owner)):
+    for key, path in plan.dropped.items():
+        owner = owners[path]
+        if not np.array_equal(source.read(key), source.read(owner)):
             raise SourceError(
                 f"{key}: is tied to {owner} by the config, but their values differ; set tie_word_embeddings to false "
                 "in the checkpoint's config.json, or keep both in full precision"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
+from ..runtime.architecture import named_class
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,7 @@ def _meta_model(directory: Path) -> Any:
             f"{directory}: transformers {transformers.__version__} cannot read its config: {str(e)[:300]}; a newer "
             "transformers may know the architecture, code from the checkpoint is never run"
         ) from e
-    names = config.architectures or []
-    found = (getattr(transformers, n, None) for n in names if isinstance(n, str))
-    # Only model classes: the name comes from a file, and transformers exports functions too.
-    cls = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+    cls = named_class(config)
     with torch.device("meta"):
         try:
             if cls is not None:
@@ -159,7 +157,7 @@ def _meta_model(directory: Path) -> Any:
             return transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
         except Exception as e:
             raise SourceError(
-                f"{directory}: cannot build the architecture {names or type(config).__name__}: {e}"
+                f"{directory}: cannot build the architecture {config.architectures or type(config).__name__}: {e}"
             ) from e
 
 

@@ -51,13 +51,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """All steps, in the order of writing, and what follows from them."""
+    """All steps, in the order of writing, and what follows from them.
+
+    Attributes:
+        steps: one for each tensor of the checkpoint that has a place of its own in the output.
+        tied: path of a tied place to the path of its quantized owner (TIE-1).
+        base_model_prefix, architecture: of the model class.
+        dropped: second copies of tied matrices, by name in the checkpoint, and the path of the owner that is stored.
+    """
 
     steps: tuple[Step, ...]
     tied: dict[str, str] = field(default_factory=dict)
     base_model_prefix: str = ""
     architecture: str = ""
-    dropped: tuple[str, ...] = ()
+    dropped: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> list[Step]:
@@ -98,7 +105,7 @@ def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: flo
     """
     quantizable = [r for r in names.roles.values() if r.kind in ("linear", "conv1d", "embedding")]
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
-    steps, dropped, tied = [], [], {}
+    steps, dropped, tied = [], {}, {}
     owners = set(names.tied.values())
     by_path = {r.path: r for r in names.roles.values()}
     for key, role in names.roles.items():
@@ -106,7 +113,7 @@ def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: flo
         owner = names.tied.get(role.path, role.path)
         target, reason = _decide(role, owner, names, recipe)
         if target is not None and role.path != owner and owner in by_path:
-            dropped.append(key)  # a copy of a tied matrix that is stored under its owner; the driver compares the two
+            dropped[key] = owner
             continue
         if target is not None and tensor.dtype not in FLOATS:
             raise SourceError(
@@ -115,7 +122,7 @@ def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: flo
         steps.append(Step(tensor, role, target, owner, reason))
         if target is not None and owner in owners:
             tied.update({place: own for place, own in names.tied.items() if own == owner})
-    plan = Plan(tuple(steps), tied, names.base_model_prefix, names.architecture, tuple(dropped))
+    plan = Plan(tuple(steps), tied, names.base_model_prefix, names.architecture, dropped)
     _check(plan, min_coverage)
     return plan
 
@@ -127,6 +134,10 @@ def _decide(role: Role, owner: str, names: Names, recipe: Recipe) -> tuple[Targe
     if role.reason is not None:
         return None, role.reason
     places = [owner, *(place for place, own in names.tied.items() if own == owner)]
+    if len(places) > 1:
+        reason = next((r.reason for r in names.roles.values() if r.path in places and r.reason is not None), None)
+        if reason is not None:
+            return None, reason
     for place in places:
         rule = recipe.rule_for(place)
         if rule is not None:

@@ -189,8 +189,7 @@ def seal(path: Path) -> None:
         f.seek(base)
         with atomic_file(path) as out:
             out.write(build_header(tensors, {**header.metadata, **file_metadata(digests)}))
-            while chunk := f.read(_COPY):
-                out.write(chunk)
+            shutil.copyfileobj(f, out, _COPY)
 
 
 def write_index(directory: Path, shards: Mapping[str, list[str]], nbytes: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..errors import LoadError
 from ..schema import QUANT_METHOD
+from .architecture import named_class
 
 
 def from_pretrained(
@@ -57,10 +58,9 @@ def _class_of(config: Any, where: object) -> Any:
     """The model class that a config names, or AutoModel if it names none."""
     import transformers
 
-    names = getattr(config, "architectures", None) or []
-    found = (getattr(transformers, name, None) for name in names if isinstance(name, str))
-    # Only model classes: the name comes from a file, and transformers exports functions too.
-    known = next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
-    if names and known is None:
-        raise LoadError(f"{where}: transformers {transformers.__version__} has no model class {names}; update it")
+    known = named_class(config)
+    if known is None and getattr(config, "architectures", None):
+        raise LoadError(
+            f"{where}: transformers {transformers.__version__} has no model class {config.architectures}; update it"
+        )
     return known or transformers.AutoModel
