@@ -115,3 +115,18 @@ class LoadError(LowbitError):
 
 class UnsupportedOperationError(LowbitError):
     """An operation that a packed weight does not support."""
+
+
+# --- tasks -----------------------------------------------------------------------------------------
+
+
+class TuningError(LowbitError):
+    """A model cannot be prepared for tuning its scales as asked."""
+
+
+class TaskError(LowbitError):
+    """A task is not loaded, has a name that is taken, or cannot be chosen for these rows."""
+
+
+class HubError(LowbitError):
+    """The Hub refused, or could not be reached; nothing was published or loaded by halves."""

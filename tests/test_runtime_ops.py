@@ -74,7 +74,7 @@ def test_decodes_as_the_reference(kind: Scheme, bits: int) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("module", sorted({*ops.KERNELS.values(), "naive"}))
 def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module: str) -> None:
-    """Weights bit for bit; products and gradients of x by the same library call on them."""
+    """Weights bit for bit; products to rounding: a library's product may depend on where its operands lie."""
     kernels = importlib.import_module(f"lowbit_format.runtime.{module}")
     for rows, cols, group_size in SHAPES:
         w = packed(random_matrix(replace(kind, bits=3, group_size=group_size), rows, cols))
@@ -86,7 +86,9 @@ def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module:
             "linear_input_grad": (grad, w, deltas, tasks),
             "embedding": (ids, w, deltas, tasks, torch.float32),
         }.items():
-            assert torch.equal(getattr(kernels, name)(*args), getattr(naive, name)(*args)), name
+            found, want = getattr(kernels, name)(*args), getattr(naive, name)(*args)
+            exact = name in ("dequantize", "embedding")
+            torch.testing.assert_close(found, want, **({"rtol": 0, "atol": 0} if exact else {}), msg=name)
 
 
 def test_padding_bits_do_not_matter() -> None:
