@@ -7,7 +7,6 @@ its own modules in, and loads tensors by name. File names equal module names, so
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -25,7 +24,8 @@ from ..container.reader import CONFIG_FILE, ModelReader
 from ..container.writer import file_metadata
 from ..errors import LoadError
 from ..schema import QUANT_METHOD, QuantizationConfig
-from .model import generalize, specialize
+from .base import Base, digest
+from .model import base_state_dict, generalize, specialize
 from .placement import Placement, describe, lowbit_modules, place_modules, tie
 
 log = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class LowbitQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.options = _options.get()
         self.placed = Placement()
+        self.base: Base | None = None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -105,6 +106,7 @@ class LowbitQuantizer(HfQuantizer):
     ) -> Any:
         reader = self._open(checkpoint_files)
         self.placed = place_modules(model, reader, self.options.bits)
+        self.base = Base(reader.config, reader.fingerprint(), self.options.bits)
         tie(model, self.placed)
         specialize(model)
         if self.options.bits is not None:  # the parameters of other precisions are left aside on purpose
@@ -121,18 +123,19 @@ class LowbitQuantizer(HfQuantizer):
         tie(model, self.placed)
         self.quantization_config = LowbitConfig.of(describe(model, self.placed))
         model.config.quantization_config = self.quantization_config
+        model.lowbit_base = self.base
         # Saved names are the model's own, which quantization_config has; a reverted renaming would part the two.
         model._weight_conversions = []
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """On saving: transformers' own state dict, and digests of its tensors, one map for all shards (DIG-2)."""
+        """On saving: the base's state dict, and digests of its tensors, one map for all shards (DIG-2)."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        twice = model.all_tied_weights_keys
-        tensors = {name: t for name, t in model.state_dict().items() if name not in twice}
+        base, twice = base_state_dict(model), model.all_tied_weights_keys
+        tensors = {name: t for name, t in base.items() if name not in twice}
         plain = {name: t for name, t in tensors.items() if type(t) is Tensor and not t.is_meta}
-        return None, file_metadata({name: _digest(t) for name, t in plain.items()})
+        return base, file_metadata({name: digest(t) for name, t in plain.items()})
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         """Replace lowbit modules by float ones; tied weights stay tied, and the classes become those of before."""
@@ -153,8 +156,3 @@ class LowbitQuantizer(HfQuantizer):
         if self.options.verify and (unverified := reader.verify()):
             log.warning("%s: %d tensors have no digest", reader.directory, unverified)
         return reader
-
-
-def _digest(tensor: Tensor) -> str:
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(raw.numpy().data).hexdigest()

@@ -8,18 +8,33 @@ FSDP makes its classes in the same way. Pickling goes through the original class
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..errors import UnsupportedOperationError
+from ..errors import TaskError, UnsupportedOperationError
+from .base import Base
+from .deltas import TunedDelta
 from .modules import LowbitEmbedding, LowbitModule
 from .placement import refuse_missing
+from .switched import SwitchedModule
 
 
 class LowbitModel:
-    """Mixin in front of a ``PreTrainedModel``."""
+    """Mixin in front of a ``PreTrainedModel``.
+
+    Attributes:
+        lowbit_base: what task bundles are bound to.
+        lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
+        lowbit_save: while the Trainer trains scales, what writes its checkpoints instead of ``save_pretrained``.
+    """
+
+    lowbit_base: Base
+    lowbit_fresh: tuple[str, ...] = ()
+    lowbit_save: Callable[[Any, str], None] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,6 +55,8 @@ class LowbitModel:
         """
         total, seen = 0, set[int]()
         for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, TunedDelta) and not only_trainable:
+                continue
             if exclude_embeddings and isinstance(module, (nn.Embedding, LowbitEmbedding)):
                 seen.update(id(p) for p in module.parameters(recurse=False))
                 continue
@@ -58,6 +75,31 @@ class LowbitModel:
         super().tie_weights(*args, **kwargs)  # type: ignore[misc]
         if kwargs.get("missing_keys"):
             refuse_missing(self, kwargs["missing_keys"])
+            self.lowbit_fresh = tuple(sorted(kwargs["missing_keys"]))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: the base, whatever task is on (a task is written by ``save_task``)."""
+        if self.lowbit_save is not None:
+            if kwargs.get("is_main_process", True):
+                self.lowbit_save(self, str(save_directory))
+            return None
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch. While scales are trained a checkpoint need hold nothing else, but those it must.
+
+        Raises TaskError for a state dict without them: whoever resumes from it would start anew, unaware.
+        """
+        result: Any = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
+        trained = {name for name, p in self.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
+        if any(isinstance(m, TunedDelta) for m in self.modules()):  # type: ignore[attr-defined]
+            if not trained - set(result.missing_keys):
+                raise TaskError(
+                    "the checkpoint has none of the scales in training: it was written without them. Give the Trainer "
+                    "a lowbit_format.TaskCallback, which writes them"
+                )
+            result.missing_keys[:] = [name for name in result.missing_keys if name in trained]
+        return result
 
     def half(self) -> Any:
         """Compute in float16; packed tensors keep their dtype."""
@@ -89,6 +131,19 @@ class LowbitModel:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         return (_new, (type(self).__mro__[2],), *reduced[2:])
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` of the base: no deltas in training, and the base's own head where a task has another."""
+    tensors = dict(model.state_dict())
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if isinstance(module, TunedDelta):
+            for name in module.state_dict():
+                del tensors[prefix + name]
+        elif isinstance(module, SwitchedModule):
+            tensors.update({prefix + name: t for name, t in module.module_of(None).state_dict().items()})
+    return tensors
 
 
 def specialize(model: nn.Module) -> None:

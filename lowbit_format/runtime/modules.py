@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ..codecs import tensor_specs
 from ..errors import LoadError, TensorError, UnsupportedOperationError
 from ..schema import Module, Scheme
-from . import ops
+from . import naive, ops
+from .deltas import Delta, TunedDelta, keeping_dtype, shifted, stack, stackable
 from .naive import Packed
 from .placeholder import PackedWeight
-
-TORCH_DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+from .selection import Name, Selection, TaskState
+from .stored import TORCH_DTYPES
 
 
 class LowbitModule(nn.Module):
@@ -40,6 +41,10 @@ class LowbitModule(nn.Module):
         scales, offsets, zeros, codebook, row_bits: as in the file; None where the scheme has none.
         scales_k{k}, …: parameters of the nested precisions, at full precision only.
         compute_dtype: changed by ``.to(dtype)``.
+        path: where the module stands in its model, for messages.
+        state: which task is on, shared with the model's other modules.
+        deltas: of the loaded tasks, by name; what a tied module has too. They are no part of the ``state_dict``.
+        tuned: the delta that is being trained, if one is; its task has the name `tuned_name`.
     """
 
     kind: ClassVar[str]
@@ -50,6 +55,7 @@ class LowbitModule(nn.Module):
     codebook: nn.Parameter | None
     row_bits: nn.Parameter | None
     bias: nn.Parameter | None
+    tuned: TunedDelta | None
 
     def __init__(
         self,
@@ -79,6 +85,12 @@ class LowbitModule(nn.Module):
             empty = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
             self.register_parameter(role, nn.Parameter(empty, requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None)
+        self.path, self.state = type(self).__name__, TaskState()
+        self.deltas: dict[str, Delta] = {}
+        self.register_module("tuned", None)
+        self.tuned_name: Name = None
+        self._task: Name = None
+        self._delta: Delta | None = None  # of _task, kept so that a compiled graph depends on tensors, not on names
 
     # --- the packed matrix ---
 
@@ -96,8 +108,79 @@ class LowbitModule(nn.Module):
         return {name: p for name, p in self._parameters.items() if name != "bias" and p is not None}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight in the orientation of the module that this one stands for (CFG-5, DEC-5)."""
-        return ops.dequantize(self.packed, dtype=dtype or self.compute_dtype)
+        """The decoded weight with the task that is on, oriented as in the module that this one stands for (CFG-5)."""
+        return self._with_delta(
+            self._own_delta(), lambda w, deltas: ops.dequantize(w, deltas, dtype=dtype or self.compute_dtype)
+        )
+
+    # --- tasks ---
+
+    def delta_of(self, name: Name) -> Delta | None:
+        """What task `name` changes here; None if nothing."""
+        if name is None:
+            return None
+        return self.tuned.delta() if self.tuned is not None and self._is_tuned(name) else self.deltas.get(name)
+
+    def set_task(self, name: Name) -> None:
+        """From here on compute with task `name` wherever no block says otherwise."""
+        self._task, self._delta = name, None if self._is_tuned(name) else self.delta_of(name)
+
+    def fold(self, delta: Delta, dtype: str | None) -> None:
+        """Put `delta` into scales and shift for good, stored as `dtype` (``"F32"``; None is the dtype of now).
+
+        Nested precisions go: they have parameters of their own, which the task was not tuned for.
+        """
+        w = shifted(self.packed, delta)
+        scales = w.scales if delta.scales is None else naive.with_delta(w, delta.scales).scales
+        for role in [r for r in self._parameters if "_k" in r]:
+            del self._parameters[role]
+        self.scheme = replace(self.scheme, scale_dtype=dtype or self.scheme.scale_dtype, nested=())
+        for role, values in {"scales": scales, "offsets": w.offsets, "zeros": w.zeros}.items():
+            if values is not None:
+                stored = values.detach().to(TORCH_DTYPES[self.scheme.scale_dtype])
+                self._parameters[role] = nn.Parameter(stored, requires_grad=False)
+
+    def _run(self, x: Tensor, kernel: Callable[[Tensor, Packed, Tensor | None, Tensor | None], Tensor]) -> Tensor:
+        """``kernel(x, packed, deltas, task_ids)`` with the tasks that are on."""
+        chosen = self.state.chosen()
+        if chosen is None:
+            return self._with_delta(self._own_delta(), lambda w, deltas: kernel(x, w, deltas, None))
+        deltas = [self.delta_of(name) for name in chosen.names]
+        if len(deltas) == 1 or all(d is None for d in deltas):
+            return self._with_delta(deltas[0], lambda w, deltas: kernel(x, w, deltas, None))
+        if len(x) == 1 < len(chosen):  # one row for the whole batch, such as positions, which tasks now tell apart
+            x = x.expand(len(chosen), *x.shape[1:])
+        if stackable(deltas):
+            ids = chosen.ids(len(x), x.device, self.path).repeat_interleave(_flat_rows(x, self.kind) // len(x))
+            return kernel(x, self.packed, self._stacked(chosen, deltas), ids)
+        ids = chosen.ids(len(x), x.device, self.path)
+        out: Tensor | None = None
+        for i, delta in enumerate(deltas):
+            mine = ids == i
+            part = self._with_delta(delta, lambda w, d, rows=mine: kernel(x[rows], w, d, None))  # type: ignore[misc]
+            out = part.new_empty(len(x), *part.shape[1:]) if out is None else out
+            out = out.index_put((mine,), part)
+        return out  # type: ignore[return-value]
+
+    def _is_tuned(self, name: Name) -> bool:
+        return name is not None and name == self.tuned_name
+
+    def _own_delta(self) -> Delta | None:
+        """Of the task that set_task chose."""
+        return self.tuned.delta() if self.tuned is not None and self._task == self.tuned_name else self._delta
+
+    def _with_delta(self, delta: Delta | None, kernel: Callable[[Packed, Tensor | None], Tensor]) -> Tensor:
+        if delta is None:
+            return kernel(self.packed, None)
+        return kernel(shifted(self.packed, delta), None if delta.scales is None else delta.scales[None])
+
+    def _stacked(self, chosen: Selection, deltas: list[Delta | None]) -> Tensor:
+        kept = chosen.kept.get(id(self))
+        if kept is None or kept.device != self.planes.device:
+            kept = stack(deltas).to(self.planes.device)
+            if not kept.requires_grad:  # a graph lives for one backward pass only
+                chosen.kept[id(self)] = kept
+        return kept
 
     # --- loading ---
 
@@ -132,7 +215,7 @@ class LowbitModule(nn.Module):
         for name in self.packed_parameters():
             self._parameters[name] = None
         self._parameters.update(owner.packed_parameters())
-        self.scheme, self.precision = owner.scheme, owner.precision
+        self.scheme, self.precision, self.deltas = owner.scheme, owner.precision, owner.deltas
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         """The module that this one stands for, with `weight` (in that module's orientation)."""
@@ -178,11 +261,14 @@ class LowbitModule(nn.Module):
         """Moves reach every tensor; changes of dtype reach the bias and the compute dtype only."""
         declared = {id(t) for p in self.packed_parameters().values() for t in (p, p.grad) if t is not None}
 
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            keeps = id(tensor) not in declared or moved.dtype == tensor.dtype
-            return moved if keeps else tensor.to(moved.device)
+        keep = keeping_dtype(fn)
 
+        def move(tensor: Tensor) -> Tensor:
+            return keep(tensor) if id(tensor) in declared else fn(tensor)
+
+        for name, delta in self.deltas.items():
+            self.deltas[name] = delta.map(keep)
+        self.set_task(self._task)
         probe = torch.empty(0, dtype=self.compute_dtype, device=self.planes.device)
         self.compute_dtype = fn(probe).dtype
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
@@ -207,7 +293,7 @@ class LowbitLinear(LowbitModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
-        return ops.linear(x, self.packed, self.bias)
+        return self._run(x, lambda x, w, deltas, ids: ops.linear(x, w, self.bias, deltas, ids))
 
 
 class LowbitConv1D(LowbitLinear):
@@ -248,10 +334,15 @@ class LowbitEmbedding(LowbitModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` int ``[...]`` to ``[..., embedding_dim]`` in the compute dtype; only these rows are decoded."""
-        return ops.embedding(ids, self.packed, dtype=self.compute_dtype)
+        return self._run(ids, lambda x, w, deltas, rows: ops.embedding(x, w, deltas, rows, dtype=self.compute_dtype))
 
 
 MODULES: dict[str, type[LowbitModule]] = {c.kind: c for c in (LowbitLinear, LowbitConv1D, LowbitEmbedding)}
+
+
+def _flat_rows(x: Tensor, kind: str) -> int:
+    """Rows of the flattened input, which operators take a task for each."""
+    return x.numel() if kind == "embedding" else x.numel() // x.shape[-1]
 
 
 def _with_parameters(module: nn.Module, weight: nn.Parameter, old: LowbitModule) -> nn.Module:

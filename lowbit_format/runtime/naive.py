@@ -60,6 +60,27 @@ def decode(w: Packed) -> Tensor:
 
 
 Decoder = Callable[[Packed], Tensor]  # a faster one gives the same bits
+RowGrads = Callable[[int, int], Tensor]  # gradient of the weight's rows start to stop, [stop - start, cols]
+
+
+def decode_grads(w: Packed, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``scales`` and of the shift (offsets or zeros) from that of :func:`decode`'s result."""
+    rows, groups = w.scales.shape[1:]
+    size = _group_columns(w)
+    grad = F.pad(weight_grad(0, rows), (0, groups * size - w.cols)).reshape(rows, groups, size)
+    shift = _shift(w)
+    scales_grad = torch.zeros_like(w.scales, dtype=grad.dtype)
+    if w.codec != "bcq":
+        scales_grad[0] = (grad * _levels(w)).sum(-1)
+        return scales_grad, None if shift is None else -grad.sum(-1) * w.scales[0].to(grad.dtype)
+    present = _present(w)
+    for p, bit in enumerate(_bits(w)):
+        signed = torch.where(bit, grad, -grad).sum(-1)
+        scales_grad[p] = signed if present is None else torch.where(present[p][:, None], signed, 0)
+    return scales_grad, None if shift is None else grad.sum(-1)
+
+
+DecoderGrads = Callable[[Packed, RowGrads], tuple[Tensor, Tensor | None]]
 
 
 # --- the operators ---------------------------------------------------------------------------------
@@ -70,10 +91,12 @@ def dequantize(w: Packed, deltas: Tensor | None, dtype: torch.dtype, *, decode: 
     return decode(w if deltas is None else with_delta(w, deltas[0])).to(dtype).contiguous()
 
 
-def dequantize_param_grads(grad: Tensor, w: Packed, deltas: Tensor | None) -> ParamGrads:
+def dequantize_param_grads(
+    grad: Tensor, w: Packed, deltas: Tensor | None, *, decode_grads: DecoderGrads = decode_grads
+) -> ParamGrads:
     """Gradients of the parameters from that of the weight, ``[rows, cols]``."""
     grad = grad.to(_work_dtype(w))
-    return _sum_over_tasks(lambda rows: grad, w, deltas, None)
+    return _sum_over_tasks(lambda _: lambda start, stop: grad[start:stop], w, deltas, None, decode_grads)
 
 
 def linear(
@@ -118,13 +141,24 @@ def linear_input_grad(
 
 
 def linear_param_grads(
-    grad: Tensor, x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    w: Packed,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    *,
+    decode_grads: DecoderGrads = decode_grads,
 ) -> ParamGrads:
     """Gradients of the parameters in :func:`linear`; accumulated in float32 whatever the dtype of `x`."""
     work = _work_dtype(w)
     flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(work), x.reshape(-1, w.cols).to(work)
+
+    def weight_grad(rows: Rows) -> RowGrads:
+        left, right = flat_grad[rows].T, flat_x[rows]
+        return lambda start, stop: left[start:stop] @ right
+
     with _no_autocast(x):
-        return _sum_over_tasks(lambda rows: flat_grad[rows].T @ flat_x[rows], w, deltas, task_ids)
+        return _sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
 
 
 def embedding(
@@ -148,35 +182,26 @@ def embedding(
 
 
 def embedding_param_grads(
-    grad: Tensor, ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None
+    grad: Tensor,
+    ids: Tensor,
+    w: Packed,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    *,
+    decode_grads: DecoderGrads = decode_grads,
 ) -> ParamGrads:
     """Gradients of the parameters in :func:`embedding`, from that of its result ``[..., cols]``."""
     flat_grad, flat = grad.reshape(-1, w.cols).to(_work_dtype(w)), ids.reshape(-1).long()
 
-    def weight_grad(rows: Rows) -> Tensor:
+    def weight_grad(rows: Rows) -> RowGrads:
         out = flat_grad.new_zeros(w.scales.shape[1], w.cols)
-        return out.index_add_(0, flat[rows], flat_grad[rows])
+        out.index_add_(0, flat[rows], flat_grad[rows])
+        return lambda start, stop: out[start:stop]
 
-    return _sum_over_tasks(weight_grad, w, deltas, task_ids)
+    return _sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
 
 
 # --- decoding --------------------------------------------------------------------------------------
-
-
-def decode_grads(w: Packed, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``scales`` and of the shift (offsets or zeros) from that of :func:`decode`'s result."""
-    rows, groups = w.scales.shape[1:]
-    grad = F.pad(grad, (0, groups * _group_columns(w) - w.cols)).reshape(rows, groups, _group_columns(w))
-    shift = _shift(w)
-    scales_grad = torch.zeros_like(w.scales, dtype=grad.dtype)
-    if w.codec != "bcq":
-        scales_grad[0] = (grad * _levels(w)).sum(-1)
-        return scales_grad, None if shift is None else -grad.sum(-1) * w.scales[0].to(grad.dtype)
-    present = _present(w)
-    for p, bit in enumerate(_bits(w)):
-        signed = torch.where(bit, grad, -grad).sum(-1)
-        scales_grad[p] = signed if present is None else torch.where(present[p][:, None], signed, 0)
-    return scales_grad, None if shift is None else grad.sum(-1)
 
 
 def with_delta(w: Packed, delta: Tensor) -> Packed:
@@ -208,9 +233,13 @@ def _tasks(deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Row
 
 
 def _sum_over_tasks(
-    weight_grad: Callable[[Rows], Tensor], w: Packed, deltas: Tensor | None, task_ids: Tensor | None
+    weight_grad: Callable[[Rows], RowGrads],
+    w: Packed,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    decode_grads: DecoderGrads,
 ) -> ParamGrads:
-    """Gradients of all parameters; `weight_grad` gives that of the weight, ``[rows, cols]``, from some rows."""
+    """Gradients of all parameters; `weight_grad` gives that of the weight from some rows of the input."""
     scales_grad = torch.zeros_like(w.scales, dtype=_work_dtype(w))
     shift = w.offsets if w.codec == "bcq" else w.zeros
     shift_grad = None if shift is None else torch.zeros_like(shift, dtype=_work_dtype(w))

@@ -19,6 +19,7 @@ from ..container.reader import ModelReader
 from ..errors import LoadError
 from ..schema import Module, QuantizationConfig
 from .modules import MODULES, LowbitModule
+from .selection import TaskState
 
 
 @dataclass
@@ -42,7 +43,7 @@ def place_modules(model: Any, reader: ModelReader, bits: int | None) -> Placemen
         PrecisionError: no parameters for `bits` (NST-3).
     """
     reader.check_precision(bits)
-    placed, modules = Placement(), dict(model.named_modules())
+    placed, modules, state = Placement(), dict(model.named_modules()), TaskState()
     for entry in reader.config:
         if entry.experts is not None:
             raise LoadError(f"{entry.path}: this version of lowbit_format cannot load {entry.kind}; update it")
@@ -56,6 +57,9 @@ def place_modules(model: Any, reader: ModelReader, bits: int | None) -> Placemen
     for place, owner in _tied_places(model, modules, reader, placed):
         _replace(model, place, modules[place], reader, placed.files[owner], bits)
         placed.tied[place] = owner
+    for path in (*placed.files, *placed.tied):
+        module = model.get_submodule(path)
+        module.path, module.state = path, state
     return placed
 
 
