@@ -14,16 +14,48 @@ from .registration import register
 
 if TYPE_CHECKING:
     from .container.reader import ModelReader
-    from .runtime.loading import from_pretrained
+    from .loading import from_pretrained
+    from .tasks.merging import merge_task
+    from .tasks.saving import save_task
+    from .tasks.serving import list_tasks, load_task, set_task, unload_task, use_tasks
+    from .tasks.sharing import push_task_to_hub
+    from .tasks.trainer import TaskCallback
+    from .tasks.tuning import prepare_scale_tuning
 
 __version__ = "0.1.0"
 
-__all__ = ["LowbitError", "ModelReader", "__version__", "convert_hf_to_lowbit", "from_pretrained"]
+__all__ = [
+    "LowbitError",
+    "ModelReader",
+    "TaskCallback",
+    "__version__",
+    "convert_hf_to_lowbit",
+    "from_pretrained",
+    "list_tasks",
+    "load_task",
+    "merge_task",
+    "prepare_scale_tuning",
+    "push_task_to_hub",
+    "save_task",
+    "set_task",
+    "unload_task",
+    "use_tasks",
+]
 
 _LAZY = {  # public name -> module that defines it
     "ModelReader": "lowbit_format.container.reader",
+    "TaskCallback": "lowbit_format.tasks.trainer",
     "convert_hf_to_lowbit": "lowbit_format.converters",
-    "from_pretrained": "lowbit_format.runtime.loading",
+    "from_pretrained": "lowbit_format.loading",
+    "list_tasks": "lowbit_format.tasks.serving",
+    "load_task": "lowbit_format.tasks.serving",
+    "merge_task": "lowbit_format.tasks.merging",
+    "prepare_scale_tuning": "lowbit_format.tasks.tuning",
+    "push_task_to_hub": "lowbit_format.tasks.sharing",
+    "save_task": "lowbit_format.tasks.saving",
+    "set_task": "lowbit_format.tasks.serving",
+    "unload_task": "lowbit_format.tasks.serving",
+    "use_tasks": "lowbit_format.tasks.serving",
 }
 
 register()

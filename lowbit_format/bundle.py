@@ -7,93 +7,33 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .codecs import CODECS
-from .container import strict_json
-from .container.dtypes import FLOATS, stored, to_float32
+from .container.dtypes import FLOATS, from_float32, round_to, stored, to_float32
 from .container.fingerprint import Fingerprint
 from .container.header import ITEM_BYTES, read_header
-from .container.writer import Tensor, atomic_file, disk_errors, write_safetensors
-from .errors import BundleError, DigestError, FingerprintError, FormatError, PrecisionError, VersionError
+from .container.together import files_together
+from .container.writer import Tensor, atomic_file, write_json, write_safetensors
+from .errors import BundleError, DigestError, FingerprintError, PrecisionError
 from .packed import F32, Params, missing_precision
-from .schema import FORMAT_VERSION, Module, QuantizationConfig, check_path, check_version, is_int
+from .schema import Module, QuantizationConfig
+from .task_config import CONFIG_FILE as CONFIG_FILE  # given on: who works with bundles needs this module alone
+from .task_config import TaskConfig as TaskConfig
+from .task_config import read_task_config as read_task_config
 
-CONFIG_FILE = "task_config.json"
+if TYPE_CHECKING:
+    from .container.reader import ModelReader
+
 SCALES_FILE = "task_scales.safetensors"
-FORMAT = "lowbit-task"
+CARD_FILE = "README.md"
 OPERATIONS = ("scales.mul", "scales.add", "offsets.add", "zeros.add")  # TSK-6
 SAVED = "modules_to_save."  # what names of whole tensors begin with (TSK-6)
-
-_HEX = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True)
-class TaskConfig:
-    """``task_config.json``: which base the deltas belong to (TSK-1 to TSK-5).
-
-    Attributes:
-        base_fingerprint, head_fingerprint: of the base that the deltas were tuned on; the second may be empty.
-        method: how they were tuned; informative.
-        base_model_name_or_path, revision: where people may find the base.
-        bits: nested precision at which they were tuned, or None for the base's own bits.
-        modules_to_save: paths of modules that the bundle carries whole.
-        format_version: of the bundle.
-    """
-
-    base_fingerprint: str
-    head_fingerprint: str = ""
-    method: str = "alphatuning"
-    base_model_name_or_path: str | None = None
-    revision: str | None = None
-    bits: int | None = None
-    modules_to_save: tuple[str, ...] = ()
-    format_version: str = FORMAT_VERSION
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON object, every key written out."""
-        return {"format": FORMAT, **asdict(self), "modules_to_save": list(self.modules_to_save)}
-
-    @classmethod
-    def from_dict(cls, obj: object, *, file: object = None) -> TaskConfig:
-        """Parse and check the object; raises BundleError, or VersionError for another major version."""
-
-        def fail(rule: str, message: str) -> BundleError:
-            return BundleError(rule, message, file=file)
-
-        if not isinstance(obj, Mapping) or obj.get("format") != FORMAT:
-            raise fail("TSK-1", f"is not an object with format {FORMAT!r}: this is no task bundle")
-        try:
-            check_version(obj.get("format_version"), file=None, rule="TSK-1")
-        except FormatError as e:
-            kind = VersionError if isinstance(e, VersionError) else BundleError
-            raise kind("TSK-1", str(e), file=file) from e
-        base, head = obj.get("base_fingerprint"), obj.get("head_fingerprint", "")
-        if not isinstance(base, str) or not _HEX.fullmatch(base):
-            raise fail("TSK-2", f"base_fingerprint is {base!r}, expected 64 lower-case hexadecimal digits")
-        if not isinstance(head, str) or not (head == "" or _HEX.fullmatch(head)):
-            raise fail("TSK-2", f"head_fingerprint is {head!r}, expected 64 lower-case hexadecimal digits, or none")
-        bits = obj.get("bits")
-        if bits is not None and not (is_int(bits) and 1 <= bits <= 8):
-            raise fail("TSK-3", f"bits is {bits!r}, expected an integer from 1 to 8, or null")
-        for key in ("base_model_name_or_path", "revision"):
-            if not isinstance(obj.get(key), str | None):
-                raise fail("TSK-4", f"{key} is {obj[key]!r}, expected a string or null")
-        method, saved = obj.get("method"), obj.get("modules_to_save", [])
-        if not isinstance(method, str):
-            raise fail("TSK-5", f"method is {method!r}, expected a string")
-        if not isinstance(saved, list) or not all(map(_is_path, saved)):
-            raise fail("TSK-5", f"modules_to_save is {saved!r}, expected a list of module paths")
-        place, revision = obj.get("base_model_name_or_path"), obj.get("revision")
-        return cls(base, head, method, place, revision, bits, tuple(saved), obj["format_version"])
 
 
 @dataclass(frozen=True)
@@ -110,13 +50,43 @@ class TaskBundle:
     deltas: dict[str, F32] = field(default_factory=dict)
     saved: tuple[Tensor, ...] = ()
 
+    @property
+    def delta_values(self) -> int:
+        """Numbers in all deltas."""
+        return sum(delta.size for delta in self.deltas.values())
+
+    @property
+    def saved_values(self) -> int:
+        """Numbers in all tensors that are carried whole."""
+        return sum(math.prod(tensor.shape) for tensor in self.saved)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, deltas in float32."""
+        return sum(delta.nbytes for delta in self.deltas.values()) + sum(tensor.nbytes for tensor in self.saved)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What rounding the deltas to a smaller dtype costs.
+
+    Attributes:
+        largest: absolute difference of the value that moves most.
+        relative_rms: root mean square of the differences, relative to that of the deltas; 0 where these are all 0.
+        changed: how many values do not survive as they are.
+    """
+
+    largest: float
+    relative_rms: float
+    changed: int
+
 
 def read_bundle(directory: str | Path) -> TaskBundle:
     """The bundle in `directory`, checked by every rule that needs no base, digests included.
 
     Raises BundleError (TSK rules), VersionError, HeaderError (HDR rules) or DigestError (DIG rules).
     """
-    config = _read_config(Path(directory) / CONFIG_FILE)
+    config = read_task_config(Path(directory))
     path = Path(directory) / SCALES_FILE
     if not path.is_file():
         raise BundleError("TSK-6", "there is no such file; a task bundle has one", file=path)
@@ -142,22 +112,48 @@ def read_bundle(directory: str | Path) -> TaskBundle:
     return bundle
 
 
-def write_bundle(directory: str | Path, bundle: TaskBundle) -> None:
-    """Write `bundle` into `directory`, deltas in F32, with digests; the same bytes whatever the dicts' order.
+def write_bundle(directory: str | Path, bundle: TaskBundle, *, dtype: str = "F32", card: str | None = None) -> None:
+    """Write `bundle` into `directory`, with digests; the same bytes whatever the dicts' order.
 
-    The two files get their names one after the other when both are whole, ``task_config.json`` last.
-    Raises BundleError for a bundle that a reader would refuse, OutputError where the disk does.
+    A bundle that is there already is replaced: it stays as it was if anything fails. The files get their names when
+    all are whole, ``task_config.json`` last.
+
+    Args:
+        directory: made where it is missing; other files in it stay.
+        bundle: what to write.
+        dtype: of the stored deltas, ``"F32"``, ``"F16"`` or ``"BF16"``; :func:`rounding_loss` says what it costs.
+        card: text of ``README.md``; None leaves a card that is there.
+
+    Raises:
+        BundleError: a reader would refuse the bundle, or `dtype` cannot hold a delta.
+        OutputError: the disk refuses.
     """
     directory = Path(directory)
     TaskConfig.from_dict(bundle.config.to_dict(), file=directory / CONFIG_FILE)
     _check(bundle, directory / SCALES_FILE)
-    tensors = [Tensor(name, "F32", v.shape, v.astype("<f4")) for name, v in bundle.deltas.items()]
+    tensors = [
+        Tensor(name, dtype, delta.shape, from_float32(_rounded(name, delta, dtype), dtype))
+        for name, delta in bundle.deltas.items()
+    ]
     tensors += [replace(t, name=SAVED + t.name) for t in bundle.saved]
-    with disk_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    with atomic_file(directory / CONFIG_FILE) as f:
-        f.write((json.dumps(bundle.config.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
-        write_safetensors(directory / SCALES_FILE, sorted(tensors, key=lambda t: t.name))
+    with files_together(directory, [SCALES_FILE, *([] if card is None else [CARD_FILE]), CONFIG_FILE]) as work:
+        write_safetensors(work / SCALES_FILE, sorted(tensors, key=lambda t: t.name))
+        if card is not None:
+            with atomic_file(work / CARD_FILE) as f:
+                f.write(card.encode())
+        write_json(work / CONFIG_FILE, bundle.config.to_dict())
+
+
+def rounding_loss(bundle: TaskBundle, dtype: str) -> Loss:
+    """What :func:`write_bundle` with this `dtype` would lose; raises BundleError where `dtype` cannot hold a delta."""
+    largest, squares, total, changed = 0.0, 0.0, 0.0, 0
+    for name, delta in bundle.deltas.items():
+        exact = delta.astype(np.float64)
+        error = _rounded(name, delta, dtype) - exact
+        largest = max(largest, float(np.abs(error).max(initial=0)))
+        squares, total = squares + float(np.square(error).sum()), total + float(np.square(exact).sum())
+        changed += int(np.count_nonzero(error))
+    return Loss(largest, math.sqrt(squares / total) if total else 0.0, changed)
 
 
 def split_delta(name: str) -> tuple[str, str] | None:
@@ -235,13 +231,38 @@ def effective_params(bundle: TaskBundle, name: str, params: Params) -> Params:
     return Params(scales, shift)
 
 
-def _read_config(path: Path) -> TaskConfig:
-    def fail(rule: str, message: str) -> BundleError:
-        return BundleError("TSK-1", message, file=path)
+def check_applies(bundle: TaskBundle, base: ModelReader) -> None:
+    """Check every rule of section 3 against a base in a directory, all effective values included (MAT-1 to MAT-6).
 
-    if not path.is_file():
-        raise fail("TSK-1", "there is no such file; expected a task bundle's directory")
-    return TaskConfig.from_dict(strict_json.load_file(path, fail), file=path)
+    Raises what :func:`check_matches` and :func:`effective_params` raise.
+    """
+    check_matches(bundle, base.config, base.fingerprint(), bundle.config.bits)
+    modules = modules_by_name(base.config)
+    for name in sorted({(split_delta(delta) or ("", ""))[0] for delta in bundle.deltas}):
+        effective_params(bundle, name, base_params(base, modules[name][0].path, bundle.config.bits))
+
+
+def base_params(base: ModelReader, path: str, bits: int | None = None) -> Params:
+    """Parameters of the module at `path` at precision `bits`, as :func:`effective_params` wants them."""
+    module = base.module(path)
+    if module.experts is None:
+        return base.matrix(path).at(bits)[0]
+    stack = [base.matrix(path, expert).at(bits)[0] for expert in range(module.experts)]
+    shifts = [params.shift for params in stack if params.shift is not None]
+    return Params(np.stack([params.scales for params in stack]), np.stack(shifts) if shifts else None)
+
+
+def _rounded(name: str, delta: F32, dtype: str) -> F32:
+    """`delta` rounded to `dtype`, in float32."""
+    if dtype not in FLOATS:
+        raise BundleError("TSK-6", f"deltas cannot be stored in {dtype!r}, expected one of {', '.join(FLOATS)}")
+    rounded = round_to(np.asarray(delta, np.float32), dtype)
+    if not np.isfinite(rounded).all():
+        bf16_will_do = dtype == "F16" and np.isfinite(round_to(delta, "BF16")).all()
+        wider = "BF16 (bfloat16), which has the range of F32" if bf16_will_do else "F32 (float32)"
+        worst = float(np.abs(delta).max())
+        raise BundleError("TSK-9", f"{worst:g} is too large for {dtype}; store the deltas in {wider}", tensor=name)
+    return rounded
 
 
 def _check(bundle: TaskBundle, file: Path) -> None:
@@ -273,13 +294,6 @@ def _check(bundle: TaskBundle, file: Path) -> None:
 
 def _belongs(name: str, path: str) -> bool:
     return name.startswith(f"{path}.") and name != f"{path}."
-
-
-def _is_path(value: object) -> bool:
-    try:
-        return bool(check_path(value, file=None))
-    except FormatError:
-        return False
 
 
 def _planes(module: Module, bits: int | None) -> int:

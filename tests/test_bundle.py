@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from vectors import VECTORS, assert_same_bits, cases, expected_tensors, facts
 
 from lowbit_format import bundle as bundles
@@ -20,10 +21,13 @@ from lowbit_format.bundle import (
     OPERATIONS,
     TaskBundle,
     TaskConfig,
+    base_params,
+    check_applies,
     check_matches,
     effective_params,
     modules_by_name,
     read_bundle,
+    rounding_loss,
     split_delta,
     write_bundle,
 )
@@ -38,16 +42,6 @@ from lowbit_format.packed import Params
 VALID, INVALID = VECTORS / "bundles" / "valid", VECTORS / "bundles" / "invalid"
 BASE = VECTORS / "valid" / "bundle-base" / "model"
 GOOD = VALID / "all-deltas" / "bundle"
-
-
-def base_params(reader: ModelReader, path: str, bits: int | None) -> Params:
-    """A module's parameters as :func:`effective_params` wants them: experts stacked."""
-    module = reader.module(path)
-    if module.experts is None:
-        return reader.matrix(path).at(bits)[0]
-    stack = [reader.matrix(path, e).at(bits)[0] for e in range(module.experts)]
-    shifts = [p.shift for p in stack if p.shift is not None]
-    return Params(np.stack([p.scales for p in stack]), np.stack(shifts) if shifts else None)
 
 
 def apply(bundle: TaskBundle, reader: ModelReader, bits: int | None) -> dict[str, np.ndarray]:
@@ -160,6 +154,132 @@ def test_a_full_disk_leaves_the_old_bundle(tmp_path: Path, monkeypatch: pytest.M
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(("old", "failing"), [*((True, n) for n in range(1, 7)), *((False, n) for n in range(1, 4))])
+def test_a_failure_between_the_files_leaves_all_as_it_was(
+    old: bool, failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of the renames fails in turn, first those of old files out of the way, then those of the new ones."""
+    bundle, rename, calls = read_bundle(GOOD), os.replace, 0
+    if old:
+        write_bundle(tmp_path, bundle, card="old")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def fails_once(a: Any, b: Any) -> None:
+        nonlocal calls
+        outside = Path(a).parent == tmp_path or Path(b).parent == tmp_path
+        calls += outside
+        if outside and calls == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(a, b)
+
+    changed = replace(bundle, config=replace(bundle.config, method="other"))
+    monkeypatch.setattr(os, "replace", fails_once)
+    with pytest.raises(OutputError):
+        write_bundle(tmp_path, changed, card="new")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_a_killed_writer_leaves_no_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While new files come in, there is no ``task_config.json``: a reader finds one bundle or none."""
+    bundle, rename, seen = read_bundle(GOOD), os.replace, list[str]()
+    write_bundle(tmp_path, bundle, card="old")
+
+    def watched(a: Any, b: Any) -> None:
+        rename(a, b)
+        if tmp_path in (Path(a).parent, Path(b).parent):
+            try:
+                found = read_bundle(tmp_path)
+                seen.append(f"{found.config.method} {float(next(iter(found.deltas.values())).flat[0])}")
+            except BundleError as e:
+                seen.append(e.rule)
+
+    halves = {name: np.full_like(delta, 0.5) for name, delta in bundle.deltas.items()}
+    monkeypatch.setattr(os, "replace", watched)
+    write_bundle(tmp_path, replace(bundle, config=replace(bundle.config, method="other"), deltas=halves), card="new")
+    assert seen == ["TSK-1"] * 5 + ["other 0.5"]
+
+
+def test_the_card_comes_with_the_bundle_or_stays(tmp_path: Path) -> None:
+    bundle = read_bundle(GOOD)
+    write_bundle(tmp_path, bundle, card="# Aufgabe ü\n")
+    text = (tmp_path / bundles.CARD_FILE).read_bytes()
+    assert text == "# Aufgabe ü\n".encode()
+    write_bundle(tmp_path, bundle)
+    assert (tmp_path / bundles.CARD_FILE).read_bytes() == text
+
+
+def test_links_into_a_cache_are_replaced_not_followed(tmp_path: Path) -> None:
+    """The Hub's cache is links to files that others may use."""
+    bundle = read_bundle(GOOD)
+    write_bundle(tmp_path / "blobs", bundle)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "blobs").iterdir()}
+    (tmp_path / "snapshot").mkdir()
+    for name in before:
+        (tmp_path / "snapshot" / name).symlink_to(Path("..") / "blobs" / name)
+    assert read_bundle(tmp_path / "snapshot").config == bundle.config
+    write_bundle(tmp_path / "snapshot", replace(bundle, config=replace(bundle.config, method="other")))
+    assert read_bundle(tmp_path / "snapshot").config.method == "other"
+    assert {p.name: p.read_bytes() for p in (tmp_path / "blobs").iterdir()} == before
+
+
+# --- dtypes ----------------------------------------------------------------------------------------
+
+FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
+DELTAS = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=4), elements=FINITE)
+
+
+def one_delta(delta: np.ndarray) -> TaskBundle:
+    return TaskBundle(TaskConfig("0" * 64), {"fc.scales.mul": delta.astype(np.float32)})
+
+
+@settings(max_examples=100, deadline=None)
+@given(delta=DELTAS, dtype=st.sampled_from(["F16", "BF16", "F32"]))
+def test_small_dtypes_round_once_and_say_what_that_costs(
+    delta: np.ndarray, dtype: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    import torch
+
+    directory, bundle = tmp_path_factory.mktemp("dtype"), one_delta(delta)
+    kind = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[dtype]
+    expected = torch.from_numpy(delta).to(kind).float().numpy()
+    if not np.isfinite(expected).all():
+        with pytest.raises(BundleError, match=r"'fc\.scales\.mul'.* store the deltas in (BF16|F32)") as caught:
+            write_bundle(directory, bundle, dtype=dtype)
+        assert caught.value.rule == "TSK-9"
+        assert list(directory.iterdir()) == []
+        return
+    write_bundle(directory, bundle, dtype=dtype)
+    assert_same_bits(read_bundle(directory).deltas["fc.scales.mul"], expected)
+    assert read_header(directory / bundles.SCALES_FILE).tensors["fc.scales.mul"].dtype == dtype
+    loss, error = rounding_loss(bundle, dtype), expected.astype(np.float64) - delta
+    assert loss.changed == np.count_nonzero(expected != delta)
+    assert loss.largest == np.abs(error).max()
+    rms = np.linalg.norm(delta.astype(np.float64))
+    assert loss.relative_rms == pytest.approx(np.linalg.norm(error) / rms if rms else 0.0)
+
+
+@pytest.mark.parametrize(("dtype", "value", "wider"), [("F16", 65520.0, "BF16"), ("BF16", 3.4e38, "F32")])
+def test_an_overflow_names_the_tensor_and_a_dtype_that_holds_it(dtype: str, value: float, wider: str) -> None:
+    with pytest.raises(BundleError, match=rf"fc\.scales\.mul.* too large for {dtype}; store the deltas in {wider}"):
+        rounding_loss(one_delta(np.array([[value]])), dtype)
+
+
+def test_a_dtype_that_bundles_do_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="expected one of F16, BF16, F32"):
+        write_bundle(tmp_path / "out", one_delta(np.zeros((1, 1))), dtype="F64")
+    assert not (tmp_path / "out").exists()
+
+
+def test_sizes() -> None:
+    saved = Tensor("head.weight", "I64", (2, 3), np.zeros((2, 3), "<i8"))
+    bundle = TaskBundle(TaskConfig("0" * 64), {"fc.scales.mul": np.zeros((2, 5), np.float32)}, (saved,))
+    assert (bundle.delta_values, bundle.saved_values, bundle.nbytes) == (10, 6, 4 * 10 + 8 * 6)
+
+
+# --- what the writer refuses -----------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -221,6 +341,29 @@ def test_an_infinite_effective_value_is_refused(operation: str, reader: ModelRea
     assert caught.value.rule == "MAT-6"
 
 
+@pytest.mark.parametrize("name", cases("bundles/valid"))
+def test_good_bundles_apply_to_their_base(name: str) -> None:
+    check_applies(read_bundle(VALID / name / "bundle"), ModelReader(VECTORS / facts(VALID / name)["base"]))
+
+
+def test_applying_to_a_directory_checks_effective_values(reader: ModelReader) -> None:
+    """MAT-6, at the bundle's own precision."""
+    config = replace(read_bundle(VALID / "nested" / "bundle").config, modules_to_save=())
+    huge = np.full((1, 2), np.finfo(np.float32).max, np.float32)
+    small = TaskBundle(config, {"layers.0.fc.scales.mul": huge / np.float32(1e6)})
+    check_applies(small, reader)
+    assert base_params(reader, "model.layers.0.fc", config.bits).scales[0].max() > 1
+    with pytest.raises(BundleError) as caught:
+        check_applies(TaskBundle(config, {"layers.0.fc.scales.mul": huge}), reader)
+    assert caught.value.rule == "MAT-6"
+    only_nested = huge / np.float32(10) * np.float32([[1, 0]])  # row 0 has scales up to 46 at 2 bits, to 1 at its own
+    check_applies(TaskBundle(replace(config, bits=None), {"layers.0.fc.scales.mul": only_nested}), reader)
+    with pytest.raises(BundleError, match="MAT-6"):
+        check_applies(TaskBundle(config, {"layers.0.fc.scales.mul": only_nested}), reader)
+    with pytest.raises(FingerprintError):
+        check_applies(TaskBundle(replace(config, base_fingerprint="0" * 64), small.deltas), reader)
+
+
 def test_the_base_stays_as_it_is(reader: ModelReader) -> None:
     """MAT-4, and planes from p on keep their scales (TSK-7)."""
     params = reader.matrix("model.layers.0.fc").params
@@ -246,11 +389,15 @@ def test_the_body_wins_where_names_coincide() -> None:
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"nowhere: there is no such directory"):
+        read_bundle(tmp_path / "nowhere")
     with pytest.raises(BundleError, match=r"task_config\.json: there is no such file"):
         read_bundle(tmp_path)
     (tmp_path / bundles.CONFIG_FILE).write_text(json.dumps(TaskConfig("0" * 64).to_dict()))
     with pytest.raises(BundleError, match=r"task_scales\.safetensors: there is no such file"):
         read_bundle(tmp_path)
+    with pytest.raises(BundleError, match=r"task_config\.json: is no directory"):
+        read_bundle(tmp_path / bundles.CONFIG_FILE)
 
 
 def test_another_major_version_says_so() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import demo, dequantize, diff, inspect, verify
+from . import demo, dequantize, diff, inspect, task, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,7 @@ app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(dequantize.dequantize)
 app.command()(diff.diff)
+app.add_typer(task.app, name="task")
 
 
 def _version(wanted: bool) -> None:

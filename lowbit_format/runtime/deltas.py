@@ -71,9 +71,11 @@ def shifted(w: Packed, delta: Delta) -> Packed:
     """`w` with the delta's shift added (TSK-8); its scales are left to the operators."""
     if delta.shift is None:
         return w
-    role = "offsets" if w.codec == "bcq" else "zeros"
-    values: Tensor = getattr(w, role)
-    return w._replace(**{role: values.to(torch.promote_types(values.dtype, torch.float32)) + delta.shift})
+    values = w.offsets if w.codec == "bcq" else w.zeros
+    if values is None:  # checked when the delta was made or loaded (TSK-7)
+        return w
+    values = values.to(torch.promote_types(values.dtype, torch.float32)) + delta.shift
+    return w._replace(offsets=values) if w.codec == "bcq" else w._replace(zeros=values)
 
 
 def stackable(deltas: Sequence[Delta | None]) -> bool:

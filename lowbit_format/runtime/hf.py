@@ -27,6 +27,7 @@ from ..schema import QUANT_METHOD, QuantizationConfig
 from .base import Base, digest
 from .model import base_state_dict, generalize, specialize
 from .placement import Placement, describe, lowbit_modules, place_modules, tie
+from .switched import SwitchedModule
 
 log = logging.getLogger(__name__)
 
@@ -138,8 +139,11 @@ class LowbitQuantizer(HfQuantizer):
         return base, file_metadata({name: digest(t) for name, t in plain.items()})
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Replace lowbit modules by float ones; tied weights stay tied, and the classes become those of before."""
+        """Replace lowbit modules by float ones, with the task that is on. Ties stay, classes are those of before."""
         weights: dict[int, nn.Parameter] = {}
+        for module in list(model.modules()):
+            if isinstance(module, SwitchedModule):
+                module.settle(module.task_state.active)
         for path, module in list(lowbit_modules(model)):
             if id(module.planes) not in weights:
                 weights[id(module.planes)] = nn.Parameter(module.dequantize(dtype).contiguous())

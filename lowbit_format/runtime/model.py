@@ -93,12 +93,13 @@ class LowbitModel:
         result: Any = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
         trained = {name for name, p in self.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
         if any(isinstance(m, TunedDelta) for m in self.modules()):  # type: ignore[attr-defined]
-            if not trained - set(result.missing_keys):
-                raise TaskError(
-                    "the checkpoint has none of the scales in training: it was written without them. Give the Trainer "
-                    "a lowbit_format.TaskCallback, which writes them"
-                )
             result.missing_keys[:] = [name for name in result.missing_keys if name in trained]
+            if result.missing_keys:
+                raise TaskError(
+                    f"the checkpoint lacks {len(result.missing_keys)} of {len(trained)} tensors in training, such as "
+                    f"{result.missing_keys[0]!r}: it was written for another tuning, or without a "
+                    "lowbit_format.TaskCallback, which the Trainer needs to write them"
+                )
         return result
 
     def half(self) -> Any:

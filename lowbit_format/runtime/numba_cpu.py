@@ -11,6 +11,7 @@ from functools import partial
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -57,6 +58,30 @@ def decode(w: Packed) -> Tensor:
         row_bits,
     )
     return torch.from_numpy(reference.decode(matrix))
+
+
+def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """As :func:`.naive.linear`. A batch of several tasks shares its products: a row's delta is an epilogue to them.
+
+    With planes' parts ``z[p] = x @ (scale[p] * sign[p]).T`` of the result, a factor ``1 + delta[p]`` on a scale adds
+    ``delta[p] * z[p]``; with one scale for all of the weight, ``z`` is the result itself.
+    """
+    shared = 1 if w.codec != "bcq" else 1 + (0 if deltas is None else deltas.shape[1])
+    mixed = deltas is not None and task_ids is not None and deltas.dim() == 3 and len(deltas) > shared
+    if deltas is None or task_ids is None or not mixed or x.dtype != torch.float32 or w.row_bits is not None:
+        return naive.linear(x, w, bias, deltas, task_ids, decode=decode)
+    flat = x.reshape(-1, w.cols)
+    base = F.linear(flat, decode(w))
+    out = base if bias is None else base + bias
+    mine = torch.where(task_ids[:, None, None] < 0, 0, deltas[task_ids.clamp(min=0)])  # [rows of x, p, rows]
+    for p in range(deltas.shape[1]):
+        out = torch.addcmul(out, mine[:, p], base if w.codec != "bcq" else F.linear(flat, decode(_plane(w, p))))
+    return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def _plane(w: Packed, p: int) -> Packed:
+    """Plane `p` alone, without the offset."""
+    return w._replace(planes=w.planes[p : p + 1], scales=w.scales[p : p + 1], offsets=None, bits=1)
 
 
 def decode_grads(w: Packed, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +143,6 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 
 dequantize = partial(naive.dequantize, decode=decode)
-linear = partial(naive.linear, decode=decode)
 linear_input_grad = partial(naive.linear_input_grad, decode=decode)
 embedding = partial(naive.embedding, decode=decode)
 dequantize_param_grads = partial(naive.dequantize_param_grads, decode_grads=decode_grads)

@@ -65,7 +65,9 @@ class TaskState:
             _chosen.reset(token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TaskState:
-        return memo.setdefault(id(self), TaskState(self.active, dict(self.loaded)))
+        twin = TaskState(self.active, dict(self.loaded))
+        memo[id(self)] = twin
+        return twin
 
     def __reduce__(self) -> Any:
         return TaskState, (self.active, self.loaded)

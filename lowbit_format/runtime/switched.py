@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from ..errors import TaskError
 from .selection import Name, Selection, TaskState
 
+_ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies")
+
 
 class SwitchedModule:
     """Mixin in front of the class of a module that tasks replace.
@@ -46,20 +48,34 @@ class SwitchedModule:
     def module_of(self, name: Name) -> nn.Module:
         """The module whose parameters task `name` uses: a copy, or this one."""
         owner = name if name == self.task_own or name in self.task_copies else None
-        return self if owner == self.task_own else self.task_copies[owner]  # type: ignore[return-value]
+        mine: Any = self
+        return mine if owner == self.task_own else self.task_copies[owner]
 
     def forget(self, name: str) -> None:
         """Drop the task's copy; if the module itself held the task's parameters, it gets the base's again."""
         if name == self.task_own:
-            base = self.task_copies.pop(None)
-            self.load_state_dict(base.state_dict())  # type: ignore[attr-defined]
-            self.requires_grad_(False)  # type: ignore[attr-defined]
-            self.task_own = None
+            self._become(None)
         self.task_copies.pop(name, None)
 
+    def settle(self, name: Name) -> None:
+        """Become a plain module with the parameters of task `name` for good."""
+        self._become(name)
+        for attribute in _ATTRIBUTES:
+            delattr(self, attribute)
+        self.__class__ = type(self).__mro__[2]
+
+    def _become(self, name: Name) -> None:
+        source: Any = self.module_of(name)
+        if source is not self:
+            self.load_state_dict(source.state_dict())  # type: ignore[attr-defined]
+        self.requires_grad_(False)  # type: ignore[attr-defined]
+        self.task_copies.pop(None, None)
+        self.task_own = None
+
     def _serving(self, name: Name) -> Callable[..., Any]:
-        module = self.module_of(name)
-        return super().forward if module is self else module  # type: ignore[misc, no-any-return]
+        module: Any = self.module_of(name)
+        forward: Callable[..., Any] = super().forward if module is self else module  # type: ignore[misc]
+        return forward
 
     def _mixed(self, chosen: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
@@ -102,7 +118,8 @@ class SwitchedModule:
 def switched(module: nn.Module, path: str, state: TaskState) -> SwitchedModule:
     """Make `module` a :class:`SwitchedModule` if it is none yet."""
     if not isinstance(module, SwitchedModule):
-        module.__class__ = _switched_class(type(module))
+        cls: Any = type(module)
+        module.__class__ = _switched_class(cls)
         switching: Any = module
         switching.task_state, switching.task_path, switching.task_own, switching.task_copies = state, path, None, {}
     return module  # type: ignore[return-value]
@@ -117,8 +134,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
         twin: Any = copy.deepcopy(module)
     finally:
         module.task_copies = copies
-    for name in ("task_state", "task_path", "task_own", "task_copies"):
-        delattr(twin, name)
+    for attribute in _ATTRIBUTES:
+        delattr(twin, attribute)
     twin.__class__ = type(twin).__mro__[2]
     return twin  # type: ignore[no-any-return]
 

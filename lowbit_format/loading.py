@@ -1,13 +1,16 @@
-"""``lowbit_format.from_pretrained``: the class from the config, a precision, and checking, in one call."""
+"""``lowbit_format.from_pretrained``: the class from the config, a precision, checking, and a task, in one call."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
-from ..errors import LoadError
-from ..schema import QUANT_METHOD
-from .architecture import named_class
+from .errors import LoadError
+from .runtime.architecture import named_class
+from .schema import QUANT_METHOD
+
+_TASK_OPTIONS = ("cache_dir", "token", "local_files_only")  # of the Hub, which hold for a task as for its base
 
 
 def from_pretrained(
@@ -17,6 +20,7 @@ def from_pretrained(
     verify: bool = False,
     revision: str | None = None,
     model_class: Any = None,
+    task: str | os.PathLike[str] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Load a lowbit model from a directory or the Hub.
@@ -28,15 +32,20 @@ def from_pretrained(
         revision: branch, tag or commit on the Hub.
         model_class: a transformers class, such as ``AutoModelForSequenceClassification``; by default the class
             that ``config.json`` names under ``architectures``, or ``AutoModel``.
+        task: a task bundle, as a directory or Hub id, to load and to compute with. `bits` is then the precision that
+            it was tuned at. (More options: :func:`lowbit_format.load_task`.)
         **kwargs: to the class's ``from_pretrained``: ``dtype``, ``device_map``, ``token``, …
 
     Raises:
         LoadError: not a lowbit model, or one that does not fit the class.
         FormatError: the directory breaks a rule of the format; PrecisionError: it has no parameters for `bits`.
+        BundleError, FingerprintError, HubError: the task cannot be had, or belongs to another base.
     """
     import transformers
 
-    from .hf import LoadOptions, load_options
+    from .runtime.hf import LoadOptions, load_options
+    from .tasks.finding import find_bundle
+    from .tasks.serving import load_task, set_task
 
     where = ("cache_dir", "token", "local_files_only", "force_download", "subfolder")
     hub = {key: kwargs[key] for key in where if key in kwargs}
@@ -50,8 +59,14 @@ def from_pretrained(
         )
     if model_class is None:
         model_class = _class_of(config, path_or_repo)
+    bundle = None if task is None else find_bundle(task, **{k: hub[k] for k in hub if k in _TASK_OPTIONS})
+    if bundle is not None and bits is None:
+        bits = bundle.config.bits
     with load_options(LoadOptions(bits, verify)):
-        return model_class.from_pretrained(path_or_repo, revision=revision, **kwargs)
+        model = model_class.from_pretrained(path_or_repo, revision=revision, **kwargs)
+    if bundle is not None:
+        set_task(model, load_task(model, bundle, name=Path(str(task)).name))
+    return model
 
 
 def _class_of(config: Any, where: object) -> Any:

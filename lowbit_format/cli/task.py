@@ -1,0 +1,246 @@
+"""``lowbit task``: look at task bundles, add them, compare them, and share them (:mod:`.task_hub`)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.table import Table
+
+from ..bundle import (
+    SAVED,
+    SCALES_FILE,
+    TaskBundle,
+    check_applies,
+    read_bundle,
+    rounding_loss,
+    split_delta,
+    write_bundle,
+)
+from ..container.header import read_header
+from ..container.reader import ModelReader
+from ..tasks.arithmetic import ModuleDifference, compare_bundles, merge_bundles, same_saved, total_difference
+from . import console, task_hub
+
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # option -> in the file
+MOST = 30  # deltas listed by diff, those that differ most first
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="""Task bundles: the scales of one base, tuned for one task.
+
+A bundle is a directory, or a repository on the Hub; an existing directory is taken for one.
+""",
+)
+
+Place = Annotated[str, typer.Argument(help="A bundle's directory, or its repository on the Hub.")]
+
+
+@app.command()
+def inspect(
+    bundle: Place,
+    base: Annotated[
+        Path | None, typer.Option(help="A lowbit model directory; check that the bundle can be applied to it.")
+    ] = None,
+    revision: task_hub.Revision = None,
+    subfolder: task_hub.Subfolder = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+) -> None:
+    """Show what a task bundle holds: its base, method, deltas, and modules that it carries whole.
+
+    Exits with 2 and a named error if the bundle is ill-formed, or does not fit the model of `--base`.
+
+    Example: `lowbit task inspect ./sst2-scales --base ./llama-4bit`
+    """
+    with console.named_errors():
+        directory = task_hub.local(bundle, revision, subfolder)
+        found = read_bundle(directory)
+        facts = describe(directory, found)
+        if base is not None:
+            check_applies(found, ModelReader(base))
+            facts["fits_base"] = str(base)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    for table in _tables(facts):
+        console.out.print(table)
+    console.out.print(f"base fingerprint {facts['base_fingerprint']}", soft_wrap=True, highlight=False)
+    if facts["head_fingerprint"]:
+        console.out.print(f"head fingerprint {facts['head_fingerprint']}", soft_wrap=True, highlight=False)
+    if base is not None:
+        console.out.print(f"It fits {base}.", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Directory to make.")],
+    bundles: Annotated[list[str], typer.Argument(help="Directories or repositories of bundles of one base.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="One for each bundle, in their order. The default is their mean.")
+    ] = None,
+    saved_from: Annotated[
+        int | None, typer.Option(help="Keep the whole modules of this bundle; 0 is the first one.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help=f"Of the deltas in the file: {', '.join(f'`{d}`' for d in DTYPES)}.")
+    ] = "float32",
+    force: task_hub.Force = False,
+) -> None:
+    """Write the weighted sum of task bundles as a new one.
+
+    Deltas are added in float64 and rounded once. A delta that a bundle lacks counts as zero.
+
+    Example: `lowbit task merge ./both ./sst2-scales ./imdb-scales --weight 0.7 --weight 0.3`
+    """
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"--dtype is {dtype!r}, expected {', '.join(DTYPES)}")
+    with console.named_errors():
+        task_hub.check_out(out, force)
+        parts = [read_bundle(task_hub.local(place)) for place in bundles]
+        merged = merge_bundles(parts, weight or None, saved_from=saved_from)
+        loss = rounding_loss(merged, DTYPES[dtype])
+        write_bundle(out, merged, dtype=DTYPES[dtype], card=_card(bundles, weight, merged))
+    console.out.print(
+        f"Wrote {out}: {len(merged.deltas)} deltas, {merged.delta_values:,} values in {dtype}"
+        + (f"; rounding changed {loss.changed:,}, by {loss.relative_rms:.2g} of their rms" if loss.changed else ""),
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+
+
+@app.command()
+def diff(
+    a: Place,
+    b: Annotated[str | None, typer.Argument(help="Another one. Without it, A is compared with its base.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+) -> None:
+    """Compare the deltas of two task bundles, or of one and its base.
+
+    Exits with 0 if they are the same, with 1 if they differ, with 2 if one cannot be read.
+
+    Example: `lowbit task diff ./sst2-scales ./imdb-scales`
+    """
+    with console.named_errors():
+        one = read_bundle(task_hub.local(a))
+        two = None if b is None else read_bundle(task_hub.local(b))
+        rows, total = compare_bundles(one, two), total_difference(one, two)
+    saved = same_saved(one, two) if two is not None else not one.saved
+    alike = two is None or _base(one) == _base(two)
+    if as_json:
+        facts = {"same_base": alike, "same_saved": saved, "total": asdict(total), "deltas": [asdict(r) for r in rows]}
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        _print_differences(rows, total, two is not None)
+        if two is not None:
+            console.out.print("the same base and precision" if alike else "different bases or precisions")
+        if two is None and one.saved:
+            console.out.print(f"and {len(one.saved)} tensors of whole modules")
+        elif two is not None and (one.saved or two.saved):
+            console.out.print(f"whole modules {'are the same' if saved else 'differ'}")
+    raise typer.Exit(0 if alike and saved and total.largest == 0 else 1)
+
+
+app.command()(task_hub.push)
+app.command()(task_hub.pull)
+app.command("list")(task_hub.list_tasks)
+
+
+def describe(directory: Path, bundle: TaskBundle) -> dict[str, Any]:
+    """Facts about a bundle in `directory` as a JSON object."""
+    file = directory / SCALES_FILE
+    dtypes = {t.name: t.dtype for t in read_header(file).tensors.values()}
+    return {
+        "directory": str(directory),
+        **bundle.config.to_dict(),
+        "file_bytes": file.stat().st_size,
+        "delta_values": bundle.delta_values,
+        "saved_values": bundle.saved_values,
+        "dtypes": dict(Counter(dtypes[name] for name in sorted(bundle.deltas))),
+        "operations": dict(Counter((split_delta(name) or ("", ""))[1] for name in sorted(bundle.deltas))),
+        "deltas": {
+            name: {
+                "dtype": dtypes[name],
+                "shape": list(delta.shape),
+                "rms": float(np.sqrt(np.square(delta.astype(np.float64)).mean())) if delta.size else 0.0,
+                "min": float(delta.min()) if delta.size else None,
+                "max": float(delta.max()) if delta.size else None,
+            }
+            for name, delta in sorted(bundle.deltas.items())
+        },
+        "saved": {
+            t.name: {"dtype": dtypes[SAVED + t.name], "shape": list(t.shape), "bytes": t.nbytes}
+            for t in sorted(bundle.saved, key=lambda t: t.name)
+        },
+    }
+
+
+def _tables(facts: dict[str, Any]) -> list[Table]:
+    place = facts["base_model_name_or_path"] or "unnamed"
+    rows = [
+        ("directory", facts["directory"]),
+        ("format", f"{facts['format']} {facts['format_version']}"),
+        ("base", place + (f" at {facts['revision']}" if facts["revision"] else "")),
+        ("method", facts["method"]),
+        ("tuned at", f"{facts['bits']} bits" if facts["bits"] else "the base's own bits"),
+        ("deltas", ", ".join(f"{n} {operation}" for operation, n in facts["operations"].items()) or "none"),
+        ("values", f"{facts['delta_values']:,} in deltas, {facts['saved_values']:,} in whole modules"),
+        ("deltas stored in", ", ".join(facts["dtypes"]) or "-"),
+        ("size", f"{facts['file_bytes']:,} bytes"),
+        ("whole modules", ", ".join(facts["modules_to_save"]) or "none"),
+    ]
+    pairs = Table(*task_hub.columns("", "", numbers=()), title="Task bundle", show_header=False, title_justify="left")
+    for name, value in rows:
+        pairs.add_row(name, task_hub.plain(value))
+    tables = [pairs]
+    if facts["saved"]:
+        saved = Table(*task_hub.columns("tensor", numbers=("dtype", "shape", "bytes")), title="Whole modules")
+        for name, t in facts["saved"].items():
+            saved.add_row(task_hub.plain(name), t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}")
+        tables.append(saved)
+    if facts["deltas"]:
+        deltas = Table(*task_hub.columns("delta", numbers=("shape", "rms", "min", "max")), title="Deltas")
+        for name, d in facts["deltas"].items():
+            numbers = ("-" if d[key] is None else f"{d[key]:.4g}" for key in ("rms", "min", "max"))
+            deltas.add_row(task_hub.plain(name), "x".join(map(str, d["shape"])), *numbers)
+        tables.append(deltas)
+    return tables
+
+
+def _base(bundle: TaskBundle) -> tuple[str, str, int | None]:
+    return bundle.config.base_fingerprint, bundle.config.head_fingerprint, bundle.config.bits
+
+
+def _print_differences(rows: list[ModuleDifference], total: ModuleDifference, other: bool) -> None:
+    """A table of the deltas that differ most; `other` says whether there is a second bundle."""
+    names = ("rms A", "rms B", "rms A - B", "cosine") if other else ("rms",)
+    title = "Deltas of A and B" if other else "Deltas"
+    columns = task_hub.columns("delta", numbers=(*names, "largest", "row"))
+    table, ranked = Table(*columns, title=title), sorted(rows, key=lambda r: -r.rms)
+    for r in ranked[:MOST]:
+        table.add_row(task_hub.plain(f"{r.module}.{r.operation}"), *_cells(r, other))
+    if len(ranked) > MOST:
+        table.add_row(f"… and {len(ranked) - MOST} more")
+    table.add_section()
+    table.add_row(f"all {total.values:,} values", *_cells(total, other))
+    console.out.print(table)
+
+
+def _cells(r: ModuleDifference, other: bool) -> list[str]:
+    cosine = "-" if r.cosine is None else f"{r.cosine:.4f}"
+    rms = [f"{r.rms_a:.4g}", f"{r.rms_b:.4g}", f"{r.rms:.4g}", cosine] if other else [f"{r.rms_a:.4g}"]
+    return [*rms, f"{r.largest:.4g}", "-" if r.row is None else str(r.row)]
+
+
+def _card(places: list[str], weights: list[float] | None, merged: TaskBundle) -> str:
+    """The model card of a merged bundle. Of a directory only the name is told: its path is nobody else's business."""
+    from ..tasks.card import task_card
+
+    shares = weights or [1 / len(places)] * len(places)
+    names = [Path(place).resolve().name if Path(place).is_dir() else place for place in places]
+    parts = "".join(f"- {share:g} x `{name}`\n" for share, name in zip(shares, names, strict=True))
+    return task_card(merged, notes=f"The weighted sum of these tasks:\n\n{parts}")

@@ -1,0 +1,237 @@
+"""``lowbit task push``, ``pull`` and ``list``: task bundles on the Hub, and where all task commands find theirs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Column, Table
+
+from ..bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, read_bundle, read_task_config
+from ..container.reader import ModelReader
+from ..container.together import files_together
+from ..container.writer import atomic_directory, check_absent, disk_errors
+from ..errors import HubError, OutputError
+from . import console
+
+if TYPE_CHECKING:
+    from ..hub import TaskInfo, TaskRepository
+
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, if it is on the Hub.")]
+Subfolder = Annotated[str | None, typer.Option(help="Folder of the bundle inside of the repository or directory.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a task bundle that is at OUT already.")]
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+
+def push(
+    directory: Annotated[Path, typer.Argument(help="A bundle's directory.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub; it is made where it is missing.")],
+    subfolder: Annotated[str | None, typer.Option(help="Folder of the bundle inside of the repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="For a new repository; the default is the account's.")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Tag the new commit.")] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    base_model: Annotated[str | None, typer.Option(help="Repository of the base, for the model card.")] = None,
+    metric: Annotated[
+        list[str] | None, typer.Option(help="`name=value` for the model card, such as `accuracy=0.91`.")
+    ] = None,
+) -> None:
+    """Put a task bundle on the Hub, in one commit.
+
+    The bundle is read and checked first. Files with other names in the directory stay at home.
+
+    Example: `lowbit task push ./sst2-scales user/sst2-scales --metric accuracy=0.91`
+    """
+    with console.named_errors():
+        read_bundle(directory)
+        metrics = _metrics(metric or [])
+        from ..tasks.sharing import push_task_to_hub
+
+        url = push_task_to_hub(
+            directory, repo, subfolder=subfolder, revision=revision, private=private, commit_message=message,
+            create_pr=create_pr, tag=tag, base_model=base_model, metrics=metrics or None,
+        )  # fmt: skip
+    console.out.print(f"Pushed {directory} to {repo}: {url}", soft_wrap=True, highlight=False, markup=False)
+
+
+def pull(
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="Directory to make. It appears only when it is complete.")],
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    force: Force = False,
+) -> None:
+    """Copy a task bundle from the Hub into a directory of its own, checked by every rule that needs no base.
+
+    Example: `lowbit task pull user/sst2-scales ./sst2-scales`
+    """
+    with console.named_errors():
+        check_out(out, force)
+        from ..hub import fetch_task
+
+        source = fetch_task(repo, revision=revision, subfolder=subfolder)
+        bundle = read_bundle(source)
+        _copy(source, out)
+    console.out.print(
+        f"Wrote {out}: {len(bundle.deltas)} deltas, {bundle.delta_values:,} values",
+        soft_wrap=True, highlight=False, markup=False,
+    )  # fmt: skip
+
+
+def list_tasks(
+    place: Annotated[str | None, typer.Argument(help="A repository on the Hub, or a directory.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Search the Hub for tasks of this base: its repository, its directory or its fingerprint."),
+    ] = None,
+    author: Annotated[str | None, typer.Option(help="Search the Hub for tasks of this user or organization.")] = None,
+    revision: Revision = None,
+    limit: Annotated[int, typer.Option(min=1, help="Find at most so many repositories.")] = 100,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
+) -> None:
+    """List the tasks in a repository or directory, or search the Hub for repositories with tasks.
+
+    Examples: `lowbit task list user/my-tasks`, `lowbit task list --base user/llama-4bit`
+    """
+    if (place is None) == (base is None and author is None):
+        raise typer.BadParameter("give either a place, or --base or --author to search the Hub")
+    if place is None and revision is not None:
+        raise typer.BadParameter("--revision is for a repository; a search looks at the newest")
+    from ..hub import find_tasks, search_tasks
+
+    with console.named_errors():
+        if place is not None:
+            check_place(place, revision)
+            tasks = find_tasks(place, revision=revision)
+            facts, table = [_task_facts(t) for t in tasks], _task_table(tasks)
+        else:
+            if base is not None and Path(base).is_dir():
+                base = ModelReader(base).fingerprint().body
+            found = search_tasks(base=base, author=author, limit=limit)
+            facts, table = [_repository_facts(r) for r in found], _repository_table(found)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    if facts:
+        console.out.print(table)
+    more = " (there may be more: see --limit)" if place is None and len(facts) == limit else ""
+    what = "task" if place is not None else "repository with tasks" if len(facts) == 1 else "repositories with tasks"
+    plural = "s" if place is not None and len(facts) != 1 else ""
+    console.out.print(f"{len(facts) or 'no'} {what}{plural}{more}", highlight=False, markup=False)
+
+
+def _task_facts(task: TaskInfo) -> dict[str, Any]:
+    config = task.config.to_dict()
+    return {"source": task.source, "commit": task.revision, "subfolder": task.subfolder, "bytes": task.nbytes, **config}
+
+
+def _task_table(tasks: Sequence[TaskInfo]) -> Table:
+    table = Table(*columns("folder", "base", "method", numbers=("fingerprint", "bits", "bytes")))
+    for t in tasks:
+        c = t.config
+        table.add_row(
+            plain(t.subfolder or "(root)"), plain(c.base_model_name_or_path or "unnamed"),
+            plain(c.method), c.base_fingerprint[:16], str(c.bits or "-"), f"{t.nbytes:,}",
+        )  # fmt: skip
+    return table
+
+
+def _repository_facts(found: TaskRepository) -> dict[str, Any]:
+    facts = {"repo": found.repo_id, "private": found.private, "downloads": found.downloads}
+    return {**facts, "base": _bases(found.tags), "tags": list(found.tags)}
+
+
+def _repository_table(found: Sequence[TaskRepository]) -> Table:
+    table = Table(*columns("repository", "base", numbers=("private", "downloads")))
+    for r in found:
+        downloads = "-" if r.downloads is None else f"{r.downloads:,}"
+        table.add_row(
+            plain(r.repo_id), plain(", ".join(_bases(r.tags)) or "-"), "yes" if r.private else "no", downloads
+        )
+    return table
+
+
+def _bases(tags: Sequence[str]) -> list[str]:
+    """Repositories of bases among the Hub's tags: ``base_model:user/name``, and ``base_model:adapter:user/name``."""
+    named = (tag.rpartition(":")[2] for tag in tags if tag.startswith("base_model:"))
+    return sorted(set(named))
+
+
+# --- what all task commands share ------------------------------------------------------------------
+
+
+def local(place: str, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """Directory of the bundle at `place`: an existing directory, or else a repository on the Hub, fetched.
+
+    Raises BundleError for a path where no directory is, HubError where the Hub does not have it.
+    """
+    check_place(place, revision)
+    if Path(place).is_dir():
+        return Path(place, subfolder or "")
+    from ..hub import fetch_task
+
+    return fetch_task(place, revision=revision, subfolder=subfolder)
+
+
+def check_place(place: str, revision: str | None) -> None:
+    """Raise for what is neither a directory nor can be on the Hub, and for a revision of a directory."""
+    path = Path(place)
+    if path.is_dir():
+        if revision is not None:
+            raise HubError(f"{place}: is a directory on this machine and has no revision {revision!r}")
+    elif place.startswith((".", "/", "~")) or place.count("/") > 1 or path.exists():
+        read_task_config(path)  # raises: no directory is there
+
+
+def check_out(out: Path, force: bool) -> None:
+    """Raise OutputError if something is at `out`, unless that is a bundle and `force` allows to replace it."""
+    if not (out / CONFIG_FILE).is_file():
+        check_absent(out)
+    elif not force:
+        raise OutputError(f"{out}: holds a task bundle already; choose another name, or replace it with --force")
+
+
+def plain(text: str) -> str:
+    """`text` from a file for the terminal: no markup, no control characters."""
+    return escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
+
+
+def columns(*names: str, numbers: Sequence[str]) -> list[Column]:
+    """Columns of a table: `names` whose text is folded and never cut, and `numbers` that are kept on one line."""
+    folded = [Column(name, overflow="fold") for name in names]
+    return folded + [Column(number, justify="right", no_wrap=True) for number in numbers]
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Copy the files of a bundle, all of them or none."""
+    names = [SCALES_FILE, CARD_FILE, CONFIG_FILE]
+    into = files_together(out, names) if (out / CONFIG_FILE).is_file() else atomic_directory(out)
+    with into as work, disk_errors(out):
+        for name in names:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, work / name)
+
+
+def _metrics(pairs: list[str]) -> dict[str, float]:
+    """``name=value`` options as numbers by name."""
+    out = dict[str, float]()
+    for pair in pairs:
+        name, _, value = (part.strip() for part in pair.partition("="))
+        try:
+            out[name] = float(value)
+        except ValueError:
+            out[name] = math.nan
+        if not name or not math.isfinite(out[name]):
+            raise typer.BadParameter(f"--metric is {pair!r}, expected name=value with a number, such as accuracy=0.91")
+    return out

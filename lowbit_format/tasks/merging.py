@@ -1,0 +1,56 @@
+"""Bakes a task into a base, for export: afterwards the model is a base of its own, with a fingerprint of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import TaskError
+from ..runtime.base import base_of_tensors
+from ..runtime.placement import Placement, describe, lowbit_modules, tie
+from ..runtime.switched import SwitchedModule
+from .models import config_of, named_modules, state_of, tied_to, unwrapped
+from .serving import list_tasks, unload_task
+
+SCALE_DTYPES = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") -> None:
+    """Put a task into the scales (offsets, zero points, head) of `model` for good. Planes stay as they are.
+
+    All tasks are unloaded: they belong to the base that this model no longer is. Parameters of nested precisions go,
+    since the task was not tuned for them.
+
+    Args:
+        model: a lowbit model; ``save_pretrained`` writes what it has become.
+        name: a loaded task.
+        scale_dtype: of the scales from here on. ``"float32"`` computes the same weights as the task did; None keeps the
+            base's dtype, which rounds them, in float16 by up to 0.05%.
+
+    Raises TaskError if the task is not loaded, or `scale_dtype` is unknown.
+    """
+    from ..runtime.hf import LowbitConfig
+
+    model = unwrapped(model)
+    state_of(model).check([name])
+    if scale_dtype not in SCALE_DTYPES:
+        raise TaskError(f"unknown scale_dtype {scale_dtype!r}: choose float32, float16, bfloat16 or None")
+    config = config_of(model)
+    for module in named_modules(model).values():
+        delta = module.delta_of(name)
+        if delta is not None:
+            others = [m for m in tied_to(module, model) if m is not module]
+            module.fold(delta, SCALE_DTYPES[scale_dtype])
+            for other in others:
+                other.share(module)
+    for module in list(model.modules()):
+        if isinstance(module, SwitchedModule):
+            module.settle(name)
+    for info in list_tasks(model):
+        unload_task(model, info.name)
+    placed = Placement({entry.path: entry for entry in config}, dict(config.tied))
+    tie(model, placed)
+    described = describe(model, placed)
+    model.config.quantization_config = model.hf_quantizer.quantization_config = LowbitConfig.of(described)
+    model.lowbit_base = base_of_tensors(model, described)
+    for _, module in lowbit_modules(model):
+        module.set_task(None)

@@ -1,0 +1,71 @@
+"""What the other files here ask of a model: its modules by the names that bundles use, and its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..bundle import modules_by_name
+from ..errors import TaskError
+from ..runtime.model import LowbitModel
+from ..runtime.modules import LowbitModule
+from ..runtime.placement import lowbit_modules
+from ..runtime.selection import TaskState
+from ..schema import QuantizationConfig
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model inside of DDP, FSDP or ``torch.compile``; TaskError if it is no lowbit model."""
+    inner = model
+    while not isinstance(inner, LowbitModel):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise TaskError(
+                f"a {type(model).__name__} is no lowbit model: load one with from_pretrained from a directory that "
+                "convert_hf_to_lowbit wrote. If it contains one, give that"
+            )
+    if not hasattr(inner, "lowbit_base"):
+        raise TaskError(f"this {type(inner).__name__} is a part of a lowbit model: tasks belong to the whole one")
+    return inner
+
+
+def config_of(model: Any) -> QuantizationConfig:
+    """What the model's modules are now, by the model's own paths."""
+    config: QuantizationConfig = model.config.quantization_config.parsed
+    return config
+
+
+def state_of(model: Any) -> TaskState:
+    """Which tasks are loaded, and which is on."""
+    return next(module for _, module in lowbit_modules(model)).state
+
+
+def named_modules(model: Any) -> dict[str, LowbitModule]:
+    """Lowbit modules that have tensors of their own, by the names that bundles use (TSK-7)."""
+    by_path = {module.path: module for _, module in lowbit_modules(model)}  # PEFT may have put them deeper since
+    return {name: by_path[entry.path] for name, (entry, _) in modules_by_name(config_of(model)).items()}
+
+
+def model_path(model: Any, name: str) -> str | None:
+    """The model's path of a float module that a bundle names; None if it has none such."""
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (prefix + name, name, name.removeprefix(prefix)):
+        if model.base_model_prefix or candidate == name:
+            try:
+                model.get_submodule(candidate)
+            except AttributeError:
+                continue
+            return candidate
+    return None
+
+
+def bundle_path(model: Any, path: str) -> str:
+    """The name of the model's module `path` in bundles: without the base's prefix (FPR-1)."""
+    base = f"{model.base_model_prefix}."
+    return path.removeprefix(base) if model.base_model_prefix and model.base_model is not model else path
+
+
+def tied_to(module: LowbitModule, model: nn.Module) -> list[LowbitModule]:
+    """All modules with the same packed matrix, this one too (TIE-1)."""
+    return [m for _, m in lowbit_modules(model) if m.planes is module.planes]

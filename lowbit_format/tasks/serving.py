@@ -1,0 +1,235 @@
+"""Tasks of a model in memory: load, choose, mix in one batch, list, unload.
+
+A loaded task takes the memory of its deltas (and of a copy of its head), nothing else; planes are never touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bundle import TaskBundle, TaskConfig, check_matches, split_delta
+from ..errors import BundleError, TaskError
+from ..runtime.deltas import Delta, shifted
+from ..runtime.naive import with_delta
+from ..runtime.placement import lowbit_modules
+from ..runtime.selection import Name
+from ..runtime.stored import TORCH_DTYPES, to_torch
+from ..runtime.switched import SwitchedModule, plain_copy, switched
+from .finding import find_bundle
+from .models import model_path, named_modules, state_of, unwrapped
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A loaded task.
+
+    Attributes:
+        name: by which it is chosen.
+        config: what its bundle says of it.
+        numbers: how many numbers its deltas have; each takes 4 bytes.
+        saved_numbers: how many numbers its ``modules_to_save`` have.
+        tuned: it is being trained.
+        active: the model computes with it wherever no ``use_tasks`` block says otherwise.
+    """
+
+    name: str
+    config: TaskConfig
+    numbers: int
+    saved_numbers: int = 0
+    tuned: bool = False
+    active: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the deltas take."""
+        return 4 * self.numbers
+
+
+def load_task(
+    model: Any,
+    source: str | os.PathLike[str] | TaskBundle,
+    *,
+    name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> str:
+    """Load a task's bundle beside the tasks that `model` has. It is chosen by :func:`set_task` or :func:`use_tasks`.
+
+    Args:
+        model: a loaded lowbit model.
+        source: directory, Hub id, or a bundle in memory.
+        name: to choose it by; by default the last part of `subfolder` or `source`.
+        subfolder: of the directory or repository.
+        revision, token, cache_dir, local_files_only: for the Hub.
+
+    Returns:
+        The name.
+
+    Raises:
+        TaskError: the name is taken, or the bundle has a head that the model does not have.
+        FingerprintError: it was tuned on another base. PrecisionError, BundleError: another precision, a delta that
+            does not fit, a damaged or ill-formed bundle (TSK and MAT rules). HubError: it cannot be had.
+    """
+    model = unwrapped(model)
+    state = state_of(model)
+    if name is None:
+        name = "task" if isinstance(source, TaskBundle) else Path(subfolder or os.fspath(source)).name
+    if not name or name in state.loaded:
+        raise TaskError(f"the name {name!r} is taken: give another with name=, or unload_task it first")
+    if isinstance(source, TaskBundle):
+        bundle = source
+    else:
+        bundle = find_bundle(
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+    base = model.lowbit_base
+    check_matches(bundle, base.config, base.fingerprint, base.bits)
+    modules = named_modules(model)
+    deltas = {module: _checked(delta, modules[module]) for module, delta in _deltas(bundle, modules).items()}
+    heads = {path: _head(model, bundle, listed, path) for listed, path in _head_paths(model, bundle).items()}
+
+    for module, delta in deltas.items():  # from here on nothing fails: a task is loaded whole or not at all
+        modules[module].deltas[name] = delta
+    for path, head in heads.items():
+        switched(model.get_submodule(path), path, state).task_copies[name] = head
+    numbers = sum(d.numel() for d in deltas.values())
+    saved = sum(t.numel() for head in heads.values() for t in head.state_dict().values())
+    state.loaded[name] = LoadedTask(name, bundle.config, numbers, saved)
+    return name
+
+
+def set_task(model: Any, name: Name) -> None:
+    """Compute with task `name`, or with the base (None), wherever no :func:`use_tasks` block says otherwise.
+
+    Takes effect for all threads. Raises TaskError if the task is not loaded.
+    """
+    model = unwrapped(model)
+    state = state_of(model)
+    state.check([name])
+    for _, module in lowbit_modules(model):
+        module.set_task(name)
+    state.active = name
+
+
+@contextlib.contextmanager
+def use_tasks(model: Any, tasks: Sequence[Name] | Name) -> Iterator[None]:
+    """Inside the block, compute each row of a batch with a task of its own.
+
+    Only the calling thread (or asyncio task) is concerned. Rows may multiply, as in beam search, if those of one
+    input stay together.
+
+    Args:
+        model: a lowbit model.
+        tasks: names of loaded tasks, None for the base, one for each row of the batch; or one name for all rows.
+
+    Raises TaskError if a task is not loaded, or when a batch has another number of rows.
+    """
+    model = unwrapped(model)
+    state, rows = state_of(model), [tasks] if tasks is None or isinstance(tasks, str) else list(tasks)
+    if not rows:
+        raise TaskError("use_tasks needs a task for each row of the batch; it got none")
+    state.check(rows)
+    with state.choose(rows):
+        yield
+
+
+def list_tasks(model: Any) -> list[LoadedTask]:
+    """The loaded tasks, in the order of loading."""
+    state = state_of(unwrapped(model))
+    return [replace(info, active=info.name == state.active) for info in state.loaded.values()]
+
+
+def unload_task(model: Any, name: str) -> None:
+    """Forget a task and free its memory; what is being trained too. Raises TaskError if it is not loaded."""
+    model = unwrapped(model)
+    state = state_of(model)
+    state.check([name])
+    if state.active == name:
+        set_task(model, None)
+    del state.loaded[name]
+    for _, module in lowbit_modules(model):
+        module.deltas.pop(name, None)
+        if module.tuned_name == name:
+            module.tuned, module.tuned_name = None, None
+    for module in model.modules():
+        if isinstance(module, SwitchedModule):
+            module.forget(name)
+
+
+def _deltas(bundle: TaskBundle, modules: dict[str, Any]) -> dict[str, Delta]:
+    """Deltas by the names of modules; those that the model's class is built without are left out, with a warning."""
+    found, missing = dict[str, Delta](), set[str]()
+    for name, values in bundle.deltas.items():
+        module, operation = split_delta(name) or ("", "")
+        if module not in modules:
+            missing.add(module)
+            continue
+        part = "scales" if operation.startswith("scales") else "shift"
+        found[module] = found.get(module, Delta())._replace(**{part: torch.tensor(values)})
+    if missing:
+        log.warning("the model is built without %s, which the task changes too", ", ".join(sorted(missing)))
+    return found
+
+
+def _checked(delta: Delta, module: Any) -> Delta:
+    """The delta on the module's device; BundleError if it makes a value infinite (MAT-6)."""
+    delta = delta.map(lambda t: t.to(module.planes.device))
+    w = shifted(module.packed, delta)
+    w = w if delta.scales is None else with_delta(w, delta.scales)
+    for values in (w.scales, w.offsets, w.zeros):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise BundleError("MAT-6", "the deltas make a scale, offset or zero infinite", tensor=module.path)
+    return delta
+
+
+def _head_paths(model: Any, bundle: TaskBundle) -> dict[str, str]:
+    """The model's path of each module that the bundle brings whole, by the bundle's name of it."""
+    paths = {}
+    for listed in bundle.config.modules_to_save:
+        path = model_path(model, listed)
+        if path is None:
+            raise TaskError(
+                f"the task brings a module {listed!r}, but {type(model).__name__} has none: load the base with the "
+                "class that the task was tuned with, such as model_class=AutoModelForSequenceClassification"
+            )
+        paths[listed] = path
+    return paths
+
+
+def _head(model: Any, bundle: TaskBundle, listed: str, path: str) -> nn.Module:
+    """A copy of the model's module at `path` with the bundle's tensors in it."""
+    head = plain_copy(model.get_submodule(path)).requires_grad_(False)
+    own: dict[str, Tensor] = head.state_dict()
+    given = {t.name.removeprefix(f"{listed}."): t for t in bundle.saved if t.name.startswith(f"{listed}.")}
+    if set(own) != set(given):
+        wrong = sorted(set(own) ^ set(given))
+        raise TaskError(f"module {path!r} of the model and of the task do not have the same tensors: {wrong}")
+    for name, tensor in given.items():
+        if tensor.shape != tuple(own[name].shape) or tensor.dtype not in TORCH_DTYPES:
+            raise TaskError(
+                f"the task's {path}.{name} is {tensor.dtype} {list(tensor.shape)}, the model has "
+                f"{list(own[name].shape)}: load the base with the same options, such as num_labels={tensor.shape[0]}"
+                if tensor.shape
+                else f"the task's {path}.{name} does not fit the model's"
+            )
+        own[name].copy_(to_torch(tensor))
+    return head
