@@ -25,6 +25,7 @@ from ..bundle import (
 from ..container.header import read_header
 from ..container.reader import ModelReader
 from ..tasks.arithmetic import ModuleDifference, compare_bundles, merge_bundles, same_saved, total_difference
+from ..tasks.finding import bundle_directory, find_bundle
 from . import console, task_hub
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # option -> in the file
@@ -59,7 +60,7 @@ def inspect(
     Example: `lowbit task inspect ./sst2-scales --base ./llama-4bit`
     """
     with console.named_errors():
-        directory = task_hub.local(bundle, revision, subfolder)
+        directory = bundle_directory(bundle, revision=revision, subfolder=subfolder)
         found = read_bundle(directory)
         facts = describe(directory, found)
         if base is not None:
@@ -102,7 +103,7 @@ def merge(
         raise typer.BadParameter(f"--dtype is {dtype!r}, expected {', '.join(DTYPES)}")
     with console.named_errors():
         task_hub.check_out(out, force)
-        parts = [read_bundle(task_hub.local(place)) for place in bundles]
+        parts = [find_bundle(place) for place in bundles]
         merged = merge_bundles(parts, weight or None, saved_from=saved_from)
         loss = rounding_loss(merged, DTYPES[dtype])
         write_bundle(out, merged, dtype=DTYPES[dtype], card=_card(bundles, weight, merged))
@@ -126,8 +127,8 @@ def diff(
     Example: `lowbit task diff ./sst2-scales ./imdb-scales`
     """
     with console.named_errors():
-        one = read_bundle(task_hub.local(a))
-        two = None if b is None else read_bundle(task_hub.local(b))
+        one = find_bundle(a)
+        two = None if b is None else find_bundle(b)
         rows, total = compare_bundles(one, two), total_difference(one, two)
     saved = same_saved(one, two) if two is not None else not one.saved
     alike = two is None or _base(one) == _base(two)

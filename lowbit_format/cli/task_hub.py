@@ -1,4 +1,4 @@
-"""``lowbit task push``, ``pull`` and ``list``: task bundles on the Hub, and where all task commands find theirs."""
+"""``lowbit task push``, ``pull`` and ``list``: task bundles on the Hub, and what all task commands share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ..bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, read_bundle, read_task_config
+from ..bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, read_bundle
 from ..container.reader import ModelReader
 from ..container.together import files_together
 from ..container.writer import atomic_directory, check_absent, disk_errors
-from ..errors import HubError, OutputError
+from ..errors import OutputError
+from ..tasks.finding import check_place
 from . import console
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def push(
     metric: Annotated[
         list[str] | None, typer.Option(help="`name=value` for the model card, such as `accuracy=0.91`.")
     ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub id of the data it was tuned on, for the card.")] = None,
+    language: Annotated[str | None, typer.Option(help="For the card, such as `en`.")] = None,
+    license: Annotated[str | None, typer.Option(help="For the card, such as `apache-2.0`.")] = None,
 ) -> None:
     """Put a task bundle on the Hub, in one commit.
 
@@ -56,11 +60,13 @@ def push(
     with console.named_errors():
         read_bundle(directory)
         metrics = _metrics(metric or [])
+        facts = {"dataset": dataset, "language": language, "license": license}
+        card = {name: value for name, value in facts.items() if value is not None}
         from ..tasks.sharing import push_task_to_hub
 
         url = push_task_to_hub(
             directory, repo, subfolder=subfolder, revision=revision, private=private, commit_message=message,
-            create_pr=create_pr, tag=tag, base_model=base_model, metrics=metrics or None,
+            create_pr=create_pr, tag=tag, base_model=base_model, metrics=metrics or None, **card,
         )  # fmt: skip
     console.out.print(f"Pushed {directory} to {repo}: {url}", soft_wrap=True, highlight=False, markup=False)
 
@@ -169,29 +175,6 @@ def _bases(tags: Sequence[str]) -> list[str]:
 
 
 # --- what all task commands share ------------------------------------------------------------------
-
-
-def local(place: str, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Directory of the bundle at `place`: an existing directory, or else a repository on the Hub, fetched.
-
-    Raises BundleError for a path where no directory is, HubError where the Hub does not have it.
-    """
-    check_place(place, revision)
-    if Path(place).is_dir():
-        return Path(place, subfolder or "")
-    from ..hub import fetch_task
-
-    return fetch_task(place, revision=revision, subfolder=subfolder)
-
-
-def check_place(place: str, revision: str | None) -> None:
-    """Raise for what is neither a directory nor can be on the Hub, and for a revision of a directory."""
-    path = Path(place)
-    if path.is_dir():
-        if revision is not None:
-            raise HubError(f"{place}: is a directory on this machine and has no revision {revision!r}")
-    elif place.startswith((".", "/", "~")) or place.count("/") > 1 or path.exists():
-        read_task_config(path)  # raises: no directory is there
 
 
 def check_out(out: Path, force: bool) -> None:

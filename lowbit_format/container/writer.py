@@ -241,7 +241,7 @@ def disk_errors(path: object) -> Iterator[None]:
         yield
     except OSError as e:
         hint = (
-            "free some space and run again with --resume"
+            "free some space and run again (a conversion: with --resume)"
             if e.errno == errno.ENOSPC
             else "check the path and its permissions"
         )

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from ..bundle import TaskBundle, read_bundle
-from ..errors import BundleError
+from ..bundle import TaskBundle, read_bundle, read_task_config
+from ..errors import HubError
 
 
-def find_bundle(
-    source: str | os.PathLike[str],
-    *,
-    subfolder: str | None = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> TaskBundle:
-    """The bundle at `source`, checked by every rule that needs no base; see :func:`bundle_directory`."""
-    return read_bundle(
-        bundle_directory(
-            source,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-    )
+def find_bundle(source: str | os.PathLike[str], **where: Any) -> TaskBundle:
+    """The bundle at `source`, checked by every rule that needs no base. Arguments as for :func:`bundle_directory`."""
+    return read_bundle(bundle_directory(source, **where))
 
 
 def bundle_directory(
@@ -36,26 +20,32 @@ def bundle_directory(
     *,
     subfolder: str | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    **hub: Any,
 ) -> Path:
     """The directory `source`, if there is one, or what is fetched from the Hub under this id.
 
+    Args:
+        source: directory, or Hub id.
+        subfolder: of either.
+        revision: of the Hub's.
+        **hub: ``token``, ``cache_dir``, ``local_files_only`` and ``force_download`` of :func:`.hub.fetch_task`.
+
     Raises BundleError for a path that is not there, HubError for what the Hub does not give.
     """
-    local = Path(source).expanduser()
-    if local.is_dir():
-        return local / subfolder if subfolder else local
-    if local.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise BundleError("TSK-1", "there is no such directory, and this is no Hub id", file=source)
+    place = os.fspath(source)
+    check_place(place, revision)
+    if Path(place).is_dir():
+        return Path(place, subfolder or "")
     from ..hub import fetch_task
 
-    return fetch_task(
-        str(source),
-        revision=revision,
-        subfolder=subfolder,
-        token=token,
-        cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-        local_files_only=local_files_only,
-    )
+    return fetch_task(place, revision=revision, subfolder=subfolder, **hub)
+
+
+def check_place(place: str, revision: str | None) -> None:
+    """Raise for what is neither a directory nor can be on the Hub, and for a revision of a directory."""
+    path = Path(place)
+    if path.is_dir():
+        if revision is not None:
+            raise HubError(f"{place}: is a directory on this machine and has no revision {revision!r}")
+    elif place.startswith((".", "/", "~")) or place.count("/") > 1 or path.exists():
+        read_task_config(path)  # raises: no directory is there

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ..bundle import TaskBundle, rounding_loss, write_bundle
+from ..bundle import CARD_FILE, CONFIG_FILE, TaskBundle, rounding_loss, write_bundle
 from ..codecs import CODECS
+from ..container.header import ITEM_BYTES
 from ..errors import TaskError
 from ..runtime.modules import LowbitModule
 from ..runtime.selection import Name
@@ -33,7 +35,7 @@ def save_task(
 
     Args:
         model: a lowbit model, also inside of DDP or ``torch.compile``.
-        directory: made if it is not there; a bundle that it holds is replaced.
+        directory: made if it is not there; a bundle that it holds is replaced. A ``README.md`` of something else stays.
         name: which task; by default the one that is on.
         dtype: of the deltas in the file. ``"float32"`` keeps them exactly; ``"float16"`` and ``"bfloat16"`` halve the
             file, and the card says what that loses.
@@ -53,8 +55,11 @@ def save_task(
     stored = DTYPES[dtype]
     if stored != "F32":
         card["notes"] = "\n\n".join(filter(None, [card.get("notes"), _loss(bundle, dtype)]))
-    text = task_card(bundle, metrics=metrics, **card)
-    write_bundle(os.fspath(directory), bundle, dtype=stored, card=text)
+    path = Path(directory)
+    nbytes = bundle.nbytes - (4 - ITEM_BYTES[stored]) * bundle.delta_values
+    text = task_card(bundle, metrics=metrics, nbytes=nbytes, **card)
+    foreign = (path / CARD_FILE).exists() and not (path / CONFIG_FILE).exists()
+    write_bundle(path, bundle, dtype=stored, card=None if foreign else text)
 
 
 def bundle_of(

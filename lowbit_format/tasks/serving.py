@@ -63,9 +63,7 @@ def load_task(
     name: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    **hub: Any,
 ) -> str:
     """Load a task's bundle beside the tasks that `model` has. It is chosen by :func:`set_task` or :func:`use_tasks`.
 
@@ -74,7 +72,8 @@ def load_task(
         source: directory, Hub id, or a bundle in memory.
         name: to choose it by; by default the last part of `subfolder` or `source`.
         subfolder: of the directory or repository.
-        revision, token, cache_dir, local_files_only: for the Hub.
+        revision: branch, tag or commit on the Hub.
+        **hub: ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
 
     Returns:
         The name.
@@ -93,14 +92,7 @@ def load_task(
     if isinstance(source, TaskBundle):
         bundle = source
     else:
-        bundle = find_bundle(
-            source,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        bundle = find_bundle(source, subfolder=subfolder, revision=revision, **hub)
     base = model.lowbit_base
     check_matches(bundle, base.config, base.fingerprint, base.bits)
     modules = named_modules(model)
