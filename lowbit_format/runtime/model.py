@@ -1,13 +1,11 @@
 """What a transformers model with lowbit modules answers differently: dtype, sizes, casts, resizing.
 
 ``PreTrainedModel`` computes these from its parameters, of which uint8 planes and float16 scales are now the first.
-A loaded model's class is a subclass of its own class, of the same name, with :class:`LowbitModel` in front; torch's
-FSDP makes its classes in the same way. Pickling goes through the original class.
+A loaded model's class is a subclass of its own class, of the same name, with :class:`LowbitModel` in front.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,12 +16,13 @@ from torch import Tensor, nn
 from ..errors import TaskError, UnsupportedOperationError
 from .base import Base
 from .deltas import TunedDelta
+from .mixins import Mixin, put_on, take_off
 from .modules import LowbitEmbedding, LowbitModule
 from .placement import refuse_missing
 from .switched import SwitchedModule
 
 
-class LowbitModel:
+class LowbitModel(Mixin):
     """Mixin in front of a ``PreTrainedModel``.
 
     Attributes:
@@ -129,15 +128,11 @@ class LowbitModel:
         )
         return resized
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_new, (type(self).__mro__[2],), *reduced[2:])
-
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` of the base: no deltas in training, and the base's own head where a task has another."""
     tensors = dict(model.state_dict())
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         if isinstance(module, TunedDelta):
             for name in module.state_dict():
@@ -152,22 +147,11 @@ def specialize(model: nn.Module) -> None:
     for module in model.modules():
         is_model = hasattr(module, "all_tied_weights_keys") and not isinstance(module, LowbitModel)
         if is_model and any(isinstance(m, LowbitModule) for m in module.modules()):
-            cls: Any = type(module)
-            module.__class__ = _lowbit_class(cls)
+            put_on(LowbitModel, module)
 
 
 def generalize(model: nn.Module) -> None:
     """Undo :func:`specialize`."""
     for module in model.modules():
         if isinstance(module, LowbitModel):
-            module.__class__ = type(module).__mro__[2]
-
-
-@functools.cache
-def _lowbit_class(cls: type) -> Any:
-    return type(cls.__name__, (LowbitModel, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-def _new(cls: type) -> Any:
-    lowbit = _lowbit_class(cls)
-    return object.__new__(lowbit)
+            take_off(module)

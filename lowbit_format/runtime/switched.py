@@ -7,7 +7,6 @@ which sends each row of a batch to the copy of its task. Copies are no part of t
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +15,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import TaskError
+from .mixins import Mixin, put_on, take_off
 from .selection import Name, Selection, TaskState
 
 _ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies")
 
 
-class SwitchedModule:
+class SwitchedModule(Mixin):
     """Mixin in front of the class of a module that tasks replace.
 
     Attributes:
@@ -62,7 +62,7 @@ class SwitchedModule:
         self._become(name)
         for attribute in _ATTRIBUTES:
             delattr(self, attribute)
-        self.__class__ = type(self).__mro__[2]
+        take_off(self)
 
     def _become(self, name: Name) -> None:
         source: Any = self.module_of(name)
@@ -110,16 +110,11 @@ class SwitchedModule:
             module.train(mode)
         return super().train(mode)  # type: ignore[misc]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        reduced: Any = super().__reduce_ex__(protocol)
-        return (_new, (type(self).__mro__[2],), *reduced[2:])
-
 
 def switched(module: nn.Module, path: str, state: TaskState) -> SwitchedModule:
     """Make `module` a :class:`SwitchedModule` if it is none yet."""
     if not isinstance(module, SwitchedModule):
-        cls: Any = type(module)
-        module.__class__ = _switched_class(cls)
+        put_on(SwitchedModule, module)
         switching: Any = module
         switching.task_state, switching.task_path, switching.task_own, switching.task_copies = state, path, None, {}
     return module  # type: ignore[return-value]
@@ -129,22 +124,8 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """A copy of the module's own parameters and class, which no task replaces."""
     if not isinstance(module, SwitchedModule):
         return copy.deepcopy(module)
-    copies, module.task_copies = module.task_copies, {}
-    try:
-        twin: Any = copy.deepcopy(module)
-    finally:
-        module.task_copies = copies
+    twin: Any = copy.deepcopy(module, {id(module.task_copies): {}, id(module.task_state): None})
     for attribute in _ATTRIBUTES:
         delattr(twin, attribute)
-    twin.__class__ = type(twin).__mro__[2]
+    take_off(twin)
     return twin  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _switched_class(cls: type) -> Any:
-    return type(cls.__name__, (SwitchedModule, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
-
-
-def _new(cls: type) -> Any:
-    switched_class = _switched_class(cls)
-    return object.__new__(switched_class)
