@@ -134,6 +134,43 @@ def push_task_directory(
     return commit.pr_url or commit.commit_url
 
 
+def push_model_directory(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    card: str,
+    commit_message: str,
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: Token = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Publish all files of a model's directory in one commit; see :func:`push_task_directory` for most arguments.
+
+    Args:
+        card: text of ``README.md``, unless the repository has one already.
+
+    Returns the URL of the commit, or of the pull request. Raises HubError.
+    """
+    where, api = _where(repo_id, revision, None), _api(token)
+    with _hub_errors(where, "Nothing was published"):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith("refs/"):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if not api.file_exists(repo_id, CARD_FILE, revision=None if create_pr else revision):
+            Path(directory, CARD_FILE).write_text(card, "utf-8", newline="\n")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=Path(directory),
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return commit.pr_url or commit.commit_url
+
+
 def fetch_task(
     repo_id: str,
     *,

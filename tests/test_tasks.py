@@ -34,6 +34,7 @@ from lowbit_format.bundle import OPERATIONS, TaskBundle, TaskConfig, effective_p
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import BundleError, DigestError, FingerprintError, PrecisionError, TaskError
 from lowbit_format.reference import decode_numpy
+from lowbit_format.runtime import selection
 from lowbit_format.runtime.modules import LowbitModule
 from lowbit_format.runtime.placement import lowbit_modules
 from lowbit_format.schema import Scheme
@@ -451,6 +452,82 @@ def test_one_row_for_the_whole_batch(tmp_path: Path) -> None:
     assert not torch.allclose(alone(model, "a", lambda: logits(model)), logits(model))
 
 
+def test_a_block_sees_what_changes_in_it(llama: Any) -> None:
+    """Stacked deltas are kept for a block: not those in training, nor those of a task that was loaded anew."""
+    lb.load_task(llama, task(llama, 1), name="a")
+    lb.prepare_scale_tuning(llama, "scales", include=["*_proj"], name="new")
+    with lb.use_tasks(llama, ["new", "a"]):
+        before = logits(llama)
+        llama(input_ids=IDS).logits[0].sum().backward()
+        with torch.no_grad():
+            for param in llama.parameters():
+                if param.requires_grad:
+                    assert param.grad is not None
+                    param += 0.1
+        after = logits(llama)
+        assert not torch.allclose(after[0], before[0])
+        assert torch.equal(after[1], before[1])
+        lb.unload_task(llama, "a")
+        lb.load_task(llama, task(llama, 2), name="a")
+        assert not torch.allclose(logits(llama)[1], before[1])
+
+
+def test_what_does_not_work_row_by_row_is_refused(llama: Any, tmp_path: Path) -> None:
+    """A wrong row is worse than an error."""
+    lb.load_task(llama, task(llama, 1), name="a")
+    projection = llama.model.layers[0].self_attn.q_proj
+    with lb.use_tasks(llama, ["a", None]):
+        with pytest.raises(TaskError, match="one row without a batch"):
+            projection(torch.randn(32))
+        with selection.batch(4), pytest.raises(TaskError, match="first axis is not the batch"):
+            projection(torch.randn(8, 4, 32))
+        projection.path = "model.layers.0.mlp.experts.3.w1"
+        with pytest.raises(TaskError, match="row by row"):
+            projection(torch.randn(4, 32))
+    t5_model = AutoModelForSeq2SeqLM.from_pretrained(write_model(t5(), tmp_path / "t5", everything)).eval()
+    lb.load_task(t5_model, task(t5_model, 1), name="a")
+    with lb.use_tasks(t5_model, ["a", None]), pytest.raises(TaskError, match="relative_attention_bias"):
+        t5_model(input_ids=IDS, decoder_input_ids=IDS)
+    llama.config.model_type = "xlnet"
+    with pytest.raises(TaskError, match="xlnet"), lb.use_tasks(llama, ["a", None]):
+        pass
+
+
+def test_under_peft(llama: Any) -> None:
+    """A task and an adapter on one model."""
+    from peft import LoraConfig, get_peft_model
+
+    lb.load_task(llama, task(llama, 1), name="a")
+    want = alone(llama, "a", lambda: logits(llama))
+    adapted = get_peft_model(llama, LoraConfig(target_modules=["q_proj"], r=2))
+    lb.set_task(adapted, "a")
+    assert torch.equal(logits(adapted), want)
+    assert [t.name for t in lb.list_tasks(adapted)] == ["a"]
+
+
+def test_a_merged_model_forgets_where_the_old_base_is(llama: Any, tmp_path: Path) -> None:
+    lb.load_task(llama, task(llama, 1), name="a")
+    lb.merge_task(llama, "a")
+    lb.load_task(llama, task(llama, 2), name="b")
+    lb.save_task(llama, tmp_path, name="b")
+    config = read_bundle(tmp_path).config
+    assert config.base_model_name_or_path is None
+    assert config.base_fingerprint == llama.lowbit_base.fingerprint.body
+    lb.save_task(llama, tmp_path, name="b", base_model="x/y")
+    assert read_bundle(tmp_path).config.base_model_name_or_path == "x/y"
+
+
+def test_merging_refuses_what_the_dtype_cannot_hold(llama: Any) -> None:
+    bundle = task(llama, 1)
+    name = next(k for k in bundle.deltas if "down_proj" in k)
+    bundle.deltas[name][:] = 1e7
+    lb.load_task(llama, bundle, name="a")
+    want = alone(llama, "a", lambda: logits(llama))
+    with pytest.raises(TaskError, match="float16"):
+        lb.merge_task(llama, "a", scale_dtype="float16")
+    assert torch.equal(alone(llama, "a", lambda: logits(llama)), want)
+
+
 # --- heads -----------------------------------------------------------------------------------------
 
 
@@ -492,6 +569,27 @@ def test_tasks_bring_their_heads(classifier: tuple[Any, list[Path]], tmp_path: P
     assert torch.equal(logits(saved), base)
     lb.unload_task(model, "t0")
     assert torch.equal(logits(model), base)
+
+
+def test_heads_with_hooks(classifier: tuple[Any, list[Path]]) -> None:
+    """accelerate replaces ``forward`` of single modules."""
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    model, bundles = classifier
+    lb.load_task(model, bundles[0])
+    want = alone(model, "t0", lambda: logits(model))
+    lb.unload_task(model, "t0")
+    add_hook_to_module(model.classifier, ModelHook())
+    lb.load_task(model, bundles[0])
+    assert torch.equal(alone(model, "t0", lambda: logits(model)), want)
+
+
+def test_a_head_in_the_files_is_trained_too(directories: dict[str, Path], tmp_path: Path) -> None:
+    """One that was saved with the base before it was ever trained must not stay random, unnoticed."""
+    AutoModelForSequenceClassification.from_pretrained(directories["bert"]).save_pretrained(tmp_path / "saved")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
+    assert model.lowbit_fresh == ()
+    assert lb.prepare_scale_tuning(model, "scales").modules_to_save == ("classifier",)
 
 
 def test_a_bundle_with_a_head_needs_a_model_with_one(

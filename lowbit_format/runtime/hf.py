@@ -25,7 +25,7 @@ from ..container.writer import file_metadata
 from ..errors import LoadError
 from ..schema import QUANT_METHOD, QuantizationConfig
 from .base import Base, digest
-from .model import base_state_dict, generalize, specialize
+from .model import LowbitModel, base_state_dict, generalize, specialize
 from .placement import Placement, describe, lowbit_modules, place_modules, tie
 from .switched import SwitchedModule
 
@@ -125,6 +125,10 @@ class LowbitQuantizer(HfQuantizer):
         self.quantization_config = LowbitConfig.of(describe(model, self.placed))
         model.config.quantization_config = self.quantization_config
         model.lowbit_base = self.base
+        state = next(module for _, module in lowbit_modules(model)).state
+        for part in model.modules():
+            if isinstance(part, LowbitModel):
+                part.lowbit_state = state
         # Saved names are the model's own, which quantization_config has; a reverted renaming would part the two.
         model._weight_conversions = []
         return model

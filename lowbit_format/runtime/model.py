@@ -6,7 +6,9 @@ A loaded model's class is a subclass of its own class, of the same name, with :c
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,12 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import TaskError, UnsupportedOperationError
+from ..hub import push_model_directory
 from .base import Base
+from .card import base_card
 from .deltas import TunedDelta
 from .mixins import Mixin, put_on, take_off
 from .modules import LowbitEmbedding, LowbitModule
 from .placement import refuse_missing
+from .selection import TaskState, batch
 from .switched import SwitchedModule
+
+log = logging.getLogger(__name__)
 
 
 class LowbitModel(Mixin):
@@ -27,13 +34,25 @@ class LowbitModel(Mixin):
 
     Attributes:
         lowbit_base: what task bundles are bound to.
+        lowbit_state: which task is on.
         lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
-        lowbit_save: while the Trainer trains scales, what writes its checkpoints instead of ``save_pretrained``.
+        lowbit_save: what writes a task instead of the base when the Trainer saves the model.
     """
 
     lowbit_base: Base
+    lowbit_state: TaskState
     lowbit_fresh: tuple[str, ...] = ()
     lowbit_save: Callable[[Any, str], None] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; inside of ``use_tasks`` it says how many rows the batch has."""
+        if not self.lowbit_state.blocks:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        chosen, rows = self.lowbit_state.chosen(), _rows(args, kwargs)
+        if chosen is not None and rows is not None and len(chosen.names) > 1:
+            chosen.check_rows(rows, type(self).__name__)
+        with batch(rows):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,11 +96,21 @@ class LowbitModel(Mixin):
             self.lowbit_fresh = tuple(sorted(kwargs["missing_keys"]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """As in transformers: the base, whatever task is on (a task is written by ``save_task``)."""
-        if self.lowbit_save is not None:
-            if kwargs.get("is_main_process", True):
+        """As in transformers: the base, whatever task is on (a task is written by ``save_task``).
+
+        Once a ``TaskCallback`` was at work, the Trainer's own calls write the task. They are told by an argument that
+        it always passes, and people hardly ever: so an interrupted training leaves nothing behind.
+        """
+        if self.lowbit_save is not None and "is_main_process" in kwargs:
+            if kwargs["is_main_process"]:
                 self.lowbit_save(self, str(save_directory))
             return None
+        if any(isinstance(m, TunedDelta) for m in self.modules()):  # type: ignore[attr-defined]
+            log.warning(
+                "%s: the base is saved, without the scales in training. save_task writes these; a "
+                "lowbit_format.TaskCallback makes the Trainer do so",
+                save_directory,
+            )
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -90,16 +119,52 @@ class LowbitModel(Mixin):
         Raises TaskError for a state dict without them: whoever resumes from it would start anew, unaware.
         """
         result: Any = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
-        trained = {name for name, p in self.named_parameters() if p.requires_grad}  # type: ignore[attr-defined]
         if any(isinstance(m, TunedDelta) for m in self.modules()):  # type: ignore[attr-defined]
-            result.missing_keys[:] = [name for name in result.missing_keys if name in trained]
-            if result.missing_keys:
+            trained = trained_state_dict(self)  # type: ignore[arg-type]
+            names = self.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
+            given = {id(p) for name, p in names if name in state_dict}  # a tied one by any of its names
+            lacking = [n for n in result.missing_keys if n in trained and id(trained[n]) not in given]
+            if lacking:
                 raise TaskError(
-                    f"the checkpoint lacks {len(result.missing_keys)} of {len(trained)} tensors in training, such as "
-                    f"{result.missing_keys[0]!r}: it was written for another tuning, or without a "
-                    "lowbit_format.TaskCallback, which the Trainer needs to write them"
+                    f"the checkpoint lacks {len(lacking)} of {len(trained)} tensors in training, such as "
+                    f"{lacking[0]!r}: it was written for another tuning, or without a lowbit_format.TaskCallback, "
+                    "which the Trainer needs to write them"
                 )
+            if trained.keys() >= state_dict.keys():
+                result.missing_keys.clear()  # a checkpoint of the task alone: the base is here already
         return result
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+    ) -> str:
+        """As in transformers, in one commit: the base, with a card that says how to load it (a card there stays).
+
+        Returns the URL of the commit. Raises HubError where the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            self.save_pretrained(directory, **sizes)
+            return push_model_directory(
+                directory,
+                repo_id,
+                card=base_card(self, repo_id, tags or ()),
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
     def half(self) -> Any:
         """Compute in float16; packed tensors keep their dtype."""
@@ -129,6 +194,19 @@ class LowbitModel(Mixin):
         return resized
 
 
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Rows of the batch that a model is called with; None if no argument says so."""
+    named = (kwargs.get(name) for name in _INPUTS)
+    given = (x for x in (*args, *named) if isinstance(x, Tensor) and x.dim() > 0)
+    return next((len(x) for x in given), None)
+
+
+_INPUTS = (
+    "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids",
+    "decoder_inputs_embeds", "hidden_states",
+)  # fmt: skip
+
+
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The ``state_dict`` of the base: no deltas in training, and the base's own head where a task has another."""
     tensors = dict(model.state_dict())
@@ -139,6 +217,15 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
                 del tensors[prefix + name]
         elif isinstance(module, SwitchedModule):
             tensors.update({prefix + name: t for name, t in module.module_of(None).state_dict().items()})
+    return tensors
+
+
+def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of a tuning needs: parameters in training, and all tensors of modules trained whole."""
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        if isinstance(module, SwitchedModule) and module.task_own is not None:
+            tensors.update({f"{path}.{name}": t for name, t in module.module_of(module.task_own).state_dict().items()})
     return tensors
 
 

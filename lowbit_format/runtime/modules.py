@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs import tensor_specs
-from ..errors import LoadError, TensorError, UnsupportedOperationError
+from ..errors import LoadError, TaskError, TensorError, UnsupportedOperationError
 from ..schema import Module, Scheme
 from . import naive, ops
 from .deltas import Delta, TunedDelta, keeping_dtype, shifted, stack, stackable
@@ -125,20 +125,29 @@ class LowbitModule(nn.Module):
         """From here on compute with task `name` wherever no block says otherwise."""
         self._task, self._delta = name, None if self._is_tuned(name) else self.delta_of(name)
 
-    def fold(self, delta: Delta, dtype: str | None) -> None:
-        """Put `delta` into scales and shift for good, stored as `dtype` (``"F32"``; None is the dtype of now).
+    def folded(self, delta: Delta, dtype: str | None) -> dict[str, Tensor]:
+        """Scales and shift with `delta` in them, by role, as `dtype` (``"F32"``; None is the dtype of now).
+
+        Raises TaskError if the dtype cannot hold them.
+        """
+        w, to = shifted(self.packed, delta), TORCH_DTYPES[dtype or self.scheme.scale_dtype]
+        scales = w.scales if delta.scales is None else naive.with_delta(w, delta.scales).scales
+        values = {"scales": scales, "offsets": w.offsets, "zeros": w.zeros}
+        stored = {role: v.detach().to(to) for role, v in values.items() if v is not None}
+        if not all(bool(torch.isfinite(v).all()) for v in stored.values()):
+            raise TaskError(f"{self.path}: {to} cannot hold the scales of the task; merge it into float32")
+        return stored
+
+    def fold(self, values: dict[str, Tensor]) -> None:
+        """Make what :func:`folded` gave this module's own for good.
 
         Nested precisions go: they have parameters of their own, which the task was not tuned for.
         """
-        w = shifted(self.packed, delta)
-        scales = w.scales if delta.scales is None else naive.with_delta(w, delta.scales).scales
         for role in [r for r in self._parameters if "_k" in r]:
             del self._parameters[role]
-        self.scheme = replace(self.scheme, scale_dtype=dtype or self.scheme.scale_dtype, nested=())
-        for role, values in {"scales": scales, "offsets": w.offsets, "zeros": w.zeros}.items():
-            if values is not None:
-                stored = values.detach().to(TORCH_DTYPES[self.scheme.scale_dtype])
-                self._parameters[role] = nn.Parameter(stored, requires_grad=False)
+        dtype = next(name for name, t in TORCH_DTYPES.items() if t == values["scales"].dtype)
+        self.scheme = replace(self.scheme, scale_dtype=dtype, nested=())
+        self._parameters.update({role: nn.Parameter(v, requires_grad=False) for role, v in values.items()})
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, Packed, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, packed, deltas, task_ids)`` with the tasks that are on."""
@@ -148,8 +157,9 @@ class LowbitModule(nn.Module):
         deltas = [self.delta_of(name) for name in chosen.names]
         if len(deltas) == 1 or all(d is None for d in deltas):
             return self._with_delta(deltas[0], lambda w, deltas: kernel(x, w, deltas, None))
-        if len(x) == 1 < len(chosen):  # one row for the whole batch, such as positions, which tasks now tell apart
-            x = x.expand(len(chosen), *x.shape[1:])
+        if x.dim() < (1 if self.kind == "embedding" else 2):
+            raise TaskError(f"{self.path} gets one row without a batch, but several tasks")
+        x = chosen.fits(x, self.path)
         if stackable(deltas):
             ids = chosen.ids(len(x), x.device, self.path).repeat_interleave(_flat_rows(x, self.kind) // len(x))
             return kernel(x, self.packed, self._stacked(chosen, deltas), ids)
@@ -175,12 +185,13 @@ class LowbitModule(nn.Module):
         return kernel(shifted(self.packed, delta), None if delta.scales is None else delta.scales[None])
 
     def _stacked(self, chosen: Selection, deltas: list[Delta | None]) -> Tensor:
-        kept = chosen.kept.get(id(self))
-        if kept is None or kept.device != self.planes.device:
-            kept = stack(deltas).to(self.planes.device)
-            if not kept.requires_grad:  # a graph lives for one backward pass only
-                chosen.kept[id(self)] = kept
-        return kept
+        if self.tuned_name in chosen.names:  # changes with every step, and has a graph of its own in each
+            return stack(deltas)
+        known, stacked = chosen.kept.get(id(self), ((), None))
+        if stacked is None or len(known) != len(deltas) or any(a is not b for a, b in zip(known, deltas, strict=True)):
+            stacked = stack(deltas)
+            chosen.kept[id(self)] = (tuple(deltas), stacked)
+        return stacked
 
     # --- loading ---
 

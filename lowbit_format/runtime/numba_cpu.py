@@ -72,10 +72,11 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
         return naive.linear(x, w, bias, deltas, task_ids, decode=decode)
     flat = x.reshape(-1, w.cols)
     base = F.linear(flat, decode(w))
-    out = base if bias is None else base + bias
-    mine = torch.where(task_ids[:, None, None] < 0, 0, deltas[task_ids.clamp(min=0)])  # [rows of x, p, rows]
+    out = base.clone() if bias is None else base + bias
+    with_base = F.pad(deltas, (0, 0, 0, 0, 0, 1))  # zeros last, where the base's -1 points
     for p in range(deltas.shape[1]):
-        out = torch.addcmul(out, mine[:, p], base if w.codec != "bcq" else F.linear(flat, decode(_plane(w, p))))
+        part = base if w.codec != "bcq" else F.linear(flat, decode(_plane(w, p)))
+        out.addcmul_(with_base[task_ids, p], part)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 

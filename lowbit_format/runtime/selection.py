@@ -78,12 +78,12 @@ class Selection:
 
     Attributes:
         names: the different tasks, in the order of their first rows.
-        kept: what modules keep for the time of the block, by their id: deltas stacked once serve every step.
+        kept: what modules keep for the time of the block, by their id: deltas, and these stacked, for every step.
     """
 
     def __init__(self, rows: Sequence[Name]) -> None:
         self.names: tuple[Name, ...] = tuple(dict.fromkeys(rows))
-        self.kept: dict[int, Tensor] = {}
+        self.kept: dict[int, tuple[Any, Tensor]] = {}
         self._rows = torch.tensor([self.names.index(name) for name in rows])
         self._ids: dict[tuple[int, torch.device], Tensor] = {}
 
@@ -93,17 +93,59 @@ class Selection:
     def ids(self, rows: int, device: torch.device, path: str) -> Tensor:
         """Index into ``names`` of each of `rows` rows, int64: beams, tokens and such stand together row by row.
 
-        Raises TaskError if `rows` is not a multiple of the batch.
+        Raises TaskError if `rows` is not a multiple of the tasks.
         """
-        if rows % len(self):
-            raise TaskError(
-                f"{path} gets {rows} rows, which is no multiple of the {len(self)} tasks given to use_tasks: give one "
-                "task for each row of the batch"
-            )
+        self.check_rows(rows, path)
         key = (rows, device)
         if key not in self._ids:
             self._ids[key] = self._rows.repeat_interleave(rows // len(self)).to(device)
         return self._ids[key]
 
+    def check_rows(self, rows: int, what: str) -> None:
+        """Raise TaskError if `rows` rows cannot be those of the tasks: each one, or several times each (beams)."""
+        if rows == 0 or rows % len(self):
+            raise TaskError(
+                f"{what} gets {rows} rows, which is no multiple of the {len(self)} tasks given to use_tasks: give one "
+                "task for each row of the batch"
+            )
 
+    def fits(self, x: Tensor, path: str) -> Tensor:
+        """`x` with axis 0 going over the rows of the batch; a single row that all share is repeated.
+
+        Which axis is the batch cannot be seen from a tensor alone, so what is doubtful is refused with a TaskError.
+        """
+        rows, first = batch_rows(), len(x)
+        if any(part in _NOT_BY_ROW for part in path.split(".")):
+            raise TaskError(f"{path} does not work row by row, so that tasks which change it {_APART}")
+        if rows is None:
+            self.check_rows(first, path)
+            return x
+        if first == 1 < rows:
+            return x.expand(rows, *x.shape[1:])
+        if first % rows or (x.dim() > 2 and first != rows and x.shape[1] == rows):
+            raise TaskError(
+                f"{path} gets {list(x.shape)} in a batch of {rows} rows: its first axis is not the batch, so that "
+                f"tasks which change it {_APART}"
+            )
+        return x
+
+
+def batch_rows() -> int | None:
+    """Rows of the batch that the innermost model call is about; None outside of one."""
+    return _rows.get()
+
+
+@contextlib.contextmanager
+def batch(rows: int | None) -> Iterator[None]:
+    """Inside the block a model is called with `rows` rows; None leaves it at what is known."""
+    token = _rows.set(batch_rows() if rows is None else rows)
+    try:
+        yield
+    finally:
+        _rows.reset(token)
+
+
+_APART = "cannot share a batch: run the rows of each task in a batch of their own"
+_NOT_BY_ROW = ("experts", "relative_attention_bias")  # tokens picked by a router; tokens by tokens
+_rows: ContextVar[int | None] = ContextVar("lowbit_batch_rows", default=None)
 _chosen: ContextVar[Mapping[int, Selection]] = ContextVar("lowbit_tasks", default={})  # noqa: B039, never changed

@@ -18,7 +18,7 @@ from ..errors import TaskError
 from .mixins import Mixin, put_on, take_off
 from .selection import Name, Selection, TaskState
 
-_ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies")
+_ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies", "task_now")
 
 
 class SwitchedModule(Mixin):
@@ -28,6 +28,7 @@ class SwitchedModule(Mixin):
         task_state: which task is on in the model.
         task_path: where the module stands in the model.
         task_own: whose parameters the module itself holds: the base's, or those of the task that is being trained.
+        task_now: the copy of the model's own task; empty if the module itself serves it.
         task_copies: the other tasks' modules, by name; under None the base's, while `task_own` is a task.
     """
 
@@ -35,15 +36,20 @@ class SwitchedModule(Mixin):
     task_path: str
     task_own: Name
     task_copies: dict[Name, nn.Module]
+    task_now: tuple[nn.Module, ...]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class behind, with the parameters of each row's task."""
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class behind, with the parameters of each row's task. (Others replace ``forward``, as accelerate.)"""
         chosen = self.task_state.chosen()
         if chosen is None:
-            return self._serving(self.task_state.active)(*args, **kwargs)
+            return self._run(self.task_now, args, kwargs)
         if len(chosen.names) == 1:
-            return self._serving(chosen.names[0])(*args, **kwargs)
+            return self._run(self._copies_of(chosen.names[0]), args, kwargs)
         return self._mixed(chosen, args, kwargs)
+
+    def set_task(self, name: Name) -> None:
+        """From here on compute with task `name` wherever no block says otherwise."""
+        self.__dict__["task_now"] = self._copies_of(name)
 
     def module_of(self, name: Name) -> nn.Module:
         """The module whose parameters task `name` uses: a copy, or this one."""
@@ -71,11 +77,15 @@ class SwitchedModule(Mixin):
         self.requires_grad_(False)  # type: ignore[attr-defined]
         self.task_copies.pop(None, None)
         self.task_own = None
+        self.set_task(self.task_state.active)
 
-    def _serving(self, name: Name) -> Callable[..., Any]:
+    def _copies_of(self, name: Name) -> tuple[nn.Module, ...]:
+        """The copy that serves task `name`; nothing if that is the module itself, which must not hold itself."""
         module: Any = self.module_of(name)
-        forward: Callable[..., Any] = super().forward if module is self else module  # type: ignore[misc]
-        return forward
+        return () if module is self else (module,)
+
+    def _run(self, copies: tuple[nn.Module, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return copies[0](*args, **kwargs) if copies else super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def _mixed(self, chosen: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         flat, spec = pytree.tree_flatten((args, kwargs))
@@ -86,7 +96,7 @@ class SwitchedModule(Mixin):
             mine = (chosen.ids(rows, device, self.task_path) == i).nonzero().flatten()
             picked = [t[mine] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t for t in flat]
             some_args, some_kwargs = pytree.tree_unflatten(picked, spec)
-            parts.append(pytree.tree_flatten(self._serving(name)(*some_args, **some_kwargs)))
+            parts.append(pytree.tree_flatten(self._run(self._copies_of(name), some_args, some_kwargs)))
             places.append(mine)
         order = torch.cat(places).argsort()
         leaves = zip(*(leaves for leaves, _ in parts), strict=True)
@@ -114,9 +124,10 @@ class SwitchedModule(Mixin):
 def switched(module: nn.Module, path: str, state: TaskState) -> SwitchedModule:
     """Make `module` a :class:`SwitchedModule` if it is none yet."""
     if not isinstance(module, SwitchedModule):
-        put_on(SwitchedModule, module)
-        switching: Any = module
+        switching: Any = module  # all attributes first: another thread may be computing with the module
         switching.task_state, switching.task_path, switching.task_own, switching.task_copies = state, path, None, {}
+        switching.task_now = ()
+        put_on(SwitchedModule, module)
     return module  # type: ignore[return-value]
 
 
@@ -124,7 +135,9 @@ def plain_copy(module: nn.Module) -> nn.Module:
     """A copy of the module's own parameters and class, which no task replaces."""
     if not isinstance(module, SwitchedModule):
         return copy.deepcopy(module)
-    twin: Any = copy.deepcopy(module, {id(module.task_copies): {}, id(module.task_state): None})
+    twin: Any = copy.deepcopy(
+        module, {id(module.task_copies): {}, id(module.task_state): None, id(module.task_now): ()}
+    )
     for attribute in _ATTRIBUTES:
         delattr(twin, attribute)
     take_off(twin)

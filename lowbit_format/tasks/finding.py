@@ -10,9 +10,15 @@ from ..bundle import TaskBundle, read_bundle, read_task_config
 from ..errors import HubError
 
 
-def find_bundle(source: str | os.PathLike[str], **where: Any) -> TaskBundle:
+def find_bundle(
+    source: str | os.PathLike[str],
+    *,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    **hub: Any,
+) -> TaskBundle:
     """The bundle at `source`, checked by every rule that needs no base. Arguments as for :func:`bundle_directory`."""
-    return read_bundle(bundle_directory(source, **where))
+    return read_bundle(bundle_directory(source, subfolder=subfolder, revision=revision, **hub))
 
 
 def bundle_directory(

@@ -26,7 +26,7 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
         scale_dtype: of the scales from here on. ``"float32"`` computes the same weights as the task did; None keeps the
             base's dtype, which rounds them, in float16 by up to 0.05%.
 
-    Raises TaskError if the task is not loaded, or `scale_dtype` is unknown.
+    Raises TaskError, and changes nothing, if the task is not loaded, or `scale_dtype` is unknown or cannot hold it.
     """
     from ..runtime.hf import LowbitConfig
 
@@ -35,13 +35,13 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
     if scale_dtype not in SCALE_DTYPES:
         raise TaskError(f"unknown scale_dtype {scale_dtype!r}: choose float32, float16, bfloat16 or None")
     config = config_of(model)
-    for module in named_modules(model).values():
-        delta = module.delta_of(name)
-        if delta is not None:
-            others = [m for m in tied_to(module, model) if m is not module]
-            module.fold(delta, SCALE_DTYPES[scale_dtype])
-            for other in others:
-                other.share(module)
+    changed = [(m, delta) for m in named_modules(model).values() if (delta := m.delta_of(name)) is not None]
+    folded = [(m, m.folded(delta, SCALE_DTYPES[scale_dtype])) for m, delta in changed]  # all of them, or an error
+    for module, values in folded:
+        others = [m for m in tied_to(module, model) if m is not module]
+        module.fold(values)
+        for other in others:
+            other.share(module)
     for module in list(model.modules()):
         if isinstance(module, SwitchedModule):
             module.settle(name)
@@ -52,5 +52,7 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
     described = describe(model, placed)
     model.config.quantization_config = model.hf_quantizer.quantization_config = LowbitConfig.of(described)
     model.lowbit_base = base_of_tensors(model, described)
+    model.name_or_path = model.config._name_or_path = ""  # where the old base is, which this is no more
+    model.config._commit_hash = None
     for _, module in lowbit_modules(model):
         module.set_task(None)

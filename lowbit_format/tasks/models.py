@@ -16,8 +16,8 @@ from ..schema import QuantizationConfig
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside of DDP, FSDP or ``torch.compile``; TaskError if it is no lowbit model."""
-    inner = model
+    """The transformers model inside of DDP, FSDP, PEFT or ``torch.compile``; TaskError if it is no lowbit model."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel has it
     while not isinstance(inner, LowbitModel):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if inner is None:

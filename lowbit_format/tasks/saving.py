@@ -75,7 +75,7 @@ def bundle_of(
     config = replace(
         state.loaded[name].config,
         base_model_name_or_path=base_model or model.name_or_path or None,
-        revision=revision or getattr(model.config, "_commit_hash", None),
+        revision=revision or (None if base_model else getattr(model.config, "_commit_hash", None)),
     )
     deltas = {}
     for module_name, module in named_modules(model).items():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..bundle import TaskBundle, TaskConfig, check_matches, split_delta
 from ..errors import BundleError, TaskError
 from ..runtime.deltas import Delta, shifted
+from ..runtime.modules import LowbitModule
 from ..runtime.naive import with_delta
 from ..runtime.placement import lowbit_modules
 from ..runtime.selection import Name
@@ -30,6 +31,10 @@ from .models import model_path, named_modules, state_of, unwrapped
 log = logging.getLogger(__name__)
 
 
+# Sequence before batch, or one relative-position table through projections that tasks change.
+NOT_BATCH_FIRST = ("longformer", "led", "xlnet", "fsmt", "deberta", "deberta-v2")
+
+
 @dataclass(frozen=True)
 class LoadedTask:
     """A loaded task.
@@ -39,6 +44,7 @@ class LoadedTask:
         config: what its bundle says of it.
         numbers: how many numbers its deltas have; each takes 4 bytes.
         saved_numbers: how many numbers its ``modules_to_save`` have.
+        saved_bytes: memory that these take.
         tuned: it is being trained.
         active: the model computes with it wherever no ``use_tasks`` block says otherwise.
     """
@@ -47,13 +53,14 @@ class LoadedTask:
     config: TaskConfig
     numbers: int
     saved_numbers: int = 0
+    saved_bytes: int = 0
     tuned: bool = False
     active: bool = False
 
     @property
     def nbytes(self) -> int:
-        """Memory that the deltas take."""
-        return 4 * self.numbers
+        """Memory that the task takes."""
+        return 4 * self.numbers + self.saved_bytes
 
 
 def load_task(
@@ -63,7 +70,10 @@ def load_task(
     name: str | None = None,
     subfolder: str | None = None,
     revision: str | None = None,
-    **hub: Any,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
 ) -> str:
     """Load a task's bundle beside the tasks that `model` has. It is chosen by :func:`set_task` or :func:`use_tasks`.
 
@@ -73,7 +83,10 @@ def load_task(
         name: to choose it by; by default the last part of `subfolder` or `source`.
         subfolder: of the directory or repository.
         revision: branch, tag or commit on the Hub.
-        **hub: ``token``, ``cache_dir``, ``local_files_only``, ``force_download``.
+        token: of the Hub; by default the saved one.
+        cache_dir: of the Hub's files; by default that of huggingface_hub.
+        local_files_only: take it from the cache and do not ask the Hub.
+        force_download: get it from the Hub again, whatever the cache holds.
 
     Returns:
         The name.
@@ -86,60 +99,82 @@ def load_task(
     model = unwrapped(model)
     state = state_of(model)
     if name is None:
-        name = "task" if isinstance(source, TaskBundle) else Path(subfolder or os.fspath(source)).name
+        name = "task" if isinstance(source, TaskBundle) else Path(subfolder or Path(source).absolute()).name
     if not name or name in state.loaded:
-        raise TaskError(f"the name {name!r} is taken: give another with name=, or unload_task it first")
+        taken = f"the name {name!r} is taken" if name else "a task needs a name"
+        raise TaskError(f"{taken}: give another with name=, or unload_task it first")
     if isinstance(source, TaskBundle):
+        if subfolder or revision:
+            raise TypeError("a bundle in memory has no subfolder or revision")
         bundle = source
     else:
-        bundle = find_bundle(source, subfolder=subfolder, revision=revision, **hub)
+        bundle = find_bundle(
+            source,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
     base = model.lowbit_base
     check_matches(bundle, base.config, base.fingerprint, base.bits)
     modules = named_modules(model)
-    deltas = {module: _checked(delta, modules[module]) for module, delta in _deltas(bundle, modules).items()}
-    heads = {path: _head(model, bundle, listed, path) for listed, path in _head_paths(model, bundle).items()}
+    with torch.inference_mode(False):  # so that they may take part in training
+        deltas = {module: _checked(delta, modules[module]) for module, delta in _deltas(bundle, modules).items()}
+        heads = {path: _head(model, bundle, listed, path) for listed, path in _head_paths(model, bundle).items()}
 
     for module, delta in deltas.items():  # from here on nothing fails: a task is loaded whole or not at all
         modules[module].deltas[name] = delta
     for path, head in heads.items():
         switched(model.get_submodule(path), path, state).task_copies[name] = head
     numbers = sum(d.numel() for d in deltas.values())
-    saved = sum(t.numel() for head in heads.values() for t in head.state_dict().values())
-    state.loaded[name] = LoadedTask(name, bundle.config, numbers, saved)
+    tensors = [t for head in heads.values() for t in head.state_dict().values()]
+    size, nbytes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+    state.loaded[name] = LoadedTask(name, bundle.config, numbers, size, nbytes)
     return name
 
 
 def set_task(model: Any, name: Name) -> None:
     """Compute with task `name`, or with the base (None), wherever no :func:`use_tasks` block says otherwise.
 
-    Takes effect for all threads. Raises TaskError if the task is not loaded.
+    Takes effect for all threads, also for one that is computing: a server with several chooses by :func:`use_tasks`.
+    Raises TaskError if the task is not loaded.
     """
     model = unwrapped(model)
     state = state_of(model)
     state.check([name])
-    for _, module in lowbit_modules(model):
-        module.set_task(name)
     state.active = name
+    for module in model.modules():
+        if isinstance(module, (LowbitModule, SwitchedModule)):
+            module.set_task(name)
 
 
 @contextlib.contextmanager
 def use_tasks(model: Any, tasks: Sequence[Name] | Name) -> Iterator[None]:
     """Inside the block, compute each row of a batch with a task of its own.
 
-    Only the calling thread (or asyncio task) is concerned. Rows may multiply, as in beam search, if those of one
-    input stay together.
+    Only the thread (or asyncio task) that opens the block is concerned: one that is started inside, such as
+    ``generate`` for a ``TextIteratorStreamer``, opens its own. A backward pass belongs into the block too. Rows may
+    multiply, as in beam search, if those of one input stay together.
 
     Args:
         model: a lowbit model.
         tasks: names of loaded tasks, None for the base, one for each row of the batch; or one name for all rows.
 
-    Raises TaskError if a task is not loaded, or when a batch has another number of rows.
+    Raises TaskError if a task is not loaded, when a batch has another number of rows, or if several tasks are given
+    for a model that does not compute row by row.
     """
     model = unwrapped(model)
     state, rows = state_of(model), [tasks] if tasks is None or isinstance(tasks, str) else list(tasks)
     if not rows:
         raise TaskError("use_tasks needs a task for each row of the batch; it got none")
     state.check(rows)
+    if len(set(rows)) > 1 and model.config.model_type in NOT_BATCH_FIRST:
+        raise TaskError(
+            f"{model.config.model_type} models do not keep the rows of a batch apart in their first axis: run the rows "
+            "of each task in a batch of their own"
+        )
     with state.choose(rows):
         yield
 
@@ -154,6 +189,8 @@ def unload_task(model: Any, name: str) -> None:
     """Forget a task and free its memory; what is being trained too. Raises TaskError if it is not loaded."""
     model = unwrapped(model)
     state = state_of(model)
+    if name is None:
+        raise TaskError("the base cannot be unloaded")
     state.check([name])
     if state.active == name:
         set_task(model, None)
@@ -184,6 +221,8 @@ def _deltas(bundle: TaskBundle, modules: dict[str, Any]) -> dict[str, Delta]:
 
 def _checked(delta: Delta, module: Any) -> Delta:
     """The delta on the module's device; BundleError if it makes a value infinite (MAT-6)."""
+    if module.planes.is_meta:
+        raise TaskError(f"{module.path} is offloaded: tasks need the whole model in memory")
     delta = delta.map(lambda t: t.to(module.planes.device))
     w = shifted(module.packed, delta)
     w = w if delta.scales is None else with_delta(w, delta.scales)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -12,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, read_bundle
 from ..errors import TaskError
-from ..hub import check_subfolder, full_repo_id, push_task_directory
+from ..hub import check_subfolder, full_repo_id, is_hub_id, push_task_directory
 from .card import task_card
 
 if TYPE_CHECKING:
     from ..hub import Token
+
+log = logging.getLogger(__name__)
 
 
 def push_task_to_hub(
@@ -79,6 +82,10 @@ def push_task_to_hub(
 
             options = card if dtype is None else {"dtype": dtype, **card}
             save_task(model_or_dir, directory, name=name, base_model=base_model, **options)
+        base = read_bundle(directory).config.base_model_name_or_path
+        if base is not None and not is_hub_id(base):  # a path here: no business of others, and no use to them
+            log.warning("%s does not say where its base is: give base_model=, the base's id on the Hub", full_id)
+            _rename_base(directory / CONFIG_FILE, None)
         return push_task_directory(
             directory,
             full_id,
@@ -100,7 +107,7 @@ def _copy(source: Path, directory: Path) -> None:
             shutil.copyfile(source / name, directory / name)
 
 
-def _rename_base(path: Path, base_model: str) -> None:
+def _rename_base(path: Path, base_model: str | None) -> None:
     """Say in ``task_config.json`` that the base is `base_model`; all keys stay, but a revision was the old one's."""
     config = json.loads(path.read_text("utf-8"))
     config.update(base_model_name_or_path=base_model, revision=None)

@@ -8,6 +8,8 @@ from typing import Any
 import safetensors.torch
 import transformers
 
+from ..errors import TuningError
+from ..runtime.model import trained_state_dict
 from .models import state_of, unwrapped
 from .saving import save_task
 
@@ -17,9 +19,10 @@ WEIGHTS_FILE = "model.safetensors"  # what the Trainer looks for in a checkpoint
 class TaskCallback(transformers.TrainerCallback):
     """Give it to the ``Trainer`` that trains a model after :func:`prepare_scale_tuning`.
 
-    A checkpoint then holds the task's bundle, which ``load_task`` reads as it does any other, and beside it, in
-    ``model.safetensors``, the trained parameters under the model's own names. From those the Trainer resumes (deltas
-    and head; optimizer, scheduler and random state are its own files), and loads the best model at the end.
+    A checkpoint, and what ``trainer.save_model`` writes, then holds the task's bundle, which ``load_task`` reads as it
+    does any other, and beside it, in ``model.safetensors``, what was trained under the model's own names. From those
+    the Trainer resumes (deltas and head; optimizer, scheduler and random state are its own files), and loads the best
+    model at the end.
 
     Args:
         **card: for the bundles' model cards, as in :func:`save_task`.
@@ -29,15 +32,17 @@ class TaskCallback(transformers.TrainerCallback):
         self.card = card
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """From here on ``save_pretrained`` writes checkpoints of the task."""
-        unwrapped(model).lowbit_save = self._save
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """``save_pretrained`` writes the base again."""
-        unwrapped(model).lowbit_save = None
+        """From here on the Trainer writes the task; ``model.save_pretrained(directory)`` writes the base as ever."""
+        inner = unwrapped(model)
+        if _tuned(inner) is None:
+            raise TuningError("there is no task to train: call prepare_scale_tuning before the Trainer")
+        inner.lowbit_save = self._save
 
     def _save(self, model: Any, directory: str) -> None:
-        name = next(info.name for info in state_of(model).loaded.values() if info.tuned)
-        save_task(model, directory, name=name, **self.card)
-        trained = {key: p.detach().contiguous() for key, p in model.named_parameters() if p.requires_grad}
+        save_task(model, directory, name=_tuned(model), **self.card)
+        trained = {key: t.detach().contiguous() for key, t in trained_state_dict(model).items()}
         safetensors.torch.save_file(trained, os.path.join(directory, WEIGHTS_FILE), metadata={"format": "pt"})
+
+
+def _tuned(model: Any) -> str | None:
+    return next((info.name for info in state_of(model).loaded.values() if info.tuned), None)

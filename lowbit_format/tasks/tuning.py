@@ -15,11 +15,13 @@ SGD, choose the learning rate smaller by that number.
 from __future__ import annotations
 
 import fnmatch
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..bundle import TaskConfig
 from ..codecs import CODECS
@@ -30,6 +32,8 @@ from ..runtime.placement import lowbit_modules
 from ..runtime.switched import plain_copy, switched
 from .models import bundle_path, named_modules, state_of, tied_to, unwrapped
 from .serving import LoadedTask, set_task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ METHODS = {
     "scales": Method(tuple(CODECS), None),
 }
 KINDS = ("mul", "add")
+HEADS = ("classifier", "score", "qa_outputs")  # as transformers names them; PEFT trains the same by default
 
 
 @dataclass(frozen=True)
@@ -95,8 +100,8 @@ def prepare_scale_tuning(
         offsets: train the offsets (bcq) or zero points (uniform) too, one addend for each group.
         include: lowbit modules to train; by default all but embeddings and what is tied to them.
         exclude: of these, not to be trained.
-        modules_to_save: float modules to train whole, and to save with the task. By default those that have parameters
-            which the model's files did not have, such as a fresh classifier head; ``[]`` for none.
+        modules_to_save: float modules to train whole, and to save with the task. By default a classifier's head
+            (:data:`HEADS`), and modules with parameters that the model's files did not have; ``[]`` for none.
         name: of the task.
         start: a loaded task to start from; by default all deltas are zero, which is the base.
 
@@ -120,6 +125,8 @@ def prepare_scale_tuning(
     for path, module in modules.items():
         initial = _start(module, METHODS[method], kind, offsets)
         deltas[path] = TunedDelta(initial if start is None else _from(module.delta_of(start), initial, path, start))
+    if any(p.requires_grad and "lora_" in key for key, p in model.named_parameters()):
+        log.warning("adapters that are in training on this model are frozen now: only the task is trained")
     model.requires_grad_(False)
     for path, delta in deltas.items():
         for module in tied_to(modules[path], model):
@@ -146,22 +153,24 @@ def _check(model: Any, name: str, method: str, kind: str) -> None:
     if other is not None:
         raise TaskError(f"task {other!r} is being trained on this model: save it and unload_task it first")
     if not name or name in state.loaded:
-        raise TaskError(f"the name {name!r} is taken: choose another, or unload_task it first")
+        taken = f"the name {name!r} is taken" if name else "a task needs a name"
+        raise TaskError(f"{taken}: choose another, or unload_task it first")
 
 
 def _chosen_modules(
     model: Any, method: Method, name: str, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, LowbitModule]:
     """The modules to train by path, a tied matrix once."""
-    owners = {id(m): m for m in named_modules(model).values()}
-    paths = {path: m for path, m in lowbit_modules(model) if id(m) in owners}
+    owners = {id(m.planes): m for m in named_modules(model).values()}
+    paths = {m.path: m for _, m in lowbit_modules(model)}  # tied places too: they stand for their owner
     embeddings = {id(m.planes) for m in paths.values() if isinstance(m, LowbitEmbedding)}
     if include is None:
         chosen = [path for path, m in paths.items() if id(m.planes) not in embeddings]
     else:
         chosen = _matching(include, paths, "include")
-    left_out = set(_matching(exclude or (), paths, "exclude"))
-    modules = {path: paths[path] for path in chosen if path not in left_out}
+    left_out = {id(paths[path].planes) for path in _matching(exclude or (), paths, "exclude")}
+    found = [owners[id(paths[path].planes)] for path in chosen if id(paths[path].planes) not in left_out]
+    modules = {m.path: m for m in found}
     if not modules:
         raise TuningError("no module is left to train")
     unfit = {path: m.scheme.codec for path, m in modules.items() if m.scheme.codec not in method.codecs}
@@ -182,13 +191,15 @@ def _saved_modules(model: Any, patterns: Sequence[str] | None) -> list[str]:
         if path and not any(isinstance(part, (LowbitModule, TunedDelta)) for part in m.modules())
     }
     if patterns is None:
-        holders = {key.rpartition(".")[0] for key in model.lowbit_fresh}
+        holders = {key.rpartition(".")[0] for key in model.lowbit_fresh} | set(HEADS)
         chosen = [path for path in plain if path in holders and _tied_parameter(model, path) is None]
     else:
         chosen = _matching(patterns, plain, "modules_to_save")
         for path in chosen:
             if not any(True for _ in plain[path].parameters()):
                 raise TuningError(f"modules_to_save: {path!r} has no parameters")
+            if type(plain[path]).forward is nn.Module.forward:
+                raise TuningError(f"modules_to_save: {path!r} only contains modules; name those, such as '{path}.*'")
             if tied := _tied_parameter(model, path):
                 raise TuningError(f"modules_to_save: {path!r} is tied to {tied!r}, which a task cannot change")
     return [p for p in chosen if not any(p != q and p.startswith(f"{q}.") for q in chosen)]
