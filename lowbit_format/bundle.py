@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +44,8 @@ class TaskBundle:
     Attributes:
         config: what it belongs to.
         deltas: float32 by name, ``"<module>.scales.mul"`` and the like, with the shapes of TSK-6.
-        saved: tensors of ``config.modules_to_save``, named ``"<module>.<parameter>"``; read ones hold bytes, uint8.
+        saved: tensors of ``config.modules_to_save``, named ``"<module>.<parameter>"`` (see :func:`saved_module`); read
+            ones hold bytes, uint8.
     """
 
     config: TaskConfig
@@ -163,6 +165,14 @@ def split_delta(name: str) -> tuple[str, str] | None:
     return (module, f"{role}.{operation}") if module and f"{role}.{operation}" in OPERATIONS else None
 
 
+def saved_module(name: str, listed: Container[str]) -> str | None:
+    """The path of `listed` to which a saved tensor belongs: the longest that fits; None if none does (TSK-10)."""
+    at = name.rfind(".", 0, max(len(name) - 1, 0))  # what is behind the dot is not empty
+    while at > 0 and name[:at] not in listed:
+        at = name.rfind(".", 0, at)
+    return name[:at] if at > 0 else None
+
+
 def modules_by_name(base: QuantizationConfig) -> dict[str, tuple[Module, bool]]:
     """The base's modules by the names that bundles use, and whether each lies in the body (TSK-7)."""
     named = [(*base.canonical_path(m.path), m) for m in base]
@@ -172,7 +182,9 @@ def modules_by_name(base: QuantizationConfig) -> dict[str, tuple[Module, bool]]:
 def check_matches(
     bundle: TaskBundle, base: QuantizationConfig, fingerprint: Fingerprint, bits: int | None = None
 ) -> None:
-    """Refuse a bundle that does not belong to a base (TSK-7, MAT-1 to MAT-3; MAT-6 needs :func:`effective_params`).
+    """Refuse a bundle that does not belong to a base (TSK-7, TSK-10, MAT-1 to MAT-3).
+
+    MAT-6 needs :func:`effective_params`, MAT-7 the model.
 
     Args:
         bundle: what to apply.
@@ -183,7 +195,8 @@ def check_matches(
     Raises:
         FingerprintError: it was tuned on another base, or on another head and has deltas for it.
         PrecisionError: the base does not have the bundle's precision (NST-3).
-        BundleError: another precision, a module that the base lacks, or a delta that does not fit.
+        BundleError: another precision, a module that the base lacks, a delta that does not fit, or a quantized module
+            that is carried whole.
     """
     config, modules = bundle.config, modules_by_name(base)
     if config.base_fingerprint != fingerprint.body:
@@ -204,6 +217,14 @@ def check_matches(
         if not _fits(delta.shape, operation, module, config.bits):
             message = f"a delta of shape {list(delta.shape)} does not fit {module.path!r}, {list(module.shape)}"
             raise BundleError("TSK-7", f"{message} in {_planes(module, config.bits)} bits", tensor=name)
+    prefix = f"{base.base_model_prefix}." if base.base_model_prefix else ""
+    packed = {*modules, *(place.removeprefix(prefix) for place in base.tied)}
+    above = {path for name in packed for path in _with_ancestors(name)}
+    for listed in config.modules_to_save:
+        path = listed.removeprefix(prefix)
+        if path in above or not packed.isdisjoint(_with_ancestors(path)):
+            message = "is, contains or lies in a quantized module of the base, which no bundle can carry whole"
+            raise BundleError("TSK-10", message, tensor=listed)
 
 
 def effective_params(bundle: TaskBundle, name: str, params: Params) -> Params:
@@ -232,7 +253,7 @@ def effective_params(bundle: TaskBundle, name: str, params: Params) -> Params:
 
 
 def check_applies(bundle: TaskBundle, base: ModelReader) -> None:
-    """Check every rule of section 3 against a base in a directory, all effective values included (MAT-1 to MAT-6).
+    """Check a bundle against a base in a directory, all effective values included (MAT-1 to MAT-6).
 
     Raises what :func:`check_matches` and :func:`effective_params` raise.
     """
@@ -281,19 +302,26 @@ def _check(bundle: TaskBundle, file: Path) -> None:
             raise fail("TSK-9", "the module has scales.mul too", name)
         if not np.isfinite(delta).all():
             raise fail("TSK-9", "holds NaN or an infinity", name)
-    listed = bundle.config.modules_to_save
+    listed, found, names = frozenset(bundle.config.modules_to_save), set[str](), set[str]()
     for tensor in bundle.saved:
-        if not any(_belongs(tensor.name, path) for path in listed):
+        if tensor.name in names:
+            raise fail("TSK-6", "another saved tensor has this name too", tensor.name)
+        owner = saved_module(tensor.name, listed)
+        if owner is None:
             raise fail("TSK-10", "belongs to no module of modules_to_save", tensor.name)
         if tensor.nbytes != math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype]:
             raise fail("HDR-5", f"{tensor.nbytes} bytes are not {tensor.dtype} {list(tensor.shape)}", tensor.name)
-    for path in listed:
-        if not any(_belongs(tensor.name, path) for tensor in bundle.saved):
-            raise fail("TSK-10", "modules_to_save lists this module, but it has no tensor", path)
+        found.add(owner)
+        names.add(tensor.name)
+    for path in bundle.config.modules_to_save:
+        if path not in found:
+            raise fail("TSK-10", "modules_to_save lists this module, but it has no tensor of its own", path)
 
 
-def _belongs(name: str, path: str) -> bool:
-    return name.startswith(f"{path}.") and name != f"{path}."
+def _with_ancestors(path: str) -> set[str]:
+    """`path` and the paths of all modules that contain it."""
+    parts = path.split(".")
+    return {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
 
 
 def _planes(module: Module, bits: int | None) -> int:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from .container import strict_json
 from .errors import BundleError, FormatError, VersionError
@@ -16,6 +16,7 @@ CONFIG_FILE = "task_config.json"
 FORMAT = "lowbit-task"
 
 _HEX = re.compile(r"[0-9a-f]{64}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,13 @@ class TaskConfig:
         if bits is not None and not (is_int(bits) and 1 <= bits <= 8):
             raise fail("TSK-3", f"bits is {bits!r}, expected an integer from 1 to 8, or null")
         for key in ("base_model_name_or_path", "revision"):
-            if not isinstance(obj.get(key), str | None):
-                raise fail("TSK-4", f"{key} is {obj[key]!r}, expected a string or null")
+            if obj.get(key) is not None and not _is_text(obj[key]):
+                raise fail("TSK-4", f"{key} is {obj[key]!r}, expected a string without control characters, or null")
         method, saved = obj.get("method"), obj.get("modules_to_save", [])
-        if not isinstance(method, str):
-            raise fail("TSK-5", f"method is {method!r}, expected a string")
-        if not isinstance(saved, list) or not all(map(_is_path, saved)):
-            raise fail("TSK-5", f"modules_to_save is {saved!r}, expected a list of module paths")
+        if not _is_text(method):
+            raise fail("TSK-5", f"method is {method!r}, expected a string without control characters")
+        if not isinstance(saved, list) or not all(map(_is_path, saved)) or len(set(saved)) != len(saved):
+            raise fail("TSK-5", f"modules_to_save is {saved!r}, expected a list of module paths, none of them twice")
         place, revision = obj.get("base_model_name_or_path"), obj.get("revision")
         return cls(base, head, method, place, revision, bits, tuple(saved), obj["format_version"])
 
@@ -91,6 +92,11 @@ def read_task_config(directory: Path) -> TaskConfig:
     if not path.is_file():
         raise fail("TSK-1", "there is no such file; expected a task bundle's directory")
     return TaskConfig.from_dict(strict_json.load_file(path, fail), file=path)
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Whether `value` is a string without control characters and lone surrogates, which no terminal should be sent."""
+    return isinstance(value, str) and not _CONTROL.search(value)
 
 
 def _is_path(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from lowbit_format.bundle import (
     modules_by_name,
     read_bundle,
     rounding_loss,
+    saved_module,
     split_delta,
     write_bundle,
 )
@@ -82,7 +84,7 @@ def test_invalid_bundle_is_refused_by_rule(name: str) -> None:
 
     def read_and_apply() -> None:
         bundle = read_bundle(INVALID / name / "bundle")
-        apply(bundle, base, bundle.config.bits)
+        apply(bundle, base, fact.get("bits", bundle.config.bits))
 
     with pytest.raises(FormatError) as caught:
         read_and_apply()
@@ -285,13 +287,24 @@ def test_sizes() -> None:
     [
         ({"config": TaskConfig("no hex")}, "TSK-2"),
         ({"config": TaskConfig("0" * 64, bits=9)}, "TSK-3"),
+        ({"config": TaskConfig("0" * 64, base_model_name_or_path="base\n")}, "TSK-4"),
+        ({"config": TaskConfig("0" * 64, revision="\udfff")}, "TSK-4"),
+        ({"config": TaskConfig("0" * 64, method="\x1b[2J")}, "TSK-5"),
         ({"config": TaskConfig("0" * 64, modules_to_save=("a/b",))}, "TSK-5"),
+        ({"config": TaskConfig("0" * 64, modules_to_save=("x", "x"))}, "TSK-5"),
         ({"config": TaskConfig("0" * 64, format_version="2.0")}, "TSK-1"),
         ({"deltas": {}}, "TSK-11"),
         ({"deltas": {".scales.mul": np.zeros((1, 1), np.float32)}}, "TSK-6"),
         ({"deltas": {"modules_to_save.x.scales.mul": np.zeros((1, 1), np.float32)}}, "TSK-6"),
         ({"deltas": {"fc.scales.mul": np.full((1, 1), np.nan, np.float32)}}, "TSK-9"),
         ({"saved": (Tensor("x.weight", "F32", (1,), np.zeros(1, "<f4")),)}, "TSK-10"),
+        (
+            {
+                "config": TaskConfig("0" * 64, modules_to_save=("x",)),
+                "saved": (Tensor("x.weight", "F32", (1,), np.zeros(1, "<f4")),) * 2,
+            },
+            "TSK-6",
+        ),
     ],
 )
 def test_the_writer_refuses_what_a_reader_would(changes: dict[str, Any], rule: str, tmp_path: Path) -> None:
@@ -375,6 +388,52 @@ def test_the_base_stays_as_it_is(reader: ModelReader) -> None:
     assert (params.scales.tobytes(), params.shift.tobytes() if params.shift is not None else b"") == before
 
 
+@pytest.mark.parametrize("name", ["a", "a.", ".a", "", ".", "b.c", "ab.c", "a.b.c.d", "a.b.", "a..b", "a.b..", "x.y.z"])
+def test_a_saved_tensor_belongs_to_the_longest_path(name: str) -> None:
+    """TSK-10, against its words."""
+    listed = ("a", "a.b", "a.b.c", "x.y", "x.y.z")
+    fitting = [m for m in listed if name.startswith(m + ".") and name.removeprefix(m + ".")]
+    assert saved_module(name, listed) == max(fitting, key=len, default=None)
+
+
+def test_a_bundle_of_many_saved_tensors_is_checked_at_once(tmp_path: Path) -> None:
+    """Time grows with the sizes of the two lists, not with their product."""
+    paths = tuple(f"m{i}" for i in range(20_000))
+    saved = tuple(Tensor(f"{path}.w", "U8", (0,), np.empty(0, np.uint8)) for path in paths)
+    start = time.process_time()
+    bundles._check(TaskBundle(TaskConfig("0" * 64, modules_to_save=paths), {}, saved), tmp_path)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("listed", "refused"),
+    [
+        *(("fc", True), ("model.fc", True), ("f", False), ("fcs", False), ("embed.x.y", True), ("model", False)),
+        *(("lm_head", True), ("lm_head.x", True), ("cls", True), ("cls.tied", True), ("cls.other", False)),
+    ],
+)
+def test_what_is_quantized_cannot_be_carried_whole(listed: str, refused: bool) -> None:
+    """TSK-10: no module of the base, no tied place, nothing above or below one, with the prefix or without."""
+    from lowbit_format.schema import Module, QuantizationConfig, Scheme
+
+    modules = {path: Module(path, Scheme(), "linear", (2, 2)) for path in ("model.fc", "model.embed")}
+    tied = {"lm_head": "model.embed", "model.cls.tied": "model.embed"}
+    base = QuantizationConfig(modules, tied, "model")
+    saved = Tensor(f"{listed}.weight", "U8", (1,), np.zeros(1, np.uint8))
+    bundle = TaskBundle(TaskConfig("0" * 64, modules_to_save=(listed,)), {}, (saved,))
+    if not refused:
+        return check_matches(bundle, base, Fingerprint("0" * 64, ""))
+    with pytest.raises(BundleError) as caught:
+        check_matches(bundle, base, Fingerprint("0" * 64, ""))
+    assert (caught.value.rule, caught.value.tensor) == ("TSK-10", listed)
+
+
+def test_saved_tensors_need_no_head(reader: ModelReader) -> None:
+    """MAT-2: they are no deltas, and whose head they replace does not matter."""
+    good = read_bundle(VALID / "only-modules-to-save" / "bundle")
+    check_matches(replace(good, config=replace(good.config, head_fingerprint="")), reader.config, reader.fingerprint())
+
+
 def test_the_body_wins_where_names_coincide() -> None:
     """TSK-7: a name that could be the head's too is the body's."""
     from lowbit_format.schema import Module, QuantizationConfig, Scheme
@@ -398,6 +457,29 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         read_bundle(tmp_path)
     with pytest.raises(BundleError, match=r"task_config\.json: is no directory"):
         read_bundle(tmp_path / bundles.CONFIG_FILE)
+
+
+def test_a_configuration_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    """TSK-1 with the limit of DIR-8."""
+    (tmp_path / bundles.CONFIG_FILE).touch()
+    os.truncate(tmp_path / bundles.CONFIG_FILE, (1 << 25) + 1)
+    with pytest.raises(BundleError, match="expected at most") as caught:
+        read_bundle(tmp_path)
+    assert caught.value.rule == "TSK-1"
+
+
+@pytest.mark.parametrize("depth", [63, 100, 100_000])
+def test_the_depth_of_a_configuration(depth: int, tmp_path: Path) -> None:
+    """TSK-1 with the limit of DIR-8: 64 levels, the object itself one of them, must be read; more are refused."""
+    write_bundle(tmp_path, one_delta(np.zeros((1, 1))))
+    config = {**TaskConfig("0" * 64).to_dict(), "deep": None}
+    text = json.dumps(config).replace('"deep": null', f'"deep": {"[" * depth}{"]" * depth}')
+    (tmp_path / bundles.CONFIG_FILE).write_text(text)
+    if depth == 63:
+        assert read_bundle(tmp_path).config == TaskConfig("0" * 64)
+        return
+    with pytest.raises(BundleError, match="TSK-1"):
+        read_bundle(tmp_path)
 
 
 def test_another_major_version_says_so() -> None:

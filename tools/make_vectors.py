@@ -952,6 +952,10 @@ def bundle_bases() -> Iterator[Valid]:
     yield Valid(
         "bundle-base", "The base of the other bundles: all codecs, nested, experts, ragged, a head.", task_base()
     )
+    yield Valid(
+        "bundle-edge-base", "Parameters of -0.0, subnormal ones, and ones near the largest number.", edge_base()
+    )
+    yield Valid("bundle-names-base", "A module of the head named like one of the body, a tied place.", names_base())
 
 
 def valid_cases() -> Iterator[Valid]:
@@ -1669,6 +1673,37 @@ def task_base() -> Model:
     return model
 
 
+def edge_base() -> Model:
+    """`big` and `zp` overflow where 2^127 is added once more, or a scale of 2^127 doubled."""
+    big, small = 2.0**127, 2.0**-100
+    model = Model("bundle-edge-base")
+    zero = {"scales": floats([[[-0.0], [0.0]], [[-0.0], [1.0]]]), "offsets": floats([[-0.0], [0.0]])}
+    tiny = {"scales": floats([[[2.0**-126], [-3 * 2.0**-149]]]), "zeros": floats([[2.0**-126], [1.0]])}
+    huge = {"scales": floats([[[1.0], [big]]]), "offsets": floats([[big], [0.0]])}
+    zp = {"scales": floats([[[small], [1.0]]]), "zeros": floats([[big], [-0.0]])}
+    for path, way, roles in (
+        ("zero", scheme("bcq", 2, 0, "F32", offset=True), zero),
+        ("tiny", scheme("uniform", 2, 0, "F32"), tiny),
+        ("huge", scheme("bcq", 1, 0, "F32", offset=True), huge),
+        ("zp", scheme("uniform", 2, 0, "F32"), zp),
+    ):
+        planes = random_planes(f"bundle-edge-base/{path}", (way["bits"], 2), 3)
+        model.add(path, way, [2, 3], roles={"planes": planes, **roles})
+    return model
+
+
+def names_base() -> Model:
+    model = (
+        Model("bundle-names-base")
+        .add("model.fc", scheme("bcq", 2), [2, 3])
+        .add("fc", scheme("bcq", 2), [2, 3])
+        .add("model.embed", scheme("uniform", 3, nested=[2]), [3, 4], "embedding")
+    )
+    model.quant["base_model_prefix"] = "model"
+    model.quant["tied"] = {"lm_head": "model.embed"}
+    return model
+
+
 @dataclass
 class Bundle:
     """A task bundle in the making."""
@@ -1677,8 +1712,13 @@ class Bundle:
     deltas: Tensors
     changes: Json = field(default_factory=dict)
     metadata: dict[str, str] | None = None
+    omitted: tuple[str, ...] = ()  # keys of task_config.json
 
     def config(self) -> Json:
+        full = self.whole_config()
+        return {key: value for key, value in full.items() if key not in self.omitted}
+
+    def whole_config(self) -> Json:
         prints = fingerprints(self.base.model)
         return {
             "format": "lowbit-task",
@@ -1702,11 +1742,12 @@ class Bundle:
 
     def effective(self) -> Tensors:
         """The scales, offsets and zeros, with the deltas applied, of every module that has a delta."""
-        model, bits = self.base.model, self.config()["bits"]
-        names = {name: path for part in body_and_head(model) for name, path in part.items()}
+        model, bits = self.base.model, self.whole_config()["bits"]
+        body, head = body_and_head(model)
+        names = body | {name: path for name, path in head.items() if name not in body}
         result: Tensors = {}
         for name, path in names.items():
-            if not any(delta.startswith(name + ".") for delta in self.deltas):
+            if not any(delta.rpartition(".")[0].rpartition(".")[0] == name for delta in self.deltas):
                 continue
             module = module_of(model, path)
             suffix = "" if bits is None or module.way["bits"] <= bits else f"_k{bits}"
@@ -1740,11 +1781,15 @@ class ValidBundle:
     name: str
     about: str
     bundle: Bundle
+    at: int | str | None = "own"  # precision to apply it at
 
     def outputs(self) -> Files:
-        expected = {"base": self.bundle.base_path(), "bits": self.bundle.config()["bits"], "about": self.about}
+        bits = self.bundle.whole_config()["bits"] if self.at == "own" else self.at
+        expected = {"base": self.bundle.base_path(), "bits": bits, "about": self.about}
+        effective = self.bundle.effective()
+        assert all(np.isfinite(tensor.f32()).all() for tensor in effective.values()), f"{self.name} breaks MAT-6"
         return {f"bundle/{path}": content for path, content in self.bundle.files().items()} | {
-            "expected.safetensors": safetensors(self.bundle.effective()),
+            "expected.safetensors": safetensors(effective),
             "expected.json": pretty(expected),
         }
 
@@ -1756,9 +1801,11 @@ class InvalidBundle:
     about: str
     base: str
     files: Files
+    at: int | str | None = "own"  # precision to apply it at
 
     def outputs(self) -> Files:
-        expected = {"rule": self.rule, "base": self.base, "about": self.about}
+        at = {} if self.at == "own" else {"bits": self.at}
+        expected = {"rule": self.rule, "base": self.base, **at, "about": self.about}
         bundle = {f"bundle/{path}": content for path, content in self.files.items()}
         return {**bundle, "expected.json": pretty(expected)}
 
@@ -1783,7 +1830,7 @@ def sensitive_delta(base: Model) -> Tensor:
 
 
 def bundles() -> Iterator[ValidBundle]:
-    example, base = bundle_bases()
+    example, base, edge, named = bundle_bases()
     delta = hexed("F32", (1, 2), "00 00 00 3e 00 00 80 be")
     worked = Bundle(example, {"fc.scales.mul": delta})
     assert np.array_equal(delta.f32(), np.array([[0.125, -0.25]], np.float32))
@@ -1853,10 +1900,99 @@ def bundles() -> Iterator[ValidBundle]:
         base, {"modules_to_save.classifier.weight": random_delta("w", 2, 6)}, {"modules_to_save": ["classifier"]}
     )
     yield ValidBundle("only-modules-to-save", "No delta at all, only a module kept whole.", only)
+    yield from config_bundles(base)
+    yield from saved_bundles(base)
+    yield from edge_bundles(edge)
+    yield from named_bundles(base, named)
+
+
+def config_bundles(base: Valid) -> Iterator[ValidBundle]:
+    """TSK-1, TSK-5, MAT-3."""
+    deltas = {"layers.0.fc.scales.mul": random_delta("config", 3, 2), "layers.0.up.zeros.add": random_delta("z", 3, 1)}
+    optional = ("base_model_name_or_path", "revision", "head_fingerprint", "bits", "modules_to_save")
+    bare = Bundle(base, deltas, {"method": ""}, omitted=optional)
+    yield ValidBundle("required-keys", "No key but the required ones; method is the empty string.", bare)
+    unknown: Json = {
+        "peft_type": "LORA", "modules": {"layers.0.fc": None}, "tied": [], "Bits": 9, "": 1e300, "huge": 10**30,
+        "base_model_prefix": "x", "quant_method": "lowbit", "created": "2024-01-01\n", "deep": [[[[{}]]]],
+    }  # fmt: skip
+    bundle = Bundle(base, deltas, unknown, {"format": "np", "made by": "someone"})
+    yield ValidBundle("unknown-keys", "Unknown keys in task_config.json and in the header's metadata.", bundle)
+    about = "Tuned at precision 4, which is the base's own: no module has more than 4 bits."
+    yield ValidBundle("precision-4-at-own", about, Bundle(base, deltas, {"bits": 4}), at=None)
+    about = "Tuned at the base's own bits, applied at precision 8, which is the same."
+    yield ValidBundle("precision-own-at-8", about, Bundle(base, deltas), at=8)
+
+
+def saved_bundles(base: Valid) -> Iterator[ValidBundle]:
+    """TSK-6, TSK-10."""
+    integers = {
+        "modules_to_save.norm.num_batches_tracked": hexed("I64", (), "07 00 00 00 00 00 00 80"),
+        "modules_to_save.norm.mask": hexed("BOOL", (3,), "01 00 01"),
+        "modules_to_save.norm.table": hexed("F8_E4M3", (2, 1), "7f 80"),
+        "modules_to_save.norm.empty": hexed("C64", (0, 2), ""),
+    }
+    about = "Saved tensors that are not floats, with no axis, and with no number."
+    yield ValidBundle("saved-dtypes", about, Bundle(base, integers, {"modules_to_save": ["norm"]}))
+    dotted = {
+        "layers.0.fc.scales.mul": random_delta("dotted", 1, 2),
+        "modules_to_save.a.weight": random_delta("a.weight", 2),
+        "modules_to_save.a.b.weight": random_delta("a.b.weight", 3),
+        "modules_to_save.a.bc.parametrizations.weight.original0": random_delta("a.bc", 1),
+        "modules_to_save.c.d.e": random_delta("c.d.e", 2),
+        "modules_to_save.modules_to_save.scales.mul": hexed("U8", (1,), "01"),
+    }
+    listed = {"modules_to_save": ["a", "a.b", "c", "modules_to_save"]}
+    about = "Parameters with dots in their names, listed modules inside of one another, a parameter named like a delta."
+    yield ValidBundle("saved-dots", about, Bundle(base, dotted, listed))
+
+
+def edge_bundles(edge: Valid) -> Iterator[ValidBundle]:
+    """MAT-5, TSK-8, and the edge of MAT-6."""
+    added = {
+        "zero.scales.add": floats([[[0.0], [-0.0]], [[-0.0], [0.0]]]),
+        "zero.offsets.add": floats([[0.0], [-0.0]]),
+        "zp.zeros.add": floats([[0.0], [0.0]]),
+    }
+    bundle = Bundle(edge, added)
+    words = {name: tensor.f32().view(np.uint32).ravel() for name, tensor in bundle.effective().items()}
+    assert words["zero.scales"].tolist() == [0, 0, 1 << 31, 127 << 23]
+    assert words["zero.offsets"].tolist() == [0, 0]
+    assert words["zp.zeros"][1] == 0
+    yield ValidBundle("zero-add", "Zeros of both signs, added to zeros of both signs.", bundle)
+    kept = {"zero.scales.mul": floats([[0.0, -0.0], [-0.0, 0.0]]), "zero.offsets.add": floats([[-0.0], [-0.0]])}
+    yield ValidBundle("zero-kept", "Zero factors, and an added -0.0: -0.0 stays what it is.", Bundle(edge, kept))
+    small = {
+        "tiny.scales.mul": floats([[-0.75, 0.5]]),
+        "tiny.zeros.add": floats([[-(2.0**-127)], [2.0**-149]]),
+        "zero.scales.add": floats([[[2.0**-149], [-(2.0**-130)]]]),
+    }
+    bundle = Bundle(edge, small)
+    assert bundle.effective()["tiny.scales"] == floats([[[2.0**-128], [-4 * 2.0**-149]]])
+    yield ValidBundle("subnormal", "Subnormal deltas and effective values, which are kept; a tie to even.", bundle)
+    most = {"huge.scales.mul": floats([[3.0, 1 - 2.0**-23]]), "huge.offsets.add": floats([[2.0**127 - 2.0**104], [0]])}
+    bundle = Bundle(edge, most)
+    largest = float(np.finfo(np.float32).max)
+    assert bundle.effective()["huge.scales"] == floats([[[4.0], [largest]]])
+    assert bundle.effective()["huge.offsets"] == floats([[largest], [0.0]])
+    yield ValidBundle("largest", "Effective values that are the largest finite number.", bundle)
+
+
+def named_bundles(base: Valid, named: Valid) -> Iterator[ValidBundle]:
+    """TSK-7."""
+    deltas = {"fc.scales.mul": random_delta("names", 2, 2)}
+    bundle = Bundle(named, deltas, {"head_fingerprint": "0" * 64})
+    yield ValidBundle("body-before-head", "A name that a module of the body has and one of the head.", bundle)
+    tied = {"embed.scales.mul": random_delta("embed", 1, 3), "embed.zeros.add": random_delta("embed.zeros", 3, 1)}
+    yield ValidBundle("tied", "Deltas on a matrix that is used in two places.", Bundle(named, tied))
+    unused = {"layers.0.ragged.scales.add": floats([[[1.0], [2.0], [-4.0]], [[8.0], [0.5], [-0.25]]])}
+    bundle = Bundle(base, unused)
+    assert bundle.effective()["layers.0.ragged.scales"].f32()[1, 0, 0] == 8
+    yield ValidBundle("unused-entries", "An added delta on a plane that the row does not have.", bundle)
 
 
 def invalid_bundles() -> Iterator[InvalidBundle]:
-    _, base = bundle_bases()
+    _, base, edge, named = bundle_bases()
     good: Tensors = {"layers.0.fc.scales.mul": random_delta("good", 1, 2)}
     prints = fingerprints(base.model)
 
@@ -1884,23 +2020,49 @@ def invalid_bundles() -> Iterator[InvalidBundle]:
     yield wrong("key-twice", "TSK-1", "A key twice.", {**files, "task_config.json": twice})
     array = pretty([Bundle(base, good).config()])
     yield wrong("array", "TSK-1", "task_config.json is a list.", {**files, "task_config.json": array})
+    for name in ("NaN", "-Infinity"):
+        constant = replaced(files["task_config.json"], '"revision": null', f'"revision": null, "note": {name}')
+        yield wrong(name.lower(), "TSK-1", f"{name} under an unknown key.", {**files, "task_config.json": constant})
+    marked = b"\xef\xbb\xbf" + files["task_config.json"]
+    yield wrong("bom", "TSK-1", "A byte order mark.", {**files, "task_config.json": marked})
+    latin = replaced(files["task_config.json"], "alphatuning", "m\u00e9thode").decode().encode("latin-1")
+    yield wrong("latin-1", "TSK-1", "task_config.json is not UTF-8.", {**files, "task_config.json": latin})
+    scales = {"task_scales.safetensors": files["task_scales.safetensors"]}
+    yield wrong("no-file", "TSK-1", "No task_config.json.", scales)
 
     body = prints["fingerprint"]
     yield without("no-base", "TSK-2", "base_fingerprint")
     yield configured("base-short", "TSK-2", "A fingerprint of 63 digits.", base_fingerprint=body[:-1])
     yield configured("base-upper-case", "TSK-2", "A fingerprint in capital letters.", base_fingerprint=body.upper())
     yield configured("base-empty", "TSK-2", "An empty base_fingerprint.", base_fingerprint="")
+    yield configured("base-null", "TSK-2", "base_fingerprint is null.", base_fingerprint=None)
+    yield configured("head-null", "TSK-2", "head_fingerprint is null.", head_fingerprint=None)
+    head = prints["head_fingerprint"].upper()
+    yield configured("head-upper-case", "TSK-2", "A head_fingerprint in capital letters.", head_fingerprint=head)
     yield configured("head-number", "TSK-2", "head_fingerprint is a number.", head_fingerprint=0)
     yield configured("head-short", "TSK-2", "A head_fingerprint of one digit.", head_fingerprint="0")
 
-    for slug, bits in {"string": "2", "true": True, "zero": 0, "fraction": 2.5, "list": [2], "negative": -2}.items():
+    wrong_bits = {"string": "2", "true": True, "zero": 0, "fraction": 2.5, "list": [2], "negative": -2, "nine": 9}
+    for slug, bits in {**wrong_bits, "float": 2.0}.items():
         yield configured(f"bits-{slug}", "TSK-3", f"bits is {json.dumps(bits)}.", bits=bits)
     yield configured("bundle-bits", "NST-3", "bits is 1, which the base does not have.", bits=1)
+    about = "bits is 3, which the module with the delta has, and another module does not."
+    yield configured("other-module", "NST-3", about, bits=3)
     yield configured("revision", "TSK-4", "revision is a number.", revision=7)
     yield configured("name", "TSK-4", "base_model_name_or_path is a list.", base_model_name_or_path=["example/base"])
+    name = "example/base\u001b[31m"
+    yield configured(
+        "control", "TSK-4", "A control character in base_model_name_or_path.", base_model_name_or_path=name
+    )
+    surrogate = replaced(files["task_config.json"], '"revision": null', r'"revision": "\ud800"')
+    yield wrong("surrogate", "TSK-4", "A lone surrogate in revision.", {**files, "task_config.json": surrogate})
+    yield without("no-method", "TSK-5", "method")
     yield configured("method", "TSK-5", "method is a number.", method=1)
+    yield configured("method-null", "TSK-5", "method is null.", method=None)
+    yield configured("method-control", "TSK-5", "A control character in method.", method="alpha\u007f")
     yield configured("modules-string", "TSK-5", "modules_to_save is a string.", modules_to_save="classifier")
     yield configured("modules-number", "TSK-5", "modules_to_save holds a number.", modules_to_save=[1])
+    yield configured("modules-null", "TSK-5", "modules_to_save is null.", modules_to_save=None)
 
     delta = good["layers.0.fc.scales.mul"]
     yield holding("name", "TSK-6", "A tensor without an operation.", {**good, "layers.0.fc.scales": delta})
@@ -1922,9 +2084,77 @@ def invalid_bundles() -> Iterator[InvalidBundle]:
     )
     spoilt = Bundle(base, good, metadata=digest_metadata({"layers.0.fc.scales.mul": "0" * 64}))
     yield wrong("bundle", "DIG-3", "The digest of a delta differs.", spoilt)
+    config = {"task_config.json": files["task_config.json"]}
+    yield wrong("no-file", "TSK-6", "No task_scales.safetensors.", config)
 
     yield from shape_bundles(holding, good)
     yield from matching_bundles(holding, good)
+    yield from saved_refusals(holding, good)
+    yield from precision_refusals(base, good)
+    yield from edge_refusals(edge)
+    yield from named_refusals(named)
+
+
+def saved_refusals(holding: Callable[..., InvalidBundle], good: Tensors) -> Iterator[InvalidBundle]:
+    """TSK-5, TSK-6, TSK-10: modules to save."""
+    weight = random_delta("w", 2, 6)
+
+    def saving(slug: str, rule: str, about: str, listed: list[str], *names: str) -> InvalidBundle:
+        tensors = {f"modules_to_save.{name}": weight for name in names}
+        return holding(slug, rule, about, {**good, **tensors}, modules_to_save=listed)
+
+    yield saving("modules-twice", "TSK-5", "A module listed twice.", ["head", "head"], "head.weight")
+    yield saving("modules-empty", "TSK-5", "An empty path.", ["head", ""], "head.weight", ".weight")
+    yield saving("modules-part", "TSK-5", "A path with an empty part.", ["head..dense"], "head..dense.weight")
+    yield saving("modules-slash", "TSK-5", "A path with a slash.", ["../head"], "../head.weight")
+    about = "The only tensor belongs to the longer of two listed paths."
+    yield saving("longest", "TSK-10", about, ["a", "a.b"], "a.b.weight")
+    yield saving("no-parameter", "TSK-10", "A name without a parameter.", ["head"], "head.weight", "head.")
+    yield saving("only-module", "TSK-10", "A name without a parameter and its dot.", ["head"], "head.weight", "head")
+    yield saving("like-a-delta", "TSK-10", "A saved parameter named like a delta.", [], "layers.0.fc.scales.mul")
+    fc = "layers.0.fc"
+    yield saving("quantized", "TSK-10", "A quantized module.", [fc], f"{fc}.weight")
+    yield saving("full-path", "TSK-10", "A quantized module by its whole path.", [f"model.{fc}"], f"model.{fc}.weight")
+    yield saving(
+        "above-quantized", "TSK-10", "A module with quantized ones in it.", ["layers.0"], "layers.0.norm.weight"
+    )
+    yield saving("below-quantized", "TSK-10", "A module inside of a quantized one.", [f"{fc}.x"], f"{fc}.x.weight")
+    yield saving("experts", "TSK-10", "A module with quantized experts.", ["experts"], "experts.w")
+    yield saving("quantized-head", "TSK-10", "A quantized module of the head.", ["score"], "score.weight")
+
+
+def precision_refusals(base: Valid, good: Tensors) -> Iterator[InvalidBundle]:
+    """MAT-3: what README.md calls the precision to apply at."""
+    path = f"valid/{base.name}/model"
+    for slug, bits, at in (("own-at-2", None, 2), ("2-at-own", 2, None), ("2-at-4", 2, 4), ("4-at-2", 4, 2)):
+        about = f"Tuned at {bits or 'the own'} bits, applied at {at or 'the own'}."
+        yield InvalidBundle(f"mat-3-{slug}", "MAT-3", about, path, Bundle(base, good, {"bits": bits}).files(), at)
+
+
+def edge_refusals(edge: Valid) -> Iterator[InvalidBundle]:
+    """MAT-6: finite deltas that make a finite parameter infinite."""
+    big = 2.0**127
+    for slug, about, name, delta in (
+        ("mul", "A scale of 2^127, doubled.", "huge.scales.mul", floats([[0.0, 1.0]])),
+        ("scales", "A scale of 2^127 and a delta of 2^127.", "huge.scales.add", floats([[[0.0], [big]]])),
+        ("offsets", "An offset of 2^127 and a delta of 2^127.", "huge.offsets.add", floats([[big], [0.0]])),
+        ("zeros", "A zero of 2^127 and a delta of 2^127 in BF16.", "zp.zeros.add", floats([[big], [0.0]], "BF16")),
+        ("rounds-up", "Half a step above the largest number.", "huge.offsets.add", floats([[big - 2.0**103], [0.0]])),
+    ):
+        bundle = Bundle(edge, {name: delta})
+        with np.errstate(over="ignore"):
+            assert any(np.isinf(tensor.f32()).any() for tensor in bundle.effective().values()), slug
+        yield InvalidBundle(f"mat-6-{slug}", "MAT-6", about, f"valid/{edge.name}/model", bundle.files())
+
+
+def named_refusals(named: Valid) -> Iterator[InvalidBundle]:
+    """TSK-7, TSK-10, MAT-2: tied places, and names of body and head."""
+    path = f"valid/{named.name}/model"
+    tied = Bundle(named, {"lm_head.scales.mul": random_delta("tied", 1, 3)}).files()
+    yield InvalidBundle("tsk-7-tied", "TSK-7", "A delta on a tied place.", path, tied)
+    saved = {"modules_to_save.lm_head.weight": random_delta("lm_head", 3, 4)}
+    files = Bundle(named, saved, {"modules_to_save": ["lm_head"]}).files()
+    yield InvalidBundle("tsk-10-tied", "TSK-10", "A tied place is saved.", path, files)
 
 
 def shape_bundles(holding: Callable[..., InvalidBundle], good: Tensors) -> Iterator[InvalidBundle]:
@@ -1955,6 +2185,9 @@ def shape_bundles(holding: Callable[..., InvalidBundle], good: Tensors) -> Itera
     for slug, text in {"nan": "00 00 c0 7f", "inf": "00 00 80 7f"}.items():
         bad = with_bytes(good[f"{fc}.scales.mul"], 4, text)
         yield holding(slug, "TSK-9", f"A delta that is {slug}.", {f"{fc}.scales.mul": bad})
+    for slug, text in {"inf-bf16": "00 00 80 ff", "nan-bf16": "00 00 81 7f"}.items():
+        special = {f"{fc}.scales.mul": hexed("BF16", (1, 2), text)}
+        yield holding(slug, "TSK-9", f"{slug[:3]} in a delta in BF16.", special)
     yield holding(
         "inf-f16", "TSK-9", "Infinity in a delta in F16.", {f"{fc}.scales.mul": hexed("F16", (1, 2), "00 00 00 fc")}
     )
@@ -2002,8 +2235,10 @@ hand. It shares no code with the library. `python tools/make_vectors.py --check`
   the precision `bits` to apply it at. `expected.safetensors` holds, in binary32, `<module>.scales` and, where there are
   any, `<module>.offsets` and `<module>.zeros` of every module with a delta, as they are while the bundle is applied.
   `<module>` is the name that the bundle uses, also for experts.
-- `bundles/invalid/<name>/bundle/` must be refused, at the latest when it is applied to `base` at its own `bits`;
-  a digest, when it is verified.
+- `bundles/invalid/<name>/bundle/` must be refused, at the latest when it is applied to `base` at its own `bits`, or at
+  those of `expected.json` where that has the key `bits`; a digest, when it is verified.
+
+Where a fault breaks several rules, `rule` is one of them; a reader may name another.
 
 To test a reader: for each `valid` directory compare the decoded tensors byte for byte with the expected ones, and the
 fingerprints as strings; for each `invalid` directory check that the reader reports an error, and not a crash, a
