@@ -110,7 +110,7 @@ def read_bundle(directory: str | Path) -> TaskBundle:
                 message = f"is {info.dtype}, expected a delta in {', '.join(FLOATS)}"
                 raise BundleError("TSK-6", message, file=path, tensor=info.name)
     bundle = TaskBundle(config, deltas, tuple(saved))
-    _check(bundle, path)
+    check_bundle(bundle, path)
     return bundle
 
 
@@ -132,7 +132,7 @@ def write_bundle(directory: str | Path, bundle: TaskBundle, *, dtype: str = "F32
     """
     directory = Path(directory)
     TaskConfig.from_dict(bundle.config.to_dict(), file=directory / CONFIG_FILE)
-    _check(bundle, directory / SCALES_FILE)
+    check_bundle(bundle, directory / SCALES_FILE)
     tensors = [
         Tensor(name, dtype, delta.shape, from_float32(_rounded(name, delta, dtype), dtype))
         for name, delta in bundle.deltas.items()
@@ -286,8 +286,8 @@ def _rounded(name: str, delta: F32, dtype: str) -> F32:
     return rounded
 
 
-def _check(bundle: TaskBundle, file: Path) -> None:
-    """The rules about tensors that need no base (TSK-6, TSK-9 to TSK-11)."""
+def check_bundle(bundle: TaskBundle, file: Path | None = None) -> None:
+    """Raise BundleError for tensors that break a rule which needs no base (TSK-6, TSK-9 to TSK-11)."""
 
     def fail(rule: str, message: str, tensor: str | None = None) -> BundleError:
         return BundleError(rule, message, file=file, tensor=tensor)

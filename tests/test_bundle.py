@@ -401,7 +401,7 @@ def test_a_bundle_of_many_saved_tensors_is_checked_at_once(tmp_path: Path) -> No
     paths = tuple(f"m{i}" for i in range(20_000))
     saved = tuple(Tensor(f"{path}.w", "U8", (0,), np.empty(0, np.uint8)) for path in paths)
     start = time.process_time()
-    bundles._check(TaskBundle(TaskConfig("0" * 64, modules_to_save=paths), {}, saved), tmp_path)
+    bundles.check_bundle(TaskBundle(TaskConfig("0" * 64, modules_to_save=paths), {}, saved), tmp_path)
     assert time.process_time() - start < 5
 
 

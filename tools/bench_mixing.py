@@ -3,8 +3,8 @@
     python tools/bench_mixing.py [--hidden 2048 --layers 4 --rows 8 --tasks 8 --tokens 1]
 
 A Llama of random weights is converted to 4 bits (group 128) in a temporary directory, and tasks of random row deltas
-are loaded. What is timed is one forward pass of `rows` x `tokens` tokens without a cache. Results are checked in the same
-run: every row of a mixed batch against its single-task run.
+are loaded. What is timed is one forward pass of `rows` x `tokens` tokens without a cache. Results are checked in the
+same run: every row of a mixed batch against its single-task run.
 """
 
 from __future__ import annotations

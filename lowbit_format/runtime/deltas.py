@@ -86,16 +86,16 @@ def stackable(deltas: Sequence[Delta | None]) -> bool:
 
 
 def stack(deltas: Sequence[Delta | None]) -> Tensor:
-    """Deltas ``[tasks, p, rows(, groups)]`` as operators take them; zeros (the base) for None and for planes above p.
+    """Deltas ``[tasks, p, rows(, groups)]`` as operators take them; -0.0 (the base) for None and for planes above p.
 
-    A factor of ``1 + 0`` and an added zero leave a scale as it is (MAT-5), so that padding changes no result.
+    A factor of ``1 + -0.0`` and an added ``-0.0`` leave every scale as it is, the sign of a zero too.
     """
     scales = [None if d is None else d.scales for d in deltas]
     some = [s for s in scales if s is not None]
     planes = max(len(s) for s in some)
-    full = torch.zeros_like(some[0][:1]).expand(planes, *some[0].shape[1:])
+    full = torch.full_like(some[0][:1], -0.0).expand(planes, *some[0].shape[1:])
     return torch.stack([full if s is None else _pad(s, planes) for s in scales])
 
 
 def _pad(scales: Tensor, planes: int) -> Tensor:
-    return F.pad(scales, (0, 0) * (scales.dim() - 1) + (0, planes - len(scales)))
+    return F.pad(scales, (0, 0) * (scales.dim() - 1) + (0, planes - len(scales)), value=-0.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -49,21 +51,23 @@ def named_modules(model: Any) -> dict[str, LowbitModule]:
 
 def model_path(model: Any, name: str) -> str | None:
     """The model's path of a float module that a bundle names; None if it has none such."""
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (prefix + name, name, name.removeprefix(prefix)):
-        if model.base_model_prefix or candidate == name:
-            try:
-                model.get_submodule(candidate)
-            except AttributeError:
-                continue
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    name = name.removeprefix(prefix)
+    for candidate in (prefix + name, name):  # in this order (TSK-5)
+        with contextlib.suppress(AttributeError):
+            model.get_submodule(candidate)
             return candidate
     return None
 
 
 def bundle_path(model: Any, path: str) -> str:
-    """The name of the model's module `path` in bundles: without the base's prefix (FPR-1)."""
-    base = f"{model.base_model_prefix}."
-    return path.removeprefix(base) if model.base_model_prefix and model.base_model is not model else path
+    """The name of the model's module `path` in bundles: without the base's prefix (TSK-5)."""
+    return path.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else path
+
+
+def outermost(paths: Sequence[str]) -> list[str]:
+    """Those of `paths` that lie in no other."""
+    return [p for p in paths if not any(p.startswith(f"{q}.") for q in paths)]
 
 
 def tied_to(module: LowbitModule, model: nn.Module) -> list[LowbitModule]:

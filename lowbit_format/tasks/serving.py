@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bundle import TaskBundle, TaskConfig, check_matches, split_delta
+from ..bundle import TaskBundle, TaskConfig, check_bundle, check_matches, split_delta
 from ..errors import BundleError, TaskError
 from ..runtime.deltas import Delta, shifted
 from ..runtime.modules import LowbitModule
@@ -26,7 +26,7 @@ from ..runtime.selection import Name
 from ..runtime.stored import TORCH_DTYPES, to_torch
 from ..runtime.switched import SwitchedModule, plain_copy, switched
 from .finding import find_bundle
-from .models import model_path, named_modules, state_of, unwrapped
+from .models import model_path, named_modules, outermost, state_of, unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,9 @@ def load_task(
             local_files_only=local_files_only,
             force_download=force_download,
         )
+    check_bundle(bundle)
+    whole = tuple(outermost(bundle.config.modules_to_save))  # a copy of a module has its parts' tensors too
+    bundle = replace(bundle, config=replace(bundle.config, modules_to_save=whole))
     base = model.lowbit_base
     check_matches(bundle, base.config, base.fingerprint, base.bits)
     modules = named_modules(model)
@@ -240,7 +243,7 @@ def _head_paths(model: Any, bundle: TaskBundle) -> dict[str, str]:
         if path is None:
             raise TaskError(
                 f"the task brings a module {listed!r}, but {type(model).__name__} has none: load the base with the "
-                "class that the task was tuned with, such as model_class=AutoModelForSequenceClassification"
+                "class that the task was tuned with, such as model_class=AutoModelForSequenceClassification [MAT-7]"
             )
         paths[listed] = path
     return paths
@@ -253,14 +256,13 @@ def _head(model: Any, bundle: TaskBundle, listed: str, path: str) -> nn.Module:
     given = {t.name.removeprefix(f"{listed}."): t for t in bundle.saved if t.name.startswith(f"{listed}.")}
     if set(own) != set(given):
         wrong = sorted(set(own) ^ set(given))
-        raise TaskError(f"module {path!r} of the model and of the task do not have the same tensors: {wrong}")
+        raise TaskError(f"module {path!r} of the model and of the task do not have the same tensors: {wrong} [MAT-7]")
     for name, tensor in given.items():
         if tensor.shape != tuple(own[name].shape) or tensor.dtype not in TORCH_DTYPES:
+            labels = f", such as num_labels={tensor.shape[0]}" if tensor.shape else ""
             raise TaskError(
                 f"the task's {path}.{name} is {tensor.dtype} {list(tensor.shape)}, the model has "
-                f"{list(own[name].shape)}: load the base with the same options, such as num_labels={tensor.shape[0]}"
-                if tensor.shape
-                else f"the task's {path}.{name} does not fit the model's"
+                f"{list(own[name].shape)}: load the base with the same options{labels} [MAT-7]"
             )
         own[name].copy_(to_torch(tensor))
     return head

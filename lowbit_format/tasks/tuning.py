@@ -30,7 +30,7 @@ from ..runtime.deltas import Delta, TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.placement import lowbit_modules
 from ..runtime.switched import plain_copy, switched
-from .models import bundle_path, named_modules, state_of, tied_to, unwrapped
+from .models import bundle_path, model_path, named_modules, outermost, state_of, tied_to, unwrapped
 from .serving import LoadedTask, set_task
 
 log = logging.getLogger(__name__)
@@ -202,7 +202,10 @@ def _saved_modules(model: Any, patterns: Sequence[str] | None) -> list[str]:
                 raise TuningError(f"modules_to_save: {path!r} only contains modules; name those, such as '{path}.*'")
             if tied := _tied_parameter(model, path):
                 raise TuningError(f"modules_to_save: {path!r} is tied to {tied!r}, which a task cannot change")
-    return [p for p in chosen if not any(p != q and p.startswith(f"{q}.") for q in chosen)]
+    for path in chosen:
+        if (other := model_path(model, bundle_path(model, path))) != path:
+            raise TuningError(f"modules_to_save: {path!r} would be taken for {other!r} in a bundle (TSK-5)")
+    return outermost(chosen)
 
 
 def _tied_parameter(model: Any, path: str) -> str | None:
