@@ -206,7 +206,8 @@ def check_matches(
             raise PrecisionError("NST-3", missing_precision(m.scheme, config.bits), tensor=m.path)
         if _planes(m, bits) != _planes(m, config.bits):
             tuned, read = (f"{b} bits" if b else "the base's own bits" for b in (config.bits, bits))
-            raise BundleError("MAT-3", f"was tuned at {tuned}, the base is read at {read}; load it with the bundle's")
+            how = f"load the base with bits={config.bits}"
+            raise BundleError("MAT-3", f"was tuned at {tuned}, the base is read at {read}; {how}")
     for name, delta in bundle.deltas.items():
         path, operation = split_delta(name) or ("", "")
         if path not in modules:

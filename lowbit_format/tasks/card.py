@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..bundle import TaskBundle
 from ..errors import TaskError
@@ -26,6 +27,8 @@ def task_card(
     subfolder: str | None = None,
     nbytes: int | None = None,
     notes: str | None = None,
+    model_class: str | None = None,
+    num_labels: int | None = None,
 ) -> str:
     """``README.md`` in Markdown, with the front matter that the Hub reads; the same text for the same arguments.
 
@@ -40,6 +43,7 @@ def task_card(
         repo_id, subfolder: where the bundle will be, for the example of loading it.
         nbytes: size of the file of scales; by default that of its tensors, deltas taken as float32.
         notes: a section of your own, in Markdown, taken as it is.
+        model_class, num_labels: how to load the base where that takes more than its name: a class of transformers.
 
     Raises TaskError for a metric that is not a number with a name.
     """
@@ -62,7 +66,7 @@ def task_card(
         f"# {_escaped(name) or 'A task'}",
         f"A task of {f'[{base}](https://huggingface.co/{base})' if base else 'a lowbit base'}: the scales of that "
         "base, tuned for one task. The base's bit-planes stay as they are, so one copy of it serves many tasks.",
-        _loading(bundle, base, repo_id, subfolder),
+        _loading(bundle, base, repo_id, subfolder, model_class, num_labels),
         _facts(bundle, base, dataset, nbytes),
     ]
     if metrics:
@@ -72,11 +76,21 @@ def task_card(
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
-def _loading(bundle: TaskBundle, base: str | None, repo_id: str | None, subfolder: str | None) -> str:
+def _loading(
+    bundle: TaskBundle,
+    base: str | None,
+    repo_id: str | None,
+    subfolder: str | None,
+    model_class: str | None,
+    num_labels: int | None,
+) -> str:
     config = bundle.config
     revision = config.revision if config.revision and _REVISION.fullmatch(config.revision) else None
     name = re.sub(r"\W", "-", (subfolder or repo_id or "task").rpartition("/")[2])
-    load = _call("lb.from_pretrained", base or "PATH_OR_REPO_OF_THE_BASE", revision=revision, bits=config.bits)
+    place, known = base or "PATH_OR_REPO_OF_THE_BASE", model_class is not None and model_class.isidentifier()
+    options: dict[str, Any] = {"revision": revision, "bits": config.bits, "num_labels": num_labels}
+    load = _call("lb.from_pretrained", place, **options, model_class=_Code(model_class) if known else None)
+    imported = f"\nfrom transformers import {model_class}" if known else ""
     task = _call("lb.load_task", repo_id or "PATH_OR_REPO_OF_THIS_TASK", first="model", subfolder=subfolder, name=name)
     return f"""## Loading
 
@@ -84,7 +98,7 @@ def _loading(bundle: TaskBundle, base: str | None, repo_id: str | None, subfolde
 pip install lowbit-format
 ```
 ```python
-import lowbit_format as lb  # registers the format: without this line transformers would load RANDOM weights
+import lowbit_format as lb  # registers the format: without this line transformers would load RANDOM weights{imported}
 
 model = {load}
 {task}
@@ -146,7 +160,13 @@ def _call(function: str, place: str, *, first: str | None = None, **options: str
     return f"{function}({', '.join(arguments)})"
 
 
+class _Code(str):
+    """A name in code, not a text."""
+
+
 def _literal(value: str | int) -> str:
+    if isinstance(value, _Code):
+        return value
     return json.dumps(value)  # of ASCII alone, and valid Python for text and numbers
 
 

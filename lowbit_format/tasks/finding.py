@@ -53,5 +53,5 @@ def check_place(place: str, revision: str | None) -> None:
     if path.is_dir():
         if revision is not None:
             raise HubError(f"{place}: is a directory on this machine and has no revision {revision!r}")
-    elif place.startswith((".", "/", "~")) or place.count("/") > 1 or path.exists():
+    elif place.startswith((".", "/", "~")) or place.count("/") != 1 or path.exists():
         read_task_config(path)  # raises: no directory is there

@@ -26,12 +26,16 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
         scale_dtype: of the scales from here on. ``"float32"`` computes the same weights as the task did; None keeps the
             base's dtype, which rounds them, in float16 by up to 0.05%.
 
-    Raises TaskError, and changes nothing, if the task is not loaded, or `scale_dtype` is unknown or cannot hold it.
+    Raises TaskError, and changes nothing, if the task is not loaded, another is being trained, or `scale_dtype` is
+    unknown or cannot hold it.
     """
     from ..runtime.hf import LowbitConfig
 
     model = unwrapped(model)
     state_of(model).check([name])
+    trained = next((t.name for t in list_tasks(model) if t.tuned and t.name != name), None)
+    if trained is not None:
+        raise TaskError(f"task {trained!r} is being trained on this model: save it and unload_task it first")
     if scale_dtype not in SCALE_DTYPES:
         raise TaskError(f"unknown scale_dtype {scale_dtype!r}: choose float32, float16, bfloat16 or None")
     config = config_of(model)

@@ -23,13 +23,27 @@ def unwrapped(model: Any) -> Any:
     while not isinstance(inner, LowbitModel):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if inner is None:
-            raise TaskError(
-                f"a {type(model).__name__} is no lowbit model: load one with from_pretrained from a directory that "
-                "convert_hf_to_lowbit wrote. If it contains one, give that"
-            )
+            raise TaskError(_not_lowbit(model))
     if not hasattr(inner, "lowbit_base"):
         raise TaskError(f"this {type(inner).__name__} is a part of a lowbit model: tasks belong to the whole one")
     return inner
+
+
+def _not_lowbit(model: Any) -> str:
+    method = getattr(getattr(model, "config", None), "quantization_config", None)
+    if method is not None and "lowbit" in str(method):
+        return (
+            f"this {type(model).__name__} was loaded before `import lowbit_format`, so that transformers gave it "
+            "RANDOM weights: load it again"
+        )
+    inside = model.named_modules() if isinstance(model, nn.Module) else ()
+    path = next((path for path, module in inside if isinstance(module, LowbitModel)), None)
+    if path is not None:
+        return f"a {type(model).__name__} is no lowbit model, but contains one: give its {path!r}"
+    return (
+        f"a {type(model).__name__} is no lowbit model: load one with from_pretrained from a directory that "
+        "convert_hf_to_lowbit wrote"
+    )
 
 
 def config_of(model: Any) -> QuantizationConfig:

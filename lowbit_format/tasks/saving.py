@@ -11,6 +11,7 @@ from typing import Any
 from ..bundle import CARD_FILE, CONFIG_FILE, TaskBundle, rounding_loss, write_bundle
 from ..codecs import CODECS
 from ..container.header import ITEM_BYTES
+from ..container.reader import CONFIG_FILE as MODEL_CONFIG
 from ..errors import TaskError
 from ..runtime.modules import LowbitModule
 from ..runtime.selection import Name
@@ -41,10 +42,11 @@ def save_task(
             file, and the card says what that loses.
         base_model, revision: where people find the base; by default where this model came from.
         metrics: results to put on the card.
-        **card: more for the card, see :func:`.card.task_card`.
+        **card: more for the card: ``dataset`` (Hub id), ``language``, ``license``, ``notes`` (Markdown), and
+            ``repo_id`` and ``subfolder`` where the bundle is going to be.
 
     Raises:
-        TaskError: no task is on, the named one is not loaded, or an unknown `dtype`.
+        TaskError: no task is on, the named one is not loaded, an unknown `dtype`, or a directory with a model.
         BundleError: a delta is not finite, or does not fit into `dtype`. OutputError: the disk refuses.
     """
     from .card import task_card
@@ -56,6 +58,11 @@ def save_task(
     if stored != "F32":
         card["notes"] = "\n\n".join(filter(None, [card.get("notes"), _loss(bundle, dtype)]))
     path = Path(directory)
+    if (path / MODEL_CONFIG).exists() and not (path / CONFIG_FILE).exists():
+        raise TaskError(f"{path}: holds a model; give the task a directory of its own")
+    if bundle.config.modules_to_save:
+        inner = unwrapped(model)
+        card = {"model_class": type(inner).__name__, "num_labels": _labels(inner), **card}
     nbytes = bundle.nbytes - (4 - ITEM_BYTES[stored]) * bundle.delta_values
     text = task_card(bundle, metrics=metrics, nbytes=nbytes, **card)
     foreign = (path / CARD_FILE).exists() and not (path / CONFIG_FILE).exists()
@@ -90,6 +97,12 @@ def bundle_of(
         head = model.get_submodule(path).module_of(name)
         saved += [from_torch(f"{listed}.{key}", tensor) for key, tensor in head.state_dict().items()]
     return TaskBundle(config, deltas, tuple(saved))
+
+
+def _labels(model: Any) -> int | None:
+    """How many labels the model's head tells apart, if that is not what transformers takes for granted."""
+    labels = getattr(model.config, "num_labels", 2)
+    return labels if labels != 2 and "Classification" in type(model).__name__ else None
 
 
 def _loss(bundle: TaskBundle, dtype: str) -> str:

@@ -84,7 +84,7 @@ def push_task_to_hub(
             save_task(model_or_dir, directory, name=name, base_model=base_model, **options)
         base = read_bundle(directory).config.base_model_name_or_path
         if base is not None and not is_hub_id(base):  # a path here: no business of others, and no use to them
-            log.warning("%s does not say where its base is: give base_model=, the base's id on the Hub", full_id)
+            log.warning("%s: give the base's id on the Hub (base_model=, --base-model), for people to find it", full_id)
             _rename_base(directory / CONFIG_FILE, None)
         return push_task_directory(
             directory,

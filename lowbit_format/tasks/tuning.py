@@ -14,6 +14,7 @@ SGD, choose the learning rate smaller by that number.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import logging
 from collections.abc import Iterable, Sequence
@@ -96,12 +97,15 @@ def prepare_scale_tuning(
         model: a loaded lowbit model, trained by no other task.
         method: ``"alphatuning"`` (bcq: the first scale), ``"peqa"`` (uniform: the step size) or ``"scales"`` (all).
         kind: ``"mul"``: one factor for each row and plane, shared by the row's groups; ``"add"``: one addend for each
-            group. A bundle of the second kind of a grouped base is larger by the number of groups.
-        offsets: train the offsets (bcq) or zero points (uniform) too, one addend for each group.
+            group. A bundle of the second kind of a grouped base is larger by the number of groups. Addends are in the
+            units of the weights and want a smaller learning rate, of about 1e-3.
+        offsets: train the offsets (bcq) or zero points (uniform) too, one addend for each group; they too are in the
+            units of the weights (zero points: of codes).
         include: lowbit modules to train; by default all but embeddings and what is tied to them.
         exclude: of these, not to be trained.
         modules_to_save: float modules to train whole, and to save with the task. By default a classifier's head
-            (:data:`HEADS`), and modules with parameters that the model's files did not have; ``[]`` for none.
+            (:data:`HEADS`), and modules that were newly initialised when the model was loaded, since its files did
+            not have them; ``[]`` for none. A module that was put into the model later has to be named.
         name: of the task.
         start: a loaded task to start from; by default all deltas are zero, which is the base.
 
@@ -221,9 +225,11 @@ def _matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> list[
         raise TuningError(f"{what} is a string; give a list of patterns: [{patterns!r}]")
     paths, found = list(paths), set[str]()
     for pattern in patterns:
-        mine = {p for p in paths if fnmatch.fnmatchcase(p, pattern) or p == pattern or p.endswith(f".{pattern}")}
+        mine = {p for p in paths if fnmatch.fnmatchcase(p, pattern) or f".{p}".endswith(f".{pattern}")}
+        mine |= {p for p in paths if fnmatch.fnmatchcase(p, f"*.{pattern}")}  # without the base's prefix, as in bundles
         if not mine:
-            raise TuningError(f"{what}: {pattern!r} matches no module that it could; there are such as {paths[:3]}")
+            near = difflib.get_close_matches(pattern, paths, 3, 0.3) or paths[:3]
+            raise TuningError(f"{what}: {pattern!r} matches no module that it could; there are such as {near}")
         found |= mine
     return [path for path in paths if path in found]
 
