@@ -32,7 +32,7 @@ from transformers import (
 import lowbit_format as lb
 from lowbit_format.bundle import OPERATIONS, TaskBundle, TaskConfig, effective_params, read_bundle, write_bundle
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.errors import BundleError, DigestError, FingerprintError, PrecisionError, TaskError
+from lowbit_format.errors import BundleError, DigestError, FingerprintError, PrecisionError, TaskError, TuningError
 from lowbit_format.reference import decode_numpy
 from lowbit_format.runtime import selection
 from lowbit_format.runtime.modules import LowbitModule
@@ -515,6 +515,60 @@ def test_a_merged_model_forgets_where_the_old_base_is(llama: Any, tmp_path: Path
     assert config.base_fingerprint == llama.lowbit_base.fingerprint.body
     lb.save_task(llama, tmp_path, name="b", base_model="x/y")
     assert read_bundle(tmp_path).config.base_model_name_or_path == "x/y"
+
+
+def test_merging_spares_a_task_in_training(llama: Any) -> None:
+    lb.load_task(llama, task(llama, 1), name="a")
+    lb.prepare_scale_tuning(llama, "scales", name="new")
+    with pytest.raises(TaskError, match="'new' is being trained"):
+        lb.merge_task(llama, "a")
+    assert [t.name for t in lb.list_tasks(llama)] == ["a", "new"]
+
+
+def test_a_task_needs_a_directory_of_its_own(llama: Any, tmp_path: Path) -> None:
+    llama.save_pretrained(tmp_path / "base")
+    before = sorted(p.name for p in (tmp_path / "base").iterdir())
+    lb.load_task(llama, task(llama, 1), name="a")
+    with pytest.raises(TaskError, match="holds a model"):
+        lb.save_task(llama, tmp_path / "base", name="a")
+    assert sorted(p.name for p in (tmp_path / "base").iterdir()) == before
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "README.md").write_text("mine")
+    lb.save_task(llama, tmp_path / "notes", name="a")
+    assert (tmp_path / "notes" / "README.md").read_text() == "mine"
+
+
+def test_models_without_lowbit_modules_are_told_apart(llama: Any) -> None:
+    """One that was loaded before the import, one around a lowbit model, and any other."""
+    forgotten = LlamaForCausalLM(llama_config(True))
+    forgotten.config.quantization_config = {"quant_method": "lowbit"}
+    with pytest.raises(TaskError, match="RANDOM"):
+        lb.set_task(forgotten, None)
+    with pytest.raises(TaskError, match="contains one: give its '0'"):
+        lb.set_task(nn.Sequential(llama), None)
+    with pytest.raises(TaskError, match="no lowbit model: load one"):
+        lb.set_task(nn.Linear(2, 2), None)
+    with pytest.raises(BundleError, match="no such directory"):
+        lb.load_task(llama, "flims")
+
+
+def test_patterns_may_be_without_the_prefix(directories: dict[str, Path]) -> None:
+    """As bundles name modules."""
+    model = AutoModelForSequenceClassification.from_pretrained(directories["bert"])
+    found = lb.prepare_scale_tuning(model, "scales", include=["encoder.layer.1.*.query"])
+    assert found.modules == ("bert.encoder.layer.1.attention.self.query",)
+    lb.unload_task(model, "default")
+    with pytest.raises(TuningError, match=r"bert\.pooler|query"):
+        lb.prepare_scale_tuning(model, "scales", include=["bert.poolr"])
+
+
+def test_the_card_says_how_to_load_a_head(directories: dict[str, Path], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(directories["bert"], num_labels=5)
+    lb.prepare_scale_tuning(model, "scales")
+    lb.save_task(model, tmp_path / "a")
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert "from transformers import BertForSequenceClassification" in card
+    assert "num_labels=5, model_class=BertForSequenceClassification" in card
 
 
 def test_merging_refuses_what_the_dtype_cannot_hold(llama: Any) -> None:
