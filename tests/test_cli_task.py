@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from vectors import VECTORS
 
 from lowbit_format.bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, TaskBundle, read_bundle, write_bundle
+from lowbit_format.cli import console
 from lowbit_format.cli.main import app
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.container.writer import Tensor
@@ -29,7 +30,8 @@ BASE = VECTORS / "valid" / "bundle-base" / "model"
 
 
 def task(*args: object, columns: int = 200) -> Result:
-    return CliRunner().invoke(app, ["task", *map(str, args)], env={"COLUMNS": str(columns), "TERM": "dumb"})
+    console.out.width = columns  # COLUMNS would be read once, when the console is made
+    return CliRunner().invoke(app, ["task", *map(str, args)], env={"TERM": "dumb"})
 
 
 def refused(result: Result) -> str:
