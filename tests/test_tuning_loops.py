@@ -309,7 +309,7 @@ def test_a_tied_delta_resumes(bases: Bases, tmp_path: Path) -> None:
     assert list(wanted) == ["model.embed_tokens.tuned.scales"]
     callback = TaskCallback()
     callback.on_train_begin(None, None, None, model)
-    model.save_pretrained(tmp_path, is_main_process=True)  # as the Trainer does
+    model.save_pretrained(tmp_path, state_dict=None)  # as the Trainer does
     again = prepared(bases, "llama", include=["embed_tokens"])
     again.load_state_dict(load_file(tmp_path / "model.safetensors"), False)
     assert same(trained(again), wanted)
@@ -360,7 +360,7 @@ def test_buffers_of_a_head_are_in_the_checkpoint(bases: Bases, tmp_path: Path) -
     model.train()(input_ids=torch.randint(2, 60, (4, 6)))
     assert model.classifier[0].running_mean.abs().sum() > 0
     TaskCallback().on_train_begin(None, None, None, model)
-    model.save_pretrained(tmp_path, is_main_process=True)
+    model.save_pretrained(tmp_path, state_dict=None)
     again = with_norm()
     assert again.load_state_dict(load_file(tmp_path / "model.safetensors"), False).missing_keys == []
     assert torch.equal(again.classifier[0].running_mean, model.classifier[0].running_mean)

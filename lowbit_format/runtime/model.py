@@ -101,8 +101,8 @@ class LowbitModel(Mixin):
         Once a ``TaskCallback`` was at work, the Trainer's own calls write the task. They are told by an argument that
         it always passes, and people hardly ever: so an interrupted training leaves nothing behind.
         """
-        if self.lowbit_save is not None and "is_main_process" in kwargs:
-            if kwargs["is_main_process"]:
+        if self.lowbit_save is not None and "state_dict" in kwargs:
+            if kwargs.get("is_main_process", True):
                 self.lowbit_save(self, str(save_directory))
             return None
         if any(isinstance(m, TunedDelta) for m in self.modules()):  # type: ignore[attr-defined]
