@@ -3,7 +3,7 @@
 AlphaTuning (Kwon et al. 2022, arXiv:2210.03858) trains the first scale of every row of a binary-coded matrix, PEQA
 (Kim et al. 2023, arXiv:2305.14152) the step size of a uniform one. Here both train a float32 *delta* on the scale, by
 default its relative change ``scale * (1 + delta)``, one for each row. That has three uses: what is saved is what was
-trained, bit for bit; learning rates do not depend on the size of the weights (a good one is 1e-2 to 3e-2); and weight
+trained, bit for bit; learning rates do not depend on the size of the weights (try 1e-2); and weight
 decay pulls towards the base instead of towards zero.
 
 The gradient of a scale is a sum over the columns it serves. AlphaTuning's equation 4 divides it by their number. That
