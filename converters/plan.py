@@ -15,7 +15,7 @@ from .recipe import Recipe
 from .source import FLOATS, Source, SourceTensor
 
 MATRICES = ("linear", "conv1d", "expert")  # the kinds that coverage counts
-_BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba loaded, whose compiler takes 120 MiB on the first run
+_BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
 
 
 @dataclass(frozen=True)
