@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +34,22 @@ def own_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[
         return Path(shutil.copytree(checkpoint(name, **options), tmp_path / "source"))
 
     return copy
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Of torch: on a busy machine its threads wait for each other far longer than tiny products take."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Small bases for tests of tuning, see :class:`tuning_models.Bases`."""
+    from tuning_models import Bases
+
+    return Bases(tmp_path_factory.mktemp("bases"))

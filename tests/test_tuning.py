@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,7 @@ FITTING = {"bcq": ["alphatuning", "scales"], "uniform": ["peqa", "scales"], "cod
 CASES = [(scheme, method) for scheme in SCHEMES for method in FITTING[SCHEMES[scheme].codec]]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Of torch: on a busy machine its threads wait for each other far longer than tiny products take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return Bases(tmp_path_factory.mktemp("bases"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def has_shift(scheme: str) -> bool:

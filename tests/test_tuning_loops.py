@@ -35,19 +35,7 @@ from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import TaskError, TuningError
 from lowbit_format.tasks.saving import bundle_of
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Of torch: on a busy machine its threads wait for each other far longer than tiny products take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
-    return Bases(tmp_path_factory.mktemp("bases"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prepared(bases: Bases, name: str, scheme: str = "bcq", **options: Any) -> Any:

@@ -22,13 +22,13 @@ from ..bundle import (
     split_delta,
     write_bundle,
 )
+from ..container.dtypes import BY_NAME
 from ..container.header import read_header
 from ..container.reader import ModelReader
 from ..tasks.arithmetic import ModuleDifference, compare_bundles, merge_bundles, same_saved, total_difference
 from ..tasks.finding import bundle_directory, find_bundle
 from . import console, task_hub
 
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # option -> in the file
 MOST = 30  # deltas listed by diff, those that differ most first
 
 app = typer.Typer(
@@ -89,7 +89,7 @@ def merge(
         int | None, typer.Option(help="Keep the whole modules of this bundle; 0 is the first one.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help=f"Of the deltas in the file: {', '.join(f'`{d}`' for d in DTYPES)}.")
+        str, typer.Option(help=f"Of the deltas in the file: {', '.join(f'`{d}`' for d in BY_NAME)}.")
     ] = "float32",
     force: task_hub.Force = False,
 ) -> None:
@@ -99,14 +99,14 @@ def merge(
 
     Example: `lowbit task merge ./both ./sst2-scales ./imdb-scales --weight 0.7 --weight 0.3`
     """
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"--dtype is {dtype!r}, expected {', '.join(DTYPES)}")
+    if dtype not in BY_NAME:
+        raise typer.BadParameter(f"--dtype is {dtype!r}, expected {', '.join(BY_NAME)}")
     with console.named_errors():
         task_hub.check_out(out, force)
         parts = [find_bundle(place) for place in bundles]
         merged = merge_bundles(parts, weight or None, saved_from=saved_from)
-        loss = rounding_loss(merged, DTYPES[dtype])
-        write_bundle(out, merged, dtype=DTYPES[dtype], card=_card(bundles, weight, merged))
+        loss = rounding_loss(merged, BY_NAME[dtype])
+        write_bundle(out, merged, dtype=BY_NAME[dtype], card=_card(bundles, weight, merged))
     console.out.print(
         f"Wrote {out}: {len(merged.deltas)} deltas, {merged.delta_values:,} values in {dtype}"
         + (f"; rounding changed {loss.changed:,}, by {loss.relative_rms:.2g} of their rms" if loss.changed else ""),

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FLOATS = ("F16", "BF16", "F32")
+BY_NAME = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # as people write them -> in a file
 _STORED = {"U8": "<u1", "F16": "<f2", "BF16": "<u2", "F32": "<f4"}
 
 

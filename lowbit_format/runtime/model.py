@@ -105,7 +105,7 @@ class LowbitModel(Mixin):
             if kwargs.get("is_main_process", True):
                 self.lowbit_save(self, str(save_directory))
             return None
-        if any(isinstance(m, TunedDelta) for m in self.modules()):  # type: ignore[attr-defined]
+        if _in_training(self):  # type: ignore[arg-type]
             log.warning(
                 "%s: the base is saved, without the scales in training. save_task writes these; a "
                 "lowbit_format.TaskCallback makes the Trainer do so",
@@ -119,7 +119,7 @@ class LowbitModel(Mixin):
         Raises TaskError for a state dict without them: whoever resumes from it would start anew, unaware.
         """
         result: Any = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
-        if any(isinstance(m, TunedDelta) for m in self.modules()):  # type: ignore[attr-defined]
+        if _in_training(self):  # type: ignore[arg-type]
             trained = trained_state_dict(self)  # type: ignore[arg-type]
             names = self.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
             given = {id(p) for name, p in names if name in state_dict}  # a tied one by any of its names
@@ -192,6 +192,10 @@ class LowbitModel(Mixin):
             new_num_tokens, pad_to_multiple_of, *args, **kwargs
         )
         return resized
+
+
+def _in_training(model: nn.Module) -> bool:
+    return any(isinstance(module, TunedDelta) for module in model.modules())
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

@@ -160,10 +160,10 @@ class LowbitModule(nn.Module):
         if x.dim() < (1 if self.kind == "embedding" else 2):
             raise TaskError(f"{self.path} gets one row without a batch, but several tasks")
         x = chosen.fits(x, self.path)
-        if stackable(deltas):
-            ids = chosen.ids(len(x), x.device, self.path).repeat_interleave(_flat_rows(x, self.kind) // len(x))
-            return kernel(x, self.packed, self._stacked(chosen, deltas), ids)
         ids = chosen.ids(len(x), x.device, self.path)
+        if stackable(deltas):
+            ids = ids.repeat_interleave(_flat_rows(x, self.kind) // len(x))
+            return kernel(x, self.packed, self._stacked(chosen, deltas), ids)
         out: Tensor | None = None
         for i, delta in enumerate(deltas):
             mine = ids == i

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..container.dtypes import BY_NAME
 from ..errors import TaskError
 from ..runtime.base import base_of_tensors
-from ..runtime.placement import Placement, describe, lowbit_modules, tie
+from ..runtime.placement import Placement, describe, tie
 from ..runtime.switched import SwitchedModule
-from .models import config_of, named_modules, state_of, tied_to, unwrapped
+from .models import config_of, named_modules, refuse_tuned, state_of, tied_to, tuned_task, unwrapped
 from .serving import list_tasks, unload_task
-
-SCALE_DTYPES = {None: None, "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") -> None:
@@ -33,14 +32,14 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
 
     model = unwrapped(model)
     state_of(model).check([name])
-    trained = next((t.name for t in list_tasks(model) if t.tuned and t.name != name), None)
-    if trained is not None:
-        raise TaskError(f"task {trained!r} is being trained on this model: save it and unload_task it first")
-    if scale_dtype not in SCALE_DTYPES:
+    if tuned_task(model) != name:
+        refuse_tuned(model)
+    if scale_dtype is not None and scale_dtype not in BY_NAME:
         raise TaskError(f"unknown scale_dtype {scale_dtype!r}: choose float32, float16, bfloat16 or None")
     config = config_of(model)
     changed = [(m, delta) for m in named_modules(model).values() if (delta := m.delta_of(name)) is not None]
-    folded = [(m, m.folded(delta, SCALE_DTYPES[scale_dtype])) for m, delta in changed]  # all of them, or an error
+    stored = None if scale_dtype is None else BY_NAME[scale_dtype]
+    folded = [(m, m.folded(delta, stored)) for m, delta in changed]  # all of them, or an error
     for module, values in folded:
         others = [m for m in tied_to(module, model) if m is not module]
         module.fold(values)
@@ -58,5 +57,3 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
     model.lowbit_base = base_of_tensors(model, described)
     model.name_or_path = model.config._name_or_path = ""  # where the old base is, which this is no more
     model.config._commit_hash = None
-    for _, module in lowbit_modules(model):
-        module.set_task(None)

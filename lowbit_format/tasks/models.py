@@ -57,6 +57,17 @@ def state_of(model: Any) -> TaskState:
     return next(module for _, module in lowbit_modules(model)).state
 
 
+def tuned_task(model: Any) -> str | None:
+    """The task that is being trained, if one is."""
+    return next((task.name for task in state_of(model).loaded.values() if task.tuned), None)
+
+
+def refuse_tuned(model: Any) -> None:
+    """Raise TaskError if a task is being trained, whose numbers would be lost."""
+    if (name := tuned_task(model)) is not None:
+        raise TaskError(f"task {name!r} is being trained on this model: save it and unload_task it first")
+
+
 def named_modules(model: Any) -> dict[str, LowbitModule]:
     """Lowbit modules that have tensors of their own, by the names that bundles use (TSK-7)."""
     by_path = {module.path: module for _, module in lowbit_modules(model)}  # PEFT may have put them deeper since

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..bundle import CARD_FILE, CONFIG_FILE, TaskBundle, rounding_loss, write_bundle
 from ..codecs import CODECS
+from ..container.dtypes import BY_NAME
 from ..container.header import ITEM_BYTES
 from ..container.reader import CONFIG_FILE as MODEL_CONFIG
 from ..errors import TaskError
@@ -17,8 +18,6 @@ from ..runtime.modules import LowbitModule
 from ..runtime.selection import Name
 from ..runtime.stored import from_torch
 from .models import model_path, named_modules, state_of, unwrapped
-
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 def save_task(
@@ -51,10 +50,10 @@ def save_task(
     """
     from .card import task_card
 
-    if dtype not in DTYPES:
-        raise TaskError(f"unknown dtype {dtype!r} for deltas: choose one of {', '.join(DTYPES)}")
+    if dtype not in BY_NAME:
+        raise TaskError(f"unknown dtype {dtype!r} for deltas: choose one of {', '.join(BY_NAME)}")
     bundle = bundle_of(model, name, base_model=base_model, revision=revision)
-    stored = DTYPES[dtype]
+    stored = BY_NAME[dtype]
     if stored != "F32":
         card["notes"] = "\n\n".join(filter(None, [card.get("notes"), _loss(bundle, dtype)]))
     path = Path(directory)
@@ -107,7 +106,7 @@ def _labels(model: Any) -> int | None:
 
 def _loss(bundle: TaskBundle, dtype: str) -> str:
     """A sentence on what storing the deltas in fewer bits costs."""
-    loss = rounding_loss(bundle, DTYPES[dtype])
+    loss = rounding_loss(bundle, BY_NAME[dtype])
     return (
         f"The deltas are stored in {dtype}: {loss.changed:,} of them are not what was trained, by at most "
         f"{loss.largest:.2g}, and by {loss.relative_rms:.2g} of their root mean square."

@@ -106,6 +106,7 @@ def load_task(
     if isinstance(source, TaskBundle):
         if subfolder or revision:
             raise TypeError("a bundle in memory has no subfolder or revision")
+        check_bundle(source)
         bundle = source
     else:
         bundle = find_bundle(
@@ -117,7 +118,6 @@ def load_task(
             local_files_only=local_files_only,
             force_download=force_download,
         )
-    check_bundle(bundle)
     whole = tuple(outermost(bundle.config.modules_to_save))  # a copy of a module has its parts' tensors too
     bundle = replace(bundle, config=replace(bundle.config, modules_to_save=whole))
     base = model.lowbit_base

@@ -10,7 +10,7 @@ import transformers
 
 from ..errors import TuningError
 from ..runtime.model import trained_state_dict
-from .models import state_of, unwrapped
+from .models import tuned_task, unwrapped
 from .saving import save_task
 
 WEIGHTS_FILE = "model.safetensors"  # what the Trainer looks for in a checkpoint
@@ -34,15 +34,11 @@ class TaskCallback(transformers.TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """From here on the Trainer writes the task; ``model.save_pretrained(directory)`` writes the base as ever."""
         inner = unwrapped(model)
-        if _tuned(inner) is None:
+        if tuned_task(inner) is None:
             raise TuningError("there is no task to train: call prepare_scale_tuning before the Trainer")
         inner.lowbit_save = self._save
 
     def _save(self, model: Any, directory: str) -> None:
-        save_task(model, directory, name=_tuned(model), **self.card)
+        save_task(model, directory, name=tuned_task(model), **self.card)
         trained = {key: t.detach().contiguous() for key, t in trained_state_dict(model).items()}
         safetensors.torch.save_file(trained, os.path.join(directory, WEIGHTS_FILE), metadata={"format": "pt"})
-
-
-def _tuned(model: Any) -> str | None:
-    return next((info.name for info in state_of(model).loaded.values() if info.tuned), None)

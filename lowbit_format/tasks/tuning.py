@@ -31,7 +31,7 @@ from ..runtime.deltas import Delta, TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.placement import lowbit_modules
 from ..runtime.switched import plain_copy, switched
-from .models import bundle_path, model_path, named_modules, outermost, state_of, tied_to, unwrapped
+from .models import bundle_path, model_path, named_modules, outermost, refuse_tuned, state_of, tied_to, unwrapped
 from .serving import LoadedTask, set_task
 
 log = logging.getLogger(__name__)
@@ -153,9 +153,7 @@ def _check(model: Any, name: str, method: str, kind: str) -> None:
         raise TuningError(f"unknown method {method!r}: choose one of {', '.join(METHODS)}")
     if kind not in KINDS:
         raise TuningError(f"unknown kind {kind!r} of delta: choose one of {', '.join(KINDS)}")
-    other = next((info.name for info in state.loaded.values() if info.tuned), None)
-    if other is not None:
-        raise TaskError(f"task {other!r} is being trained on this model: save it and unload_task it first")
+    refuse_tuned(model)
     if not name or name in state.loaded:
         taken = f"the name {name!r} is taken" if name else "a task needs a name"
         raise TaskError(f"{taken}: choose another, or unload_task it first")
