@@ -25,12 +25,17 @@ _inside = threading.local()
 
 def num_threads() -> int:
     """Threads that kernels use: ``LOWBIT_NUM_THREADS``, or the cores this process may run on."""
-    wanted = os.environ.get("LOWBIT_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted) > 0:
-        return int(wanted)
+    if wanted := wanted_threads():
+        return wanted
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def wanted_threads() -> int:
+    """What ``LOWBIT_NUM_THREADS`` says; 0 if it says nothing."""
+    wanted = os.environ.get("LOWBIT_NUM_THREADS", "")
+    return int(wanted) if wanted.isdecimal() else 0
 
 
 def parallel_rows(kernel: Callable[..., Any], rows: int, *args: Any, grain: int = 1) -> None:
@@ -51,7 +56,7 @@ def parallel_rows(kernel: Callable[..., Any], rows: int, *args: Any, grain: int 
         return
     step = grain * max(1, -(-blocks // (threads * CHUNKS_PER_THREAD)))
     starts = range(0, rows, step)
-    futures = [_shared_pool(threads).submit(_run, kernel, s, min(s + step, rows), args) for s in starts]
+    futures = [thread_pool(threads).submit(_run, kernel, s, min(s + step, rows), args) for s in starts]
     for future in futures:
         future.result()
 
@@ -61,7 +66,8 @@ def _run(kernel: Callable[..., Any], start: int, stop: int, args: tuple[Any, ...
     kernel(start, stop, *args)
 
 
-def _shared_pool(threads: int) -> ThreadPoolExecutor:
+def thread_pool(threads: int) -> ThreadPoolExecutor:
+    """The pool of this package, of at least `threads` threads."""
     global _pool, _pool_size
     with _lock:
         if _pool is None or _pool_size < threads:  # a smaller pool finishes what it has and is collected

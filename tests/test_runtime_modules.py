@@ -41,6 +41,7 @@ def linear(scheme: Scheme = SCHEME) -> LowbitModule:
 @pytest.mark.parametrize("cast", [lambda m: m.half(), lambda m: m.bfloat16(), lambda m: m.to(torch.float64)])
 def test_casts_reach_only_bias_and_compute_dtype(cast) -> None:  # type: ignore[no-untyped-def]
     module = linear(RAGGED)
+    module.unpack()
     before = {name: p.clone() for name, p in module.packed_parameters().items()}
     cast(module)
     assert module.bias is not None

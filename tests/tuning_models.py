@@ -147,7 +147,7 @@ def same(found: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> bool:
 
 def plain_weight(module: LowbitModule, delta: Delta) -> Tensor:
     """The weight ``[rows, cols]`` with a delta, by TSK-8 and DEC-2 to DEC-4, differentiable, in the delta's dtype."""
-    w, (change, move) = module.packed, delta
+    w, (change, move) = module.packed._replace(planes=module.planes), delta
     dtype = next(t.dtype for t in delta if t is not None)
     group = torch.arange(w.cols) // (w.group_size or w.cols)
     bits = ((w.planes[..., None] >> torch.arange(8)) & 1).reshape(*w.planes.shape[:2], -1)[..., : w.cols]

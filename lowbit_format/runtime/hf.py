@@ -149,9 +149,9 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, SwitchedModule):
                 module.settle(module.task_state.active)
         for path, module in list(lowbit_modules(model)):
-            if id(module.planes) not in weights:
-                weights[id(module.planes)] = nn.Parameter(module.dequantize(dtype).contiguous())
-            model.set_submodule(path, module.float_module(weights[id(module.planes)]))
+            if module.matrix not in weights:
+                weights[module.matrix] = nn.Parameter(module.dequantize(dtype).contiguous())
+            model.set_submodule(path, module.float_module(weights[module.matrix]))
         tie(model, self.placed)
         generalize(model)
         return model.to(dtype)

@@ -79,7 +79,7 @@ class LowbitModel(Mixin):
                 seen.update(id(p) for p in module.parameters(recurse=False))
                 continue
             packed = module.packed_parameters().values() if isinstance(module, LowbitModule) else ()
-            if packed and not only_trainable and id(module.planes) not in seen:
+            if packed and not only_trainable and module.matrix not in seen:
                 total += module.rows * module.cols
                 seen.update(id(p) for p in packed)
             for p in module.parameters(recurse=False):

@@ -37,7 +37,7 @@ class LowbitModule(nn.Module):
         device: where to make the (uninitialised) parameters.
 
     Attributes:
-        planes: uint8, never trained.
+        planes: uint8, never trained; the file's bytes, whatever form they are computed with (see :meth:`pack`).
         scales, offsets, zeros, codebook, row_bits: as in the file; None where the scheme has none.
         scales_k{k}, …: parameters of the nested precisions, at full precision only.
         compute_dtype: changed by ``.to(dtype)``.
@@ -48,7 +48,6 @@ class LowbitModule(nn.Module):
     """
 
     kind: ClassVar[str]
-    planes: nn.Parameter
     scales: nn.Parameter
     offsets: nn.Parameter | None
     zeros: nn.Parameter | None
@@ -96,16 +95,57 @@ class LowbitModule(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The tensors and the scheme, as the operators take them."""
-        s = self.scheme
+        """The tensors and the scheme, as the operators take them: in the form they are in now."""
+        s, own = self.scheme, self._parameters
         return Packed(
-            self.planes, self.scales, self.offsets, self.zeros, self.codebook, self.row_bits,
+            own["planes"], own["scales"], own["offsets"], own["zeros"], own["codebook"], own["row_bits"],
             s.codec, s.bits, s.group_size, self.cols,
-        )  # fmt: skip
+        )  # type: ignore[arg-type]  # fmt: skip
 
     def packed_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the packed matrix by role: all but the bias."""
+        """The parameters of the packed matrix by role, in the form they are in now: all but the bias."""
         return {name: p for name, p in self._parameters.items() if name != "bias" and p is not None}
+
+    @property
+    def matrix(self) -> int:
+        """A number that tied modules share and others do not (TIE-1)."""
+        return id(self._parameters["planes"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed matrix is."""
+        planes: Any = self._parameters["planes"]
+        device: torch.device = planes.device
+        return device
+
+    @property
+    def planes(self) -> nn.Parameter:
+        """The planes as the file has them; a module that computes with another form gives that up for it."""
+        planes = self._parameters.get("planes")
+        if planes is None:
+            raise AttributeError(f"{type(self).__name__} has no planes")
+        self.unpack()
+        return planes
+
+    def pack(self) -> None:
+        """Put planes and parameters into the form that this device's kernels compute with, if they have one.
+
+        The same tensors hold it, in place of the plain form: nothing is in memory twice. Whatever reads or moves them
+        (``planes``, ``state_dict``, ``to``, pickling) has the plain form back, and the next call packs again.
+        """
+        if ops.can_pack(self.packed) and not hasattr(self, "_hf_hook"):  # accelerate's hooks move tensors by name
+            self._take(ops.pack(self.packed))
+
+    def unpack(self) -> None:
+        """Undo :meth:`pack`, exactly."""
+        if ops.is_packed(self._parameters["planes"]):
+            self._take(ops.unpack(self.packed))
+
+    def _take(self, w: Packed) -> None:
+        for role in ("planes", "scales", "offsets", "zeros"):
+            tensor: Tensor | None = getattr(w, role)
+            if tensor is not None:
+                self._parameters[role].data = tensor.detach()  # type: ignore[union-attr]
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight with the task that is on, oriented as in the module that this one stands for (CFG-5)."""
@@ -151,6 +191,8 @@ class LowbitModule(nn.Module):
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, Packed, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, packed, deltas, task_ids)`` with the tasks that are on."""
+        if not ops.is_packed(self._parameters["planes"]) and not torch.compiler.is_compiling():
+            self.pack()
         chosen = self.state.chosen()
         if chosen is None:
             return self._with_delta(self._own_delta(), lambda w, deltas: kernel(x, w, deltas, None))
@@ -220,6 +262,7 @@ class LowbitModule(nn.Module):
                 raise TensorError("MIX-1", f"expected 1 to {self.scheme.bits}", tensor=f"{path}.{spec.role}")
         if self.precision is not None:
             self._become_precision(self.precision)
+        self.pack()
 
     def share(self, owner: LowbitModule) -> None:
         """Use the packed matrix of `owner` (TIE-1); the bias stays this module's own."""
@@ -249,7 +292,7 @@ class LowbitModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A stand-in with shape, dtype and device of the weight, and no data (see :class:`PackedWeight`)."""
-        return PackedWeight.of(self._weight_shape(), self.compute_dtype, self.planes.device)
+        return PackedWeight.of(self._weight_shape(), self.compute_dtype, self.device)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -270,6 +313,7 @@ class LowbitModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves reach every tensor; changes of dtype reach the bias and the compute dtype only."""
+        self.unpack()
         declared = {id(t) for p in self.packed_parameters().values() for t in (p, p.grad) if t is not None}
 
         keep = keeping_dtype(fn)
@@ -280,9 +324,21 @@ class LowbitModule(nn.Module):
         for name, delta in self.deltas.items():
             self.deltas[name] = delta.map(keep)
         self.set_task(self._task)
-        probe = torch.empty(0, dtype=self.compute_dtype, device=self.planes.device)
+        probe = torch.empty(0, dtype=self.compute_dtype, device=self.device)
         self.compute_dtype = fn(probe).dtype
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.unpack()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> Any:
+        self.unpack()
+        return self.__dict__
 
     def extra_repr(self) -> str:
         s = self.scheme

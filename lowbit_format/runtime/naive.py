@@ -60,6 +60,7 @@ def decode(w: Packed) -> Tensor:
 
 
 Decoder = Callable[[Packed], Tensor]  # a faster one gives the same bits
+RowSelector = Callable[[Packed, Tensor], Packed]  # the matrix of some rows, int64 [n]
 RowGrads = Callable[[int, int], Tensor]  # gradient of the weight's rows start to stop, [stop - start, cols]
 
 
@@ -122,8 +123,8 @@ def linear(
     """
     flat, bias = x.reshape(-1, w.cols), None if bias is None else bias.to(x.dtype)
     out = x.new_empty(flat.shape[0], w.scales.shape[1])
-    with _no_autocast(x):
-        for rows, mine in _each_task(w, deltas, task_ids):
+    with no_autocast(x):
+        for rows, mine in each_task(w, deltas, task_ids):
             out[rows] = F.linear(flat[rows], decode(mine).to(x.dtype), bias)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
@@ -134,8 +135,8 @@ def linear_input_grad(
     """Gradient of `x` in :func:`linear`, from that of its result ``[..., rows]``."""
     flat = grad.reshape(-1, grad.shape[-1])
     out = grad.new_empty(flat.shape[0], w.cols)
-    with _no_autocast(grad):
-        for rows, mine in _each_task(w, deltas, task_ids):
+    with no_autocast(grad):
+        for rows, mine in each_task(w, deltas, task_ids):
             out[rows] = flat[rows] @ decode(mine).to(grad.dtype)
     return out.reshape(*grad.shape[:-1], w.cols)
 
@@ -157,7 +158,7 @@ def linear_param_grads(
         left, right = flat_grad[rows].T, flat_x[rows]
         return lambda start, stop: left[start:stop] @ right
 
-    with _no_autocast(x):
+    with no_autocast(x):
         return _sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
 
 
@@ -169,6 +170,7 @@ def embedding(
     dtype: torch.dtype,
     *,
     decode: Decoder = decode,
+    select: RowSelector | None = None,
 ) -> Tensor:
     """Rows `ids` (int ``[...]``) of the weight in `dtype`, ``[..., cols]``; only these rows are decoded.
 
@@ -176,8 +178,8 @@ def embedding(
     """
     flat = ids.reshape(-1).long()
     out = torch.empty(flat.shape[0], w.cols, dtype=dtype, device=ids.device)
-    for rows, mine in _each_task(w, deltas, task_ids):
-        out[rows] = decode(_select_rows(mine, flat[rows])).to(dtype)
+    for rows, mine in each_task(w, deltas, task_ids):
+        out[rows] = decode((select or select_rows)(mine, flat[rows])).to(dtype)
     return out.reshape(*ids.shape, w.cols)
 
 
@@ -217,7 +219,7 @@ def with_delta(w: Packed, delta: Tensor) -> Packed:
     return w._replace(scales=torch.cat([tuned, scales[delta.shape[0] :]]))
 
 
-def _each_task(w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, Packed]]:
+def each_task(w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, Packed]]:
     """The rows of each task, and the matrix with that task's scales."""
     for rows, task in _tasks(deltas, task_ids):
         yield rows, w if deltas is None or task < 0 else with_delta(w, deltas[task])
@@ -263,7 +265,7 @@ def _sum_over_tasks(
     return scales_grad, offsets_grad, zeros_grad, deltas_grad
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def no_autocast(x: Tensor) -> torch.autocast:
     """The dtypes here are chosen; autocast must not change them inside of an operator."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -316,7 +318,7 @@ def _plane_rows(present: Tensor) -> Tensor:
     return (present.reshape(-1).cumsum(0) - 1).clamp(min=0).reshape(present.shape)
 
 
-def _select_rows(w: Packed, rows: Tensor) -> Packed:
+def select_rows(w: Packed, rows: Tensor) -> Packed:
     """The matrix of the given rows (int64 ``[n]``, repetition allowed)."""
     present = _present(w)
     if present is None or w.planes.dim() == 3:

@@ -20,7 +20,7 @@ from torch._library.custom_ops import CustomOpDef
 from . import naive
 from .naive import Packed
 
-KERNELS = {"cpu": "numba_cpu", "cuda": "naive"}  # device type -> module beside this one; naive serves all others
+KERNELS = {"cpu": "cpu.kernels", "cuda": "naive"}  # device type -> module beside this one; naive serves all others
 
 
 def dequantize(w: Packed, deltas: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -62,6 +62,29 @@ def embedding(
     """Rows `ids` (integers ``[...]``) of the weight in `dtype`: ``[..., cols]``. Tasks as in :func:`linear`."""
     out: Tensor = torch.ops.lowbit.embedding(ids, *w[:6], deltas, task_ids, dtype, *w[6:])
     return out
+
+
+def can_pack(w: Packed) -> bool:
+    """Whether the kernels of its device compute with another form of `w` than it has."""
+    kernels = _kernels(w)
+    return hasattr(kernels, "pack") and not is_packed(w.planes) and bool(kernels.can_pack(w))
+
+
+def is_packed(planes: Any) -> bool:
+    """Whether planes have a form that only kernels know: one dimension more than in the file."""
+    return planes is not None and planes.dim() == 4
+
+
+def pack(w: Packed) -> Packed:
+    """`w` in the form that kernels compute with; the operators take both."""
+    packed: Packed = _kernels(w).pack(w)
+    return packed
+
+
+def unpack(w: Packed) -> Packed:
+    """`w` as the file has it."""
+    unpacked: Packed = _kernels(w).unpack(w)
+    return unpacked
 
 
 # --- definitions -----------------------------------------------------------------------------------

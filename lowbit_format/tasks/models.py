@@ -97,4 +97,4 @@ def outermost(paths: Sequence[str]) -> list[str]:
 
 def tied_to(module: LowbitModule, model: nn.Module) -> list[LowbitModule]:
     """All modules with the same packed matrix, this one too (TIE-1)."""
-    return [m for _, m in lowbit_modules(model) if m.planes is module.planes]
+    return [m for _, m in lowbit_modules(model) if m.matrix == module.matrix]

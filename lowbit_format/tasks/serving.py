@@ -224,9 +224,9 @@ def _deltas(bundle: TaskBundle, modules: dict[str, Any]) -> dict[str, Delta]:
 
 def _checked(delta: Delta, module: Any) -> Delta:
     """The delta on the module's device; BundleError if it makes a value infinite (MAT-6)."""
-    if module.planes.is_meta:
+    if module.device.type == "meta":
         raise TaskError(f"{module.path} is offloaded: tasks need the whole model in memory")
-    delta = delta.map(lambda t: t.to(module.planes.device))
+    delta = delta.map(lambda t: t.to(module.device))
     w = shifted(module.packed, delta)
     w = w if delta.scales is None else with_delta(w, delta.scales)
     for values in (w.scales, w.offsets, w.zeros):

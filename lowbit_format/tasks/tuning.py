@@ -163,15 +163,15 @@ def _chosen_modules(
     model: Any, method: Method, name: str, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, LowbitModule]:
     """The modules to train by path, a tied matrix once."""
-    owners = {id(m.planes): m for m in named_modules(model).values()}
+    owners = {m.matrix: m for m in named_modules(model).values()}
     paths = {m.path: m for _, m in lowbit_modules(model)}  # tied places too: they stand for their owner
-    embeddings = {id(m.planes) for m in paths.values() if isinstance(m, LowbitEmbedding)}
+    embeddings = {m.matrix for m in paths.values() if isinstance(m, LowbitEmbedding)}
     if include is None:
-        chosen = [path for path, m in paths.items() if id(m.planes) not in embeddings]
+        chosen = [path for path, m in paths.items() if m.matrix not in embeddings]
     else:
         chosen = _matching(include, paths, "include")
-    left_out = {id(paths[path].planes) for path in _matching(exclude or (), paths, "exclude")}
-    found = [owners[id(paths[path].planes)] for path in chosen if id(paths[path].planes) not in left_out]
+    left_out = {paths[path].matrix for path in _matching(exclude or (), paths, "exclude")}
+    found = [owners[paths[path].matrix] for path in chosen if paths[path].matrix not in left_out]
     modules = {m.path: m for m in found}
     if not modules:
         raise TuningError("no module is left to train")

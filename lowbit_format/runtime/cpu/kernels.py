@@ -1,0 +1,277 @@
+"""The operators on a CPU: the same functions as :mod:`..naive`, over plain planes and over the packed form alike.
+
+Few rows of x are multiplied straight from the packed form (:mod:`.products`), many by decoding a tile of the weight at
+a time, which stays in cache, for the library's own product. The weight is never whole in memory but where it is the
+result. What the packed form does not hold (groups that are no multiple of 32 columns, float64) is decoded by the
+reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ... import reference
+from ...bits import to_ragged
+from ...packed import PackedMatrix, Params
+from ...schema import Scheme
+from ...threads import parallel_rows
+from ...vector_ir import features
+from .. import naive
+from ..naive import Packed, RowGrads
+from . import decoding, products, team, tiles
+from .vectors import has_codebook_lookup
+
+FEW = 16  # rows of x up to which products come straight from planes
+TILE = 1 << 18  # weights decoded at a time: 1 MiB
+GRAD_TILE = 1 << 20  # weights whose gradient is in memory at a time: 4 MiB, a cache's size
+SIGNS = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 1, -1).astype(np.float32)  # of a byte's columns
+
+__all__ = [
+    "can_pack",
+    "dequantize",
+    "dequantize_param_grads",
+    "embedding",
+    "embedding_param_grads",
+    "linear",
+    "linear_input_grad",
+    "linear_param_grads",
+    "pack",
+    "unpack",
+]
+
+
+def can_pack(w: Packed) -> bool:
+    """Whether `w` has a packed form."""
+    return type(w.planes) in (Tensor, torch.nn.Parameter) and tiles.can_pack(w)
+
+
+def pack(w: Packed) -> Packed:
+    """`w` in its packed form: planes in tiles, parameters in lanes. What is so already is left as it is."""
+    planes = w.planes if tiles.is_packed(w.planes) else tiles.pack(w)
+    scales, offsets, zeros = (None if t is None else tiles.in_lanes(t) for t in w[1:4])
+    return w._replace(planes=planes, scales=scales, offsets=offsets, zeros=zeros)
+
+
+def unpack(w: Packed) -> Packed:
+    """`w` as the file has it."""
+    if not tiles.is_packed(w.planes):
+        return w
+    scales, offsets, zeros = (None if t is None else t.contiguous() for t in w[1:4])
+    return tiles.unpack(w)._replace(scales=scales, offsets=offsets, zeros=zeros)
+
+
+def decode(w: Packed) -> Tensor:
+    """Weights ``[rows, cols]`` in float32; float64 parameters, which only tests have, go the naive way."""
+    if w.scales.dtype == torch.float64:
+        return naive.decode(unpack(w))
+    if tiles.is_packed(w.planes) and w.row_bits is None:
+        return decoding.decode_rows(w, 0, w.scales.shape[1], team.threads())
+    return _decode_plain(unpack(w))
+
+
+def _decode_plain(w: Packed) -> Tensor:
+    shift = w.offsets if w.codec == "bcq" else w.zeros
+    planes = w.planes.detach().contiguous().numpy()
+    row_bits = None if w.row_bits is None else w.row_bits.detach().contiguous().numpy()
+    if row_bits is not None and planes.ndim == 3:  # rows picked out of ragged planes come with all planes
+        planes = to_ragged(planes[: w.bits], row_bits)
+    scheme = Scheme(w.codec, w.bits, w.group_size, "F32", row_bits=w.row_bits is not None)
+    matrix = PackedMatrix(
+        scheme,
+        w.scales.shape[1],
+        w.cols,
+        planes,
+        Params(_floats(w.scales), None if shift is None else _floats(shift)),
+        {},
+        None if w.codebook is None else _floats(w.codebook),
+        row_bits,
+    )
+    return torch.from_numpy(reference.decode(matrix))
+
+
+# --- products --------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """As :func:`..naive.linear`; a few rows are multiplied in float32 whatever the dtype of `x`, and rounded once."""
+    flat = x.reshape(-1, w.cols)
+    packed = pack(w) if can_pack(w) and x.dtype != torch.float64 else None
+    with torch.no_grad(), naive.no_autocast(x):
+        if packed is None or packed.row_bits is not None and len(flat) > FEW:
+            return naive.linear(x, unpack(w), bias, deltas, task_ids, decode=decode)
+        if len(flat) <= FEW and _can_multiply(w):
+            out = _few(flat, packed, bias, deltas, task_ids)
+        else:
+            out = _many(flat, packed, deltas, task_ids)
+            out = out if bias is None else out.add_(bias)
+    return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def _can_multiply(w: Packed) -> bool:
+    return w.codebook is None or (w.bits <= 4 and w.row_bits is None and has_codebook_lookup(features()))
+
+
+def _few(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    if len(x) == 0:
+        return x.new_empty(0, w.scales.shape[1])
+    threads = team.threads()
+    rows = products.Activations(x.float(), tiles.words(w), tiles.group_words(w), threads)
+    return products.multiply(w, rows, None if bias is None else bias.float(), deltas, task_ids, threads).to(x.dtype)
+
+
+def _many(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """Without the bias. A batch of many tasks multiplies by the parts of the weight that they share.
+
+    With planes' parts ``z[p] = x @ (scale[p] * sign[p]).T`` of the result, a factor ``1 + delta[p]`` on a scale adds
+    ``delta[p] * z[p]``; with one scale for all of the weight, ``z`` is the result itself.
+    """
+    out = x.new_empty(len(x), w.scales.shape[1])
+    shared = 1 if w.codec != "bcq" else 1 + (0 if deltas is None else deltas.shape[1])
+    if deltas is None or task_ids is None or deltas.dim() == 4 or len(deltas) <= shared:
+        for rows, mine in naive.each_task(w, deltas, task_ids):
+            part = out if isinstance(rows, slice) else x.new_empty(int(rows.sum()), out.shape[1])
+            for start, stop, weight in _weight_tiles(mine, x.dtype):
+                torch.mm(x[rows], weight.t(), out=part[:, start:stop])
+            if part is not out:
+                out[rows] = part
+        return out
+    with_base = F.pad(deltas, (0, 0, 0, 0, 0, 1))  # zeros last, where the base's -1 points
+    for start, stop, weight in _weight_tiles(w, x.dtype):
+        torch.mm(x, weight.t(), out=out[:, start:stop])
+    base = out.clone() if w.codec != "bcq" else out
+    for p in range(deltas.shape[1]):
+        factor = with_base[task_ids, p]
+        for start, stop, weight in _weight_tiles(_plane(w, p), x.dtype) if w.codec == "bcq" else ():
+            out[:, start:stop].addcmul_(factor[:, start:stop].to(x.dtype), x @ weight.t())
+        if w.codec != "bcq":
+            out.addcmul_(factor.to(x.dtype), base)
+    return out
+
+
+def _plane(w: Packed, p: int) -> Packed:
+    """The part of plane `p`: the other planes and the offset are nothing."""
+    scales = torch.zeros_like(w.scales)
+    scales[p] = w.scales[p]
+    return w._replace(scales=tiles.in_lanes(scales), offsets=None)
+
+
+def _weight_tiles(w: Packed, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """Rows from, to, and the weight ``[rows of the tile, cols]`` in `dtype`, in memory that the next tile reuses."""
+    rows, threads = w.scales.shape[1], team.threads()
+    w = w._replace(scales=tiles.in_lanes(w.scales))
+    step = max(16, TILE // w.cols // 16 * 16)
+    room = torch.empty(min(step, rows), w.cols)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield start, stop, decoding.decode_rows(w, start, stop, threads, room[: stop - start]).to(dtype)
+
+
+def linear_input_grad(grad: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """As :func:`..naive.linear_input_grad`, summed in float32."""
+    packed = pack(w) if can_pack(w) and grad.dtype != torch.float64 else None
+    if packed is None or packed.row_bits is not None:
+        return naive.linear_input_grad(grad, unpack(w), deltas, task_ids, decode=decode)
+    flat = grad.reshape(-1, grad.shape[-1])
+    out = torch.zeros(len(flat), w.cols)
+    with torch.no_grad(), naive.no_autocast(grad):
+        for rows, mine in naive.each_task(packed, deltas, task_ids):
+            part, given = (out, flat) if isinstance(rows, slice) else (torch.zeros_like(out[rows]), flat[rows])
+            for start, stop, weight in _weight_tiles(mine, grad.dtype):
+                if grad.dtype == torch.float32:
+                    part.addmm_(given[:, start:stop], weight)
+                else:
+                    part += given[:, start:stop] @ weight
+            if part is not out:
+                out[rows] = part
+    return out.to(grad.dtype).reshape(*grad.shape[:-1], w.cols)
+
+
+# --- rows ------------------------------------------------------------------------------------------
+
+
+def embedding(
+    ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """As :func:`..naive.embedding`."""
+    return naive.embedding(ids, w, deltas, task_ids, dtype, decode=decode, select=_select)
+
+
+def _select(w: Packed, rows: Tensor) -> Packed:
+    return tiles.unpack(w, rows) if tiles.is_packed(w.planes) else naive.select_rows(w, rows)
+
+
+# --- gradients of parameters -----------------------------------------------------------------------
+
+
+def decode_grads(w: Packed, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
+    """As :func:`..naive.decode_grads`; ragged planes, codebooks and odd groups go that way."""
+    rows, groups = w.scales.shape[1:]
+    size = w.cols if w.group_size == 0 else min(w.group_size, w.cols)
+    odd = groups > 1 and size % 8 != 0
+    if w.scales.dtype == torch.float64 or w.row_bits is not None or w.codebook is not None or odd:
+        return naive.decode_grads(unpack(w), weight_grad)
+    sums, totals = np.empty((w.bits, rows, groups), np.float32), np.empty((rows, groups), np.float32)
+    step = max(1, GRAD_TILE // w.cols)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        grad = weight_grad(start, stop).contiguous().numpy()
+        planes = _select(w, torch.arange(start, stop)).planes if tiles.is_packed(w.planes) else w.planes[:, start:stop]
+        signs = planes[: w.bits].detach().contiguous().numpy()
+        parallel_rows(_signed_sums, len(grad), sums, totals, grad, signs, SIGNS, start, size)
+    signed, total = torch.from_numpy(sums), torch.from_numpy(totals)
+    if w.codec == "bcq":
+        return signed, None if w.offsets is None else total
+    zero = 0 if w.zeros is None else w.zeros.float()
+    weights = 2.0 ** torch.arange(w.bits - 1, -1, -1)  # BIT-1
+    code = (signed.add_(total).div_(2) * weights[:, None, None]).sum(0)  # a bit is (its sign + 1) / 2
+    return (code - zero * total)[None], None if w.zeros is None else -total * w.scales[0].float()
+
+
+@numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+def _signed_sums(start, stop, sums, totals, grads, planes, signs, first, group):
+    """Of rows start to stop of `grads` (rows from `first` on of the matrix), the sums over each group of +grad where
+    the plane has a 1 and -grad where it has a 0, and the plain sums. Gradients may be summed in any order.
+    """
+    bits, cols = planes.shape[0], grads.shape[1]
+    lanes = np.empty(8, np.float32)
+    for r in range(start, stop):
+        row = first + r
+        for g in range(sums.shape[2]):
+            begin, end = g * group, min(cols, (g + 1) * group)
+            whole = begin + (end - begin) // 8 * 8
+            total = np.float32(0.0)
+            for c in range(begin, end):
+                total += grads[r, c]
+            totals[row, g] = total
+            for p in range(bits):
+                lanes[:] = 0
+                for c in range(begin, whole, 8):
+                    sign = signs[planes[p, r, c >> 3]]
+                    grad = grads[r, c : c + 8]
+                    for j in range(8):
+                        lanes[j] += grad[j] * sign[j]
+                acc = np.float32(0.0)
+                for j in range(8):
+                    acc += lanes[j]
+                for c in range(whole, end):
+                    acc += grads[r, c] * signs[planes[p, r, c >> 3], c & 7]
+                sums[p, row, g] = acc
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.detach().float().contiguous().numpy()
+    return array
+
+
+dequantize = partial(naive.dequantize, decode=decode)
+dequantize_param_grads = partial(naive.dequantize_param_grads, decode_grads=decode_grads)
+linear_param_grads = partial(naive.linear_param_grads, decode_grads=decode_grads)
+embedding_param_grads = partial(naive.embedding_param_grads, decode_grads=decode_grads)

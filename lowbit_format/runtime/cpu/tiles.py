@@ -1,0 +1,175 @@
+"""The packed form that CPU kernels read: the same words as in the file, sixteen rows side by side.
+
+A *word* is 32 columns of one row of one plane, the file's own four bytes. A *tile* is 16 rows; it holds, group by group,
+plane by plane, word by word, one vector of the 16 rows' words::
+
+    tiles[t, (g * W * bits) + (p * words of group g) + j, lane] = word (g * W + j) of plane p of row 16 * t + lane
+
+with W words in a whole group; the last group may have fewer. Rows are padded with zeros to whole tiles. Ragged planes
+(MIX-2) have tiles of as many planes as their longest row, one after the other. As a tensor it is uint8
+``[tiles, words * bits, 16, 4]`` (ragged: ``[1, all of them, 16, 4]``): four dimensions tell it from plain planes.
+
+Scales and shift keep their shape, and change their strides: the rows of a group stand together, padded to whole tiles,
+so that a tile reads a vector of them. Both are exact: :func:`unpack` gives the file's bytes back.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...threads import parallel_rows
+from ...vector_ir import LANES
+from ..naive import Packed
+
+WORD = 32  # columns
+_GRAIN = 4  # tiles of a strip (see products.py)
+
+
+def is_packed(planes: Tensor) -> bool:
+    """Whether this is the packed form, not plain planes."""
+    return planes.dim() == 4
+
+
+def can_pack(w: Packed) -> bool:
+    """Whether groups consist of whole words; other matrices are decoded by the reference."""
+    size = w.group_size
+    return w.scales.dtype != torch.float64 and (size == 0 or size >= w.cols or size % WORD == 0)
+
+
+def group_words(w: Packed) -> int:
+    """Words of a whole group."""
+    return w.group_size // WORD if 0 < w.group_size < w.cols else words(w)
+
+
+def words(w: Packed) -> int:
+    """Words of a row: rows are padded to 64 columns in the file (BIT-2)."""
+    return 2 * -(-w.cols // 64)
+
+
+def tile_bits(w: Packed) -> NDArray[np.int64]:
+    """Planes in each tile: the most that one of its rows has."""
+    tiles = -(-w.scales.shape[1] // LANES)
+    if w.row_bits is None:
+        return np.full(tiles, w.bits, np.int64)
+    of_rows = w.row_bits.detach().numpy()
+    most: NDArray[np.int64] = np.maximum.reduceat(of_rows, np.arange(0, len(of_rows), LANES)).astype(np.int64)
+    return most
+
+
+def pack(w: Packed) -> Tensor:
+    """The packed form of plain planes: uint8, in memory of its own."""
+    planes, ragged = w.planes.detach().contiguous().numpy(), w.row_bits is not None
+    source = planes.reshape(-1, planes.shape[-1]).view("<u4")
+    bits, rows = tile_bits(w), w.scales.shape[1]
+    starts = np.concatenate([[0], np.cumsum(bits * source.shape[1])])
+    index = _plane_rows(w)
+    out = np.empty((int(starts[-1]), LANES), np.uint32)
+    parallel_rows(_pack, len(bits), out, source, index, bits, starts, group_words(w), rows, grain=_GRAIN)
+    shape = (1, -1, LANES, 4) if ragged else (len(bits), w.bits * source.shape[1], LANES, 4)
+    return torch.from_numpy(out.view(np.uint8)).reshape(shape)
+
+
+def unpack(w: Packed, rows: Tensor | None = None) -> Packed:
+    """`w` with plain planes, as in the file.
+
+    With `rows` (int64 ``[n]``), a matrix of these rows alone: planes ``[bits, n, bytes]``, also of a ragged one, whose
+    missing planes are then zero.
+    """
+    count, bits = w.scales.shape[1], tile_bits(w)
+    picked = None if rows is None else w._replace(  # out of range is an IndexError here
+        scales=w.scales[:, rows],
+        offsets=None if w.offsets is None else w.offsets[rows],
+        zeros=None if w.zeros is None else w.zeros[rows],
+        row_bits=None if w.row_bits is None else w.row_bits[rows],
+    )
+    source = w.planes.detach().numpy().reshape(-1, LANES, 4).view("<u4")[..., 0]
+    starts = np.concatenate([[0], np.cumsum(bits * words(w))])
+    wanted = np.arange(count) if rows is None else rows.numpy() % count
+    out = np.zeros((w.bits, len(wanted), words(w)), np.uint32)
+    parallel_rows(_unpack, len(wanted), out, source, wanted, bits, starts, group_words(w))
+    planes = torch.from_numpy(out.view(np.uint8))
+    if picked is not None:
+        return picked._replace(planes=planes)
+    if w.row_bits is not None:
+        planes = planes[torch.from_numpy(w.row_bits.numpy()[None, :] > np.arange(w.bits)[:, None])]
+    return w._replace(planes=planes)
+
+
+def in_lanes(values: Tensor) -> Tensor:
+    """`values` ``[..., rows, groups]`` with the rows of a group together, padded to whole tiles; itself if they are."""
+    rows, padded = values.shape[-2], _padded(values)
+    if _are_in_lanes(values):
+        return values
+    room = values.new_zeros(*values.shape[:-2], values.shape[-1], padded)
+    room[..., :rows] = values.detach().transpose(-1, -2)
+    return room[..., :rows].transpose(-1, -2)
+
+
+def _are_in_lanes(values: Tensor) -> bool:
+    *_, rows, groups = values.shape
+    padded = _padded(values)
+    leading, expected = values.shape[:-2], padded * groups
+    for size, stride in zip(reversed(leading), reversed(values.stride()[:-2]), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    whole = values.storage_offset() + expected <= values.untyped_storage().nbytes() // values.element_size()
+    return (rows == 1 or values.stride(-2) == 1) and (groups == 1 or values.stride(-1) == padded) and whole
+
+
+def _padded(values: Tensor) -> int:
+    return -(-values.shape[-2] // LANES) * LANES
+
+
+def _plane_rows(w: Packed) -> NDArray[np.int64]:
+    """Where each row of each plane lies in the flat plain planes, ``[bits, rows]``; -1 where ragged ones lack it."""
+    rows = w.scales.shape[1]
+    if w.row_bits is None or w.planes.dim() == 3:
+        flat = np.arange(w.bits)[:, None] * w.planes.shape[1] + np.arange(rows)
+        if w.row_bits is None:
+            return flat
+        return np.where(w.row_bits.numpy() > np.arange(w.bits)[:, None], flat, -1)
+    present = w.row_bits.numpy()[None, :] > np.arange(w.bits)[:, None]
+    return np.where(present, np.cumsum(present).reshape(present.shape) - 1, -1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _pack(start, stop, out, source, index, bits, starts, whole, rows):
+    """Tiles start to stop of `out` uint32 ``[all vectors, LANES]`` from `source` uint32 ``[plane rows, words]``."""
+    words = source.shape[1]
+    for t in range(start, stop):
+        first, n = 16 * t, bits[t]
+        lanes = min(16, rows - first)
+        for g in range((words + whole - 1) // whole):
+            here = min(whole, words - g * whole)
+            for p in range(n):
+                at = starts[t] + g * whole * n + p * here
+                block = out[at : at + here]
+                for lane in range(16):
+                    row = index[p, first + lane] if lane < lanes else -1
+                    if row < 0:
+                        for j in range(here):
+                            block[j, lane] = 0
+                        continue
+                    line = source[row]
+                    for j in range(here):
+                        block[j, lane] = line[g * whole + j]
+
+
+@numba.njit(nogil=True, cache=True)
+def _unpack(start, stop, out, source, wanted, bits, starts, whole):
+    """Rows wanted[start:stop] into `out` uint32 ``[bits, n, words]``, which is zero where a tile has fewer planes."""
+    words = out.shape[2]
+    for i in range(start, stop):
+        t, lane = wanted[i] // 16, wanted[i] % 16
+        n = bits[t]
+        for g in range((words + whole - 1) // whole):
+            here = min(whole, words - g * whole)
+            for p in range(n):
+                at = starts[t] + g * whole * n + p * here
+                for j in range(here):
+                    out[p, i, g * whole + j] = source[at + j, lane]

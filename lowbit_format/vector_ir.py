@@ -1,0 +1,110 @@
+"""What intrinsics share: LLVM vector code of sixteen lanes, written out through llvmlite.
+
+Numba keeps no array in registers, so innermost loops are emitted as LLVM code. It names no instruction set: LLVM lowers
+``<16 x float>`` to what the machine has. Pointers are addresses, int64, with byte offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core.registry import cpu_target
+
+LANES = 16
+
+I8, I16, I32, I64, F16, F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType())
+VECTOR_I8, VECTOR_I16, VECTOR_I32, VECTOR_F16, VECTOR_F32 = (ir.VectorType(t, LANES) for t in (I8, I16, I32, F16, F32))
+ZERO = ir.Constant(VECTOR_F32, [0.0] * LANES)
+
+
+def loop(builder: Any, count: Any, body: Callable[[Any, list[Any]], Sequence[Any]], carried: Sequence[Any]) -> Any:
+    """Emit ``for i in range(count)``; `body(i, values)` gives the next carried values. count >= 1."""
+    entry = builder.block
+    inside, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
+    builder.branch(inside)
+    builder.position_at_end(inside)
+    i = builder.phi(I64)
+    i.add_incoming(I64(0), entry)
+    phis = [builder.phi(v.type) for v in carried]
+    for phi, v in zip(phis, carried, strict=True):
+        phi.add_incoming(v, entry)
+    values = body(i, phis)
+    following = builder.add(i, I64(1))
+    end = builder.block
+    i.add_incoming(following, end)
+    for phi, v in zip(phis, values, strict=True):
+        phi.add_incoming(v, end)
+    builder.cbranch(builder.icmp_signed("<", following, count), inside, after)
+    builder.position_at_end(after)
+    return list(values)
+
+
+def at(builder: Any, address: Any, *parts: Any) -> Any:
+    """`address` plus the products of the pairs in `parts`; ints stand for constants."""
+    for a, b in parts:
+        if isinstance(a, int) and isinstance(b, int):
+            offset = I64(a * b)
+        else:
+            offset = builder.mul(*(I64(v) if isinstance(v, int) else v for v in (a, b)))
+        address = builder.add(address, offset)
+    return address
+
+
+def load(builder: Any, address: Any, kind: Any, align: int = 4) -> Any:
+    """The value of type `kind` at `address`."""
+    value = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    value.align = align
+    return value
+
+
+def store(builder: Any, value: Any, address: Any, align: int = 4) -> None:
+    """`value` to `address`."""
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
+
+
+def splat(builder: Any, value: Any) -> Any:
+    """A vector with `value` in every lane."""
+    kind = ir.VectorType(value.type, LANES)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ints(0))
+
+
+def ints(value: int) -> Any:
+    """A constant vector of `value`, int32."""
+    return ir.Constant(VECTOR_I32, [value] * LANES)
+
+
+def half_to_float(builder: Any, half: Any) -> Any:
+    """float16 bits (int16 lanes) to float32 by integer operations, exactly, for finite values.
+
+    Moved up by 13 bits, the exponent is 112 too small; the product with 2**112 is exact, of subnormals too.
+    """
+    wide = builder.zext(half, VECTOR_I32)
+    magnitude = builder.shl(builder.and_(wide, ints(0x7FFF)), ints(13))
+    value = builder.fmul(builder.bitcast(magnitude, VECTOR_F32), ir.Constant(VECTOR_F32, [2.0**112] * LANES))
+    sign = builder.shl(builder.and_(wide, ints(0x8000)), ints(16))
+    return builder.bitcast(builder.or_(builder.bitcast(value, VECTOR_I32), sign), VECTOR_F32)
+
+
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c``; in one rounding where the machine can."""
+    return call(builder, "llvm.fmuladd.v16f32", VECTOR_F32, a, b, c)
+
+
+def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
+    """Call LLVM's intrinsic function `name`."""
+    module = builder.module
+    known = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, [a.type for a in args]), name)
+    return builder.call(known, args)
+
+
+def features(context: Any | None = None) -> frozenset[str]:
+    """Instruction sets of the machine that code is made for, by LLVM's names: ``avx2``, ``avx512f``, …
+
+    Numba's cache on disk keeps code by them, so that one directory serves several machines.
+    """
+    context = cpu_target.target_context if context is None else context
+    listed: str = context.codegen().magic_tuple()[2]
+    return frozenset(name[1:] for name in listed.split(",") if name.startswith("+"))
