@@ -64,6 +64,15 @@ def store(builder: Any, value: Any, address: Any, align: int = 4) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Ask for the cache line at `address`, which need not be readable, to be brought into the second-level cache."""
+    pointer = builder.inttoptr(address, I8.as_pointer())
+    name = "llvm.prefetch.p0"
+    kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+    known = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(known, [pointer, I32(0), I32(2), I32(1)])
+
+
 def splat(builder: Any, value: Any) -> Any:
     """A vector with `value` in every lane."""
     kind = ir.VectorType(value.type, LANES)

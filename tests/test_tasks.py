@@ -707,7 +707,7 @@ def test_a_merged_model_is_a_base_of_its_own(
     reader.verify()
     assert reader.fingerprint(trust_digests=False) == model.lowbit_base.fingerprint
     again = MODELS[name][1].from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(logits(again), want)
+    assert torch.equal(logits(again), logits(model))
     with pytest.raises(FingerprintError):
         lb.load_task(again, bundle, name="a")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import sys
@@ -57,6 +58,7 @@ def main() -> None:
 
 def report(options: argparse.Namespace) -> Iterator[str]:
     """The tables of all parts that were asked for."""
+    before = processor_seconds()
     yield machine(options.threads)
     if {"model", "peers"} & set(options.only):
         yield from models(options)
@@ -66,6 +68,23 @@ def report(options: argparse.Namespace) -> Iterator[str]:
         yield tasks(options)
     if "start" in options.only:
         yield start(options)
+    ours, all_busy, capacity = (b - a for a, b in zip(before, processor_seconds(), strict=True))
+    if capacity:
+        yield (
+            f"Other processes took {max(0.0, all_busy - ours) / capacity:.0%} of all processor time meanwhile; "
+            "with more than a few percent, medians are doubtful and maxima mean nothing."
+        )
+
+
+def processor_seconds() -> tuple[float, float, float]:
+    """Seconds used by this process and its children, used by all processes, and passed on all cores; 0 off Linux."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0, 0.0, 0.0
+    ours = os.times()
+    ticks = [int(n) / os.sysconf("SC_CLK_TCK") for n in stat.read_text().splitlines()[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    return ours.user + ours.system + ours.children_user + ours.children_system, sum(ticks) - idle, sum(ticks)
 
 
 def machine(threads: int) -> str:

@@ -183,6 +183,7 @@ class LowbitModule(nn.Module):
 
         Nested precisions go: they have parameters of their own, which the task was not tuned for.
         """
+        self.unpack()
         for role in [r for r in self._parameters if "_k" in r]:
             del self._parameters[role]
         dtype = next(name for name, t in TORCH_DTYPES.items() if t == values["scales"].dtype)

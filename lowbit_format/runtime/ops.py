@@ -47,6 +47,9 @@ def linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    if _is_plain_call(x, w, bias, deltas):
+        product: Tensor = _kernels(w).linear(x, w, bias, deltas, task_ids)
+        return product
     out: Tensor = torch.ops.lowbit.linear(x, *w[:6], bias, deltas, task_ids, *w[6:])
     return out
 
@@ -62,6 +65,21 @@ def embedding(
     """Rows `ids` (integers ``[...]``) of the weight in `dtype`: ``[..., cols]``. Tasks as in :func:`linear`."""
     out: Tensor = torch.ops.lowbit.embedding(ids, *w[:6], deltas, task_ids, dtype, *w[6:])
     return out
+
+
+def _is_plain_call(x: Tensor, *inputs: Any) -> bool:
+    """Whether nobody looks on: no gradient, no tracing, no mode that has to see operators.
+
+    A custom operator costs 30 microseconds before its kernel starts, several milliseconds for a token.
+    """
+    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    w, *others = inputs
+    return not any(t is not None and t.requires_grad for t in (x, *w[1:4], *others))
 
 
 def can_pack(w: Packed) -> bool:

@@ -13,7 +13,7 @@ from ..naive import Packed
 from . import tiles
 from .products import _CODECS, _KINDS, BCQ, CODEBOOK, UNIFORM
 from .team import Kernel
-from .vectors import address_of, decode_word, floats_at, take, widen
+from .vectors import F16_KIND, F32_KIND, address_of, decode_word, floats_at, take, widen
 
 ALONE = 1 << 16  # weights below which one thread decodes
 
@@ -53,7 +53,7 @@ def _decode(pointer):
     job = carray(pointer, 18)
     bits, words, whole, groups, codec = job[_BITS], job[_WORDS], job[_WHOLE], job[_GROUPS], job[_CODEC]
     cols, rows, padded = job[_COLS], job[_ROWS], (job[_ALL] + 15) // 16 * 16
-    signed = np.zeros((9, 16), np.float32)
+    signed = np.zeros((8, 16), np.float32)
     start, scale, shift = np.zeros(16, np.float32), np.zeros(16, np.float32), np.zeros(16, np.float32)
     block = np.empty((16, 32), np.float32)
     if codec != BCQ:
@@ -68,17 +68,18 @@ def _decode(pointer):
         here_rows = min(16, rows - piece * 16)
         out = job[_OUT] + piece * 16 * cols * 4
         for g in range(groups):
+            index = g * padded + tile * 16
             if codec == BCQ:
+                _parameters(job[_SCALES], job[_SCALES_KIND], index, groups * padded, bits, signed)
                 for p in range(bits):
-                    _parameters(job[_SCALES], job[_SCALES_KIND], (p * groups + g) * padded + tile * 16, scale)
                     for lane in range(16):
-                        signed[p, lane] = -scale[lane]
+                        signed[p, lane] = -signed[p, lane]
                 if job[_SHIFT] != 0:
-                    _parameters(job[_SHIFT], job[_SHIFT_KIND], g * padded + tile * 16, start)
+                    _parameters(job[_SHIFT], job[_SHIFT_KIND], index, 0, 1, start)
             else:
-                _parameters(job[_SCALES], job[_SCALES_KIND], g * padded + tile * 16, scale)
+                _parameters(job[_SCALES], job[_SCALES_KIND], index, 0, 1, scale)
                 if job[_SHIFT] != 0:
-                    _parameters(job[_SHIFT], job[_SHIFT_KIND], g * padded + tile * 16, shift)
+                    _parameters(job[_SHIFT], job[_SHIFT_KIND], index, 0, 1, shift)
             here = min(whole, words - g * whole)
             at = job[_PLANES] + (tile * words + g * whole) * bits * 64
             for j in range(here):
@@ -98,14 +99,14 @@ def _decode(pointer):
 
 
 @numba.njit
-def _parameters(address, kind, index, out):
-    """Parameters of one tile in float32."""
-    if kind == 0:
-        widen(address + 4 * index, out.ctypes.data, 1, 0)
-    elif kind == 1:
-        widen(address + 2 * index, out.ctypes.data, 1, 1)
+def _parameters(address, kind, index, stride, count, out):
+    """Parameters of one tile for `count` planes, `stride` numbers apart, in float32."""
+    if kind == F32_KIND:
+        widen(address + 4 * index, 4 * stride, count, 0, out.ctypes.data, 1, 0)
+    elif kind == F16_KIND:
+        widen(address + 2 * index, 2 * stride, count, 0, out.ctypes.data, 1, 1)
     else:
-        widen(address + 2 * index, out.ctypes.data, 1, 2)
+        widen(address + 2 * index, 2 * stride, count, 0, out.ctypes.data, 1, 2)
 
 
 @numba.njit

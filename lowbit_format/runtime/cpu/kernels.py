@@ -32,6 +32,7 @@ from .vectors import has_codebook_lookup
 FEW = 16  # rows of x up to which products come straight from planes
 TILE = 1 << 18  # weights decoded at a time: 1 MiB
 GRAD_TILE = 1 << 20  # weights whose gradient is in memory at a time: 4 MiB, a cache's size
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIGNS = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 1, -1).astype(np.float32)  # of a byte's columns
 
 __all__ = [
@@ -102,29 +103,29 @@ def _decode_plain(w: Packed) -> Tensor:
 
 def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
     """As :func:`..naive.linear`; a few rows are multiplied in float32 whatever the dtype of `x`, and rounded once."""
-    flat = x.reshape(-1, w.cols)
-    packed = pack(w) if can_pack(w) and x.dtype != torch.float64 else None
+    rows = x.numel() // w.cols
+    if 0 < rows <= FEW and x.dtype in _DTYPES and _can_multiply(w):
+        return _few(x, w, bias, deltas, task_ids)
     with torch.no_grad(), naive.no_autocast(x):
-        if packed is None or packed.row_bits is not None and len(flat) > FEW:
+        if not can_pack(w) or w.row_bits is not None or x.dtype not in _DTYPES:
             return naive.linear(x, unpack(w), bias, deltas, task_ids, decode=decode)
-        if len(flat) <= FEW and _can_multiply(w):
-            out = _few(flat, packed, bias, deltas, task_ids)
-        else:
-            out = _many(flat, packed, deltas, task_ids)
-            out = out if bias is None else out.add_(bias)
+        out = _many(x.reshape(-1, w.cols), pack(w), deltas, task_ids)
+        out = out if bias is None else out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 
 def _can_multiply(w: Packed) -> bool:
-    return w.codebook is None or (w.bits <= 4 and w.row_bits is None and has_codebook_lookup(features()))
+    if w.codebook is not None and (w.bits > 4 or w.row_bits is not None or not has_codebook_lookup(features())):
+        return False
+    return can_pack(w)
 
 
 def _few(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    if len(x) == 0:
-        return x.new_empty(0, w.scales.shape[1])
-    threads = team.threads()
-    rows = products.Activations(x.float(), tiles.words(w), tiles.group_words(w), threads)
-    return products.multiply(w, rows, None if bias is None else bias.float(), deltas, task_ids, threads).to(x.dtype)
+    w = w if tiles.is_packed(w.planes) else pack(w)
+    plan, threads = products.plan(w), team.threads()
+    bias = bias if bias is None or bias.dtype == torch.float32 else bias.detach().float()
+    out = plan.multiply(plan.activations(x, threads), bias, deltas, task_ids, threads)
+    return out.view(*x.shape[:-1], plan.rows).to(x.dtype)
 
 
 def _many(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:

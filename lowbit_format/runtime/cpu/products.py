@@ -4,8 +4,8 @@ A plane's part of a product over one group is ``scale * sum of ±x``. Four colum
 once for all rows of the matrix; four bits of a plane then look one up. With groups g, planes p, and X the sum of x:
 
 * bcq: ``y = sum_g (sum_p scale[p] * S[p] + offset * X)``, S[p] being the signed sum by the bits of plane p.
-* uniform: a code is ``(sum_p ±2**(n-1-p) + 2**n - 1) / 2``, so ``y = sum_g scale * (H / 2 + ((2**n - 1) / 2 - zero) * X)``
-  with ``H = 2 * (2 * S[0] + S[1]) + …``.
+* uniform: a code is ``(sum_p ±2**(n-1-p) + 2**n - 1) / 2``, so it is bcq with the scales ``scale * 2**(n-2-p)`` and the
+  offset ``scale * ((2**n - 1) / 2 - zero)``.
 * codebook: ``y = sum_g scale * sum codebook[code] * x``.
 
 A task that multiplies the scales of planes p by ``1 + delta`` adds ``delta * part[p]``: parts of tuned planes are kept
@@ -18,23 +18,25 @@ a group stay in the nearest cache while all its planes are read.
 
 from __future__ import annotations
 
+import threading
+
 import numba
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import carray, literally
 from torch import Tensor
 
 from ...vector_ir import LANES
 from ..naive import Packed
-from . import team, tiles
+from . import tiles
 from .team import Kernel
 from .vectors import (
     BF16_KIND,
     F16_KIND,
     F32_KIND,
     add_levels,
-    add_lookups,
-    add_scaled,
+    add_planes,
     add_shift,
     address_of,
     bytes_at,
@@ -66,7 +68,7 @@ _FIELDS = 30
 
 
 class Activations:
-    """Rows of x with their tables and sums, which products with several matrices of one shape of groups can share.
+    """Rows of x with their tables and sums, which products with several matrices of the same groups can share.
 
     Args:
         x: float32 ``[batch, cols]``.
@@ -74,71 +76,118 @@ class Activations:
     """
 
     def __init__(self, x: Tensor, words: int, whole: int, threads: int) -> None:
-        self.batch, width, groups = len(x), words * tiles.WORD, -(-x.shape[1] // (whole * tiles.WORD))
-        if x.shape[1] == width:
+        self.batch, cols = x.shape
+        width, groups = words * tiles.WORD, -(-cols // (whole * tiles.WORD))
+        if cols == width:
             self.x = x.contiguous()
         else:
             self.x = x.new_zeros(self.batch, width)
-            self.x[:, : x.shape[1]] = x
-        self.tables = torch.empty(self.batch * width * 4)  # 16 sums of every 4 columns
-        self.sums = torch.empty(self.batch, groups)
-        addresses = (t.data_ptr() for t in (self.x, self.tables, self.sums))
+            self.x[:, :cols] = x
+        self.room = torch.empty(self.batch * (width * 4 + groups))  # 16 sums of every 4 columns; sums of groups
+        tables = self.room.data_ptr()
+        self.addresses = (self.x.data_ptr(), tables, tables + self.batch * width * 16, self.batch)
         _make_tables(
-            np.array([0, words, whole, groups, self.batch, *addresses], np.int64),
+            np.array([0, words, whole, groups, self.batch, *self.addresses[:3]], np.int64),
             threads if self.batch * width > 1 << 14 else 1,
         )
 
 
-def multiply(
-    w: Packed,
-    x: Activations,
-    bias: Tensor | None,
-    deltas: Tensor | None,
-    task_ids: Tensor | None,
-    threads: int,
-) -> Tensor:
-    """``x @ weight.T + bias``, float32 ``[batch, rows]``; tasks as in :func:`..naive.linear`.
+class _Latest(threading.local):
+    """The latest activations of each thread: queries, keys and values are products of one x, and come in a row."""
+
+    address: int = 0
+    groups: tuple[int, int] = (0, 0)
+    x: Tensor = torch.empty(0)  # a copy
+    activations: Activations | None = None
+
+
+_latest = _Latest()
+
+
+class Plan:
+    """All that is the same in every product with one matrix.
 
     Args:
         w: in the packed form (:mod:`.tiles`); a codebook has at most 4 bits.
-        x: made for the words of `w`.
-        bias: float32 ``[rows]``.
-        threads: how many to use.
     """
-    rows, groups = w.scales.shape[1:]
-    scales, shift = tiles.in_lanes(w.scales), w.offsets if w.codec == "bcq" else w.zeros
-    shift = None if shift is None else tiles.in_lanes(shift)
-    out = torch.empty(x.batch, rows)
-    factors = deltas.contiguous() if deltas is not None and deltas.dim() == 3 else None
-    terms = tiles.in_lanes(deltas) if deltas is not None and deltas.dim() == 4 else None
-    if deltas is not None:
-        task_ids = torch.zeros(x.batch, dtype=torch.int64) if task_ids is None else task_ids.contiguous()
-    tuned = 0 if factors is None else factors.shape[1]
-    parts = 1 + tuned if w.codec == "bcq" else 1
-    codebook = None
-    if w.codebook is not None:
-        codebook = torch.zeros(16)
-        codebook[: len(w.codebook)] = w.codebook
-    ragged = w.row_bits is not None
-    bits = tiles.tile_bits(w) if ragged else None
-    starts = None if bits is None else np.concatenate([[0], np.cumsum(bits * tiles.words(w))])
-    if w.scales.numel() * w.cols * x.batch // max(1, groups) < ALONE:
-        threads = 1
-    strips = -(-rows // (TILES * LANES))
-    each = min(SCRATCH // (x.batch * parts * TILES * LANES), -(-strips // (threads * CHUNKS)))
-    each = max(1, each)
-    job = np.array([
-        0, -(-strips // each), each, rows, w.bits, tiles.words(w), tiles.group_words(w), groups, _CODECS[w.codec],
-        w.planes.data_ptr(),
-        0 if starts is None else starts.ctypes.data, 0 if bits is None else bits.ctypes.data, _address(w.row_bits),
-        scales.data_ptr(), _KINDS[scales.dtype], _address(shift), 0 if shift is None else _KINDS[shift.dtype],
-        _address(codebook),
-        x.x.data_ptr(), x.tables.data_ptr(), x.sums.data_ptr(), x.batch, parts,
-        _address(bias), _address(task_ids), _address(factors), tuned,
-        _address(terms), 0 if terms is None else terms.shape[1], out.data_ptr(),
-    ], np.int64)  # fmt: skip
-    _multiply(job, threads)
-    return out
+
+    def __init__(self, w: Packed) -> None:
+        shift = w.offsets if w.codec == "bcq" else w.zeros
+        self.of = _addresses(w)
+        self.rows, groups = w.scales.shape[1:]
+        self.cols, self.words, self.whole = w.cols, tiles.words(w), tiles.group_words(w)
+        self.one_part = w.codec != "bcq"
+        self.strips = -(-self.rows // (TILES * LANES))
+        self.lookups = self.rows * w.cols * w.bits
+        scales, shift = tiles.in_lanes(w.scales.detach()), None if shift is None else tiles.in_lanes(shift.detach())
+        codebook = None
+        if w.codebook is not None:
+            codebook = torch.zeros(16)
+            codebook[: len(w.codebook)] = w.codebook.detach()
+        bits = tiles.tile_bits(w) if w.row_bits is not None else None
+        starts = None if bits is None else np.concatenate([[0], np.cumsum(bits * self.words)])
+        planes = w.planes if tiles.has_margin(w.planes) else F.pad(w.planes.detach().flatten(), (0, 64))
+        self.alive = (planes, scales, shift, codebook, bits, starts, w.row_bits)
+        self.job = np.array([
+            0, 0, 0, self.rows, w.bits, self.words, self.whole, groups, _CODECS[w.codec], planes.data_ptr(),
+            0 if starts is None else starts.ctypes.data, 0 if bits is None else bits.ctypes.data, _address(w.row_bits),
+            scales.data_ptr(), _KINDS[scales.dtype], _address(shift), 0 if shift is None else _KINDS[shift.dtype],
+            _address(codebook), *[0] * (_FIELDS - _CODEBOOK - 1),
+        ], np.int64)  # fmt: skip
+
+    def activations(self, x: Tensor, threads: int) -> Activations:
+        """Tables of `x` ``[..., cols]``: those of the call before, if it was for the same numbers and groups."""
+        address, groups = x.data_ptr(), (self.words, self.whole)
+        if address == _latest.address and groups == _latest.groups and torch.equal(x, _latest.x):
+            return _latest.activations  # type: ignore[return-value]
+        x = x.detach().clone()
+        made = Activations(x.reshape(-1, self.cols).float(), self.words, self.whole, threads)
+        _latest.address, _latest.groups, _latest.x, _latest.activations = address, groups, x, made
+        return made
+
+    def multiply(
+        self, x: Activations, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None, threads: int
+    ) -> Tensor:
+        """``x @ weight.T + bias``, float32 ``[batch, rows]``; tasks as in :func:`..naive.linear`.
+
+        Args:
+            bias: float32 ``[rows]``.
+            threads: how many to use.
+        """
+        batch, tuned, parts = x.batch, 0, 1
+        out, job = torch.empty(batch, self.rows), self.job.copy()
+        if deltas is not None:
+            task_ids = torch.zeros(batch, dtype=torch.int64) if task_ids is None else task_ids.contiguous()
+            job[_TASK_IDS] = task_ids.data_ptr()
+            if deltas.dim() == 3:
+                deltas, tuned = deltas.contiguous(), deltas.shape[1]
+                parts = 1 if self.one_part else 1 + tuned
+                job[_FACTORS], job[_TUNED] = deltas.data_ptr(), tuned
+            else:
+                deltas = tiles.in_lanes(deltas.detach())
+                job[_TERMS], job[_TERM_PLANES] = deltas.data_ptr(), deltas.shape[1]
+        if self.lookups * batch < ALONE:
+            threads = 1
+        strips = max(1, min(SCRATCH // (batch * parts * TILES * LANES), -(-self.strips // (threads * CHUNKS))))
+        job[_CHUNKS], job[_STRIPS] = -(-self.strips // strips), strips
+        job[_X:_PARTS] = x.addresses
+        job[_PARTS], job[_BIAS], job[_OUT] = parts, _address(bias), out.data_ptr()
+        _multiply(job, threads)
+        return out
+
+
+def plan(w: Packed) -> Plan:
+    """The plan of `w`, kept with its planes for as long as it is the same memory that it is about."""
+    kept: Plan | None = getattr(w.planes, "_lowbit_plan", None)
+    if kept is None or kept.of != _addresses(w):
+        kept = Plan(w)
+        if tiles.is_served(w):
+            w.planes._lowbit_plan = kept  # type: ignore[attr-defined]
+    return kept
+
+
+def _addresses(w: Packed) -> tuple[int, ...]:
+    return (w.planes.data_ptr(), w.scales.data_ptr(), _address(w.offsets if w.codec == "bcq" else w.zeros), w.bits)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -167,14 +216,14 @@ def _make_tables(pointer):
 
 @Kernel
 def _multiply(pointer):
-    """One chunk after another of a job (see :func:`multiply`)."""
-    job = carray(pointer, 30)
+    """One chunk after another of a job (see :class:`Plan`)."""
+    job = carray(pointer, _FIELDS)
     batch, parts, groups, rows = job[_BATCH], job[_PARTS], job[_GROUPS], job[_ROWS]
     all_tiles = (rows + 15) // 16
     most = job[_STRIPS] * TILES
     y = np.empty(parts * batch * most * 16, np.float32)
-    acc = np.empty(2 * batch * TILES * 16, np.float32)
-    params = np.empty(2 * TILES * 16, np.float32)
+    room = np.empty(9 * TILES * 16, np.float32)
+    scales, shift = room.ctypes.data, room.ctypes.data + 8 * TILES * 64
     while True:
         chunk = take(address_of(pointer))
         if chunk >= job[_CHUNKS]:
@@ -187,184 +236,131 @@ def _multiply(pointer):
             while t < count:
                 to = y.ctypes.data + t * 64
                 if job[_ROW_BITS] != 0 or count - t < TILES:
-                    _group(job, g, first + t, to, most * 64, acc, params, 1)
+                    _group(pointer, g, first + t, to, most * 64, scales, shift, 1)
                     t += 1
                 else:
-                    _group(job, g, first + t, to, most * 64, acc, params, 4)
+                    _group(pointer, g, first + t, to, most * 64, scales, shift, 4)
                     t += TILES
         _finish(job, first * 16, min(count * 16, rows - first * 16), y, most * 16)
 
 
-@numba.njit
-def _group(job, g, tile, y, y_stride, acc, params, TILES):
-    """Add what group `g` of TILES tiles gives to the parts at address `y`, ``[parts, batch, y_stride bytes]``."""
+@numba.njit(forceinline=True)
+def _group(pointer, g, tile, y, y_stride, scales, shift, TILES):
+    """Add what group `g` of TILES tiles gives to the parts at address `y`, ``[parts, batch, y_stride bytes]``.
+
+    Parameters go through `scales` and `shift`: for every codec but the codebook, a product is
+    planes times scales, plus the sum of x times a shift.
+    """
     literally(TILES)
-    batch, codec, whole, ragged = job[_BATCH], job[_CODEC], job[_WHOLE], job[_ROW_BITS] != 0
-    here = min(whole, job[_WORDS] - g * whole)
-    bits, start, stride = job[_BITS], tile * job[_WORDS] * job[_BITS], job[_WORDS] * job[_BITS] * 64
-    if ragged:
+    job = carray(pointer, _FIELDS)
+    batch, bits, start, stride = job[_BATCH], job[_BITS], tile * job[_WORDS] * job[_BITS], job[_WORDS] * job[_BITS] * 64
+    if job[_ROW_BITS] != 0:
         bits, start = carray(longs_at(job[_TILE_BITS]), tile + 1)[tile], carray(longs_at(job[_STARTS]), tile + 1)[tile]
-    words = job[_PLANES] + (start + g * whole * bits) * 64
-    tables, x = job[_TABLES] + g * whole * 512, job[_X] + g * whole * 128
-    at_acc, scale, shift = acc.ctypes.data, params.ctypes.data, params.ctypes.data + TILES * 64
-    last = y + (job[_PARTS] - 1) * batch * y_stride
-    if codec == CODEBOOK:
-        acc[:] = 0
-        _levels(job, words, stride, here, x, at_acc, TILES)
-    else:
-        if ragged:
-            acc[:] = 0
-        for p in range(bits):
-            carry = np.float32(2.0) if codec == UNIFORM and p > 0 and not ragged else np.float32(0.0)
-            _lookups(job, words + p * here * 64, stride, here, tables, x, at_acc, carry, TILES)
-            if ragged:
-                _only_present(job, tile, p, acc, codec)
-            if codec == BCQ:
-                _parameters(job[_SCALES], job[_SCALES_KIND], job, p, g, tile, scale, TILES)
-                part = y + min(p, job[_PARTS] - 1) * batch * y_stride
-                _add(job, p, g, tile, at_acc, scale, np.float32(1.0), part, y_stride, params, TILES)
-    if codec == BCQ:
-        if job[_SHIFT] != 0:
-            _parameters(job[_SHIFT], job[_SHIFT_KIND], job, 0, g, tile, shift, TILES)
-            _shift(job, g, shift, last, y_stride, TILES)
-        return
-    _parameters(job[_SCALES], job[_SCALES_KIND], job, 0, g, tile, scale, TILES)
-    if codec == CODEBOOK:
-        _add(job, 0, g, tile, at_acc, scale, np.float32(1.0), last, y_stride, params, TILES)
-        return
-    if ragged:
-        at_acc += batch * TILES * 64
-    _parameters(job[_SHIFT], job[_SHIFT_KIND], job, 0, g, tile, shift, TILES)
-    for i in range(TILES * 16):  # sums of ± are half of what codes make, around the middle code
-        n = bits
-        if ragged:
-            n = _bits_of_row(job, tile * 16 + i)
-        params[TILES * 16 + i] = np.float32((1 << n) - 1) * np.float32(0.5) - params[TILES * 16 + i]
-    _add(job, 0, g, tile, at_acc, scale, np.float32(0.5), last, y_stride, params, TILES)
+    words = job[_PLANES] + (start + g * job[_WHOLE] * bits) * 64
     if job[_TERMS] == 0:
-        for i in range(TILES * 16):
-            params[TILES * 16 + i] *= params[i]
-        _shift(job, g, shift, last, y_stride, TILES)
-
-
-@numba.njit
-def _lookups(job, words, stride, here, tables, x, acc, carry, TILES):
-    """:func:`add_lookups` for all rows of x, four at a time."""
-    literally(TILES)
-    batch, x_stride = job[_BATCH], job[_WORDS] * 128
-    r = 0
-    while r < batch:
-        t, v, a = tables + r * 4 * x_stride, x + r * x_stride, acc + r * TILES * 64
-        if batch - r >= 4:
-            add_lookups(words, stride, here, t, 4 * x_stride, v, x_stride, a, carry, TILES, 4)
-            r += 4
-        elif batch - r >= 2:
-            add_lookups(words, stride, here, t, 4 * x_stride, v, x_stride, a, carry, TILES, 2)
-            r += 2
-        else:
-            add_lookups(words, stride, here, t, 4 * x_stride, v, x_stride, a, carry, TILES, 1)
-            r += 1
-
-
-@numba.njit
-def _levels(job, words, stride, here, x, acc, TILES):
-    """:func:`add_levels` for all rows of x."""
-    literally(TILES)
-    x_stride, book, plane = job[_WORDS] * 128, job[_CODEBOOK], here * 64
-    for r in range(job[_BATCH]):
-        v, a = x + r * x_stride, acc + r * TILES * 64
-        if job[_BITS] == 1:
-            add_levels(words, stride, plane, here, v, x_stride, book, a, TILES, 1, 1)
-        elif job[_BITS] == 2:
-            add_levels(words, stride, plane, here, v, x_stride, book, a, TILES, 1, 2)
-        elif job[_BITS] == 3:
-            add_levels(words, stride, plane, here, v, x_stride, book, a, TILES, 1, 3)
-        else:
-            add_levels(words, stride, plane, here, v, x_stride, book, a, TILES, 1, 4)
-
-
-@numba.njit
-def _parameters(address, kind, job, p, g, tile, out, TILES):
-    """Parameters of TILES tiles in float32 at address `out`."""
-    literally(TILES)
-    index = (p * job[_GROUPS] + g) * ((job[_ROWS] + 15) // 16) * 16 + tile * 16
-    if kind == F32_KIND:
-        widen(address + 4 * index, out, TILES, 0)
-    elif kind == F16_KIND:
-        widen(address + 2 * index, out, TILES, 1)
+        _parameters(pointer, g, tile, bits, scales, shift, -1, TILES)
+        r = 0
+        while r < batch:
+            if batch - r >= 4:
+                _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 4)
+                r += 4
+            elif batch - r >= 2:
+                _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 2)
+                r += 2
+            else:
+                _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 1)
+                r += 1
     else:
-        widen(address + 2 * index, out, TILES, 2)
+        ids = carray(longs_at(job[_TASK_IDS]), batch)
+        for r in range(batch):
+            _parameters(pointer, g, tile, bits, scales, shift, ids[r], TILES)
+            _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 1)
 
 
-@numba.njit
-def _add(job, p, g, tile, acc, scale, factor, y, y_stride, params, TILES):
-    """``y += acc * scale * factor`` for all rows of x; with what their tasks add to the scales, if they do."""
+@numba.njit(forceinline=True)
+def _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, ROWS):
+    """The same for ROWS rows of x from `r` on."""
     literally(TILES)
-    batch = job[_BATCH]
-    if job[_TERMS] != 0 and p < job[_TERM_PLANES]:
-        _add_with_terms(job, p, g, tile, acc, factor, y, y_stride, params, TILES)
+    literally(ROWS)
+    job = carray(pointer, _FIELDS)
+    batch, parts, whole, x_stride = job[_BATCH], job[_PARTS], job[_WHOLE], job[_WORDS] * 128
+    here = min(whole, job[_WORDS] - g * whole)
+    x, tables = job[_X] + r * x_stride + g * whole * 128, job[_TABLES] + r * 4 * x_stride + g * whole * 512
+    row = TILES * 64
+    to = y + r * y_stride
+    if job[_CODEC] == CODEBOOK:
+        book = job[_CODEBOOK]
+        add_levels(words, stride, here, bits, x, x_stride, book, scales, to, y_stride, TILES, ROWS)
         return
-    r = 0
-    while r < batch:
-        a, to = acc + r * TILES * 64, y + r * y_stride
-        if batch - r >= 4:
-            add_scaled(a, scale, factor, to, y_stride, TILES, 4)
-            r += 4
-        else:
-            add_scaled(a, scale, factor, to, y_stride, TILES, 1)
-            r += 1
+    ahead = whole * bits * 64 if g + 1 < job[_GROUPS] else 0
+    done = 0
+    for part in range(parts):  # planes with a part of their own, then all that are left
+        n = bits - done if part == parts - 1 else min(1, bits - done)
+        if n > 0:
+            add_planes(words + done * here * 64, stride, here, n, ahead, tables, 4 * x_stride, x, x_stride,
+                       scales + done * row, to, y_stride, TILES, ROWS)  # fmt: skip
+        done += n
+        if part < parts - 1:
+            to += batch * y_stride
+    if job[_SHIFT] != 0:
+        groups = job[_GROUPS]
+        add_shift(job[_SUMS] + (r * groups + g) * 4, groups * 4, shift, to, y_stride, TILES, ROWS)
 
 
-@numba.njit
-def _add_with_terms(job, p, g, tile, acc, factor, y, y_stride, params, TILES):
-    """One row of x at a time, each with scales of its own; with the uniform codec the shift goes by them too."""
+@numba.njit(forceinline=True)
+def _parameters(pointer, g, tile, bits, scales, shift, task, TILES):
+    """Scales of the planes and the shift of group `g` of TILES tiles, of `task` where tasks add to scales.
+
+    `scales` is filled as ``[bits, TILES * LANES]``. For the uniform codec it is ``scale * 2**(n - 2 - p)``, since a bit
+    adds or takes half of what it counts in a code, around the middle code ``(2**n - 1) / 2``.
+    """
     literally(TILES)
+    job = carray(pointer, _FIELDS)
+    width, codec, ragged = TILES * 16, job[_CODEC], job[_ROW_BITS] != 0
+    _widen(job[_SCALES], job[_SCALES_KIND], pointer, bits if codec == BCQ else 1, g, tile, scales, TILES)
+    scale_of, shift_of = carray(floats_at(scales), bits * width), carray(floats_at(shift), width)
+    if task >= 0:
+        padded = (job[_ROWS] + 15) // 16 * 16
+        for p in range(min(job[_TERM_PLANES], bits)):
+            index = ((task * job[_TERM_PLANES] + p) * job[_GROUPS] + g) * padded + tile * 16
+            terms = carray(floats_at(job[_TERMS] + 4 * index), width)
+            for i in range(width):
+                scale_of[p * width + i] += terms[i]
+    if job[_SHIFT] != 0:
+        _widen(job[_SHIFT], job[_SHIFT_KIND], pointer, 1, g, tile, shift, TILES)
+    if codec == UNIFORM:
+        for i in range(width):
+            n = _bits_of_row(job, tile * 16 + i) if ragged else bits
+            middle = np.float32((1 << n) - 1) * np.float32(0.5)
+            scale = scale_of[i]
+            shift_of[i] = (middle - shift_of[i]) * scale
+            for p in range(bits):
+                scale_of[p * width + i] = scale * (np.float32(1 << (n - 1 - p)) * np.float32(0.5)) if p < n else np.float32(0.0)
+    elif ragged:
+        for i in range(width):
+            for p in range(_bits_of_row(job, tile * 16 + i), bits):
+                scale_of[p * width + i] = np.float32(0.0)
+
+
+@numba.njit(forceinline=True)
+def _widen(address, kind, pointer, count, g, tile, out, TILES):
+    """Parameters of TILES tiles for `count` planes, in float32."""
+    literally(TILES)
+    job = carray(pointer, _FIELDS)
     padded = (job[_ROWS] + 15) // 16 * 16
-    ids = carray(longs_at(job[_TASK_IDS]), job[_BATCH])
-    own = np.empty(2 * TILES * 16, np.float32)
-    for r in range(job[_BATCH]):
-        own[:] = params[: 2 * TILES * 16]
-        if ids[r] >= 0:
-            index = ((ids[r] * job[_TERM_PLANES] + p) * job[_GROUPS] + g) * padded + tile * 16
-            terms = carray(floats_at(job[_TERMS] + 4 * index), TILES * 16)
-            for i in range(TILES * 16):
-                own[i] += terms[i]
-        add_scaled(acc + r * TILES * 64, own.ctypes.data, factor, y + r * y_stride, y_stride, TILES, 1)
-        if job[_CODEC] == UNIFORM:
-            for i in range(TILES * 16):
-                own[TILES * 16 + i] *= own[i]
-            sums = job[_SUMS] + (r * job[_GROUPS] + g) * 4
-            add_shift(sums, 0, own.ctypes.data + TILES * 64, y + r * y_stride, y_stride, TILES, 1)
-
-
-@numba.njit
-def _shift(job, g, shift, y, y_stride, TILES):
-    """``y += X * shift`` for all rows of x."""
-    literally(TILES)
-    for r in range(job[_BATCH]):
-        add_shift(job[_SUMS] + (r * job[_GROUPS] + g) * 4, 0, shift, y + r * y_stride, y_stride, TILES, 1)
+    index, stride = g * padded + tile * 16, job[_GROUPS] * padded
+    ahead = padded if g + 1 < job[_GROUPS] else 0
+    if kind == F32_KIND:
+        widen(address + 4 * index, 4 * stride, count, 4 * ahead, out, TILES, 0)
+    elif kind == F16_KIND:
+        widen(address + 2 * index, 2 * stride, count, 2 * ahead, out, TILES, 1)
+    else:
+        widen(address + 2 * index, 2 * stride, count, 2 * ahead, out, TILES, 2)
 
 
 @numba.njit
 def _bits_of_row(job, row):
-    return carray(bytes_at(job[_ROW_BITS]), job[_ROWS])[row] if row < job[_ROWS] else np.uint8(1)
-
-
-@numba.njit
-def _only_present(job, tile, p, acc, codec):
-    """Sums of plane `p` of one ragged tile count for rows that have this plane (MIX-4).
-
-    For bcq the others become 0; for the uniform codec ``H`` goes on in the second half of `acc`.
-    """
-    half = job[_BATCH] * 16
-    for lane in range(16):
-        present = p < _bits_of_row(job, tile * 16 + lane)
-        for r in range(job[_BATCH]):
-            i = r * 16 + lane
-            if codec == BCQ:
-                acc[i] = acc[i] if present else np.float32(0.0)
-            elif present:
-                acc[half + i] = np.float32(2.0) * acc[half + i] + acc[i]
+    return np.int64(carray(bytes_at(job[_ROW_BITS]), job[_ROWS])[row]) if row < job[_ROWS] else 1
 
 
 @numba.njit

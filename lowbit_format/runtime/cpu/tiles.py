@@ -34,6 +34,16 @@ def is_packed(planes: Tensor) -> bool:
     return planes.dim() == 4
 
 
+def is_served(w: Packed) -> bool:
+    """Whether planes and parameters are as kernels want them, so that nothing need be copied."""
+    return is_packed(w.planes) and has_margin(w.planes) and all(t is None or _are_in_lanes(t) for t in w[1:4])
+
+
+def has_margin(planes: Tensor) -> bool:
+    """Whether three bytes behind the last word may be read: the way to a word's higher bytes without a shift."""
+    return planes.storage_offset() + planes.numel() + 3 <= planes.untyped_storage().nbytes()
+
+
 def can_pack(w: Packed) -> bool:
     """Whether groups consist of whole words; other matrices are decoded by the reference."""
     size = w.group_size
@@ -67,10 +77,10 @@ def pack(w: Packed) -> Tensor:
     bits, rows = tile_bits(w), w.scales.shape[1]
     starts = np.concatenate([[0], np.cumsum(bits * source.shape[1])])
     index = _plane_rows(w)
-    out = np.empty((int(starts[-1]), LANES), np.uint32)
+    out = np.empty((int(starts[-1]) + 1, LANES), np.uint32)[:-1]  # kernels read a few bytes more (see _has_margin)
     parallel_rows(_pack, len(bits), out, source, index, bits, starts, group_words(w), rows, grain=_GRAIN)
     shape = (1, -1, LANES, 4) if ragged else (len(bits), w.bits * source.shape[1], LANES, 4)
-    return torch.from_numpy(out.view(np.uint8)).reshape(shape)
+    return torch.from_numpy(out.base.view(np.uint8)).flatten()[: out.nbytes].view(shape)
 
 
 def unpack(w: Packed, rows: Tensor | None = None) -> Packed:

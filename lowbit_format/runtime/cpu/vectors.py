@@ -32,6 +32,7 @@ from ...vector_ir import (
     ints,
     load,
     loop,
+    prefetch,
     splat,
     store,
 )
@@ -53,57 +54,71 @@ def _isa(context: Any) -> str:
 
 
 @intrinsic(prefer_literal=True)
-def add_lookups(typingctx, words, tile_stride, count, tables, table_stride, x, x_stride, acc, carry, TILES, ROWS):
-    """``acc = carry * acc + sum of +x where the plane has a 1 and -x where it has a 0``; with no carry, the sum alone.
+def add_planes(typingctx, words, tile_stride, count, planes, ahead, tables, table_stride, x, x_stride, scales, y, y_stride,
+               TILES, ROWS):  # fmt: skip
+    """``y += scale * (sum of +x where the plane has a 1 and -x where it has a 0)`` over some planes of one group.
 
     Args:
-        words: of the first tile, int32 ``[count, LANES]``; of the next one `tile_stride` further on.
+        words: of the first tile, int32 ``[planes, count, LANES]``; of the next one `tile_stride` further on.
+        ahead: how much further on lies what is wanted next, and is fetched from memory meanwhile.
         tables: of the first row of x, float32 ``[8 * count, 16]`` (see :func:`set_tables`).
         x: float32 ``[32 * count]`` of the first row.
-        acc: float32 ``[ROWS, TILES, LANES]``.
-        carry: float32.
+        scales: float32 ``[planes, TILES, LANES]``.
+        y: float32 ``[ROWS (y_stride apart), TILES, LANES]``.
     """
     tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 8, types.float32, TILES, ROWS)
+    signature = types.void(*[types.int64] * 12, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        words, tile_stride, count, tables, table_stride, x, x_stride, acc, carry = args[:9]
-        isa, factor = _isa(context), splat(builder, carry)
-        goes_on = builder.fcmp_ordered("!=", factor, ZERO)  # else what stands in acc may be anything
+        words, tile_stride, count, planes, ahead, tables, table_stride, x, x_stride, scales, y, y_stride = args[:12]
+        isa = _isa(context)
         # What stays in registers at a time: 32 of them, 16, and 16 or 32 of a quarter of the size.
         t_step, r_step = {"avx512f": (tiles, rows), "avx2": (min(2, tiles), 1), "": (1, 1)}[isa]
         emit = {"avx512f": _lookup_512, "avx2": _lookup_256, "": _add_signed}[isa]
-        for r0 in range(0, rows, r_step):
-            for t0 in range(0, tiles, t_step):
-                places = [(r, t) for r in range(r0, r0 + r_step) for t in range(t0, t0 + t_step)]
-                at_acc = {p: at(builder, acc, (p[0] * tiles + p[1], VECTOR)) for p in places}
-                before = [builder.fmul(factor, load(builder, at_acc[p], VECTOR_F32)) for p in places]
-                start = [builder.select(goes_on, value, ZERO) for value in before]
-                at_words = {t: at(builder, words, (tile_stride, t)) for _, t in places}
-                at_tables = {r: at(builder, tables, (table_stride, r)) for r, _ in places}
-                at_x = {r: at(builder, x, (x_stride, r)) for r, _ in places}
 
-                def word(i, sums, places=places, at_words=at_words, at_tables=at_tables, at_x=at_x, emit=emit):
-                    w = {t: at(builder, a, (i, VECTOR)) for t, a in at_words.items()}
-                    tb = {r: at(builder, a, (i, 8 * TABLE)) for r, a in at_tables.items()}
-                    xs = {r: at(builder, a, (i, 32 * 4)) for r, a in at_x.items()}
-                    new = emit(builder, w, tb, xs, dict(zip(places, sums, strict=True)))
-                    return [new[p] for p in places]
+        def plane(p, _):
+            of_plane = at(builder, words, (builder.mul(p, count), VECTOR))
+            for r0 in range(0, rows, r_step):
+                for t0 in range(0, tiles, t_step):
+                    places = [(r, t) for r in range(r0, r0 + r_step) for t in range(t0, t0 + t_step)]
+                    at_words = {t: at(builder, of_plane, (tile_stride, t)) for _, t in places}
+                    at_tables = {r: at(builder, tables, (table_stride, r)) for r, _ in places}
+                    at_x = {r: at(builder, x, (x_stride, r)) for r, _ in places}
 
-                for p, value in zip(places, loop(builder, count, word, start), strict=True):
-                    store(builder, value, at_acc[p])
+                    def word(i, sums, places=places, at_words=at_words, at_tables=at_tables, at_x=at_x):
+                        w = {t: at(builder, a, (i, VECTOR)) for t, a in at_words.items()}
+                        for address in w.values():
+                            prefetch(builder, builder.add(address, ahead))
+                        tb = {r: at(builder, a, (i, 8 * TABLE)) for r, a in at_tables.items()}
+                        xs = {r: at(builder, a, (i, 32 * 4)) for r, a in at_x.items()}
+                        new = emit(builder, w, tb, xs, dict(zip(places, sums, strict=True)))
+                        return [new[place] for place in places]
+
+                    sums = loop(builder, count, word, [ZERO] * len(places))
+                    for (r, t), total in zip(places, sums, strict=True):
+                        scale = load(builder, at(builder, scales, (p, tiles * VECTOR), (t, VECTOR)), VECTOR_F32)
+                        to = at(builder, y, (y_stride, r), (t, VECTOR))
+                        store(builder, fma(builder, total, scale, load(builder, to, VECTOR_F32)), to)
+            return []
+
+        loop(builder, planes, plane, [])
         return context.get_dummy_value()
 
     return signature, codegen
 
 
 def _lookup_512(builder, words, tables, x, sums):
-    """``vpermps`` looks 16 nibbles up in a table of 16 at once, and ignores the higher bits: shift, permute, add."""
-    w = {t: load(builder, a, VECTOR_I32) for t, a in words.items()}
-    for nibble in range(8):
-        table = {r: load(builder, at(builder, a, (nibble, TABLE)), VECTOR_F32) for r, a in tables.items()}
-        index = {t: builder.lshr(v, ints(4 * nibble)) for t, v in w.items()}
-        sums = {(r, t): builder.fadd(s, _permute(builder, table[r], index[t])) for (r, t), s in sums.items()}
+    """``vpermps`` looks 16 nibbles up in a table of 16 at once, and ignores the higher bits: shift, permute, add.
+
+    Every second shift is saved: loaded from one byte further on, a word's next byte is its lowest.
+    """
+    for byte in range(4):
+        w = {t: load(builder, at(builder, a, (byte, 1)), VECTOR_I32, 1 if byte else 4) for t, a in words.items()}
+        for nibble in range(2):
+            places = {r: at(builder, a, (2 * byte + nibble, TABLE)) for r, a in tables.items()}
+            table = {r: load(builder, a, VECTOR_F32) for r, a in places.items()}
+            index = {t: builder.lshr(v, ints(4 * nibble)) for t, v in w.items()}
+            sums = {(r, t): builder.fadd(s, _permute(builder, table[r], index[t])) for (r, t), s in sums.items()}
     return sums
 
 
@@ -113,20 +128,26 @@ def _permute(builder, table, index):
 
 def _lookup_256(builder, words, tables, x, sums):
     """As with AVX-512, with the table in two halves: the nibble's highest bit, moved to the sign, chooses."""
-    halves = {
-        (p, h): builder.shuffle_vector(s, s, _first(8 * h)) for p, s in sums.items() for h in range(2)
-    }
-    w = {(t, h): load(builder, at(builder, a, (h, 32)), _HALF_I32) for t, a in words.items() for h in range(2)}
+    halves = {(p, h): builder.shuffle_vector(s, s, _first(8 * h)) for p, s in sums.items() for h in range(2)}
     zero = ir.Constant(_HALF_I32, [0] * 8)
-    for nibble in range(8):
-        for r, a in tables.items():
-            low, high = (load(builder, at(builder, a, (2 * nibble + h, 32)), _HALF_F32) for h in range(2))
-            for (t, h), v in w.items():
-                index = builder.lshr(v, ir.Constant(_HALF_I32, [4 * nibble] * 8))
-                sign = builder.shl(v, ir.Constant(_HALF_I32, [28 - 4 * nibble] * 8))
-                below, above = (call(builder, "llvm.x86.avx2.permps", _HALF_F32, part, index) for part in (low, high))
-                found = builder.select(builder.icmp_signed("<", sign, zero), above, below)
-                halves[(r, t), h] = builder.fadd(halves[(r, t), h], found)
+    for byte in range(4):
+        w = {
+            (t, h): load(builder, at(builder, a, (h, 32), (byte, 1)), _HALF_I32, 1 if byte else 4)
+            for t, a in words.items()
+            for h in range(2)
+        }
+        for nibble in range(2):
+            for r, a in tables.items():
+                table = at(builder, a, (2 * byte + nibble, TABLE))
+                low, high = (load(builder, at(builder, table, (h, 32)), _HALF_F32) for h in range(2))
+                for (t, h), v in w.items():
+                    index = builder.lshr(v, ir.Constant(_HALF_I32, [4 * nibble] * 8))
+                    sign = builder.shl(v, ir.Constant(_HALF_I32, [28 - 4 * nibble] * 8))
+                    below, above = (
+                        call(builder, "llvm.x86.avx2.permps", _HALF_F32, part, index) for part in (low, high)
+                    )
+                    found = builder.select(builder.icmp_signed("<", sign, zero), above, below)
+                    halves[(r, t), h] = builder.fadd(halves[(r, t), h], found)
     both = ir.Constant(VECTOR_I32, list(range(LANES)))
     return {p: builder.shuffle_vector(halves[p, 0], halves[p, 1], both) for p in sums}
 
@@ -155,39 +176,40 @@ def _sign_of(builder, word, column):
 
 
 @intrinsic(prefer_literal=True)
-def add_levels(typingctx, words, tile_stride, plane_stride, count, x, x_stride, table, acc, TILES, ROWS, BITS):
-    """``acc += sum of codebook[code] * x``; only for machines that :func:`has_codebook_lookup` names.
+def add_levels(typingctx, words, tile_stride, count, planes, x, x_stride, table, scales, y, y_stride, TILES, ROWS):
+    """``y += scale * sum of codebook[code] * x``; only for machines that :func:`has_codebook_lookup` names.
 
     A step puts the codes of every fourth column together, in nibbles, which index the codebook in a register.
 
     Args:
-        words: of plane 0 as in :func:`add_lookups`; those of the next plane `plane_stride` further on.
-        table: float32 ``[16]``, the codebook, repeated or padded to 16.
+        words, x, scales, y: as in :func:`add_planes`.
+        table: float32 ``[16]``, the codebook, padded to 16.
     """
-    tiles, rows, bits = TILES.literal_value, ROWS.literal_value, BITS.literal_value
-    signature = types.void(*[types.int64] * 8, TILES, ROWS, BITS)
+    tiles, rows = TILES.literal_value, ROWS.literal_value
+    signature = types.void(*[types.int64] * 10, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        words, tile_stride, plane_stride, count, x, x_stride, table, acc = args[:8]
+        words, tile_stride, count, planes, x, x_stride, table, scales, y, y_stride = args[:10]
         if not has_codebook_lookup(features(context)):
             return context.get_dummy_value()
         places = [(r, t) for r in range(rows) for t in range(tiles)]
         levels = load(builder, table, VECTOR_F32)
-        at_acc = [at(builder, acc, (r * tiles + t, VECTOR)) for r, t in places]
+        plane_stride = builder.mul(count, I64(VECTOR))
 
         def word(i, sums):
             total = dict(zip(places, sums, strict=True))
             for quarter in range(4):
-                codes = {}
-                for t in range(tiles):
-                    for p in range(bits):
-                        plane = load(
-                            builder, at(builder, words, (tile_stride, t), (plane_stride, p), (i, VECTOR)), VECTOR_I32
-                        )
-                        up = bits - 1 - p - quarter
-                        moved = builder.shl(plane, ints(up)) if up >= 0 else builder.lshr(plane, ints(-up))
-                        field = builder.and_(moved, ints(0x11111111 << (bits - 1 - p)))
-                        codes[t] = field if p == 0 else builder.or_(codes[t], field)
+
+                def plane(p, codes, i=i, quarter=quarter):
+                    following = []
+                    for t in range(tiles):
+                        address = at(builder, words, (tile_stride, t), (plane_stride, p), (i, VECTOR))
+                        bit = builder.lshr(load(builder, address, VECTOR_I32), ints(quarter))
+                        field = builder.and_(bit, ints(0x11111111))
+                        following.append(builder.or_(builder.shl(codes[t], ints(1)), field))
+                    return following
+
+                codes = loop(builder, planes, plane, [ints(0)] * tiles)
                 for nibble in range(8):
                     column = 4 * nibble + quarter
                     values = [
@@ -200,29 +222,11 @@ def add_levels(typingctx, words, tile_stride, plane_stride, count, x, x_stride, 
                             total[r, t] = fma(builder, level, values[r], total[r, t])
             return [total[p] for p in places]
 
-        start = [load(builder, a, VECTOR_F32) for a in at_acc]
-        for a, value in zip(at_acc, loop(builder, count, word, start), strict=True):
-            store(builder, value, a)
-        return context.get_dummy_value()
-
-    return signature, codegen
-
-
-@intrinsic(prefer_literal=True)
-def add_scaled(typingctx, acc, scales, factor, y, y_stride, TILES, ROWS):
-    """``y += acc * scales * factor``: float32 ``[ROWS, TILES, LANES]``, ``[TILES, LANES]``, a number, as acc."""
-    tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(types.int64, types.int64, types.float32, types.int64, types.int64, TILES, ROWS)
-
-    def codegen(context, builder, signature, args):
-        acc, scales, factor, y, y_stride = args[:5]
-        number = splat(builder, factor)
-        for t in range(tiles):
-            scale = builder.fmul(number, load(builder, at(builder, scales, (t, VECTOR)), VECTOR_F32))
-            for r in range(rows):
-                value = load(builder, at(builder, acc, (r * tiles + t, VECTOR)), VECTOR_F32)
-                to = at(builder, y, (y_stride, r), (t, VECTOR))
-                store(builder, fma(builder, value, scale, load(builder, to, VECTOR_F32)), to)
+        sums = loop(builder, count, word, [ZERO] * len(places))
+        for (r, t), total in zip(places, sums, strict=True):
+            scale = load(builder, at(builder, scales, (t, VECTOR)), VECTOR_F32)
+            to = at(builder, y, (y_stride, r), (t, VECTOR))
+            store(builder, fma(builder, total, scale, load(builder, to, VECTOR_F32)), to)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -248,15 +252,27 @@ def add_shift(typingctx, sums, sums_stride, shift, y, y_stride, TILES, ROWS):
 
 
 @intrinsic(prefer_literal=True)
-def widen(typingctx, source, target, TILES, KIND):
-    """``TILES * LANES`` parameters at `source`, stored as KIND, to float32 at `target`."""
+def widen(typingctx, source, stride, count, ahead, target, TILES, KIND):
+    """`count` times ``TILES * LANES`` parameters, `stride` apart and stored as KIND, to float32 in a row.
+
+    What lies `ahead` bytes further on is wanted next.
+    """
     tiles, kind = TILES.literal_value, KIND.literal_value
-    signature = types.void(types.int64, types.int64, TILES, KIND)
+    signature = types.void(*[types.int64] * 5, TILES, KIND)
 
     def codegen(context, builder, signature, args):
-        source, target = args[:2]
-        for t in range(tiles):
-            store(builder, _as_float(context, builder, source, t, kind), at(builder, target, (t, VECTOR)))
+        source, stride, count, ahead, target = args[:5]
+
+        def row(i, _):
+            first = builder.add(at(builder, source, (i, stride)), ahead)
+            for line in range(0, tiles * LANES * (4 if kind == F32_KIND else 2), 64):
+                prefetch(builder, at(builder, first, (line, 1)))
+            for t in range(tiles):
+                value = _as_float(context, builder, at(builder, source, (i, stride)), t, kind)
+                store(builder, value, at(builder, target, (i, tiles * VECTOR), (t, VECTOR)))
+            return []
+
+        loop(builder, count, row, [])
         return context.get_dummy_value()
 
     return signature, codegen
