@@ -192,7 +192,7 @@ class LowbitModule(nn.Module):
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, Packed, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, packed, deltas, task_ids)`` with the tasks that are on."""
-        if not ops.is_packed(self._parameters["planes"]) and not torch.compiler.is_compiling():
+        if not ops.is_packed(self._parameters["planes"]) and not ops.is_watched():
             self.pack()
         chosen = self.state.chosen()
         if chosen is None:

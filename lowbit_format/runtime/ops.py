@@ -72,14 +72,22 @@ def _is_plain_call(x: Tensor, *inputs: Any) -> bool:
 
     A custom operator costs 30 microseconds before its kernel starts, several milliseconds for a token.
     """
-    if type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if type(x) is not Tensor or is_watched():
         return False
     if not torch.is_grad_enabled():
         return True
     w, *others = inputs
     return not any(t is not None and t.requires_grad for t in (x, *w[1:4], *others))
+
+
+def is_watched() -> bool:
+    """Whether what runs now is being compiled, traced, transformed, or seen by a mode: side effects are to be left."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def can_pack(w: Packed) -> bool:

@@ -8,6 +8,7 @@ reference.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from functools import partial
 
@@ -23,14 +24,12 @@ from ...bits import to_ragged
 from ...packed import PackedMatrix, Params
 from ...schema import Scheme
 from ...threads import parallel_rows
-from ...vector_ir import features
 from .. import naive
 from ..naive import Packed, RowGrads
 from . import decoding, products, team, tiles
-from .vectors import has_codebook_lookup
 
-FEW = 16  # rows of x up to which products come straight from planes
-TILE = 1 << 18  # weights decoded at a time: 1 MiB
+ROWS = 64  # of x that are multiplied at a time straight from planes
+TILE = 1 << 20  # weights decoded at a time for the library's product: 4 MiB
 GRAD_TILE = 1 << 20  # weights whose gradient is in memory at a time: 4 MiB, a cache's size
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SIGNS = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 1, -1).astype(np.float32)  # of a byte's columns
@@ -65,6 +64,7 @@ def unpack(w: Packed) -> Packed:
     """`w` as the file has it."""
     if not tiles.is_packed(w.planes):
         return w
+    products.forget_plan(w.planes)
     scales, offsets, zeros = (None if t is None else t.contiguous() for t in w[1:4])
     return tiles.unpack(w)._replace(scales=scales, offsets=offsets, zeros=zeros)
 
@@ -103,9 +103,9 @@ def _decode_plain(w: Packed) -> Tensor:
 
 def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
     """As :func:`..naive.linear`; a few rows are multiplied in float32 whatever the dtype of `x`, and rounded once."""
-    rows = x.numel() // w.cols
-    if 0 < rows <= FEW and x.dtype in _DTYPES and _can_multiply(w):
-        return _few(x, w, bias, deltas, task_ids)
+    plan, rows = products.plan(w) if x.dtype in _DTYPES else None, x.numel() // w.cols
+    if plan is not None and 0 < rows <= plan.most_rows:
+        return _few(x, plan, bias, deltas, task_ids)
     with torch.no_grad(), naive.no_autocast(x):
         if not can_pack(w) or w.row_bits is not None or x.dtype not in _DTYPES:
             return naive.linear(x, unpack(w), bias, deltas, task_ids, decode=decode)
@@ -114,18 +114,28 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 
-def _can_multiply(w: Packed) -> bool:
-    if w.codebook is not None and (w.bits > 4 or w.row_bits is not None or not has_codebook_lookup(features())):
-        return False
-    return can_pack(w)
+def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
+        bias = bias.detach().float().contiguous()
+    rows = x.numel() // plan.cols
+    if rows <= ROWS:
+        out = plan.multiply(plan.activations(x), bias, deltas, task_ids)
+    else:
+        out, flat = torch.empty(rows, plan.rows), x.reshape(rows, plan.cols)
+        for at in range(0, rows, ROWS):
+            ids = None if task_ids is None else task_ids[at : at + ROWS]
+            out[at : at + ROWS] = plan.multiply(plan.activations(flat[at : at + ROWS]), bias, deltas, ids)
+    out = out.view(*x.shape[:-1], plan.rows)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-def _few(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    w = w if tiles.is_packed(w.planes) else pack(w)
-    plan, threads = products.plan(w), team.threads()
-    bias = bias if bias is None or bias.dtype == torch.float32 else bias.detach().float()
-    out = plan.multiply(plan.activations(x, threads), bias, deltas, task_ids, threads)
-    return out.view(*x.shape[:-1], plan.rows).to(x.dtype)
+class _Kept(threading.local):
+    """Memory of each thread for a tile of weights."""
+
+    room: Tensor = torch.empty(0)
+
+
+_kept = _Kept()
 
 
 def _many(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
@@ -165,11 +175,16 @@ def _plane(w: Packed, p: int) -> Packed:
 
 
 def _weight_tiles(w: Packed, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows from, to, and the weight ``[rows of the tile, cols]`` in `dtype`, in memory that the next tile reuses."""
+    """Rows from, to, and the weight ``[rows of the tile, cols]`` in `dtype`, in memory that the next tile reuses.
+
+    The memory is kept, since the system clears what it gives anew, in more time than decoding takes.
+    """
     rows, threads = w.scales.shape[1], team.threads()
     w = w._replace(scales=tiles.in_lanes(w.scales))
     step = max(16, TILE // w.cols // 16 * 16)
-    room = torch.empty(min(step, rows), w.cols)
+    if _kept.room.numel() < min(step, rows) * w.cols:
+        _kept.room = torch.empty(max(TILE, step * w.cols))
+    room = _kept.room[: min(step, rows) * w.cols].view(-1, w.cols)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         yield start, stop, decoding.decode_rows(w, start, stop, threads, room[: stop - start]).to(dtype)
@@ -198,9 +213,7 @@ def linear_input_grad(grad: Tensor, w: Packed, deltas: Tensor | None, task_ids: 
 # --- rows ------------------------------------------------------------------------------------------
 
 
-def embedding(
-    ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def embedding(ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As :func:`..naive.embedding`."""
     return naive.embedding(ids, w, deltas, task_ids, dtype, decode=decode, select=_select)
 

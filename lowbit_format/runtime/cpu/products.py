@@ -18,6 +18,7 @@ a group stay in the nearest cache while all its planes are read.
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import numba
@@ -27,9 +28,9 @@ import torch.nn.functional as F
 from numba import carray, literally
 from torch import Tensor
 
-from ...vector_ir import LANES
+from ...vector_ir import LANES, features
 from ..naive import Packed
-from . import tiles
+from . import team, tiles
 from .team import Kernel
 from .vectors import (
     BF16_KIND,
@@ -41,6 +42,7 @@ from .vectors import (
     address_of,
     bytes_at,
     floats_at,
+    has_codebook_lookup,
     longs_at,
     set_tables,
     take,
@@ -75,7 +77,7 @@ class Activations:
         words, whole: of a row of the matrix, and of its groups (see :mod:`.tiles`).
     """
 
-    def __init__(self, x: Tensor, words: int, whole: int, threads: int) -> None:
+    def __init__(self, x: Tensor, words: int, whole: int) -> None:
         self.batch, cols = x.shape
         width, groups = words * tiles.WORD, -(-cols // (whole * tiles.WORD))
         if cols == width:
@@ -88,7 +90,7 @@ class Activations:
         self.addresses = (self.x.data_ptr(), tables, tables + self.batch * width * 16, self.batch)
         _make_tables(
             np.array([0, words, whole, groups, self.batch, *self.addresses[:3]], np.int64),
-            threads if self.batch * width > 1 << 14 else 1,
+            team.threads() if self.batch * width > 1 << 14 else 1,
         )
 
 
@@ -108,51 +110,47 @@ class Plan:
     """All that is the same in every product with one matrix.
 
     Args:
-        w: in the packed form (:mod:`.tiles`); a codebook has at most 4 bits.
+        w: in the packed form (:mod:`.tiles`).
     """
 
     def __init__(self, w: Packed) -> None:
         shift = w.offsets if w.codec == "bcq" else w.zeros
-        self.of = _addresses(w)
+        self.of = _identity(w)
         self.rows, groups = w.scales.shape[1:]
+        self.most_rows = most_rows(w.bits)
         self.cols, self.words, self.whole = w.cols, tiles.words(w), tiles.group_words(w)
         self.one_part = w.codec != "bcq"
         self.strips = -(-self.rows // (TILES * LANES))
         self.lookups = self.rows * w.cols * w.bits
         scales, shift = tiles.in_lanes(w.scales.detach()), None if shift is None else tiles.in_lanes(shift.detach())
-        codebook = None
-        if w.codebook is not None:
-            codebook = torch.zeros(16)
-            codebook[: len(w.codebook)] = w.codebook.detach()
-        bits = tiles.tile_bits(w) if w.row_bits is not None else None
+        row_bits = None if w.row_bits is None else w.row_bits.detach().clamp(max=w.bits)
+        bits = None if row_bits is None else tiles.tile_bits(w)
         starts = None if bits is None else np.concatenate([[0], np.cumsum(bits * self.words)])
-        planes = w.planes if tiles.has_margin(w.planes) else F.pad(w.planes.detach().flatten(), (0, 64))
-        self.alive = (planes, scales, shift, codebook, bits, starts, w.row_bits)
+        planes = w.planes.detach() if tiles.has_margin(w.planes) else F.pad(w.planes.detach().flatten(), (0, 64))
+        self.alive = (planes, scales, shift, bits, starts, row_bits)
+        self.codebook = w.codebook
         self.job = np.array([
             0, 0, 0, self.rows, w.bits, self.words, self.whole, groups, _CODECS[w.codec], planes.data_ptr(),
-            0 if starts is None else starts.ctypes.data, 0 if bits is None else bits.ctypes.data, _address(w.row_bits),
+            0 if starts is None else starts.ctypes.data, 0 if bits is None else bits.ctypes.data, _address(row_bits),
             scales.data_ptr(), _KINDS[scales.dtype], _address(shift), 0 if shift is None else _KINDS[shift.dtype],
-            _address(codebook), *[0] * (_FIELDS - _CODEBOOK - 1),
+            *[0] * (_FIELDS - _CODEBOOK),
         ], np.int64)  # fmt: skip
 
-    def activations(self, x: Tensor, threads: int) -> Activations:
+    def activations(self, x: Tensor) -> Activations:
         """Tables of `x` ``[..., cols]``: those of the call before, if it was for the same numbers and groups."""
         address, groups = x.data_ptr(), (self.words, self.whole)
         if address == _latest.address and groups == _latest.groups and torch.equal(x, _latest.x):
             return _latest.activations  # type: ignore[return-value]
         x = x.detach().clone()
-        made = Activations(x.reshape(-1, self.cols).float(), self.words, self.whole, threads)
+        made = Activations(x.reshape(-1, self.cols).float(), self.words, self.whole)
         _latest.address, _latest.groups, _latest.x, _latest.activations = address, groups, x, made
         return made
 
-    def multiply(
-        self, x: Activations, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None, threads: int
-    ) -> Tensor:
+    def multiply(self, x: Activations, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``, float32 ``[batch, rows]``; tasks as in :func:`..naive.linear`.
 
         Args:
             bias: float32 ``[rows]``.
-            threads: how many to use.
         """
         batch, tuned, parts = x.batch, 0, 1
         out, job = torch.empty(batch, self.rows), self.job.copy()
@@ -166,8 +164,10 @@ class Plan:
             else:
                 deltas = tiles.in_lanes(deltas.detach())
                 job[_TERMS], job[_TERM_PLANES] = deltas.data_ptr(), deltas.shape[1]
-        if self.lookups * batch < ALONE:
-            threads = 1
+        if self.codebook is not None:  # read anew: it may have been written to
+            codebook = F.pad(self.codebook.detach(), (0, 16 - len(self.codebook)))
+            job[_CODEBOOK] = codebook.data_ptr()
+        threads = team.threads() if self.lookups * batch >= ALONE else 1
         strips = max(1, min(SCRATCH // (batch * parts * TILES * LANES), -(-self.strips // (threads * CHUNKS))))
         job[_CHUNKS], job[_STRIPS] = -(-self.strips // strips), strips
         job[_X:_PARTS] = x.addresses
@@ -176,18 +176,48 @@ class Plan:
         return out
 
 
-def plan(w: Packed) -> Plan:
-    """The plan of `w`, kept with its planes for as long as it is the same memory that it is about."""
+def plan(w: Packed) -> Plan | None:
+    """The plan of `w`, kept with its planes for as long as it is the same memory that it is about.
+
+    None for what is not multiplied by lookups: matrices without a packed form, and codebooks of more than 4 bits, with
+    ragged rows, or on machines without a lookup for them.
+    """
     kept: Plan | None = getattr(w.planes, "_lowbit_plan", None)
-    if kept is None or kept.of != _addresses(w):
-        kept = Plan(w)
-        if tiles.is_served(w):
-            w.planes._lowbit_plan = kept  # type: ignore[attr-defined]
-    return kept
+    if kept is not None and kept.of == _identity(w):
+        return kept
+    if not tiles.can_pack(w):
+        return None
+    if w.codebook is not None and (w.bits > 4 or w.row_bits is not None or not has_codebook_lookup(features())):
+        return None
+    made = Plan(w if tiles.is_packed(w.planes) else w._replace(planes=tiles.pack(w)))
+    if tiles.is_served(w):
+        w.planes._lowbit_plan = made  # type: ignore[attr-defined]
+    return made
 
 
-def _addresses(w: Packed) -> tuple[int, ...]:
-    return (w.planes.data_ptr(), w.scales.data_ptr(), _address(w.offsets if w.codec == "bcq" else w.zeros), w.bits)
+def forget_plan(planes: Tensor) -> None:
+    """Let go of what is kept for `planes`, and of their memory with it."""
+    planes.__dict__.pop("_lowbit_plan", None)
+
+
+@functools.cache
+def most_rows(bits: int) -> float:
+    """Rows of x up to which lookups are faster than decoding the weight for the library's product.
+
+    A row costs as many lookups as there are bits, and the library's row always the same; tools/BENCHMARKS.md has the
+    measurements.
+    """
+    lookups = 192 if "avx512f" in features() else 64 if "avx2" in features() else 32
+    return float("inf") if lookups == 192 and bits <= 3 else lookups // bits
+
+
+def _identity(w: Packed) -> tuple[int | bytes, ...]:
+    """What tells one matrix from another: where its tensors are, and how its rows lie, which a plan has worked out."""
+    planes, scales, offsets, zeros, codebook, row_bits, _, bits, _, _ = w
+    if codebook is None and row_bits is None:
+        return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), bits
+    rows = b"" if row_bits is None else row_bits.detach().numpy().tobytes()
+    return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), _address(codebook), rows, bits
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -196,7 +226,7 @@ def _address(tensor: Tensor | None) -> int:
 
 @Kernel
 def _make_tables(pointer):
-    """Fields of the job after the counter: words, words of a whole group, groups, batch; addresses of x, tables, sums."""
+    """Fields of the job after the counter: words, words of a whole group, groups, batch, addresses of x, tables, sums."""
     job = carray(pointer, 8)
     words, whole, groups = job[1], job[2], job[3]
     while True:
@@ -335,7 +365,9 @@ def _parameters(pointer, g, tile, bits, scales, shift, task, TILES):
             scale = scale_of[i]
             shift_of[i] = (middle - shift_of[i]) * scale
             for p in range(bits):
-                scale_of[p * width + i] = scale * (np.float32(1 << (n - 1 - p)) * np.float32(0.5)) if p < n else np.float32(0.0)
+                scale_of[p * width + i] = (
+                    scale * (np.float32(1 << (n - 1 - p)) * np.float32(0.5)) if p < n else np.float32(0.0)
+                )
     elif ragged:
         for i in range(width):
             for p in range(_bits_of_row(job, tile * 16 + i), bits):

@@ -65,7 +65,7 @@ def tile_bits(w: Packed) -> NDArray[np.int64]:
     tiles = -(-w.scales.shape[1] // LANES)
     if w.row_bits is None:
         return np.full(tiles, w.bits, np.int64)
-    of_rows = w.row_bits.detach().numpy()
+    of_rows = np.minimum(w.row_bits.detach().numpy(), w.bits)  # read at a lower precision, a row has fewer (NST-2)
     most: NDArray[np.int64] = np.maximum.reduceat(of_rows, np.arange(0, len(of_rows), LANES)).astype(np.int64)
     return most
 
@@ -90,11 +90,15 @@ def unpack(w: Packed, rows: Tensor | None = None) -> Packed:
     missing planes are then zero.
     """
     count, bits = w.scales.shape[1], tile_bits(w)
-    picked = None if rows is None else w._replace(  # out of range is an IndexError here
-        scales=w.scales[:, rows],
-        offsets=None if w.offsets is None else w.offsets[rows],
-        zeros=None if w.zeros is None else w.zeros[rows],
-        row_bits=None if w.row_bits is None else w.row_bits[rows],
+    picked = (
+        None
+        if rows is None
+        else w._replace(  # out of range is an IndexError here
+            scales=w.scales[:, rows],
+            offsets=None if w.offsets is None else w.offsets[rows],
+            zeros=None if w.zeros is None else w.zeros[rows],
+            row_bits=None if w.row_bits is None else w.row_bits[rows],
+        )
     )
     source = w.planes.detach().numpy().reshape(-1, LANES, 4).view("<u4")[..., 0]
     starts = np.concatenate([[0], np.cumsum(bits * words(w))])

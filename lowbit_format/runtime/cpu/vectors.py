@@ -317,9 +317,7 @@ def set_tables(typingctx, x, tables, count):
 
 
 @intrinsic(prefer_literal=True)
-def decode_word(
-    typingctx, words, plane_stride, planes, signed, start, scale, zero, codebook, out, out_stride, MODE
-):
+def decode_word(typingctx, words, plane_stride, planes, signed, start, scale, zero, codebook, out, out_stride, MODE):
     """Weights of 32 columns of a tile, in the order of operations of DEC-2 to DEC-4, as 16 rows of `out`.
 
     Args:
