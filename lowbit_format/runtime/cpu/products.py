@@ -207,8 +207,9 @@ def most_rows(bits: int) -> float:
     A row costs as many lookups as there are bits, and the library's row always the same; tools/BENCHMARKS.md has the
     measurements.
     """
-    lookups = 192 if "avx512f" in features() else 64 if "avx2" in features() else 32
-    return float("inf") if lookups == 192 and bits <= 3 else lookups // bits
+    if "avx512f" in features():
+        return float("inf") if bits <= 3 else 192 // bits
+    return (104 if "avx2" in features() else 14) // bits
 
 
 def _identity(w: Packed) -> tuple[int | bytes, ...]:
@@ -358,20 +359,35 @@ def _parameters(pointer, g, tile, bits, scales, shift, task, TILES):
                 scale_of[p * width + i] += terms[i]
     if job[_SHIFT] != 0:
         _widen(job[_SHIFT], job[_SHIFT_KIND], pointer, 1, g, tile, shift, TILES)
-    if codec == UNIFORM:
+    if ragged:
+        _ragged_parameters(pointer, tile, bits, scales, shift, TILES)
+    elif codec == UNIFORM:
+        middle = np.float32((1 << bits) - 1) * np.float32(0.5)
         for i in range(width):
-            n = _bits_of_row(job, tile * 16 + i) if ragged else bits
-            middle = np.float32((1 << n) - 1) * np.float32(0.5)
-            scale = scale_of[i]
-            shift_of[i] = (middle - shift_of[i]) * scale
-            for p in range(bits):
-                scale_of[p * width + i] = (
-                    scale * (np.float32(1 << (n - 1 - p)) * np.float32(0.5)) if p < n else np.float32(0.0)
-                )
-    elif ragged:
-        for i in range(width):
-            for p in range(_bits_of_row(job, tile * 16 + i), bits):
-                scale_of[p * width + i] = np.float32(0.0)
+            shift_of[i] = (middle - shift_of[i]) * scale_of[i]
+        for p in range(bits - 1, -1, -1):  # plane 0 last: its place has the scale itself
+            factor = np.float32(1 << (bits - 1 - p)) * np.float32(0.5)
+            for i in range(width):
+                scale_of[p * width + i] = scale_of[i] * factor
+
+
+@numba.njit
+def _ragged_parameters(pointer, tile, bits, scales, shift, TILES):
+    """The same where rows have bits of their own: planes that a row lacks count nothing (MIX-4)."""
+    literally(TILES)
+    job = carray(pointer, _FIELDS)
+    width = TILES * 16
+    scale_of, shift_of = carray(floats_at(scales), bits * width), carray(floats_at(shift), width)
+    of_rows = carray(bytes_at(job[_ROW_BITS]), job[_ROWS])
+    for i in range(width):
+        row, scale = tile * 16 + i, scale_of[i]
+        n = np.int64(of_rows[row]) if row < job[_ROWS] else 1
+        if job[_CODEC] == UNIFORM:
+            shift_of[i] = (np.float32((1 << n) - 1) * np.float32(0.5) - shift_of[i]) * scale
+            for p in range(n):
+                scale_of[p * width + i] = scale * (np.float32(1 << (n - 1 - p)) * np.float32(0.5))
+        for p in range(n, bits):
+            scale_of[p * width + i] = np.float32(0.0)
 
 
 @numba.njit(forceinline=True)
@@ -388,11 +404,6 @@ def _widen(address, kind, pointer, count, g, tile, out, TILES):
         widen(address + 2 * index, 2 * stride, count, 2 * ahead, out, TILES, 1)
     else:
         widen(address + 2 * index, 2 * stride, count, 2 * ahead, out, TILES, 2)
-
-
-@numba.njit
-def _bits_of_row(job, row):
-    return np.int64(carray(bytes_at(job[_ROW_BITS]), job[_ROWS])[row]) if row < job[_ROWS] else 1
 
 
 @numba.njit
