@@ -166,7 +166,7 @@ def calls(draw: st.DrawFn) -> Call:
     dtype = draw(st.sampled_from(FLOATS))
     return random_call(
         w,
-        draw(st.integers(1, 16) | st.sampled_from([1, 17, 50])),
+        draw(st.integers(1, 16) | st.sampled_from([1, 17, 50, 130])),
         dtype=dtype,
         layout=draw(st.sampled_from(["rows", "columns", "every second", "leading"])),
         bias=draw(st.sampled_from([None, torch.float32, dtype])),
@@ -251,10 +251,22 @@ def test_dequantize_from_the_packed_form(kind: Scheme) -> None:
             assert torch.equal(ops.dequantize(kernels.pack(w), of, dtype=dtype), naive.dequantize(w, of, dtype))
 
 
+def test_ragged_rows_at_a_lower_precision() -> None:
+    """MIX-4, NST-1: ``row_bits`` may say more than there is to read."""
+    for name, group_size in (("bcq", 0), ("uniform", 0), ("bcq", 32)):
+        scheme = Scheme(name, 4, group_size, "F32", row_bits=True, nested=(2,))
+        w = stored(random_matrix(scheme, 40, 100), 2)
+        assert w.row_bits is not None
+        assert int(w.row_bits.max()) > w.bits
+        tiled = kernels.pack(w)
+        assert same_bits(kernels.decode(tiled), naive.decode(w))
+        check_linear(random_call(w, 3))
+
+
 # --- products --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(calls())
 def test_any_product(call: Call) -> None:
     check_linear(call)
@@ -266,6 +278,20 @@ def test_every_codec_bits_and_batch(kind: Scheme, bits: int) -> None:
     w = drawn(kind, bits, 32, 81, 100, dtype="F16")
     for batch in range(1, 19):
         check_linear(random_call(w, batch))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_many_rows_straight_from_planes(kind: Scheme, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied in parts, and so are the tasks of rows."""
+    monkeypatch.setattr(products, "most_rows", lambda bits: float("inf"))
+    w = drawn(kind, 3, 64, rows, 100, dtype="F16")
+    for batch in (63, 64, 65, 128, 150):
+        for dtype, tasks in zip(FLOATS, (None, "mul", "add"), strict=True):
+            call = random_call(w, batch, dtype=dtype, layout="leading", tasks=tasks)
+            found = check_linear(call)
+            last = call._replace(x=call.x[0, -1], task_ids=None if call.task_ids is None else call.task_ids[-1:])
+            assert not from_planes(call.x, w) or same_bits(found[0, -1, 0], ops.linear(*last)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
@@ -388,7 +414,10 @@ def test_the_number_of_threads(
     assert_known(known)
 
 
-@pytest.mark.parametrize(("name", "value"), [("SCRATCH", 1), ("SCRATCH", 1 << 20), ("CHUNKS", 1), ("CHUNKS", 1000)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SCRATCH", 1), ("SCRATCH", 1 << 20), ("CHUNKS", 1), ("CHUNKS", 1000), ("MOST_STRIPS", 1), ("MOST_STRIPS", 1000)],
+)
 def test_the_size_of_chunks(
     name: str, value: int, known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,13 +427,15 @@ def test_the_size_of_chunks(
     assert_known(known)
 
 
-def test_tables_made_by_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows so long that the tables are shared out."""
-    call = random_call(drawn(KINDS[1], 2, 128, 33, 4000), 7)
-    want = check_linear(call)
-    for threads in ("1", "2", "5"):
-        monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
-        assert same_bits(ops.linear(call.x.clone(), *call[1:]), want)
+def test_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tables are made in parts."""
+    for group, cols in ((128, 4000), (0, 4011), (1024, 2100), (0, 100)):
+        for kind in KINDS:
+            call = random_call(drawn(kind, 2, group, 33, cols), 7)
+            want = check_linear(call)
+            for threads in ("1", "2", "5"):
+                monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
+                assert not from_planes(*call[:2]) or same_bits(ops.linear(call.x.clone(), *call[1:]), want)
 
 
 def test_several_python_threads_at_once(known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +489,7 @@ def by_order(x: Tensor) -> None:
 @pytest.mark.parametrize("change", [by_item, by_numpy, by_data, by_order])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_activations_changed_in_place(change: Callable[[Tensor], None], mode: Any) -> None:
-    """Tables are kept from one product to the next; never for other numbers."""
+    """What is made of activations, and may be kept from one product to the next, is never used for other numbers."""
     one, two = (kernels.pack(drawn(KINDS[1], bits, 32, 40, 100)) for bits in (2, 3))
     with mode():
         x = torch.randn(2, 100)
@@ -557,8 +588,9 @@ def test_rows_with_other_bits() -> None:
 
 @pytest.fixture(params=[1, 16 * 100 * 2, 1 << 18], ids=["16 rows", "32 rows", "all rows"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How much of the weight is decoded at a time."""
+    """How much of the weight is decoded at a time, where it is decoded at all."""
     size: int = request.param
+    monkeypatch.setattr(products, "most_rows", lambda bits: 0)
     monkeypatch.setattr(kernels, "TILE", size)
     return size
 

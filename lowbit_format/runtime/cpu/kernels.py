@@ -117,14 +117,14 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
 def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.detach().float().contiguous()
-    rows = x.numel() // plan.cols
-    if rows <= ROWS:
-        out = plan.multiply(plan.activations(x), bias, deltas, task_ids)
+    flat = x.reshape(-1, plan.cols)
+    if len(flat) <= ROWS:
+        out = plan.multiply(flat, bias, deltas, task_ids)
     else:
-        out, flat = torch.empty(rows, plan.rows), x.reshape(rows, plan.cols)
-        for at in range(0, rows, ROWS):
+        out = torch.empty(len(flat), plan.rows)
+        for at in range(0, len(flat), ROWS):
             ids = None if task_ids is None else task_ids[at : at + ROWS]
-            out[at : at + ROWS] = plan.multiply(plan.activations(flat[at : at + ROWS]), bias, deltas, ids)
+            out[at : at + ROWS] = plan.multiply(flat[at : at + ROWS], bias, deltas, ids)
     out = out.view(*x.shape[:-1], plan.rows)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 

@@ -1,7 +1,7 @@
 """``x @ weight.T`` for a few rows of x, straight from the packed form; the weight is never decoded.
 
 A plane's part of a product over one group is ``scale * sum of ±x``. Four columns have 16 such sums, which are tabled
-once for all rows of the matrix; four bits of a plane then look one up. With groups g, planes p, and X the sum of x:
+once for many rows of the matrix; four bits of a plane then look one up. With groups g, planes p, and X the sum of x:
 
 * bcq: ``y = sum_g (sum_p scale[p] * S[p] + offset * X)``, S[p] being the signed sum by the bits of plane p.
 * uniform: a code is ``(sum_p ±2**(n-1-p) + 2**n - 1) / 2``, so it is bcq with the scales ``scale * 2**(n-2-p)`` and the
@@ -12,14 +12,14 @@ A task that multiplies the scales of planes p by ``1 + delta`` adds ``delta * pa
 apart from the rest, and rows of several tasks share all of the work but the last sum (TSK-8). What is added to the
 scales of single groups is gathered by each row's task while these are read.
 
-Work is cut into chunks of *strips*, four tiles each; a chunk goes group by group over its strips, so that the tables of
-a group stay in the nearest cache while all its planes are read.
+Work is cut into chunks of *strips*, four tiles each. A chunk goes group by group, makes the tables of x for one, and
+uses them for all its strips while they are in the nearest cache. Every thread makes the tables anew: that takes no
+longer than to fetch them from where another has put them, and there is nothing to keep between calls.
 """
 
 from __future__ import annotations
 
 import functools
-import threading
 
 import numba
 import numpy as np
@@ -50,7 +50,9 @@ from .vectors import (
 )
 
 TILES = 4  # of a strip
-SCRATCH = 4096  # floats of results that a chunk keeps: 16 KiB, half of the nearest cache
+BLOCK = 8  # words whose tables are made at a time: 4 KiB for a row of x, in the nearest cache
+SCRATCH = 1 << 14  # floats of results that a chunk keeps: 64 KiB, of the second-level cache
+MOST_STRIPS = 8  # of a chunk, for one set of tables
 ALONE = 1 << 20  # lookups' bits below which waking other threads costs more than it brings
 CHUNKS = 4  # for each thread: evens out a busy core
 
@@ -63,47 +65,10 @@ _KINDS = {torch.float32: F32_KIND, torch.float16: F16_KIND, torch.bfloat16: BF16
     _CHUNKS, _STRIPS, _ROWS, _BITS, _WORDS, _WHOLE, _GROUPS, _CODEC,
     _PLANES, _STARTS, _TILE_BITS, _ROW_BITS,
     _SCALES, _SCALES_KIND, _SHIFT, _SHIFT_KIND, _CODEBOOK,
-    _X, _TABLES, _SUMS, _BATCH, _PARTS,
-    _BIAS, _TASK_IDS, _FACTORS, _TUNED, _TERMS, _TERM_PLANES, _OUT,
-) = range(1, 30)  # fmt: skip
-_FIELDS = 30
-
-
-class Activations:
-    """Rows of x with their tables and sums, which products with several matrices of the same groups can share.
-
-    Args:
-        x: float32 ``[batch, cols]``.
-        words, whole: of a row of the matrix, and of its groups (see :mod:`.tiles`).
-    """
-
-    def __init__(self, x: Tensor, words: int, whole: int) -> None:
-        self.batch, cols = x.shape
-        width, groups = words * tiles.WORD, -(-cols // (whole * tiles.WORD))
-        if cols == width:
-            self.x = x.contiguous()
-        else:
-            self.x = x.new_zeros(self.batch, width)
-            self.x[:, :cols] = x
-        self.room = torch.empty(self.batch * (width * 4 + groups))  # 16 sums of every 4 columns; sums of groups
-        tables = self.room.data_ptr()
-        self.addresses = (self.x.data_ptr(), tables, tables + self.batch * width * 16, self.batch)
-        _make_tables(
-            np.array([0, words, whole, groups, self.batch, *self.addresses[:3]], np.int64),
-            team.threads() if self.batch * width > 1 << 14 else 1,
-        )
-
-
-class _Latest(threading.local):
-    """The latest activations of each thread: queries, keys and values are products of one x, and come in a row."""
-
-    address: int = 0
-    groups: tuple[int, int] = (0, 0)
-    x: Tensor = torch.empty(0)  # a copy
-    activations: Activations | None = None
-
-
-_latest = _Latest()
+    _X, _X_STRIDE, _BATCH, _PARTS, _BIAS,
+    _TASK_IDS, _FACTORS, _TUNED, _TERMS, _TERM_PLANES, _OUT,
+) = range(1, 29)  # fmt: skip
+_FIELDS = 29
 
 
 class Plan:
@@ -136,23 +101,17 @@ class Plan:
             *[0] * (_FIELDS - _CODEBOOK),
         ], np.int64)  # fmt: skip
 
-    def activations(self, x: Tensor) -> Activations:
-        """Tables of `x` ``[..., cols]``: those of the call before, if it was for the same numbers and groups."""
-        address, groups = x.data_ptr(), (self.words, self.whole)
-        if address == _latest.address and groups == _latest.groups and torch.equal(x, _latest.x):
-            return _latest.activations  # type: ignore[return-value]
-        x = x.detach().clone()
-        made = Activations(x.reshape(-1, self.cols).float(), self.words, self.whole)
-        _latest.address, _latest.groups, _latest.x, _latest.activations = address, groups, x, made
-        return made
-
-    def multiply(self, x: Activations, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``, float32 ``[batch, rows]``; tasks as in :func:`..naive.linear`.
 
         Args:
-            bias: float32 ``[rows]``.
+            x: ``[batch, cols]``, of whatever dtype.
+            bias: float32 ``[rows]``, contiguous.
         """
-        batch, tuned, parts = x.batch, 0, 1
+        x = x.detach().float().contiguous()
+        if self.cols % tiles.WORD:
+            x = F.pad(x, (0, -self.cols % tiles.WORD))
+        batch, tuned, parts = len(x), 0, 1
         out, job = torch.empty(batch, self.rows), self.job.copy()
         if deltas is not None:
             task_ids = torch.zeros(batch, dtype=torch.int64) if task_ids is None else task_ids.contiguous()
@@ -168,10 +127,11 @@ class Plan:
             codebook = F.pad(self.codebook.detach(), (0, 16 - len(self.codebook)))
             job[_CODEBOOK] = codebook.data_ptr()
         threads = team.threads() if self.lookups * batch >= ALONE else 1
-        strips = max(1, min(SCRATCH // (batch * parts * TILES * LANES), -(-self.strips // (threads * CHUNKS))))
+        room = min(MOST_STRIPS, SCRATCH // (batch * parts * TILES * LANES))
+        strips = max(1, min(room, -(-self.strips // (threads * CHUNKS))))
         job[_CHUNKS], job[_STRIPS] = -(-self.strips // strips), strips
-        job[_X:_PARTS] = x.addresses
-        job[_PARTS], job[_BIAS], job[_OUT] = parts, _address(bias), out.data_ptr()
+        job[_X : _BIAS + 1] = x.data_ptr(), x.shape[1] * 4, batch, parts, _address(bias)
+        job[_OUT] = out.data_ptr()
         _multiply(job, threads)
         return out
 
@@ -226,35 +186,19 @@ def _address(tensor: Tensor | None) -> int:
 
 
 @Kernel
-def _make_tables(pointer):
-    """Fields of the job after the counter: words, words of a whole group, groups, batch, addresses of x, tables, sums."""
-    job = carray(pointer, 8)
-    words, whole, groups = job[1], job[2], job[3]
-    while True:
-        piece = take(address_of(pointer))
-        if piece >= job[4] * groups:
-            return
-        row, g = piece // groups, piece % groups
-        first, here = g * whole, min(whole, words - g * whole)
-        table = job[6] + (row * words + first) * 512
-        set_tables(job[5] + (row * words + first) * 128, table, here * 8)
-        sums = carray(floats_at(table), here * 128)
-        total = np.float32(0.0)
-        for i in range(15, here * 128, 16):  # the last of 16 sums adds all four columns
-            total += sums[i]
-        carray(floats_at(job[7]), job[4] * groups)[piece] = total
-
-
-@Kernel
 def _multiply(pointer):
     """One chunk after another of a job (see :class:`Plan`)."""
     job = carray(pointer, _FIELDS)
-    batch, parts, groups, rows = job[_BATCH], job[_PARTS], job[_GROUPS], job[_ROWS]
-    all_tiles = (rows + 15) // 16
+    batch, parts, rows, whole = job[_BATCH], job[_PARTS], job[_ROWS], job[_WHOLE]
+    all_tiles, words = (rows + 15) // 16, (job[_X_STRIDE] + 127) // 128
     most = job[_STRIPS] * TILES
+    block = min(whole, BLOCK)
     y = np.empty(parts * batch * most * 16, np.float32)
-    room = np.empty(9 * TILES * 16, np.float32)
-    scales, shift = room.ctypes.data, room.ctypes.data + 8 * TILES * 64
+    tables = np.empty(batch * block * 128, np.float32)
+    room = np.empty(9 * TILES * 16 + batch, np.float32)
+    scales = room.ctypes.data
+    shift = scales + 8 * TILES * 64
+    sums = shift + TILES * 64
     while True:
         chunk = take(address_of(pointer))
         if chunk >= job[_CHUNKS]:
@@ -262,80 +206,93 @@ def _multiply(pointer):
         first = chunk * most
         count = min(most, all_tiles - first)
         y[:] = 0
-        for g in range(groups):
-            t = 0
-            while t < count:
-                to = y.ctypes.data + t * 64
-                if job[_ROW_BITS] != 0 or count - t < TILES:
-                    _group(pointer, g, first + t, to, most * 64, scales, shift, 1)
-                    t += 1
-                else:
-                    _group(pointer, g, first + t, to, most * 64, scales, shift, 4)
-                    t += TILES
+        for g in range(job[_GROUPS]):
+            here = min(whole, words - g * whole)
+            for b in range(0, here, block):
+                n = min(block, here - b)
+                _make_tables(pointer, g * whole + b, n, tables.ctypes.data, block * 512, sums)
+                t = 0
+                while t < count:
+                    to = y.ctypes.data + t * 64
+                    if job[_ROW_BITS] != 0 or count - t < TILES:
+                        _block(pointer, g, b, n, tables.ctypes.data, first + t, to, most * 64, scales, shift, sums, 1)
+                        t += 1
+                    else:
+                        _block(pointer, g, b, n, tables.ctypes.data, first + t, to, most * 64, scales, shift, sums, 4)
+                        t += TILES
         _finish(job, first * 16, min(count * 16, rows - first * 16), y, most * 16)
 
 
-@numba.njit(forceinline=True)
-def _group(pointer, g, tile, y, y_stride, scales, shift, TILES):
-    """Add what group `g` of TILES tiles gives to the parts at address `y`, ``[parts, batch, y_stride bytes]``.
+@numba.njit
+def _make_tables(pointer, first, n, tables, stride, sums):
+    """Tables of words `first` to ``first + n`` of every row of x, `stride` bytes apart, and the sums of x over them."""
+    job = carray(pointer, _FIELDS)
+    totals = carray(floats_at(sums), job[_BATCH])
+    for r in range(job[_BATCH]):
+        totals[r] = set_tables(job[_X] + r * job[_X_STRIDE] + first * 128, tables + r * stride, n * 8)
 
-    Parameters go through `scales` and `shift`: for every codec but the codebook, a product is
-    planes times scales, plus the sum of x times a shift.
+
+@numba.njit(forceinline=True)
+def _block(pointer, g, b, n, tables, tile, y, y_stride, scales, shift, sums, TILES):
+    """Add what words b to b + n of group `g` give, of TILES tiles, to the parts at address `y`.
+
+    These are ``[parts, batch, y_stride bytes]``. Parameters go through `scales` and `shift`: for every codec but the
+    codebook, a product is planes times scales, plus the sum of x times a shift.
     """
     literally(TILES)
     job = carray(pointer, _FIELDS)
     batch, bits, start, stride = job[_BATCH], job[_BITS], tile * job[_WORDS] * job[_BITS], job[_WORDS] * job[_BITS] * 64
     if job[_ROW_BITS] != 0:
         bits, start = carray(longs_at(job[_TILE_BITS]), tile + 1)[tile], carray(longs_at(job[_STARTS]), tile + 1)[tile]
-    words = job[_PLANES] + (start + g * job[_WHOLE] * bits) * 64
+    words = job[_PLANES] + (start + g * job[_WHOLE] * bits + b) * 64
     if job[_TERMS] == 0:
         _parameters(pointer, g, tile, bits, scales, shift, -1, TILES)
         r = 0
         while r < batch:
             if batch - r >= 4:
-                _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 4)
+                _rows(pointer, g, b, n, tables, words, stride, bits, r, y, y_stride, scales, shift, sums, TILES, 4)
                 r += 4
             elif batch - r >= 2:
-                _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 2)
+                _rows(pointer, g, b, n, tables, words, stride, bits, r, y, y_stride, scales, shift, sums, TILES, 2)
                 r += 2
             else:
-                _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 1)
+                _rows(pointer, g, b, n, tables, words, stride, bits, r, y, y_stride, scales, shift, sums, TILES, 1)
                 r += 1
     else:
         ids = carray(longs_at(job[_TASK_IDS]), batch)
         for r in range(batch):
             _parameters(pointer, g, tile, bits, scales, shift, ids[r], TILES)
-            _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, 1)
+            _rows(pointer, g, b, n, tables, words, stride, bits, r, y, y_stride, scales, shift, sums, TILES, 1)
 
 
 @numba.njit(forceinline=True)
-def _rows(pointer, g, words, stride, bits, r, y, y_stride, scales, shift, TILES, ROWS):
+def _rows(pointer, g, b, n, tables, words, stride, bits, r, y, y_stride, scales, shift, sums, TILES, ROWS):
     """The same for ROWS rows of x from `r` on."""
     literally(TILES)
     literally(ROWS)
     job = carray(pointer, _FIELDS)
-    batch, parts, whole, x_stride = job[_BATCH], job[_PARTS], job[_WHOLE], job[_WORDS] * 128
-    here = min(whole, job[_WORDS] - g * whole)
-    x, tables = job[_X] + r * x_stride + g * whole * 128, job[_TABLES] + r * 4 * x_stride + g * whole * 512
-    row = TILES * 64
+    batch, parts, whole, x_stride = job[_BATCH], job[_PARTS], job[_WHOLE], job[_X_STRIDE]
+    plane, table_stride = min(whole, job[_WORDS] - g * whole) * 64, min(whole, BLOCK) * 512
+    x, table = job[_X] + r * x_stride + (g * whole + b) * 128, tables + r * table_stride
     to = y + r * y_stride
     if job[_CODEC] == CODEBOOK:
-        book = job[_CODEBOOK]
-        add_levels(words, stride, here, bits, x, x_stride, book, scales, to, y_stride, TILES, ROWS)
+        add_levels(words, stride, plane, n, bits, x, x_stride, job[_CODEBOOK], scales, to, y_stride, TILES, ROWS)
         return
-    ahead = whole * bits * 64 if g + 1 < job[_GROUPS] else 0
+    ahead = n * 64  # the next block, or the next group, of the same tiles
+    if b + n == min(whole, job[_WORDS] - g * whole):
+        ahead = whole * bits * 64 - b * 64 if g + 1 < job[_GROUPS] else 0
     done = 0
     for part in range(parts):  # planes with a part of their own, then all that are left
-        n = bits - done if part == parts - 1 else min(1, bits - done)
-        if n > 0:
-            add_planes(words + done * here * 64, stride, here, n, ahead, tables, 4 * x_stride, x, x_stride,
-                       scales + done * row, to, y_stride, TILES, ROWS)  # fmt: skip
-        done += n
+        left = bits - done
+        some = left if part == parts - 1 else min(1, left)
+        if some > 0:
+            add_planes(words + done * plane, stride, plane, n, some, ahead, table, table_stride, x, x_stride,
+                       scales + done * TILES * 64, to, y_stride, TILES, ROWS)  # fmt: skip
+        done += some
         if part < parts - 1:
             to += batch * y_stride
     if job[_SHIFT] != 0:
-        groups = job[_GROUPS]
-        add_shift(job[_SUMS] + (r * groups + g) * 4, groups * 4, shift, to, y_stride, TILES, ROWS)
+        add_shift(sums + r * 4, 4, shift, to, y_stride, TILES, ROWS)
 
 
 @numba.njit(forceinline=True)

@@ -54,12 +54,13 @@ def _isa(context: Any) -> str:
 
 
 @intrinsic(prefer_literal=True)
-def add_planes(typingctx, words, tile_stride, count, planes, ahead, tables, table_stride, x, x_stride, scales, y, y_stride,
-               TILES, ROWS):  # fmt: skip
+def add_planes(typingctx, words, tile_stride, plane_stride, count, planes, ahead, tables, table_stride, x, x_stride,
+               scales, y, y_stride, TILES, ROWS):  # fmt: skip
     """``y += scale * (sum of +x where the plane has a 1 and -x where it has a 0)`` over some planes of one group.
 
     Args:
-        words: of the first tile, int32 ``[planes, count, LANES]``; of the next one `tile_stride` further on.
+        words: of the first tile and plane, int32 ``[count, LANES]``; of the next tile and of the next of `planes` planes
+            `tile_stride` and `plane_stride` further on.
         ahead: how much further on lies what is wanted next, and is fetched from memory meanwhile.
         tables: of the first row of x, float32 ``[8 * count, 16]`` (see :func:`set_tables`).
         x: float32 ``[32 * count]`` of the first row.
@@ -67,17 +68,18 @@ def add_planes(typingctx, words, tile_stride, count, planes, ahead, tables, tabl
         y: float32 ``[ROWS (y_stride apart), TILES, LANES]``.
     """
     tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 12, TILES, ROWS)
+    signature = types.void(*[types.int64] * 13, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        words, tile_stride, count, planes, ahead, tables, table_stride, x, x_stride, scales, y, y_stride = args[:12]
+        words, tile_stride, plane_stride, count, planes, ahead, tables, table_stride, x, x_stride = args[:10]
+        scales, y, y_stride = args[10:13]
         isa = _isa(context)
         # What stays in registers at a time: 32 of them, 16, and 16 or 32 of a quarter of the size.
         t_step, r_step = {"avx512f": (tiles, rows), "avx2": (min(2, tiles), 1), "": (1, 1)}[isa]
         emit = {"avx512f": _lookup_512, "avx2": _lookup_256, "": _add_signed}[isa]
 
         def plane(p, _):
-            of_plane = at(builder, words, (builder.mul(p, count), VECTOR))
+            of_plane = at(builder, words, (plane_stride, p))
             for r0 in range(0, rows, r_step):
                 for t0 in range(0, tiles, t_step):
                     places = [(r, t) for r in range(r0, r0 + r_step) for t in range(t0, t0 + t_step)]
@@ -176,7 +178,8 @@ def _sign_of(builder, word, column):
 
 
 @intrinsic(prefer_literal=True)
-def add_levels(typingctx, words, tile_stride, count, planes, x, x_stride, table, scales, y, y_stride, TILES, ROWS):
+def add_levels(typingctx, words, tile_stride, plane_stride, count, planes, x, x_stride, table, scales, y, y_stride,
+               TILES, ROWS):  # fmt: skip
     """``y += scale * sum of codebook[code] * x``; only for machines that :func:`has_codebook_lookup` names.
 
     A step puts the codes of every fourth column together, in nibbles, which index the codebook in a register.
@@ -186,15 +189,14 @@ def add_levels(typingctx, words, tile_stride, count, planes, x, x_stride, table,
         table: float32 ``[16]``, the codebook, padded to 16.
     """
     tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 10, TILES, ROWS)
+    signature = types.void(*[types.int64] * 11, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        words, tile_stride, count, planes, x, x_stride, table, scales, y, y_stride = args[:10]
+        words, tile_stride, plane_stride, count, planes, x, x_stride, table, scales, y, y_stride = args[:11]
         if not has_codebook_lookup(features(context)):
             return context.get_dummy_value()
         places = [(r, t) for r in range(rows) for t in range(tiles)]
         levels = load(builder, table, VECTOR_F32)
-        plane_stride = builder.mul(count, I64(VECTOR))
 
         def word(i, sums):
             total = dict(zip(places, sums, strict=True))
@@ -294,24 +296,24 @@ def _as_float(context, builder, source, tile, kind):
 def set_tables(typingctx, x, tables, count):
     """For every four activations their 16 signed sums: bit j of an index says whether column j is added (1) or taken.
 
-    x is float32 ``[4 * count]``, `tables` float32 ``[count, 16]``.
+    x is float32 ``[4 * count]``, `tables` float32 ``[count, 16]``. Returns the sum of x.
     """
-    signature = types.void(types.int64, types.int64, types.int64)
+    signature = types.float32(types.int64, types.int64, types.int64)
     signs = [ir.Constant(VECTOR_F32, [1.0 if c >> j & 1 else -1.0 for c in range(16)]) for j in range(4)]
 
     def codegen(context, builder, signature, args):
         x, tables, count = args
 
-        def four(i, _):
-            total = ZERO
+        def four(i, total):
+            table = None
             for j in range(4):
                 value = splat(builder, load(builder, at(builder, x, (i, 16), (j, 4)), F32))
-                total = fma(builder, value, signs[j], total) if j else builder.fmul(value, signs[j])
-            store(builder, total, at(builder, tables, (i, TABLE)))
-            return []
+                table = fma(builder, value, signs[j], table) if j else builder.fmul(value, signs[j])
+            store(builder, table, at(builder, tables, (i, TABLE)))
+            return [builder.fadd(total[0], table)]
 
-        loop(builder, count, four, [])
-        return context.get_dummy_value()
+        (total,) = loop(builder, count, four, [ZERO])
+        return builder.extract_element(total, ir.IntType(32)(15))  # index 15 adds all columns
 
     return signature, codegen
 
