@@ -37,7 +37,7 @@ check_everything()
 text = products._multiply.compiled._library.get_asm_str()
 print(json.dumps({
     "features": sorted(features()),
-    "permutes": {kind: len(re.findall(rf"vpermps\\\\s.*%{kind}", text)) for kind in ("xmm", "ymm", "zmm")},
+    "permutes": {kind: len(re.findall(rf"vpermps\\s.*%{kind}", text)) for kind in ("xmm", "ymm", "zmm")},
     "wide": len(re.findall("%zmm", text)),
     "fused": len(re.findall("vfn?m(?:add|sub)", text)),
 }))

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lowbit_format.bits import pack_codes, row_bytes
 from lowbit_format.quantize import lanes
 from lowbit_format.quantize.solve import pack
+from lowbit_format.vector_ir import LANES
 
 
 @numba.njit
@@ -29,10 +30,10 @@ def _order_rows(level, code):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("thresholds", [4, 8, 256])
 def test_sums_above(cols: int, thresholds: int) -> None:
     rng = np.random.default_rng(cols)
-    x, w = rng.integers(-8, 8, (2, cols, lanes.LANES)).astype(np.float32)  # small integers: sums are exact
-    mids = np.sort(rng.integers(-8, 8, (thresholds, lanes.LANES)), axis=0).astype(np.float32)
+    x, w = rng.integers(-8, 8, (2, cols, LANES)).astype(np.float32)  # small integers: sums are exact
+    mids = np.sort(rng.integers(-8, 8, (thresholds, LANES)), axis=0).astype(np.float32)
     mids[-1] = np.inf
-    weights, sums = np.full((2, thresholds, lanes.LANES), np.nan, np.float32)
+    weights, sums = np.full((2, thresholds, LANES), np.nan, np.float32)
     lanes.sums_above(x, w, w * x, mids, weights, sums)
     above = x[None] >= mids[:, None]
     assert np.array_equal(weights, (above * w).sum(axis=1))
@@ -42,10 +43,10 @@ def test_sums_above(cols: int, thresholds: int) -> None:
 @pytest.mark.parametrize("steps", [1, 3, 255])
 def test_codes_of(steps: int) -> None:
     rng = np.random.default_rng(steps)
-    x = rng.integers(-9, 9, (50, lanes.LANES)).astype(np.float32)  # whole numbers: many lie on a threshold
-    mids = np.sort(rng.integers(-8, 8, (steps, lanes.LANES)), axis=0).astype(np.float32)
-    codes = rng.integers(0, 256, (steps + 1, lanes.LANES)).astype(np.uint8)
-    out = np.empty((50, lanes.LANES), np.uint8)
+    x = rng.integers(-9, 9, (50, LANES)).astype(np.float32)  # whole numbers: many lie on a threshold
+    mids = np.sort(rng.integers(-8, 8, (steps, LANES)), axis=0).astype(np.float32)
+    codes = rng.integers(0, 256, (steps + 1, LANES)).astype(np.uint8)
+    out = np.empty((50, LANES), np.uint8)
     lanes.codes_of(x, mids, codes, steps, out)
     above = (x[:, None] >= mids[None]).sum(axis=1)
     assert np.array_equal(out, np.take_along_axis(codes, above, axis=0))
@@ -53,8 +54,8 @@ def test_codes_of(steps: int) -> None:
 
 def test_row_operations() -> None:
     rng = np.random.default_rng(0)
-    out, a, b = rng.integers(-9, 9, (3, lanes.LANES)).astype(np.float32)
-    code = rng.integers(0, 256, lanes.LANES).astype(np.uint8)
+    out, a, b = rng.integers(-9, 9, (3, LANES)).astype(np.float32)
+    code = rng.integers(0, 256, LANES).astype(np.uint8)
     added, product, signs = out.copy(), out.copy(), out.copy()
     _row_operations(added, product, signs, a, b, code)
     assert np.array_equal(added, out + a * b)
@@ -64,11 +65,11 @@ def test_row_operations() -> None:
 
 def test_order_sorts_two_rows_and_breaks_ties_by_code() -> None:
     rng = np.random.default_rng(0)
-    level, code = rng.integers(0, 3, (2, lanes.LANES)).astype(np.float32), rng.integers(0, 9, (2, lanes.LANES))
-    expected = [sorted(zip(level[:, i], code[:, i], strict=True)) for i in range(lanes.LANES)]
+    level, code = rng.integers(0, 3, (2, LANES)).astype(np.float32), rng.integers(0, 9, (2, LANES))
+    expected = [sorted(zip(level[:, i], code[:, i], strict=True)) for i in range(LANES)]
     code = code.astype(np.uint8)
     _order_rows(level, code)
-    assert [list(zip(level[:, i], code[:, i], strict=True)) for i in range(lanes.LANES)] == expected
+    assert [list(zip(level[:, i], code[:, i], strict=True)) for i in range(LANES)] == expected
 
 
 @settings(max_examples=40, deadline=None)
@@ -87,13 +88,13 @@ def test_blocks_hold_every_group_once(rows: int, cols: int, group: int, weighted
     weight = np.arange(rows * cols, dtype=np.float32).reshape(rows, cols)
     importance = np.arange(1, cols + 1, dtype=np.float32) if weighted else np.empty(0, np.float32)
     size, groups = min(group, cols), -(-cols // group)
-    x, w, wx = np.full((3, size, lanes.LANES), np.nan, np.float32)
+    x, w, wx = np.full((3, size, LANES), np.nan, np.float32)
     codes = np.full((rows, cols), 255, np.uint8)
-    for first in range(0, rows * groups, lanes.LANES):
-        last = min(first + lanes.LANES, rows * groups)
+    for first in range(0, rows * groups, LANES):
+        last = min(first + LANES, rows * groups)
         lanes.load_block(weight, importance, first, last, groups, size, x, w, wx)
         assert np.array_equal(wx, w * x)
-        for lane in range(lanes.LANES):
+        for lane in range(LANES):
             i = min(first + lane, last - 1)
             row, begin = divmod(i, groups)[0], size * (i % groups)
             source = weight[row, begin : begin + size]

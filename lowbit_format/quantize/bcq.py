@@ -19,8 +19,8 @@ import math
 import numba
 import numpy as np
 
+from ..vector_ir import LANES
 from .lanes import (
-    LANES,
     add_product,
     codes_of,
     load_block,

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..packed import F32
-from .lanes import LANES, codes_of, load_block, store_codes, sums_above
+from ..vector_ir import LANES
+from .lanes import codes_of, load_block, store_codes, sums_above
 
 ROUNDS = 8  # of scale fit and assignment
 

@@ -21,35 +21,9 @@ from numba.extending import intrinsic
 
 from ..bits import U8
 from ..threads import parallel_rows
+from ..vector_ir import I8, I64, LANES, VECTOR_F32, VECTOR_I8, loop
 
-LANES = 16
-
-_I64, _F32, _I8 = ir.IntType(64), ir.FloatType(), ir.IntType(8)
-_VF = ir.VectorType(_F32, LANES)
-_VB = ir.VectorType(_I8, LANES)
 _TOGETHER = 4  # thresholds held in registers at a time: 8 accumulators
-
-
-def _loop(builder: Any, count: Any, body: Any, carried: list[Any]) -> list[Any]:
-    """Emit ``for i in range(count)``; `body(i, values)` gives the next carried values. count >= 1."""
-    entry = builder.block
-    loop, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
-    builder.branch(loop)
-    builder.position_at_end(loop)
-    i = builder.phi(_I64)
-    i.add_incoming(_I64(0), entry)
-    phis = [builder.phi(v.type) for v in carried]
-    for phi, v in zip(phis, carried, strict=True):
-        phi.add_incoming(v, entry)
-    values = body(i, phis)
-    following = builder.add(i, _I64(1))
-    end = builder.block
-    i.add_incoming(following, end)
-    for phi, v in zip(phis, values, strict=True):
-        phi.add_incoming(v, end)
-    builder.cbranch(builder.icmp_signed("<", following, count), loop, after)
-    builder.position_at_end(after)
-    return list(values)
 
 
 def _load(builder: Any, pointer: Any, index: Any, align: int = 4) -> Any:
@@ -64,12 +38,14 @@ def _sums_above(typingctx, x, w, wx, cols, mids, quads, weights, sums):
     signature = types.void(*[types.uint64] * 3, types.int64, types.uint64, types.int64, *[types.uint64] * 2)
 
     def codegen(context, builder, signature, args):
-        px, pw, pwx, pm, pout_w, pout_s = (builder.inttoptr(args[i], _VF.as_pointer()) for i in (0, 1, 2, 4, 6, 7))
-        zero = ir.Constant(_VF, [0.0] * LANES)
+        px, pw, pwx, pm, pout_w, pout_s = (
+            builder.inttoptr(args[i], VECTOR_F32.as_pointer()) for i in (0, 1, 2, 4, 6, 7)
+        )
+        zero = ir.Constant(VECTOR_F32, [0.0] * LANES)
 
         def four(q: Any, _: list[Any]) -> list[Any]:
-            base = builder.mul(q, _I64(_TOGETHER))
-            at = [builder.add(base, _I64(t)) for t in range(_TOGETHER)]
+            base = builder.mul(q, I64(_TOGETHER))
+            at = [builder.add(base, I64(t)) for t in range(_TOGETHER)]
             mid = [_load(builder, pm, a) for a in at]
 
             def column(c: Any, acc: list[Any]) -> list[Any]:
@@ -81,13 +57,13 @@ def _sums_above(typingctx, x, w, wx, cols, mids, quads, weights, sums):
                     out.append(builder.fadd(acc[2 * t + 1], builder.select(above, vwx, zero)))
                 return out
 
-            acc = _loop(builder, args[3], column, [zero] * (2 * _TOGETHER))
+            acc = loop(builder, args[3], column, [zero] * (2 * _TOGETHER))
             for t in range(_TOGETHER):
                 builder.store(acc[2 * t], builder.gep(pout_w, [at[t]])).align = 4
                 builder.store(acc[2 * t + 1], builder.gep(pout_s, [at[t]])).align = 4
             return []
 
-        _loop(builder, args[5], four, [])
+        loop(builder, args[5], four, [])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -99,23 +75,23 @@ def _codes_of(typingctx, x, cols, mids, steps, codes, out):
     signature = types.void(types.uint64, types.int64, types.uint64, types.int64, types.uint64, types.uint64)
 
     def codegen(context, builder, signature, args):
-        px, pm = (builder.inttoptr(args[i], _VF.as_pointer()) for i in (0, 2))
-        pc, pout = (builder.inttoptr(args[i], _VB.as_pointer()) for i in (4, 5))
-        first = _load(builder, pc, _I64(0), 1)
+        px, pm = (builder.inttoptr(args[i], VECTOR_F32.as_pointer()) for i in (0, 2))
+        pc, pout = (builder.inttoptr(args[i], VECTOR_I8.as_pointer()) for i in (4, 5))
+        first = _load(builder, pc, I64(0), 1)
 
         def column(c: Any, _: list[Any]) -> list[Any]:
             vx = _load(builder, px, c)
 
             def step(i: Any, code: list[Any]) -> list[Any]:
                 above = builder.fcmp_ordered(">=", vx, _load(builder, pm, i))
-                following = _load(builder, pc, builder.add(i, _I64(1)), 1)
+                following = _load(builder, pc, builder.add(i, I64(1)), 1)
                 return [builder.select(above, following, code[0])]
 
-            (code,) = _loop(builder, args[3], step, [first])
+            (code,) = loop(builder, args[3], step, [first])
             builder.store(code, builder.gep(pout, [c])).align = 1
             return []
 
-        _loop(builder, args[1], column, [])
+        loop(builder, args[1], column, [])
         return context.get_dummy_value()
 
     return signature, codegen
@@ -142,7 +118,7 @@ def add_product(typingctx, out, a, b):
     """
 
     def codegen(context, builder, signature, args):
-        po, pa, pb = (_row(context, builder, signature, args, i, _VF) for i in range(3))
+        po, pa, pb = (_row(context, builder, signature, args, i, VECTOR_F32) for i in range(3))
         total = builder.fadd(_get(builder, po), builder.fmul(_get(builder, pa), _get(builder, pb)))
         builder.store(total, po).align = 4
         return context.get_dummy_value()
@@ -155,7 +131,7 @@ def set_product(typingctx, out, a, b):
     """``out = a * b`` over one row of lanes."""
 
     def codegen(context, builder, signature, args):
-        po, pa, pb = (_row(context, builder, signature, args, i, _VF) for i in range(3))
+        po, pa, pb = (_row(context, builder, signature, args, i, VECTOR_F32) for i in range(3))
         builder.store(builder.fmul(_get(builder, pa), _get(builder, pb)), po).align = 4
         return context.get_dummy_value()
 
@@ -167,14 +143,14 @@ def set_signs(typingctx, out, code, mask):
     """``out = 1 where code & mask, else -1`` over one row of lanes: float32, uint8 ``[LANES]``, and a uint8."""
 
     def codegen(context, builder, signature, args):
-        po = _row(context, builder, signature, args, 0, _VF)
-        codes = _get(builder, _row(context, builder, signature, args, 1, _VB), 1)
-        mask_value = builder.trunc(args[2], _I8) if args[2].type.width > 8 else args[2]
-        masks = ir.Constant(_VB, ir.Undefined)
+        po = _row(context, builder, signature, args, 0, VECTOR_F32)
+        codes = _get(builder, _row(context, builder, signature, args, 1, VECTOR_I8), 1)
+        mask_value = builder.trunc(args[2], I8) if args[2].type.width > 8 else args[2]
+        masks = ir.Constant(VECTOR_I8, ir.Undefined)
         for lane in range(LANES):
             masks = builder.insert_element(masks, mask_value, ir.IntType(32)(lane))
-        bit = builder.icmp_unsigned("!=", builder.and_(codes, masks), ir.Constant(_VB, [0] * LANES))
-        signs = builder.select(bit, ir.Constant(_VF, [1.0] * LANES), ir.Constant(_VF, [-1.0] * LANES))
+        bit = builder.icmp_unsigned("!=", builder.and_(codes, masks), ir.Constant(VECTOR_I8, [0] * LANES))
+        signs = builder.select(bit, ir.Constant(VECTOR_F32, [1.0] * LANES), ir.Constant(VECTOR_F32, [-1.0] * LANES))
         builder.store(signs, po).align = 4
         return context.get_dummy_value()
 
@@ -189,8 +165,8 @@ def order(typingctx, level_a, level_b, code_a, code_b):
     """
 
     def codegen(context, builder, signature, args):
-        pla, plb = (_row(context, builder, signature, args, i, _VF) for i in (0, 1))
-        pca, pcb = (_row(context, builder, signature, args, i, _VB) for i in (2, 3))
+        pla, plb = (_row(context, builder, signature, args, i, VECTOR_F32) for i in (0, 1))
+        pca, pcb = (_row(context, builder, signature, args, i, VECTOR_I8) for i in (2, 3))
         la, lb, ca, cb = _get(builder, pla), _get(builder, plb), _get(builder, pca, 1), _get(builder, pcb, 1)
         tie = builder.and_(builder.fcmp_ordered("==", la, lb), builder.icmp_unsigned(">", ca, cb))
         swap = builder.or_(builder.fcmp_ordered(">", la, lb), tie)

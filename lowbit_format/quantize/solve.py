@@ -14,8 +14,9 @@ from ..errors import NonFiniteWeightError, QuantizationError
 from ..packed import F32, PackedMatrix, Params
 from ..reference import decode
 from ..threads import parallel_rows
+from ..vector_ir import LANES
 from . import bcq, codebook, uniform
-from .lanes import LANES, pack
+from .lanes import pack
 from .recognise import recognise
 from .target import Target
 

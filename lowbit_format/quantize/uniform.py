@@ -14,7 +14,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from .lanes import LANES, load_block
+from ..vector_ir import LANES
+from .lanes import load_block
 
 SOLVERS = {"minmax": 0, "symmetric": 1, "mse": 2}
 ROUNDS = 6  # of line fit and assignment from each clipped range

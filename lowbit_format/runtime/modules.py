@@ -96,11 +96,12 @@ class LowbitModule(nn.Module):
     @property
     def packed(self) -> Packed:
         """The tensors and the scheme, as the operators take them: in the form they are in now."""
-        s, own = self.scheme, self._parameters
+        s = self.scheme
+        own: dict[str, Any] = self._parameters
         return Packed(
             own["planes"], own["scales"], own["offsets"], own["zeros"], own["codebook"], own["row_bits"],
             s.codec, s.bits, s.group_size, self.cols,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
 
     def packed_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the packed matrix by role, in the form they are in now: all but the bias."""
@@ -331,7 +332,7 @@ class LowbitModule(nn.Module):
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()
-        super()._save_to_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unpack()

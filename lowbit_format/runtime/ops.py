@@ -84,7 +84,7 @@ def is_watched() -> bool:
     """Whether what runs now is being compiled, traced, transformed, or seen by a mode: side effects are to be left."""
     return bool(
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
-from numba import carray
+from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...vector_ir import LANES
@@ -61,7 +61,7 @@ def _decode(pointer):
         for p in range(bits):
             signed[p] = np.float32(-0.5) * np.float32(1 << (bits - 1 - p))
     while True:
-        piece = take(address_of(pointer))
+        piece: int = take(address_of(pointer))
         if piece >= job[_PIECES]:
             return
         tile = job[_FIRST] + piece

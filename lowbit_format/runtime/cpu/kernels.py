@@ -9,7 +9,7 @@ reference.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numba
@@ -56,8 +56,7 @@ def can_pack(w: Packed) -> bool:
 def pack(w: Packed) -> Packed:
     """`w` in its packed form: planes in tiles, parameters in lanes. What is so already is left as it is."""
     planes = w.planes if tiles.is_packed(w.planes) else tiles.pack(w)
-    scales, offsets, zeros = (None if t is None else tiles.in_lanes(t) for t in w[1:4])
-    return w._replace(planes=planes, scales=scales, offsets=offsets, zeros=zeros)
+    return _map_parameters(w, tiles.in_lanes)._replace(planes=planes)
 
 
 def unpack(w: Packed) -> Packed:
@@ -65,8 +64,12 @@ def unpack(w: Packed) -> Packed:
     if not tiles.is_packed(w.planes):
         return w
     products.forget_plan(w.planes)
-    scales, offsets, zeros = (None if t is None else t.contiguous() for t in w[1:4])
-    return tiles.unpack(w)._replace(scales=scales, offsets=offsets, zeros=zeros)
+    return _map_parameters(tiles.unpack(w), Tensor.contiguous)
+
+
+def _map_parameters(w: Packed, fn: Callable[[Tensor], Tensor]) -> Packed:
+    offsets, zeros = (None if t is None else fn(t) for t in (w.offsets, w.zeros))
+    return w._replace(scales=fn(w.scales), offsets=offsets, zeros=zeros)
 
 
 def decode(w: Packed) -> Tensor:

@@ -25,7 +25,7 @@ import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numba import carray, literally
+from numba import carray, literally  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...vector_ir import LANES, features
@@ -200,7 +200,7 @@ def _multiply(pointer):
     shift = scales + 8 * TILES * 64
     sums = shift + TILES * 64
     while True:
-        chunk = take(address_of(pointer))
+        chunk: int = take(address_of(pointer))
         if chunk >= job[_CHUNKS]:
             return
         first = chunk * most
@@ -243,7 +243,10 @@ def _block(pointer, g, b, n, tables, tile, y, y_stride, scales, shift, sums, TIL
     job = carray(pointer, _FIELDS)
     batch, bits, start, stride = job[_BATCH], job[_BITS], tile * job[_WORDS] * job[_BITS], job[_WORDS] * job[_BITS] * 64
     if job[_ROW_BITS] != 0:
-        bits, start = carray(longs_at(job[_TILE_BITS]), tile + 1)[tile], carray(longs_at(job[_STARTS]), tile + 1)[tile]
+        bits, start = (
+            carray(longs_at(job[_TILE_BITS]), tile + 1)[tile],
+            carray(longs_at(job[_STARTS]), tile + 1)[tile],
+        )
     words = job[_PLANES] + (start + g * job[_WHOLE] * bits + b) * 64
     if job[_TERMS] == 0:
         _parameters(pointer, g, tile, bits, scales, shift, -1, TILES)

@@ -1,7 +1,7 @@
 """The packed form that CPU kernels read: the same words as in the file, sixteen rows side by side.
 
-A *word* is 32 columns of one row of one plane, the file's own four bytes. A *tile* is 16 rows; it holds, group by group,
-plane by plane, word by word, one vector of the 16 rows' words::
+A *word* is 32 columns of one row of one plane, the file's own four bytes. A *tile* is 16 rows; it holds, group by
+group, plane by plane, word by word, one vector of the 16 rows' words::
 
     tiles[t, (g * W * bits) + (p * words of group g) + j, lane] = word (g * W + j) of plane p of row 16 * t + lane
 
@@ -77,10 +77,11 @@ def pack(w: Packed) -> Tensor:
     bits, rows = tile_bits(w), w.scales.shape[1]
     starts = np.concatenate([[0], np.cumsum(bits * source.shape[1])])
     index = _plane_rows(w)
-    out = np.empty((int(starts[-1]) + 1, LANES), np.uint32)[:-1]  # kernels read a few bytes more (see _has_margin)
+    room = np.empty((int(starts[-1]) + 1, LANES), np.uint32)  # kernels read a few bytes more: see has_margin
+    out = room[:-1]
     parallel_rows(_pack, len(bits), out, source, index, bits, starts, group_words(w), rows, grain=_GRAIN)
     shape = (1, -1, LANES, 4) if ragged else (len(bits), w.bits * source.shape[1], LANES, 4)
-    return torch.from_numpy(out.base.view(np.uint8)).flatten()[: out.nbytes].view(shape)
+    return torch.from_numpy(room.view(np.uint8)).flatten()[: out.nbytes].view(shape)
 
 
 def unpack(w: Packed, rows: Tensor | None = None) -> Packed:

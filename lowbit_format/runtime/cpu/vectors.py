@@ -59,7 +59,7 @@ def add_planes(typingctx, words, tile_stride, plane_stride, count, planes, ahead
     """``y += scale * (sum of +x where the plane has a 1 and -x where it has a 0)`` over some planes of one group.
 
     Args:
-        words: of the first tile and plane, int32 ``[count, LANES]``; of the next tile and of the next of `planes` planes
+        words: of the first tile and plane, int32 ``[count, LANES]``; those of the next tile and plane lie
             `tile_stride` and `plane_stride` further on.
         ahead: how much further on lies what is wanted next, and is fetched from memory meanwhile.
         tables: of the first row of x, float32 ``[8 * count, 16]`` (see :func:`set_tables`).
