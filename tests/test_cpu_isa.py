@@ -25,7 +25,8 @@ pytestmark = [
 AVX2 = "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3"
 AVX512 = *AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"
 MACHINES = {"haswell": AVX2, "x86-64": (), "skylake-avx512": AVX512}  # LLVM's names; instruction sets above SSE2
-PERMUTES = {"haswell": "ymm", "x86-64": None, "skylake-avx512": "zmm"}  # registers of vpermps, if it is there
+# Registers of vpermps, if it is there; of the twins vpermps and vpermd, LLVM chooses by what stands around it.
+PERMUTES = {"haswell": "ymm", "x86-64": None, "skylake-avx512": "zmm"}
 
 SCRIPT = """
 import json, re
@@ -37,7 +38,7 @@ check_everything()
 text = products._multiply.compiled._library.get_asm_str()
 print(json.dumps({
     "features": sorted(features()),
-    "permutes": {kind: len(re.findall(rf"vpermps\\s.*%{kind}", text)) for kind in ("xmm", "ymm", "zmm")},
+    "permutes": {kind: len(re.findall(rf"vperm(?:ps|d)\\s.*%{kind}", text)) for kind in ("xmm", "ymm", "zmm")},
     "wide": len(re.findall("%zmm", text)),
     "fused": len(re.findall("vfn?m(?:add|sub)", text)),
 }))

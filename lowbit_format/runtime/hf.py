@@ -131,6 +131,8 @@ class LowbitQuantizer(HfQuantizer):
                 part.lowbit_state = state
         # Saved names are the model's own, which quantization_config has; a reverted renaming would part the two.
         model._weight_conversions = []
+        for path in self.placed.files:  # last: whatever reads planes would have them unpacked again
+            model.get_submodule(path).pack()
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:

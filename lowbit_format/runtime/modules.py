@@ -6,6 +6,7 @@ Scales, offsets, zeros and the codebook keep the dtype that the file declares, w
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -22,6 +23,20 @@ from .naive import Packed
 from .placeholder import PackedWeight
 from .selection import Name, Selection, TaskState
 from .stored import TORCH_DTYPES
+
+
+class Form:
+    """What the modules of one matrix compute with now.
+
+    Attributes:
+        planes: the packed form, which their parameter holds too; None while that is plain. Who computes takes it from
+            here, once: the parameter may change its form meanwhile, for another thread.
+    """
+
+    planes: Tensor | None = None
+
+
+_changing_form = threading.RLock()
 
 
 class LowbitModule(nn.Module):
@@ -41,6 +56,7 @@ class LowbitModule(nn.Module):
         scales, offsets, zeros, codebook, row_bits: as in the file; None where the scheme has none.
         scales_k{k}, …: parameters of the nested precisions, at full precision only.
         compute_dtype: changed by ``.to(dtype)``.
+        form: what it computes with now, shared by tied modules.
         path: where the module stands in its model, for messages.
         state: which task is on, shared with the model's other modules.
         deltas: of the loaded tasks, by name; what a tied module has too. They are no part of the ``state_dict``.
@@ -55,6 +71,7 @@ class LowbitModule(nn.Module):
     row_bits: nn.Parameter | None
     bias: nn.Parameter | None
     tuned: TunedDelta | None
+    form: Form
 
     def __init__(
         self,
@@ -98,8 +115,10 @@ class LowbitModule(nn.Module):
         """The tensors and the scheme, as the operators take them: in the form they are in now."""
         s = self.scheme
         own: dict[str, Any] = self._parameters
+        planes = self.form.planes
+        planes = own["planes"].detach() if planes is None else planes
         return Packed(
-            own["planes"], own["scales"], own["offsets"], own["zeros"], own["codebook"], own["row_bits"],
+            planes, own["scales"], own["offsets"], own["zeros"], own["codebook"], own["row_bits"],
             s.codec, s.bits, s.group_size, self.cols,
         )  # fmt: skip
 
@@ -134,13 +153,23 @@ class LowbitModule(nn.Module):
         The same tensors hold it, in place of the plain form: nothing is in memory twice. Whatever reads or moves them
         (``planes``, ``state_dict``, ``to``, pickling) has the plain form back, and the next call packs again.
         """
-        if ops.can_pack(self.packed) and not hasattr(self, "_hf_hook"):  # accelerate's hooks move tensors by name
-            self._take(ops.pack(self.packed))
+        if not ops.can_pack(self.packed) or hasattr(self, "_hf_hook"):  # accelerate's hooks move tensors by name
+            return
+        with _changing_form, torch.inference_mode(False):  # parameters made in that mode could never be trained
+            if self.form.planes is None:
+                packed = ops.pack(self.packed)
+                self._take(packed)
+                self.form.planes = packed.planes
 
     def unpack(self) -> None:
         """Undo :meth:`pack`, exactly."""
-        if ops.is_packed(self._parameters["planes"]):
-            self._take(ops.unpack(self.packed))
+        if self.form.planes is None:
+            return
+        with _changing_form, torch.inference_mode(False):
+            if self.form.planes is not None:
+                plain = ops.unpack(self.packed)
+                self.form.planes = None
+                self._take(plain)
 
     def _take(self, w: Packed) -> None:
         for role in ("planes", "scales", "offsets", "zeros"):
@@ -193,7 +222,7 @@ class LowbitModule(nn.Module):
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, Packed, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, packed, deltas, task_ids)`` with the tasks that are on."""
-        if not ops.is_packed(self._parameters["planes"]) and not ops.is_watched():
+        if self.form.planes is None and not ops.is_watched():
             self.pack()
         chosen = self.state.chosen()
         if chosen is None:
@@ -264,14 +293,13 @@ class LowbitModule(nn.Module):
                 raise TensorError("MIX-1", f"expected 1 to {self.scheme.bits}", tensor=f"{path}.{spec.role}")
         if self.precision is not None:
             self._become_precision(self.precision)
-        self.pack()
 
     def share(self, owner: LowbitModule) -> None:
         """Use the packed matrix of `owner` (TIE-1); the bias stays this module's own."""
         for name in self.packed_parameters():
             self._parameters[name] = None
         self._parameters.update(owner.packed_parameters())
-        self.scheme, self.precision, self.deltas = owner.scheme, owner.precision, owner.deltas
+        self.scheme, self.precision, self.deltas, self.form = owner.scheme, owner.precision, owner.deltas, owner.form
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         """The module that this one stands for, with `weight` (in that module's orientation)."""
@@ -306,6 +334,8 @@ class LowbitModule(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":
             raise _no_weight(self)
+        if name == "planes":
+            self.form = Form()
         if name == "planes" and param is not None and param.shape[0] > self._leading:
             # The loader hands over the file's whole tensor; a lower precision is its prefix (BIT-4).
             prefix = nn.Parameter(param.detach()[: self._leading].clone(), requires_grad=False)
@@ -331,12 +361,14 @@ class LowbitModule(nn.Module):
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
-        super()._save_to_state_dict(*args, **kwargs)
+        with _changing_form:
+            self.unpack()
+            super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.unpack()
-        super()._load_from_state_dict(*args, **kwargs)
+        with _changing_form:
+            self.unpack()
+            super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> Any:
         self.unpack()

@@ -64,7 +64,7 @@ def unpack(w: Packed) -> Packed:
     if not tiles.is_packed(w.planes):
         return w
     products.forget_plan(w.planes)
-    return _map_parameters(tiles.unpack(w), Tensor.contiguous)
+    return _map_parameters(tiles.unpack(w), lambda t: t.clone(memory_format=torch.contiguous_format))
 
 
 def _map_parameters(w: Packed, fn: Callable[[Tensor], Tensor]) -> Packed:
