@@ -288,7 +288,9 @@ def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
     rest = sum(t.nbytes for role, t in file.items() if role in ("codebook", "row_bits"))
     memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.packed_parameters().values()}
     assert sum(memory.values()) <= whole + rest
-    kept = [t for t in _tensors_of(module) if t.untyped_storage().data_ptr() not in memory]
+    found = _tensors_of(module)
+    assert len(found) > 1
+    kept = [t for t in found if t.untyped_storage().data_ptr() not in memory]
     assert sum(t.untyped_storage().nbytes() for t in kept) <= 4 * ROWS  # the bits of ragged rows
     module.unpack()
     memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.packed_parameters().values()}
@@ -297,12 +299,16 @@ def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
 
 
 def _tensors_of(module: LowbitModule) -> list[Tensor]:
-    """What is kept with the planes."""
-    found, queue = list[Tensor](), [vars(module._parameters["planes"])]
+    """What is kept with the planes, and with the form that they are in."""
+    found, seen, queue = list[Tensor](), set[int](), [module._parameters["planes"], module.form]
     while queue:
         thing: Any = queue.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
         if isinstance(thing, Tensor):
             found.append(thing)
+            queue.append(vars(thing))
         elif isinstance(thing, dict):
             queue += thing.values()
         elif isinstance(thing, (list, tuple)):
@@ -511,3 +517,24 @@ def test_the_first_forwards_come_at_once(scheme: Scheme) -> None:
         module.unpack()
         at_once(*[forward] * 4)
     assert_same_tensors(module.state_dict(), file_of(scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
+def test_saving_while_serving(scheme: Scheme) -> None:
+    """Threads that compute beside threads that ask for the file's bytes, of one matrix in two places."""
+    embedding, head = module_of(scheme, LowbitEmbedding), module_of(scheme)
+    head.share(embedding)
+    ids, x, file = torch.tensor([0, 36, 5]), torch.randn(2, COLS), file_of(scheme)
+    with torch.no_grad():
+        rows, y = embedding(ids), head(x)
+
+    def serve() -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                assert same_bits(embedding(ids), rows)
+                assert torch.equal(head(x), y)
+
+    def save(module: LowbitModule) -> Callable[[], None]:
+        return lambda: [assert_same_tensors(module.state_dict(), file) for _ in range(50)] and None
+
+    at_once(serve, save(embedding), serve, save(head))
