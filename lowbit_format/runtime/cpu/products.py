@@ -278,12 +278,12 @@ def _rows(pointer, g, b, n, tables, words, stride, bits, r, y, y_stride, scales,
     plane, table_stride = min(whole, job[_WORDS] - g * whole) * 64, min(whole, BLOCK) * 512
     x, table = job[_X] + r * x_stride + (g * whole + b) * 128, tables + r * table_stride
     to = y + r * y_stride
-    if job[_CODEC] == CODEBOOK:
-        add_levels(words, stride, plane, n, bits, x, x_stride, job[_CODEBOOK], scales, to, y_stride, TILES, ROWS)
-        return
     ahead = n * 64  # the next block, or the next group, of the same tiles
     if b + n == min(whole, job[_WORDS] - g * whole):
         ahead = whole * bits * 64 - b * 64 if g + 1 < job[_GROUPS] else 0
+    if job[_CODEC] == CODEBOOK:
+        add_levels(words, stride, plane, n, bits, ahead, x, x_stride, job[_CODEBOOK], scales, to, y_stride, TILES, ROWS)
+        return
     done = 0
     for part in range(parts):  # planes with a part of their own, then all that are left
         left = bits - done

@@ -178,21 +178,21 @@ def _sign_of(builder, word, column):
 
 
 @intrinsic(prefer_literal=True)
-def add_levels(typingctx, words, tile_stride, plane_stride, count, planes, x, x_stride, table, scales, y, y_stride,
-               TILES, ROWS):  # fmt: skip
+def add_levels(typingctx, words, tile_stride, plane_stride, count, planes, ahead, x, x_stride, table, scales, y,
+               y_stride, TILES, ROWS):  # fmt: skip
     """``y += scale * sum of codebook[code] * x``; only for machines that :func:`has_codebook_lookup` names.
 
     A step puts the codes of every fourth column together, in nibbles, which index the codebook in a register.
 
     Args:
-        words, x, scales, y: as in :func:`add_planes`.
+        words, ahead, x, scales, y: as in :func:`add_planes`.
         table: float32 ``[16]``, the codebook, padded to 16.
     """
     tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 11, TILES, ROWS)
+    signature = types.void(*[types.int64] * 12, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        words, tile_stride, plane_stride, count, planes, x, x_stride, table, scales, y, y_stride = args[:11]
+        words, tile_stride, plane_stride, count, planes, ahead, x, x_stride, table, scales, y, y_stride = args[:12]
         if not has_codebook_lookup(features(context)):
             return context.get_dummy_value()
         places = [(r, t) for r in range(rows) for t in range(tiles)]
@@ -206,6 +206,8 @@ def add_levels(typingctx, words, tile_stride, plane_stride, count, planes, x, x_
                     following = []
                     for t in range(tiles):
                         address = at(builder, words, (tile_stride, t), (plane_stride, p), (i, VECTOR))
+                        if quarter == 0:
+                            prefetch(builder, builder.add(address, ahead))
                         bit = builder.lshr(load(builder, address, VECTOR_I32), ints(quarter))
                         field = builder.and_(bit, ints(0x11111111))
                         following.append(builder.or_(builder.shl(codes[t], ints(1)), field))
