@@ -11,7 +11,7 @@ from torch import Tensor
 from ...vector_ir import LANES
 from ..naive import Packed
 from . import tiles
-from .products import _CODECS, _KINDS, BCQ, CODEBOOK, UNIFORM
+from .jobs import BCQ, CODEBOOK, CODECS, KINDS, UNIFORM
 from .team import Kernel
 from .vectors import F16_KIND, F32_KIND, address_of, decode_word, floats_at, take, widen
 
@@ -38,9 +38,9 @@ def decode_rows(w: Packed, first: int, stop: int, threads: int, out: Tensor | No
     codebook = None if w.codebook is None else w.codebook.contiguous()
     job = np.array([
         0, -(-(stop - first) // LANES), first // LANES, stop - first, rows, w.cols, w.bits, tiles.words(w),
-        tiles.group_words(w), groups, _CODECS[w.codec], w.planes.data_ptr(),
-        scales.data_ptr(), _KINDS[scales.dtype],
-        0 if shift is None else shift.data_ptr(), 0 if shift is None else _KINDS[shift.dtype],
+        tiles.group_words(w), groups, CODECS[w.codec], w.planes.data_ptr(),
+        scales.data_ptr(), KINDS[scales.dtype],
+        0 if shift is None else shift.data_ptr(), 0 if shift is None else KINDS[shift.dtype],
         0 if codebook is None else codebook.data_ptr(), out.data_ptr(),
     ], np.int64)  # fmt: skip
     _decode(job, 1 if out.numel() < ALONE else threads)

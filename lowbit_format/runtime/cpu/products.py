@@ -31,9 +31,9 @@ from torch import Tensor
 from ...vector_ir import LANES, features
 from ..naive import Packed
 from . import team, tiles
+from .jobs import BCQ, CODEBOOK, CODECS, KINDS, UNIFORM
 from .team import Kernel
 from .vectors import (
-    BF16_KIND,
     F16_KIND,
     F32_KIND,
     add_levels,
@@ -55,10 +55,6 @@ SCRATCH = 1 << 14  # floats of results that a chunk keeps: 64 KiB, of the second
 MOST_STRIPS = 8  # of a chunk, for one set of tables
 ALONE = 1 << 20  # lookups' bits below which waking other threads costs more than it brings
 CHUNKS = 4  # for each thread: evens out a busy core
-
-BCQ, UNIFORM, CODEBOOK = 0, 1, 2
-_CODECS = {"bcq": BCQ, "uniform": UNIFORM, "codebook": CODEBOOK}
-_KINDS = {torch.float32: F32_KIND, torch.float16: F16_KIND, torch.bfloat16: BF16_KIND}
 
 # Fields of a job, int64 each, after the counter; addresses are 0 where there is nothing.
 (
@@ -95,9 +91,9 @@ class Plan:
         self.alive = (planes, scales, shift, bits, starts, row_bits)
         self.codebook = w.codebook
         self.job = np.array([
-            0, 0, 0, self.rows, w.bits, self.words, self.whole, groups, _CODECS[w.codec], planes.data_ptr(),
+            0, 0, 0, self.rows, w.bits, self.words, self.whole, groups, CODECS[w.codec], planes.data_ptr(),
             0 if starts is None else starts.ctypes.data, 0 if bits is None else bits.ctypes.data, _address(row_bits),
-            scales.data_ptr(), _KINDS[scales.dtype], _address(shift), 0 if shift is None else _KINDS[shift.dtype],
+            scales.data_ptr(), KINDS[scales.dtype], _address(shift), 0 if shift is None else KINDS[shift.dtype],
             *[0] * (_FIELDS - _CODEBOOK),
         ], np.int64)  # fmt: skip
 

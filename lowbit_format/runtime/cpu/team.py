@@ -4,9 +4,9 @@ Kernels are C functions of one pointer, a *job*. Any number of threads enter one
 job by :func:`.vectors.take` until none are left; so the same kernel serves any pool, and answers do not depend on it.
 
 Between two products of a model torch's operations run, some on torch's OpenMP threads, which go on spinning for a
-while. A pool beside them fights for their cores: products of 0.5 ms then take 0.5 or 4 ms. So kernels enter torch's
-own threads, through the function that compilers emit for parallel regions. Where OpenMP has no such function (macOS,
-Windows), and in a process made by ``fork``, in which OpenMP's threads are gone, a pool of Python threads serves.
+while, and a pool beside them would have to wait for their cores. So kernels enter torch's own threads, through the
+function that compilers emit for parallel regions. Where OpenMP has no such function (macOS, Windows), and in a process
+made by ``fork``, in which OpenMP's threads are gone, a pool of Python threads serves.
 """
 
 from __future__ import annotations
