@@ -725,3 +725,48 @@ def test_a_functional_transform_is_not_passed_by() -> None:
     tiled = kernels.pack(drawn(KINDS[1], 4, 32, 33, 100))
     with torch.no_grad(), pytest.raises(RuntimeError, match="functorch"):
         torch.func.grad(lambda x: ops.linear(x, tiled).sum())(torch.randn(100))
+
+
+# --- what kernels do not look at is refused before ------------------------------------------------
+
+
+WRONG_TASKS = {
+    "an id that is too large": (torch.zeros(2, 1, 33), torch.tensor([0, 2]), IndexError),
+    "too few ids": (torch.zeros(2, 1, 33), torch.tensor([1]), ValueError),
+    "too few rows": (torch.zeros(2, 1, 32), torch.tensor([0, 1]), ValueError),
+    "too many planes": (torch.zeros(2, 4, 33), torch.tensor([0, 1]), ValueError),
+    "too few groups": (torch.zeros(2, 1, 33, 3), torch.tensor([0, 1]), ValueError),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TASKS)
+def test_wrong_tasks(wrong: str) -> None:
+    deltas, task_ids, error = WRONG_TASKS[wrong]
+    with pytest.raises(error):
+        ops.linear(torch.randn(2, 100), kernels.pack(drawn(KINDS[1], 3, 32, 33, 100)), None, deltas, task_ids)
+
+
+def test_a_bias_of_another_length() -> None:
+    with pytest.raises(ValueError, match="33"):
+        ops.linear(torch.randn(2, 100), kernels.pack(drawn(KINDS[1], 3, 32, 33, 100)), torch.zeros(20))
+
+
+def test_tasks_in_other_dtypes() -> None:
+    w, x = kernels.pack(drawn(KINDS[1], 3, 32, 33, 100)), torch.randn(2, 100)
+    deltas, ids = torch.randn(2, 1, 33).half(), torch.tensor([1, 0], dtype=torch.int32)
+    want = ops.linear(x, w, None, deltas.float(), ids.long())
+    assert same_bits(ops.linear(x, w, None, deltas, ids), want)
+
+
+def test_every_negative_id_is_the_base() -> None:
+    w, x = kernels.pack(drawn(KINDS[1], 3, 32, 33, 100)), torch.randn(40, 100)
+    products.plan(w).most_rows = 0  # type: ignore[union-attr]
+    ids = torch.arange(40) % 11 - 2
+    found = ops.linear(x, w, None, torch.randn(9, 1, 33), ids)
+    torch.testing.assert_close(found[ids < 0], ops.linear(x, w)[ids < 0], rtol=1e-4, atol=1e-4)
+
+
+def test_uniform_codes_without_zeros() -> None:
+    w = drawn(Scheme("uniform"), 4, 32, 33, 100)._replace(zeros=None)
+    x = torch.randn(3, 100)
+    torch.testing.assert_close(ops.linear(x, w), x @ naive.decode(w).T, rtol=1e-4, atol=1e-3)

@@ -45,7 +45,7 @@ def linear(
     Returns:
         ``[..., rows]``.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if _is_plain_call(x, w, bias, deltas):
         product: Tensor = _kernels(w).linear(x, w, bias, deltas, task_ids)

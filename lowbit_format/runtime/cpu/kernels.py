@@ -162,7 +162,7 @@ def _many(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) 
         torch.mm(x, weight.t(), out=out[:, start:stop])
     base = out.clone() if w.codec != "bcq" else out
     for p in range(deltas.shape[1]):
-        factor = with_base[task_ids, p]
+        factor = with_base[task_ids.clamp(min=-1), p]
         for start, stop, weight in _weight_tiles(_plane(w, p), x.dtype) if w.codec == "bcq" else ():
             out[:, start:stop].addcmul_(factor[:, start:stop].to(x.dtype), x @ weight.t())
         if w.codec != "bcq":

@@ -77,12 +77,15 @@ class Plan:
     def __init__(self, w: Packed) -> None:
         shift = w.offsets if w.codec == "bcq" else w.zeros
         self.of = _identity(w)
-        self.rows, groups = w.scales.shape[1:]
+        self.rows, self.groups = w.scales.shape[1:]
+        self.planes = w.bits
         self.most_rows = most_rows(w.bits)
         self.cols, self.words, self.whole = w.cols, tiles.words(w), tiles.group_words(w)
         self.one_part = w.codec != "bcq"
         self.strips = -(-self.rows // (TILES * LANES))
         self.lookups = self.rows * w.cols * w.bits
+        if w.codec == "uniform" and shift is None:
+            shift = torch.zeros_like(w.scales[0])
         scales, shift = tiles.in_lanes(w.scales.detach()), None if shift is None else tiles.in_lanes(shift.detach())
         row_bits = None if w.row_bits is None else w.row_bits.detach().clamp(max=w.bits)
         bits = None if row_bits is None else tiles.tile_bits(w)
@@ -91,7 +94,7 @@ class Plan:
         self.alive = (planes, scales, shift, bits, starts, row_bits)
         self.codebook = w.codebook
         self.job = np.array([
-            0, 0, 0, self.rows, w.bits, self.words, self.whole, groups, CODECS[w.codec], planes.data_ptr(),
+            0, 0, 0, self.rows, w.bits, self.words, self.whole, self.groups, CODECS[w.codec], planes.data_ptr(),
             0 if starts is None else starts.ctypes.data, 0 if bits is None else bits.ctypes.data, _address(row_bits),
             scales.data_ptr(), KINDS[scales.dtype], _address(shift), 0 if shift is None else KINDS[shift.dtype],
             *[0] * (_FIELDS - _CODEBOOK),
@@ -109,15 +112,17 @@ class Plan:
             x = F.pad(x, (0, -self.cols % tiles.WORD))
         batch, tuned, parts = len(x), 0, 1
         out, job = torch.empty(batch, self.rows), self.job.copy()
+        if bias is not None and bias.numel() != self.rows:
+            raise ValueError(f"expected a bias of {self.rows} numbers, found {list(bias.shape)}")
         if deltas is not None:
-            task_ids = torch.zeros(batch, dtype=torch.int64) if task_ids is None else task_ids.contiguous()
+            deltas, task_ids = self._checked(deltas, task_ids, batch)
             job[_TASK_IDS] = task_ids.data_ptr()
             if deltas.dim() == 3:
-                deltas, tuned = deltas.contiguous(), deltas.shape[1]
+                tuned = deltas.shape[1]
                 parts = 1 if self.one_part else 1 + tuned
                 job[_FACTORS], job[_TUNED] = deltas.data_ptr(), tuned
             else:
-                deltas = tiles.in_lanes(deltas.detach())
+                deltas = tiles.in_lanes(deltas)
                 job[_TERMS], job[_TERM_PLANES] = deltas.data_ptr(), deltas.shape[1]
         if self.codebook is not None:  # read anew: it may have been written to
             codebook = F.pad(self.codebook.detach(), (0, 16 - len(self.codebook)))
@@ -130,6 +135,20 @@ class Plan:
         job[_OUT] = out.data_ptr()
         _multiply(job, threads)
         return out
+
+    def _checked(self, deltas: Tensor, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
+        """Deltas and ids as the kernel reads them, which looks at no bounds."""
+        planes = 1 if self.one_part else self.planes
+        shape = (len(deltas), min(deltas.shape[1], planes), self.rows, self.groups)[: deltas.dim()]
+        if tuple(deltas.shape) != shape:
+            raise ValueError(f"expected deltas {list(shape)} for this matrix, found {list(deltas.shape)}")
+        if task_ids is None:
+            task_ids = torch.zeros(batch, dtype=torch.int64)
+        if task_ids.numel() != batch:
+            raise ValueError(f"expected a task for each of {batch} rows, found {task_ids.numel()}")
+        if int(task_ids.max()) >= len(deltas):
+            raise IndexError(f"task {int(task_ids.max())} of {len(deltas)}")
+        return deltas.detach().float().contiguous(), task_ids.long().contiguous()
 
 
 def plan(w: Packed) -> Plan | None:
