@@ -89,7 +89,7 @@ class Plan:
         scales, shift = tiles.in_lanes(w.scales.detach()), None if shift is None else tiles.in_lanes(shift.detach())
         row_bits = None if w.row_bits is None else w.row_bits.detach().clamp(max=w.bits)
         bits = None if row_bits is None else tiles.tile_bits(w)
-        starts = None if bits is None else np.concatenate([[0], np.cumsum(bits * self.words)])
+        starts = None if bits is None else tiles.tile_starts(w, bits)
         planes = w.planes.detach() if tiles.has_margin(w.planes) else F.pad(w.planes.detach().flatten(), (0, 64))
         self.alive = (planes, scales, shift, bits, starts, row_bits)
         self.codebook = w.codebook

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ...bits import plane_rows
 from ...threads import parallel_rows
 from ...vector_ir import LANES
 from ..naive import Packed
@@ -70,12 +71,18 @@ def tile_bits(w: Packed) -> NDArray[np.int64]:
     return most
 
 
+def tile_starts(w: Packed, bits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where each tile begins, in vectors; last, where all end. `bits` are those of :func:`tile_bits`."""
+    starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(bits * words(w))])
+    return starts
+
+
 def pack(w: Packed) -> Tensor:
     """The packed form of plain planes: uint8, in memory of its own."""
     planes, ragged = w.planes.detach().contiguous().numpy(), w.row_bits is not None
     source = planes.reshape(-1, planes.shape[-1]).view("<u4")
     bits, rows = tile_bits(w), w.scales.shape[1]
-    starts = np.concatenate([[0], np.cumsum(bits * source.shape[1])])
+    starts = tile_starts(w, bits)
     index = _plane_rows(w)
     room = np.empty((int(starts[-1]) + 1, LANES), np.uint32)  # kernels read a few bytes more: see has_margin
     out = room[:-1]
@@ -102,7 +109,7 @@ def unpack(w: Packed, rows: Tensor | None = None) -> Packed:
         )
     )
     source = w.planes.detach().numpy().reshape(-1, LANES, 4).view("<u4")[..., 0]
-    starts = np.concatenate([[0], np.cumsum(bits * words(w))])
+    starts = tile_starts(w, bits)
     wanted = np.arange(count) if rows is None else rows.numpy() % count
     out = np.zeros((w.bits, len(wanted), words(w)), np.uint32)
     parallel_rows(_unpack, len(wanted), out, source, wanted, bits, starts, group_words(w))
@@ -148,8 +155,7 @@ def _plane_rows(w: Packed) -> NDArray[np.int64]:
         if w.row_bits is None:
             return flat
         return np.where(w.row_bits.numpy() > np.arange(w.bits)[:, None], flat, -1)
-    present = w.row_bits.numpy()[None, :] > np.arange(w.bits)[:, None]
-    return np.where(present, np.cumsum(present).reshape(present.shape) - 1, -1)
+    return plane_rows(w.row_bits.detach().numpy(), w.bits)
 
 
 @numba.njit(nogil=True, cache=True)
