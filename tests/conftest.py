@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+# Kernels of Triton run in its interpreter where there is no GPU; that is decided when they are imported.
+os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 
 @pytest.fixture(scope="session")
@@ -39,8 +44,6 @@ def own_checkpoint(checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Of torch: on a busy machine its threads wait for each other far longer than tiny products take."""
-    import torch
-
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lowbit_format.runtime import naive, ops
 from lowbit_format.runtime.cpu import kernels, tiles
 from lowbit_format.runtime.deltas import Delta, TunedDelta
+from lowbit_format.runtime.lanes import in_lanes
 from lowbit_format.runtime.modules import LowbitConv1D, LowbitEmbedding, LowbitLinear, LowbitModule
 from lowbit_format.runtime.naive import Packed
 from lowbit_format.schema import SCALE_DTYPES, Scheme
@@ -124,7 +125,7 @@ def test_lanes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The same values; the rows of a group stand together, padded to whole tiles."""
     values = torch.randn(shape).to(dtype)
     for given_values in (values, torch.stack([values, values], -1)[..., 0], values.transpose(-1, -2).clone().mT):
-        lanes = tiles.in_lanes(given_values)
+        lanes = in_lanes(given_values)
         assert lanes.dtype == dtype
         assert torch.equal(lanes, values)
         rows, groups = shape[-2:]
@@ -133,14 +134,14 @@ def test_lanes(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert all(b is None or a == b for a, b in zip(lanes.stride()[-2:], strides, strict=True))
         room = lanes.untyped_storage().nbytes() // lanes.element_size() - lanes.storage_offset()
         assert room >= values.numel() // rows * padded  # whole tiles may be read
-        assert tiles.in_lanes(lanes).data_ptr() == lanes.data_ptr()
+        assert in_lanes(lanes).data_ptr() == lanes.data_ptr()
 
 
 def test_a_view_at_the_end_of_its_memory_is_not_in_lanes() -> None:
     """Its tile would be read from behind it."""
     memory = torch.randn(20)
     view = memory[16:].unsqueeze(-1)
-    lanes = tiles.in_lanes(view)
+    lanes = in_lanes(view)
     assert torch.equal(lanes, view)
     assert lanes.data_ptr() != view.data_ptr()
     assert lanes.untyped_storage().nbytes() >= 16 * 4

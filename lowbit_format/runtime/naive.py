@@ -8,7 +8,7 @@ functions under the same names (see :data:`lowbit_format.runtime.ops.KERNELS`) a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ class Packed(NamedTuple):
     cols: int
 
 
+Given = TypeVar("Given")
 ParamGrads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # of scales, offsets, zeros, deltas
 Rows = Tensor | slice  # rows of a flattened input: bool mask, or all
 
@@ -84,6 +85,25 @@ def decode_grads(w: Packed, weight_grad: RowGrads) -> tuple[Tensor, Tensor | Non
 DecoderGrads = Callable[[Packed, RowGrads], tuple[Tensor, Tensor | None]]
 
 
+def grads_of_sums(w: Packed, signed: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What :func:`decode_grads` gives, from sums of the weight's gradient over each group.
+
+    Args:
+        w: without ragged rows.
+        signed: float32 ``[bits, rows, groups]``, with +1 where a plane has a 1 and -1 where it has a 0; of a codebook
+            ``[1, rows, groups]``, with its levels. Changed.
+        total: float32 ``[rows, groups]``, without.
+    """
+    if w.codec == "bcq":
+        return signed, None if w.offsets is None else total
+    if w.codebook is not None:
+        return signed, None
+    zero = 0 if w.zeros is None else w.zeros.float()
+    weights = 2.0 ** torch.arange(w.bits - 1, -1, -1, device=signed.device)  # BIT-1
+    code = (signed.add_(total).div_(2) * weights[:, None, None]).sum(0)  # a bit is (its sign + 1) / 2
+    return (code - zero * total)[None], None if w.zeros is None else -total * w.scales[0].float()
+
+
 # --- the operators ---------------------------------------------------------------------------------
 
 
@@ -97,7 +117,7 @@ def dequantize_param_grads(
 ) -> ParamGrads:
     """Gradients of the parameters from that of the weight, ``[rows, cols]``."""
     grad = grad.to(_work_dtype(w))
-    return _sum_over_tasks(lambda _: lambda start, stop: grad[start:stop], w, deltas, None, decode_grads)
+    return sum_over_tasks(lambda _: lambda start, stop: grad[start:stop], w, deltas, None, decode_grads)
 
 
 def linear(
@@ -159,7 +179,7 @@ def linear_param_grads(
         return lambda start, stop: left[start:stop] @ right
 
     with no_autocast(x):
-        return _sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
+        return sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
 
 
 def embedding(
@@ -200,7 +220,7 @@ def embedding_param_grads(
         out.index_add_(0, flat[rows], flat_grad[rows])
         return lambda start, stop: out[start:stop]
 
-    return _sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
+    return sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
 
 
 # --- decoding --------------------------------------------------------------------------------------
@@ -234,14 +254,17 @@ def _tasks(deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Row
         yield task_ids == task, task
 
 
-def _sum_over_tasks(
-    weight_grad: Callable[[Rows], RowGrads],
+def sum_over_tasks(
+    weight_grad: Callable[[Rows], Given],
     w: Packed,
     deltas: Tensor | None,
     task_ids: Tensor | None,
-    decode_grads: DecoderGrads,
+    decode_grads: Callable[[Packed, Given], tuple[Tensor, Tensor | None]],
 ) -> ParamGrads:
-    """Gradients of all parameters; `weight_grad` gives that of the weight from some rows of the input."""
+    """Gradients of all parameters.
+
+    `weight_grad` gives the weight's gradient that some rows of the input make, in whatever form `decode_grads` takes.
+    """
     scales_grad = torch.zeros_like(w.scales, dtype=_work_dtype(w))
     shift = w.offsets if w.codec == "bcq" else w.zeros
     shift_grad = None if shift is None else torch.zeros_like(shift, dtype=_work_dtype(w))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -20,7 +21,10 @@ from torch._library.custom_ops import CustomOpDef
 from . import naive
 from .naive import Packed
 
-KERNELS = {"cpu": "cpu.kernels", "cuda": "naive"}  # device type -> module beside this one; naive serves all others
+KERNELS = {
+    "cpu": "cpu.kernels",
+    "cuda": "gpu.kernels",
+}  # device type -> module beside this one; naive serves all others
 
 
 def dequantize(w: Packed, deltas: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -140,8 +144,17 @@ def _kernels(w: Packed) -> Any:
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    """A module of kernels, imported when first used: compilers take their time."""
-    return importlib.import_module(f".{name}", __package__)
+    """A module of kernels, imported when first used: compilers take their time.
+
+    Where torch comes without Triton, there is the naive way.
+    """
+    try:
+        return importlib.import_module(f".{name}", __package__)
+    except ModuleNotFoundError as e:
+        if e.name != "triton":
+            raise
+        warnings.warn("without the package triton, products on this GPU are slow: pip install triton", stacklevel=3)
+        return naive
 
 
 def _tensors(grads: naive.ParamGrads) -> tuple[Tensor, ...]:

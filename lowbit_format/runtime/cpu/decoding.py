@@ -9,6 +9,7 @@ from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...vector_ir import LANES
+from ..lanes import in_lanes
 from ..naive import Packed
 from . import tiles
 from .jobs import BCQ, CODEBOOK, CODECS, KINDS, UNIFORM
@@ -33,8 +34,8 @@ def decode_rows(w: Packed, first: int, stop: int, threads: int, out: Tensor | No
     """
     rows, groups = w.scales.shape[1:]
     out = torch.empty(stop - first, w.cols) if out is None else out
-    scales, shift = tiles.in_lanes(w.scales), w.offsets if w.codec == "bcq" else w.zeros
-    shift = None if shift is None else tiles.in_lanes(shift)
+    scales, shift = in_lanes(w.scales), w.offsets if w.codec == "bcq" else w.zeros
+    shift = None if shift is None else in_lanes(shift)
     codebook = None if w.codebook is None else w.codebook.contiguous()
     job = np.array([
         0, -(-(stop - first) // LANES), first // LANES, stop - first, rows, w.cols, w.bits, tiles.words(w),

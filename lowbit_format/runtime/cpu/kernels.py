@@ -9,13 +9,12 @@ reference.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import numba
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +23,8 @@ from ...bits import to_ragged
 from ...packed import PackedMatrix, Params
 from ...schema import Scheme
 from ...threads import parallel_rows
-from .. import naive
+from .. import by_library, naive
+from ..lanes import in_lanes, map_parameters
 from ..naive import Packed, RowGrads
 from . import decoding, products, team, tiles
 
@@ -56,7 +56,7 @@ def can_pack(w: Packed) -> bool:
 def pack(w: Packed) -> Packed:
     """`w` in its packed form: planes in tiles, parameters in lanes. What is so already is left as it is."""
     planes = w.planes if tiles.is_packed(w.planes) else tiles.pack(w)
-    return _map_parameters(w, tiles.in_lanes)._replace(planes=planes)
+    return map_parameters(w, in_lanes)._replace(planes=planes)
 
 
 def unpack(w: Packed) -> Packed:
@@ -64,12 +64,7 @@ def unpack(w: Packed) -> Packed:
     if not tiles.is_packed(w.planes):
         return w
     products.forget_plan(w.planes)
-    return _map_parameters(tiles.unpack(w), lambda t: t.clone(memory_format=torch.contiguous_format))
-
-
-def _map_parameters(w: Packed, fn: Callable[[Tensor], Tensor]) -> Packed:
-    offsets, zeros = (None if t is None else fn(t) for t in (w.offsets, w.zeros))
-    return w._replace(scales=fn(w.scales), offsets=offsets, zeros=zeros)
+    return map_parameters(tiles.unpack(w), lambda t: t.clone(memory_format=torch.contiguous_format))
 
 
 def decode(w: Packed) -> Tensor:
@@ -112,7 +107,7 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
     with torch.no_grad(), naive.no_autocast(x):
         if not can_pack(w) or w.row_bits is not None or x.dtype not in _DTYPES:
             return naive.linear(x, unpack(w), bias, deltas, task_ids, decode=decode)
-        out = _many(x.reshape(-1, w.cols), pack(w), deltas, task_ids)
+        out = by_library.linear(x.reshape(-1, w.cols), pack(w), deltas, task_ids, _weight_tiles)
         out = out if bias is None else out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
@@ -141,49 +136,13 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-def _many(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    """Without the bias. A batch of many tasks multiplies by the parts of the weight that they share.
-
-    With planes' parts ``z[p] = x @ (scale[p] * sign[p]).T`` of the result, a factor ``1 + delta[p]`` on a scale adds
-    ``delta[p] * z[p]``; with one scale for all of the weight, ``z`` is the result itself.
-    """
-    out = x.new_empty(len(x), w.scales.shape[1])
-    shared = 1 if w.codec != "bcq" else 1 + (0 if deltas is None else deltas.shape[1])
-    if deltas is None or task_ids is None or deltas.dim() == 4 or len(deltas) <= shared:
-        for rows, mine in naive.each_task(w, deltas, task_ids):
-            part = out if isinstance(rows, slice) else x.new_empty(int(rows.sum()), out.shape[1])
-            for start, stop, weight in _weight_tiles(mine, x.dtype):
-                torch.mm(x[rows], weight.t(), out=part[:, start:stop])
-            if part is not out:
-                out[rows] = part
-        return out
-    with_base = F.pad(deltas, (0, 0, 0, 0, 0, 1))  # zeros last, where the base's -1 points
-    for start, stop, weight in _weight_tiles(w, x.dtype):
-        torch.mm(x, weight.t(), out=out[:, start:stop])
-    base = out.clone() if w.codec != "bcq" else out
-    for p in range(deltas.shape[1]):
-        factor = with_base[task_ids.clamp(min=-1), p]
-        for start, stop, weight in _weight_tiles(_plane(w, p), x.dtype) if w.codec == "bcq" else ():
-            out[:, start:stop].addcmul_(factor[:, start:stop].to(x.dtype), x @ weight.t())
-        if w.codec != "bcq":
-            out.addcmul_(factor.to(x.dtype), base)
-    return out
-
-
-def _plane(w: Packed, p: int) -> Packed:
-    """The part of plane `p`: the other planes and the offset are nothing."""
-    scales = torch.zeros_like(w.scales)
-    scales[p] = w.scales[p]
-    return w._replace(scales=tiles.in_lanes(scales), offsets=None)
-
-
 def _weight_tiles(w: Packed, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """Rows from, to, and the weight ``[rows of the tile, cols]`` in `dtype`, in memory that the next tile reuses.
 
     The memory is kept, since the system clears what it gives anew, in more time than decoding takes.
     """
     rows, threads = w.scales.shape[1], team.threads()
-    w = w._replace(scales=tiles.in_lanes(w.scales))
+    w = w._replace(scales=in_lanes(w.scales))
     step = max(16, TILE // w.cols // 16 * 16)
     if _kept.room.numel() < min(step, rows) * w.cols:
         _kept.room = torch.empty(max(TILE, step * w.cols))
@@ -198,19 +157,9 @@ def linear_input_grad(grad: Tensor, w: Packed, deltas: Tensor | None, task_ids: 
     packed = pack(w) if can_pack(w) and grad.dtype != torch.float64 else None
     if packed is None or packed.row_bits is not None:
         return naive.linear_input_grad(grad, unpack(w), deltas, task_ids, decode=decode)
-    flat = grad.reshape(-1, grad.shape[-1])
-    out = torch.zeros(len(flat), w.cols)
     with torch.no_grad(), naive.no_autocast(grad):
-        for rows, mine in naive.each_task(packed, deltas, task_ids):
-            part, given = (out, flat) if isinstance(rows, slice) else (torch.zeros_like(out[rows]), flat[rows])
-            for start, stop, weight in _weight_tiles(mine, grad.dtype):
-                if grad.dtype == torch.float32:
-                    part.addmm_(given[:, start:stop], weight)
-                else:
-                    part += given[:, start:stop] @ weight
-            if part is not out:
-                out[rows] = part
-    return out.to(grad.dtype).reshape(*grad.shape[:-1], w.cols)
+        out = by_library.input_grad(grad.reshape(-1, grad.shape[-1]), packed, deltas, task_ids, _weight_tiles)
+    return out.reshape(*grad.shape[:-1], w.cols)
 
 
 # --- rows ------------------------------------------------------------------------------------------
@@ -243,13 +192,7 @@ def decode_grads(w: Packed, weight_grad: RowGrads) -> tuple[Tensor, Tensor | Non
         planes = _select(w, torch.arange(start, stop)).planes if tiles.is_packed(w.planes) else w.planes[:, start:stop]
         signs = planes[: w.bits].detach().contiguous().numpy()
         parallel_rows(_signed_sums, len(grad), sums, totals, grad, signs, SIGNS, start, size)
-    signed, total = torch.from_numpy(sums), torch.from_numpy(totals)
-    if w.codec == "bcq":
-        return signed, None if w.offsets is None else total
-    zero = 0 if w.zeros is None else w.zeros.float()
-    weights = 2.0 ** torch.arange(w.bits - 1, -1, -1)  # BIT-1
-    code = (signed.add_(total).div_(2) * weights[:, None, None]).sum(0)  # a bit is (its sign + 1) / 2
-    return (code - zero * total)[None], None if w.zeros is None else -total * w.scales[0].float()
+    return naive.grads_of_sums(w, torch.from_numpy(sums), torch.from_numpy(totals))
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})

@@ -29,6 +29,7 @@ from numba import carray, literally  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...vector_ir import LANES, features
+from ..lanes import in_lanes
 from ..naive import Packed
 from . import team, tiles
 from .jobs import BCQ, CODEBOOK, CODECS, KINDS, UNIFORM
@@ -86,7 +87,7 @@ class Plan:
         self.lookups = self.rows * w.cols * w.bits
         if w.codec == "uniform" and shift is None:
             shift = torch.zeros_like(w.scales[0])
-        scales, shift = tiles.in_lanes(w.scales.detach()), None if shift is None else tiles.in_lanes(shift.detach())
+        scales, shift = in_lanes(w.scales.detach()), None if shift is None else in_lanes(shift.detach())
         row_bits = None if w.row_bits is None else w.row_bits.detach().clamp(max=w.bits)
         bits = None if row_bits is None else tiles.tile_bits(w)
         starts = None if bits is None else tiles.tile_starts(w, bits)
@@ -122,7 +123,7 @@ class Plan:
                 parts = 1 if self.one_part else 1 + tuned
                 job[_FACTORS], job[_TUNED] = deltas.data_ptr(), tuned
             else:
-                deltas = tiles.in_lanes(deltas)
+                deltas = in_lanes(deltas)
                 job[_TERMS], job[_TERM_PLANES] = deltas.data_ptr(), deltas.shape[1]
         if self.codebook is not None:  # read anew: it may have been written to
             codebook = F.pad(self.codebook.detach(), (0, 16 - len(self.codebook)))

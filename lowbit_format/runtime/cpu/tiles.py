@@ -9,8 +9,7 @@ with W words in a whole group; the last group may have fewer. Rows are padded wi
 (MIX-2) have tiles of as many planes as their longest row, one after the other. As a tensor it is uint8
 ``[tiles, words * bits, 16, 4]`` (ragged: ``[1, all of them, 16, 4]``): four dimensions tell it from plain planes.
 
-Scales and shift keep their shape, and change their strides: the rows of a group stand together, padded to whole tiles,
-so that a tile reads a vector of them. Both are exact: :func:`unpack` gives the file's bytes back.
+Scales and shift are in lanes (:mod:`..lanes`). Both are exact: :func:`unpack` gives the file's bytes back.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor
 from ...bits import plane_rows
 from ...threads import parallel_rows
 from ...vector_ir import LANES
+from ..lanes import are_in_lanes
 from ..naive import Packed
 
 WORD = 32  # columns
@@ -37,7 +37,7 @@ def is_packed(planes: Tensor) -> bool:
 
 def is_served(w: Packed) -> bool:
     """Whether planes and parameters are as kernels want them, so that nothing need be copied."""
-    return is_packed(w.planes) and has_margin(w.planes) and all(t is None or _are_in_lanes(t) for t in w[1:4])
+    return is_packed(w.planes) and has_margin(w.planes) and all(t is None or are_in_lanes(t) for t in w[1:4])
 
 
 def has_margin(planes: Tensor) -> bool:
@@ -119,32 +119,6 @@ def unpack(w: Packed, rows: Tensor | None = None) -> Packed:
     if w.row_bits is not None:
         planes = planes[torch.from_numpy(w.row_bits.numpy()[None, :] > np.arange(w.bits)[:, None])]
     return w._replace(planes=planes)
-
-
-def in_lanes(values: Tensor) -> Tensor:
-    """`values` ``[..., rows, groups]`` with the rows of a group together, padded to whole tiles; itself if they are."""
-    rows, padded = values.shape[-2], _padded(values)
-    if _are_in_lanes(values):
-        return values
-    room = values.new_zeros(*values.shape[:-2], values.shape[-1], padded)
-    room[..., :rows] = values.detach().transpose(-1, -2)
-    return room[..., :rows].transpose(-1, -2)
-
-
-def _are_in_lanes(values: Tensor) -> bool:
-    *_, rows, groups = values.shape
-    padded = _padded(values)
-    leading, expected = values.shape[:-2], padded * groups
-    for size, stride in zip(reversed(leading), reversed(values.stride()[:-2]), strict=True):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    whole = values.storage_offset() + expected <= values.untyped_storage().nbytes() // values.element_size()
-    return (rows == 1 or values.stride(-2) == 1) and (groups == 1 or values.stride(-1) == padded) and whole
-
-
-def _padded(values: Tensor) -> int:
-    return -(-values.shape[-2] // LANES) * LANES
 
 
 def _plane_rows(w: Packed) -> NDArray[np.int64]:

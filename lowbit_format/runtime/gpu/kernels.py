@@ -1,0 +1,185 @@
+"""The operators on a GPU: the same functions as :mod:`..naive`, over plain planes and over the packed form alike.
+
+Few rows of x are multiplied straight from the packed form (:mod:`.products`); for many, the weight is decoded a tile at
+a time (:mod:`.decoding`) for the library's own product, and let go. What the packed form does not hold (groups that are
+no multiple of 32 columns, rows with different bits, float64) goes the naive way, on the device.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .. import by_library, naive
+from ..naive import Packed, ParamGrads
+from . import configs, decoding, gradients, products, tiles
+from .activations import SLICES
+
+TILE = 1 << 27  # weights decoded at a time for the library's product: 256 MiB in half precision
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+__all__ = [
+    "can_pack",
+    "dequantize",
+    "dequantize_param_grads",
+    "embedding",
+    "embedding_param_grads",
+    "linear",
+    "linear_input_grad",
+    "linear_param_grads",
+    "pack",
+    "unpack",
+]
+
+
+def can_pack(w: Packed) -> bool:
+    """Whether `w` has a packed form."""
+    return type(w.planes) in (Tensor, torch.nn.Parameter) and tiles.can_pack(w)
+
+
+def pack(w: Packed) -> Packed:
+    """`w` in its packed form."""
+    return w if w.planes.dim() == 4 else tiles.pack(w)
+
+
+unpack = tiles.unpack
+
+
+def _on_its_device(function: Function) -> Function:
+    """Launch on the device of the tensors, whichever is the current one."""
+
+    @functools.wraps(function)
+    def on_device(*args: Any) -> Any:
+        with _device(args[0] if isinstance(args[0], Tensor) else args[0].planes), torch.no_grad():
+            return function(*args)
+
+    return on_device  # type: ignore[return-value]
+
+
+def _device(t: Tensor) -> AbstractContextManager[Any]:
+    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(t.device)
+
+
+def _served(w: Packed, *dtypes: torch.dtype) -> Packed | None:
+    """`w` in packed form, if it has one and all dtypes are such as kernels take."""
+    if not all(dtype in SLICES for dtype in dtypes):
+        return None
+    if w.planes.dim() == 4:
+        return w
+    return tiles.pack(w) if tiles.can_pack(w) else None
+
+
+@_on_its_device
+def dequantize(w: Packed, deltas: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As :func:`..naive.dequantize`."""
+    packed = _served(w, dtype)
+    if packed is None:
+        return naive.dequantize(unpack(w), deltas, dtype)
+    return decoding.decode(packed if deltas is None else naive.with_delta(packed, deltas[0]), dtype)
+
+
+@_on_its_device
+def dequantize_param_grads(grad: Tensor, w: Packed, deltas: Tensor | None) -> ParamGrads:
+    """As :func:`..naive.dequantize_param_grads`."""
+    packed = _served(w, grad.dtype)
+    if packed is None:
+        return naive.dequantize_param_grads(grad, unpack(w), deltas)
+    rows = torch.arange(len(grad), device=grad.device)
+    return naive.sum_over_tasks(lambda _: (grad, rows), packed, deltas, None, _grads_of_rows)
+
+
+@_on_its_device
+def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """As :func:`..naive.linear`; summed in float32, with weights that are not rounded where they come from planes."""
+    packed = _served(w, x.dtype)
+    if packed is None:
+        return naive.linear(x, unpack(w), bias, deltas, task_ids)
+    flat = x.reshape(-1, w.cols)
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], w.scales.shape[1])
+    config = configs.choose(packed)
+    if len(flat) <= config.most_rows and products.is_served(packed):
+        out = products.multiply(flat, packed, bias, deltas, task_ids, config)
+    else:
+        with naive.no_autocast(x):
+            out = by_library.linear(flat, packed, deltas, task_ids, _weight_tiles)
+            out = out if bias is None else out.add_(bias)
+    return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+@_on_its_device
+def linear_input_grad(grad: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """As :func:`..naive.linear_input_grad`."""
+    packed = _served(w, grad.dtype)
+    if packed is None:
+        return naive.linear_input_grad(grad, unpack(w), deltas, task_ids)
+    with naive.no_autocast(grad):
+        out = by_library.input_grad(grad.reshape(-1, grad.shape[-1]), packed, deltas, task_ids, _weight_tiles)
+    return out.reshape(*grad.shape[:-1], w.cols)
+
+
+def _weight_tiles(w: Packed, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    rows = w.scales.shape[1]
+    step = max(tiles.ROWS, TILE // w.cols // tiles.ROWS * tiles.ROWS)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        yield start, stop, decoding.decode(w, dtype, start, stop)
+
+
+@_on_its_device
+def linear_param_grads(
+    grad: Tensor, x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None
+) -> ParamGrads:
+    """As :func:`..naive.linear_param_grads`; the gradient of the weight is never in memory."""
+    packed = _served(w, grad.dtype, x.dtype)
+    if packed is None:
+        return naive.linear_param_grads(grad, x, unpack(w), deltas, task_ids)
+    dtype = torch.promote_types(grad.dtype, x.dtype)
+    flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, w.cols).to(dtype)
+    return naive.sum_over_tasks(
+        lambda rows: (flat_grad[rows], flat_x[rows]),
+        packed,
+        deltas,
+        task_ids,
+        lambda w, given: naive.grads_of_sums(w, *gradients.of_product(*given, w)),
+    )
+
+
+@_on_its_device
+def embedding(ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """As :func:`..naive.embedding`, but rows that are not there are NaN instead of an error."""
+    packed = _served(w, dtype)
+    if packed is None:
+        return naive.embedding(ids, unpack(w), deltas, task_ids, dtype)
+    out = decoding.decode_chosen(packed, ids.reshape(-1).long(), deltas, task_ids, dtype)
+    return out.reshape(*ids.shape, w.cols)
+
+
+@_on_its_device
+def embedding_param_grads(
+    grad: Tensor, ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None
+) -> ParamGrads:
+    """As :func:`..naive.embedding_param_grads`."""
+    packed = _served(w, grad.dtype)
+    if packed is None:
+        return naive.embedding_param_grads(grad, ids, unpack(w), deltas, task_ids)
+    flat_grad, flat = grad.reshape(-1, w.cols), ids.reshape(-1).long()
+    return naive.sum_over_tasks(lambda rows: (flat_grad[rows], flat[rows]), packed, deltas, task_ids, _grads_of_rows)
+
+
+def _grads_of_rows(w: Packed, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Gradients of the parameters from those of some rows of the weight, and which they are; a row may repeat."""
+    grad, rows = given
+    signed, total = gradients.of_rows(grad, w, rows)
+    every = w.scales.shape[1]
+    # index_put_ with accumulate sorts: unlike index_add_, it has the same bits every time on a GPU
+    signed = torch.stack([s.new_zeros(every, s.shape[1]).index_put_((rows,), s, accumulate=True) for s in signed])
+    total = total.new_zeros(every, total.shape[1]).index_put_((rows,), total, accumulate=True)
+    return naive.grads_of_sums(w, signed, total)
