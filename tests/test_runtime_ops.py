@@ -81,7 +81,7 @@ def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module:
         x, grad = torch.randn(4, cols), torch.randn(4, rows)
         deltas, tasks, ids = torch.randn(2, 1, rows), torch.tensor([1, -1, 0, 1]), torch.randint(0, rows, (4,))
         for name, args in {
-            "dequantize": (w, None, torch.bfloat16),
+            "dequantize": (w, None, torch.float16),
             "linear": (x, w, torch.randn(rows), deltas, tasks),
             "linear_input_grad": (grad, w, deltas, tasks),
             "embedding": (ids, w, deltas, tasks, torch.float32),
