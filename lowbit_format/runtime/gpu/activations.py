@@ -40,7 +40,7 @@ def to_slices(x: Tensor, steps: int, rows: int) -> Operand:
     Args:
         x: float16, bfloat16 or float32 ``[n, cols]``, any strides.
         steps: of a block.
-        rows: of x in a chunk: a multiple of 8 over the number of slices.
+        rows: of x in a chunk; times slices it is 8 or 16.
     """
     n, cols = x.shape
     count = SLICES[x.dtype]
@@ -81,15 +81,14 @@ def _to_slices(
 
     if chunk * ROWS >= n:
         return
-    # Column n = row * COUNT + slice of the operand; pairs of eight columns share a vector of 16 bytes where they can.
+    # Column n = row * COUNT + slice of the operand; with 16 columns, n and n + 8 share a lane's vector of 16 bytes.
     COLUMNS: tl.constexpr = ROWS * COUNT
-    PAIR: tl.constexpr = 2 if COLUMNS > 8 else 1
+    PAIR: tl.constexpr = COLUMNS // 8
     lane = (c // 4) % 4
     base = slices + pid.to(tl.int64) * (BLOCK * COLUMNS) + (c // 32) * (32 * COLUMNS) + ((c // 16) % 2) * 4 + c % 4
     for s in tl.static_range(COUNT):
         digit = ((q + 64) & 127) - 64 if s + 1 < COUNT else q
         q = (q - digit) >> 7
         column = r * COUNT + s
-        tile = column // 8
-        place = (tile // PAIR) * (256 * PAIR) + (column % 8) * (32 * PAIR) + (tile % PAIR) * 8
+        place = (column % 8) * (32 * PAIR) + (column // 8) * 8
         tl.store(base[None, :] + place[:, None] + (lane * (8 * PAIR))[None, :], digit.to(tl.int8))

@@ -43,7 +43,7 @@ class Family(NamedTuple):
 
 
 # Predicted from instruction counts and bandwidths (README.md); row_planes is what measurements should correct first.
-FAMILIES = {"ampere": Family(24, 280), "hopper": Family(24, 360), "amd": Family(16, 200)}
+FAMILIES = {"ampere": Family(24, 440), "hopper": Family(24, 280), "amd": Family(16, 200)}
 WARPS = (8, 4, 2)
 _CODEBOOK = 1.3  # a combination of planes takes that many times as long as a plane (instructions counted)
 

@@ -31,10 +31,13 @@ def is_served(w: Packed) -> bool:
 
 
 def chunk_rows(n: int, count: int) -> int:
-    """Rows of x that one program multiplies, `count` slices each: their columns fill 8, 16 or 32 of the tensor core."""
+    """Rows of x that one program multiplies, `count` slices each: their columns fill 8 or 16 of the tensor core.
+
+    32 were tried: 1.47 instructions for a bit and 16 rows, against twice 0.93, but 254 registers and so half the warps.
+    """
     least = 16 if torch.version.hip is not None else 8
     wanted = 1 << (n * count - 1).bit_length()
-    return min(32, max(least, wanted)) // count
+    return min(16, max(least, wanted)) // count
 
 
 def multiply(
@@ -86,7 +89,7 @@ def _left(at, p, step: tl.constexpr, PIECES: tl.constexpr, WARPS: tl.constexpr, 
         else:
             lanes = a ^ b ^ c ^ d
     else:
-        lanes = tl.load(at + p * PIECES)
+        lanes = tl.load(at + p * PIECES, cache_modifier=".cg")  # read once: the nearest cache is for x and scales
     lanes = tl.reshape(lanes, (WARPS, 8, 4, 2, 2, 4))  # row % 8, byte // 4 % 4, byte // 16, row // 8, byte % 4
     return tl.reshape(tl.permute(lanes, (0, 4, 1, 3, 2, 5)), (WARPS, 16, 32))
 
@@ -99,17 +102,7 @@ def _chosen(at, p, plane: tl.constexpr, PIECES: tl.constexpr):
 
 @triton.jit
 def _right(at, columns, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A step of the slices of x, as a matrix: int8 ``[WARPS, 32, COLUMNS]``."""
-    if COLUMNS == 32:  # a load of one vector per lane keeps the warps apart; more would be exchanged between them
-        x = tl.join(_right_half(at, columns, WARPS, 16), _right_half(at + 512, columns, WARPS, 16))
-        x = tl.reshape(tl.permute(x, (0, 1, 3, 2)), (WARPS, 32, 32))
-    else:
-        x = _right_half(at, columns, WARPS, COLUMNS)
-    return x
-
-
-@triton.jit
-def _right_half(at, columns, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A step of the slices of x, as a matrix: int8 ``[WARPS, 32, COLUMNS]`` (activations.py has the order)."""
     PAIR: tl.constexpr = COLUMNS // 8
     column = tl.arange(0, 8)
     if PAIR == 1:  # lanes of columns that are padding read what another lane reads: nothing is fetched for them
@@ -190,9 +183,10 @@ def _multiply(
                 if CODEC != 0:
                     scale = tl.load(scales + at_group).to(tl.float32)[:, :, None]
                     if DELTAS == 2:
-                        scale += _group_delta(deltas, task_at, tuned_row, group, delta_group, last > 0)
+                        at_delta = deltas + task_at[None, :] + tuned_row[:, None]
+                        scale += _group_delta(at_delta, group, delta_group, last > 0)
                     moved = scale * (level - moved) if SHIFT else scale * level
-                _, total = _units(at_unit + s * (CHUNK * 2), CHUNK)
+                _, total = _units(at_unit + s * (CHUNK * 2))
                 acc += moved * total[:, None, :]
 
     # Planes, or for a codebook all combinations of planes. One flat loop: in a nested one everything of x that does
@@ -203,36 +197,27 @@ def _multiply(
     for _ in range(share * combinations):
         m = tl.minimum(first + i, macros - 1)
         at = planes + ((tile.to(tl.int64) * macros + m) * (bits * PIECES))[:, None] + tl.arange(0, 512)[None, :]
-        a0 = _left(at, p, 0, PIECES, WARPS, CODEC, ASM)
-        if STEPS > 1:
-            a1 = _left(at, p, 1, PIECES, WARPS, CODEC, ASM)
-        if STEPS > 2:
-            a2 = _left(at, p, 2, PIECES, WARPS, CODEC, ASM)
-            a3 = _left(at, p, 3, PIECES, WARPS, CODEC, ASM)
         plane = p if CODEC == 0 else 0
-        at_plane = scales + plane * scale_plane
+        at_scale = scales + tl.cast(plane, tl.int64) * scale_plane + r
         at_unit = units + _unit_at(first + i, stop, m, chunk, macros, chunks, CHUNK)
         x = slices + (chunk * macros + m).to(tl.int64) * (8 * STEPS * 32 * COLUMNS)
-        part = tl.zeros((WARPS, 16, CHUNK), tl.float32)
-        for s in tl.static_range(8):
-            at_x = x + s * (STEPS * 32 * COLUMNS)
-            sums = tl.dot(_bit(a0, s, ASM), _right(at_x, columns, WARPS, COLUMNS), out_dtype=tl.int32)
-            if STEPS > 1:
-                right = _right(at_x + 32 * COLUMNS, columns, WARPS, COLUMNS)
-                sums = tl.dot(_bit(a1, s, ASM), right, sums, out_dtype=tl.int32)
-            if STEPS > 2:
-                right = _right(at_x + 64 * COLUMNS, columns, WARPS, COLUMNS)
-                sums = tl.dot(_bit(a2, s, ASM), right, sums, out_dtype=tl.int32)
-                right = _right(at_x + 96 * COLUMNS, columns, WARPS, COLUMNS)
-                sums = tl.dot(_bit(a3, s, ASM), right, sums, out_dtype=tl.int32)
-            unit, total = _units(at_unit + s * (CHUNK * 2), CHUNK)
-            signed = _whole(sums, WARPS, CHUNK, SLICES) * unit[:, None, :] - total[:, None, :]
-            group = group_of(m, s, groups, BLOCKS)
-            scale = tl.load(at_plane + (group * lanes)[:, None] + r[None, :]).to(tl.float32)[:, :, None]
-            if DELTAS == 2:
-                task_plane = task_at + plane * delta_plane
-                scale += _group_delta(deltas, task_plane, tuned_row, group, delta_group, plane < last)
-            part += scale * signed
+        if DELTAS == 2:
+            at_delta = deltas + (task_at + plane * delta_plane)[None, :] + tuned_row[:, None]
+            if plane < tuned:
+                part = _plane(
+                    at, p, x, columns, at_unit, m, groups, at_scale, lanes, at_delta, delta_group, plane < last,
+                    STEPS, CHUNK, SLICES, WARPS, BLOCKS, CODEC, ASM, True,
+                )  # fmt: skip
+            else:
+                part = _plane(
+                    at, p, x, columns, at_unit, m, groups, at_scale, lanes, at_delta, delta_group, plane < last,
+                    STEPS, CHUNK, SLICES, WARPS, BLOCKS, CODEC, ASM, False,
+                )  # fmt: skip
+        else:
+            part = _plane(
+                at, p, x, columns, at_unit, m, groups, at_scale, lanes, deltas, delta_group, columns,
+                STEPS, CHUNK, SLICES, WARPS, BLOCKS, CODEC, ASM, False,
+            )  # fmt: skip
         if CODEC == 1:
             part *= 0.5 * (1 << (bits - 1 - p)).to(tl.float32)
         if CODEC == 2:
@@ -251,6 +236,43 @@ def _multiply(
         y += tl.load(bias + r, mask=r < rows, other=0.0).to(tl.float32)[:, None]
     at_out = out + xs.to(tl.int64)[None, :] * rows + r[:, None]
     tl.store(at_out, y.to(out.dtype.element_ty), mask=(r < rows)[:, None] & (xs < n)[None, :])
+
+
+@triton.jit
+def _plane(
+    at, p, x, columns, at_unit, m, groups, at_scale, lanes, at_delta, delta_group, tuned,
+    STEPS: tl.constexpr, CHUNK: tl.constexpr, SLICES: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr,
+    CODEC: tl.constexpr, ASM: tl.constexpr, GROUP_DELTAS: tl.constexpr,
+):  # fmt: skip
+    """What plane `p` of a macro block for each warp adds to the product: float32 ``[WARPS, 16, CHUNK]``."""
+    COLUMNS: tl.constexpr = CHUNK * SLICES
+    PIECES: tl.constexpr = 512 * STEPS
+    a0 = _left(at, p, 0, PIECES, WARPS, CODEC, ASM)
+    if STEPS > 1:
+        a1 = _left(at, p, 1, PIECES, WARPS, CODEC, ASM)
+    if STEPS > 2:
+        a2 = _left(at, p, 2, PIECES, WARPS, CODEC, ASM)
+        a3 = _left(at, p, 3, PIECES, WARPS, CODEC, ASM)
+    part = tl.zeros((WARPS, 16, CHUNK), tl.float32)
+    for s in tl.static_range(8):
+        at_x = x + s * (STEPS * 32 * COLUMNS)
+        sums = tl.dot(_bit(a0, s, ASM), _right(at_x, columns, WARPS, COLUMNS), out_dtype=tl.int32)
+        if STEPS > 1:
+            right = _right(at_x + 32 * COLUMNS, columns, WARPS, COLUMNS)
+            sums = tl.dot(_bit(a1, s, ASM), right, sums, out_dtype=tl.int32)
+        if STEPS > 2:
+            right = _right(at_x + 64 * COLUMNS, columns, WARPS, COLUMNS)
+            sums = tl.dot(_bit(a2, s, ASM), right, sums, out_dtype=tl.int32)
+            right = _right(at_x + 96 * COLUMNS, columns, WARPS, COLUMNS)
+            sums = tl.dot(_bit(a3, s, ASM), right, sums, out_dtype=tl.int32)
+        unit, total = _units(at_unit + s * (CHUNK * 2))
+        signed = _whole(sums, WARPS, CHUNK, SLICES) * unit[:, None, :] - total[:, None, :]
+        group = group_of(m, s, groups, BLOCKS)
+        scale = tl.load(at_scale[None, :] + (group * lanes)[:, None]).to(tl.float32)[:, :, None]
+        if GROUP_DELTAS:
+            scale += _group_delta(at_delta, group, delta_group, tuned)
+        part += scale * signed
+    return part
 
 
 @triton.jit
@@ -273,20 +295,19 @@ def _unit_at(wanted, stop, m, chunk, macros, chunks, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _units(at, CHUNK: tl.constexpr):
+def _units(at):
     """Units and sums of a block: two of float32 ``[WARPS, CHUNK]``."""
-    if CHUNK <= 8:
-        unit, total = tl.split(tl.load(at[:, :, None] + tl.arange(0, 2)[None, None, :]))
-    else:  # as many values as threads would be exchanged between them
-        unit, total = tl.load(at), tl.load(at + 1)
-    return unit, total
+    return tl.split(tl.load(at[:, :, None] + tl.arange(0, 2)[None, None, :]))
 
 
 @triton.jit
-def _group_delta(deltas, task_at, row_at, group, delta_group, tuned):
-    """Deltas of a group and 16 rows for each row of x, 0 where it has none: float32 ``[WARPS, 16, CHUNK]``."""
-    at = (group.to(tl.int64) * delta_group)[:, None, None] + row_at[None, :, None] + task_at[None, None, :]
-    return tl.load(deltas + at, mask=tuned[None, None, :], other=0.0)
+def _group_delta(at, group, delta_group, tuned):
+    """Deltas of a group and 16 rows for each row of x, 0 where it has none: float32 ``[WARPS, 16, CHUNK]``.
+
+    `at` ``[16, CHUNK]`` points to those of the group 0.
+    """
+    at = at[None, :, :] + (group * delta_group)[:, None, None]
+    return tl.load(at, mask=tuned[None, None, :], other=0.0)
 
 
 @triton.jit
