@@ -15,7 +15,7 @@ import torch
 from building import random_matrix
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu_kernels import drawn, random_call, same_bits, stored
+from products import drawn, random_call, same_bits, stored
 from test_runtime_modules import filled
 from test_runtime_ops import KINDS, NAMES
 from test_threads import at_once

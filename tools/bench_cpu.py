@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_cpu_common import MB, SHAPE, Facts, run_part, spread, table
+from bench_common import MB, SHAPE, Facts, run_part, spread, table
 
 PARTS = ("model", "peers", "kernel", "tasks", "start")
 LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q2_K")

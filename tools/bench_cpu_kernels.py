@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_cpu_common import Facts, import_package, job_of_this_process, seconds
+from bench_common import Facts, import_package, job_of_this_process, seconds
 
 COPIES = 128 << 20  # bytes of all copies of a matrix together: some times the largest cache
 GROUP = 128

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_cpu_common import SHAPE, Facts, job_of_this_process, memory, seconds
+from bench_common import SHAPE, Facts, job_of_this_process, memory, seconds
 
 TYPES = {"f16": None, "Q4_0": "Q4_0", "Q4_K_M": "Q4_K_M", "Q3_K_M": "Q3_K_M", "Q2_K": "Q2_K"}  # name of the file type
 

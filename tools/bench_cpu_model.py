@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bench_cpu_common import Facts, import_package, job_of_this_process, memory, seconds
+from bench_common import Facts, import_package, job_of_this_process, memory, seconds
 
 
 def main() -> None:

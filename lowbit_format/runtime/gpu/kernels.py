@@ -108,10 +108,15 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
     if len(flat) <= config.most_rows and products.is_served(packed):
         out = products.multiply(flat, packed, bias, deltas, task_ids, config)
     else:
-        with naive.no_autocast(x):
-            out = by_library.linear(flat, packed, deltas, task_ids, _weight_tiles)
-            out = out if bias is None else out.add_(bias)
+        out = by_decoding(flat, packed, deltas, task_ids)
+        out = out if bias is None else out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def by_decoding(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """The library's product of x ``[n, cols]`` with the weight, decoded a tile at a time from packed `w`."""
+    with naive.no_autocast(x):
+        return by_library.linear(x, w, deltas, task_ids, _weight_tiles)
 
 
 @_on_its_device

@@ -1,4 +1,4 @@
-"""What all parts of bench_cpu.py share: spreads of samples, memory of a process, parts in processes of their own.
+"""What the benchmarks share: spreads of samples, tables, memory of a process, parts in processes of their own.
 
 Standard library only, for it is also imported by interpreters that have nothing of this package.
 """

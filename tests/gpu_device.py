@@ -1,0 +1,27 @@
+"""Where tests of the GPU's kernels run: on a GPU, or without one in Triton's interpreter, on the CPU."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter computes with bfloat16 as with 16 bits of an integer.
+FLOATS = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+Given = TypeVar("Given")
+
+
+def on_device(given: Given) -> Given:
+    """`given`, a tensor or a named tuple with tensors in it, with its tensors on :data:`DEVICE`, strides and all."""
+    if isinstance(given, Tensor):
+        memory = given.detach().new_empty(0).set_(given.detach().untyped_storage())
+        return memory.to(DEVICE).as_strided(given.shape, given.stride(), given.storage_offset())  # type: ignore[return-value]
+    if isinstance(given, tuple):
+        return type(given)(*(on_device(part) for part in given))  # type: ignore[return-value]
+    return given
