@@ -134,7 +134,7 @@ ROWS, COLS, TASKS = 256, 8192, 4
 CHOICES: dict[str, tuple[Any, ...]] = {
     "codec": ("bcq+offset", "bcq", "uniform", "uniform+zero", "codebook"),
     "group": (128, 32, 64, 256, 0),
-    "rows": ("8", "one", "16", "32", "many"),
+    "rows": ("8", "one", "16", "many"),
     "deltas": ("none", "row", "group"),
     "ids": (False, True),
     "x": ("fp16", "bf16", "fp32"),
@@ -143,19 +143,26 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bits": (3, 2, 4),
     "bias": (True, False),
 }
-PAIRED = (("deltas", "rows"), ("deltas", "codec"), ("x", "rows"), ("codec", "rows"), ("warps", "rows"))
+PAIRED = (("deltas", "rows"), ("deltas", "codec"), ("x", "rows"), ("warps", "rows"))
+# What takes the most registers, or was seen to spill.
+HEAVY: tuple[dict[str, Any], ...] = (
+    {"codec": "uniform", "rows": "many", "deltas": "group", "warps": 8, "scales": "fp32", "bits": 2},
+    {"codec": "uniform", "rows": "16", "deltas": "row", "x": "fp32", "warps": 8, "scales": "fp32", "bias": False},
+    {"codec": "codebook", "group": 256, "rows": "many", "deltas": "row", "x": "fp32", "warps": 2, "bits": 2},
+    {"codec": "bcq", "group": 256, "rows": "many", "deltas": "group", "ids": True, "warps": 8, "scales": "bf16"},
+)
 COUNTED: dict[str, list[dict[str, Any]]] = {
     "sm_90": [
-        *({"group": group, "rows": rows} for group in (128, 64, 32) for rows in ("8", "16", "32")),
-        *({"codec": codec, "rows": rows} for codec in ("uniform", "codebook") for rows in ("8", "16", "32")),
+        *({"group": group, "rows": rows} for group in (128, 64, 32) for rows in ("8", "16")),
+        *({"codec": codec, "rows": rows} for codec in ("uniform", "codebook") for rows in ("8", "16")),
     ],
     "sm_80": [
-        *({"rows": rows} for rows in ("8", "16", "32")),
+        *({"rows": rows} for rows in ("8", "16")),
         *({"group": group} for group in (64, 32)),
         *({"codec": codec} for codec in ("uniform", "codebook")),
     ],
     "gfx942": [
-        *({"rows": rows} for rows in ("16", "32")),
+        *({"rows": rows} for rows in ("16", "many")),
         *({"group": group, "rows": "16"} for group in (64, 32)),
         *({"codec": codec, "rows": "16"} for codec in ("uniform", "codebook")),
     ],
@@ -165,11 +172,10 @@ COUNTED: dict[str, list[dict[str, Any]]] = {
 def variants(target: str) -> Iterator[Variant]:
     """What is compiled for a target: the products whose instructions are counted, and more so that there is each
     choice, and on sm_90 each pair of choices that change each other's code."""
-    choices = CHOICES if target != "gfx942" else {**CHOICES, "rows": ("one", "16", "32", "many")}
-    made = [plain(**given) for given in COUNTED[target]]
+    choices = CHOICES if target != "gfx942" else {**CHOICES, "rows": ("one", "16", "many")}
+    made = [plain(**given) for given in (*COUNTED[target], *HEAVY)]
     yield from map(product, cover(choices, made, PAIRED if target == "sm_90" else ()))
-    yield from (*DECODED, *SUMMED, *SLICED)
-    yield from ONES
+    yield from (*DECODED, *SUMMED, *SLICED, *(ONES if target == "sm_90" else ()))
 
 
 def plain(**given: Any) -> dict[str, Any]:
@@ -321,9 +327,16 @@ SLICED = (
 # What is 1 is a constant in the kernel, not a number of its own: another kind of value to the compiler.
 ONE = {"rows": 1, "cols": 128}
 ONES = (
-    *(product(plain(codec=codec, bits=1, rows="one", deltas="group", ids=True), **ONE) for codec in CHOICES["codec"]),
-    *(decoded(codec, 1, 32, "fp16", chosen, "group", **ONE) for codec in CHOICES["codec"] for chosen in (0, 1)),
-    *(summed(codec, 1, 32, "fp16", 1, chosen, **ONE) for codec in ("bcq", "codebook") for chosen in (False, True)),
+    *(
+        product(plain(codec=codec, bits=1, rows="one", deltas="group", ids=True), **ONE)
+        for codec in ("bcq+offset", "uniform+zero", "codebook")
+    ),
+    decoded("bcq+offset", 1, 32, "fp16", 1, "group", **ONE),
+    decoded("uniform+zero", 1, 32, "fp16", 0, **ONE),
+    decoded("codebook", 1, 32, "fp16", 1, "row", **ONE),
+    summed("bcq", 1, 32, "fp16", 1, **ONE),
+    summed("bcq", 1, 32, "fp16", 1, True, **ONE),
+    summed("codebook", 1, 32, "fp16", 1, **ONE),
     sliced(4, 8, "fp16", cols=128),
 )
 KERNELS = {
@@ -352,15 +365,15 @@ class Driver:
         return 0
 
 
-def compiled(variant: Variant, target: GPUTarget) -> Any:
-    """What Triton would have launched."""
+def compiled(variant: Variant, target: GPUTarget, **forced: int) -> Any:
+    """What Triton would have launched, but for options that are `forced`."""
     nvidia, found = target.backend == "cuda", []
 
     def compile_only(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         def launched(*args: Any, **options: Any) -> None:
             if kernel is KERNELS[variant.kernel]:
                 asm = {"ASM": nvidia} if "ASM" in options else {}  # the tensors are the CPU's
-                found.append(kernel.run(*args, grid=grid, warmup=True, **{**options, **asm}))
+                found.append(kernel.run(*args, grid=grid, warmup=True, **{**options, **asm, **forced}))
 
         return launched
 
@@ -372,11 +385,11 @@ def compiled(variant: Variant, target: GPUTarget) -> Any:
     return kernel
 
 
-def report(variant: Variant, target: str) -> Report:
-    """Compile and read one variant."""
+def report(variant: Variant, target: str, **forced: int) -> Report:
+    """Compile and read one variant; with options of Triton that are `forced`, not as it ships."""
     began, error, kernel = time.perf_counter(), "", None
     try:
-        kernel = compiled(variant, TARGETS[target])
+        kernel = compiled(variant, TARGETS[target], **forced)
     except (CompilationError, RuntimeError) as e:
         error = f"{type(e).__name__}: {e}"
     seconds = time.perf_counter() - began
@@ -415,7 +428,7 @@ def of_nvidia(kernel: Any) -> Machine:
         registers=used["REG"],
         spills=everything["LDL"] + everything["STL"],
         stack=used["STACK"] + used["LOCAL"],
-        shared=used["SHARED"] + kernel.metadata.shared,
+        shared=kernel.metadata.shared,  # what SHARED says beside it is the system's own
         instructions=dict(everything),
         loop=dict(loop),
         matrix_loops=matrix_loops,
@@ -455,7 +468,7 @@ def _instructions(code: str, line: re.Pattern[str], label: str, matrix: str) -> 
         goes_to = re.search(label, found["rest"])
         if goes_to and goes_to[0] in labels and re.match(r"BRA|s_c?branch", names[-1]):
             loops.append((labels[goes_to[0]], len(names)))
-    parts = [names[start:stop] for start, stop in loops]
+    parts = [names[start:stop] for start, stop in loops if stop - start > 1]  # NVIDIA's end in one that never ends
     with_matrix = [part for part in parts if any(re.match(matrix, name) for name in part)]
     return Counter(names), Counter(max(with_matrix or parts, key=len, default=[])), len(with_matrix)
 
@@ -465,7 +478,7 @@ def _instructions(code: str, line: re.Pattern[str], label: str, matrix: str) -> 
 
 def table(reports: Iterable[Report]) -> Iterator[str]:
     """Lines for reading."""
-    yield f"{'target':7}{'kernel':9}{'regs':>5}{'spills':>7}{'stack':>6}{'shared':>7}{'loop':>6}{'/bit':>7}{'s':>6}  variant"
+    yield "target kernel    regs spills stack shared  loop   /bit     s  variant"
     for r in reports:
         m = r.machine
         yield (
@@ -479,14 +492,17 @@ def main() -> None:
     parser.add_argument("--target", choices=TARGETS, action="append", help="may come more than once; default: all")
     parser.add_argument("--kernel", choices=KERNELS, help="only this one")
     parser.add_argument("--json", action="store_true", help="one report a line, for programs")
+    parser.add_argument("--first", type=int, help="only so many")
+    parser.add_argument("--registers", type=int, help="no more than these for a lane (NVIDIA): not what ships")
     options = parser.parse_args()
+    forced = {} if options.registers is None else {"maxnreg": options.registers}
     wanted = [
         (variant, target)
         for target in options.target or TARGETS
         for variant in variants(target)
         if options.kernel in (None, variant.kernel)
     ]
-    reports = (report(*each) for each in wanted)
+    reports = (report(*each, **forced) for each in wanted[: options.first])
     lines = (json.dumps(asdict(r)) for r in reports) if options.json else table(reports)
     for text in lines:
         print(text, flush=True)

@@ -18,10 +18,11 @@ Given = TypeVar("Given")
 
 
 def on_device(given: Given) -> Given:
-    """`given`, a tensor or a named tuple with tensors in it, with its tensors on :data:`DEVICE`, strides and all."""
+    """`given`, a tensor or a tuple with tensors in it (also a named one), on :data:`DEVICE`, strides and all."""
     if isinstance(given, Tensor):
         memory = given.detach().new_empty(0).set_(given.detach().untyped_storage())
         return memory.to(DEVICE).as_strided(given.shape, given.stride(), given.storage_offset())  # type: ignore[return-value]
     if isinstance(given, tuple):
-        return type(given)(*(on_device(part) for part in given))  # type: ignore[return-value]
+        parts = [on_device(part) for part in given]
+        return type(given)(*parts) if hasattr(given, "_fields") else tuple(parts)  # type: ignore[return-value]
     return given

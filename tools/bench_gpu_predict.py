@@ -16,8 +16,8 @@ from lowbit_format.schema import Scheme
 
 # Instructions of the product kernel for a plane bit, by columns of the tensor core's right operand, on sm_90: a warp's
 # instructions times 32, over the bits that the warp multiplies by. tests/test_gpu_compiled.py counts them.
-INSTRUCTIONS = {8: 0.75, 16: 0.96, 32: 1.46}
-COMBINATION = 1.3  # of a codebook: a combination of planes takes that many instructions for each of a plane
+INSTRUCTIONS = {8: 0.75, 16: 0.94}
+COMBINATION = 1.25  # of a codebook: a combination of planes takes that many instructions for each of a plane
 LANES = 4 * 32  # of a multiprocessor: four schedulers with a warp each, every clock
 SLICES = 2  # int8 slices of a float16 or bfloat16 activation
 
@@ -27,7 +27,7 @@ BITS = (1, 2, 3, 4, 8)
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 PREFILLS = (2048, 4096, 8192)
 GEMV_AIMS = {4: 2.7, 2: 5.0}  # times as fast as the library with bfloat16, at the largest size
-PREFILL_AIMS = {2048: 0.85, 8192: 0.92}  # of the library's speed
+PREFILL_AIMS = {2048: 0.85, 4096: 0.92, 8192: 0.92}  # of the library's speed
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Limits:
         The larger is the prediction. The kernel that slices x comes on top.
         """
         planes = scheme.bits if scheme.codec != "codebook" else COMBINATION * (2**scheme.bits - 1)
-        chunk, chunks = _chunks(n)
+        chunk, count = chunks(n)
         lanes = self.multiprocessors * LANES * self.clock
-        instructions = rows * cols * planes * INSTRUCTIONS[chunk * SLICES] * chunks / lanes
+        instructions = rows * cols * planes * INSTRUCTIONS[chunk * SLICES] * count / lanes
         return 1e6 * instructions, 1e6 * nbytes(scheme, rows, cols) / self.copy
 
     def decoding(self, scheme: Scheme, rows: int, cols: int, itemsize: int = 2) -> float:
@@ -130,9 +130,9 @@ def crossing(times: Sequence[tuple[int, float, float]]) -> float | None:
     return None
 
 
-def _chunks(n: int) -> tuple[int, int]:
+def chunks(n: int) -> tuple[int, int]:
     """Rows of x in a chunk, and chunks, as the product kernel has them."""
-    chunk = min(32, max(8, 1 << (n * SLICES - 1).bit_length())) // SLICES
+    chunk = min(max(INSTRUCTIONS), max(min(INSTRUCTIONS), 1 << (n * SLICES - 1).bit_length())) // SLICES
     return chunk, -(-n // chunk)
 
 

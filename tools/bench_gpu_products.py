@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from bench_common import spread, table
-from bench_gpu_common import Bench, Matrix, let_go, micro, poisoned, random_matrix
-from bench_gpu_predict import BITS, GEMV_AIMS, PREFILL_AIMS, bcq, crossing, name
+from bench_gpu_common import Bench, let_go, median, micro, poisoned
+from bench_gpu_data import Matrix, random_matrix, random_packed
+from bench_gpu_predict import GEMV_AIMS, bcq, crossing, name
 from torch import Tensor
 
-from lowbit_format.runtime import by_library, naive
+from lowbit_format.runtime import naive
 from lowbit_format.runtime.gpu import activations, configs, kernels, products, tiles
 from lowbit_format.schema import Scheme
-
-median = statistics.median
 
 
 def copy(bench: Bench) -> Iterator[str]:
@@ -44,9 +41,11 @@ def gemv(bench: Bench) -> Iterator[str]:
             "to library, bf16", "relative error", "aim"]  # fmt: skip
     rows = []
     for size in bench.sizes:
-        library = _library_time(bench, size, 1)
-        rows.append([name(size), "library", micro(library), "", *_share(bench, 2 * size[0] * size[1], library), "1"])
-        for bits in sorted(BITS, key=lambda b: b not in GEMV_AIMS):
+        library = library_time(bench, size, 1)
+        rows.append(
+            [name(size), "library", micro(library), "", *share_cells(bench, 2 * size[0] * size[1], library), "1"]
+        )
+        for bits in bench.bits:
             if bench.late():
                 rows.append([name(size), str(bits), "skipped: the part's time is over"])
                 continue
@@ -54,9 +53,9 @@ def gemv(bench: Bench) -> Iterator[str]:
     yield (
         "## One row of x (gemv)\n\nBCQ with offsets, groups of 128, x in half precision. Bytes are those that must be "
         "read. The prediction is the larger of its two numbers, without the kernel that slices x (last table).\n\n"
-        + _table(head, rows)
+        + ragged_table(head, rows)
     )
-    yield "### Other schemes and dtypes\n\n" + _table(
+    yield "### Other schemes and dtypes\n\n" + ragged_table(
         ["scheme, dtype of x", *head[:1], *head[2:]], list(_other_rows(bench, bench.sizes[:2]))
     )
     yield (
@@ -75,23 +74,23 @@ def gemv(bench: Bench) -> Iterator[str]:
 def _gemv_row(
     bench: Bench, scheme: Scheme, size: tuple[int, int], library: list[float], dtype: torch.dtype
 ) -> list[str]:
-    matrix, x = random_matrix(bench, scheme, *size), _input(bench, 1, size[1], dtype)
-    error = _checked(bench, matrix, x, lambda x, w: kernels.linear(x, w, None, None, None))
+    matrix, x = random_matrix(bench, scheme, *size), made_input(bench, 1, size[1], dtype)
+    error = checked(bench, matrix, x, lambda x, w: kernels.linear(x, w, None, None, None))
     times = bench.measure(lambda i: kernels.linear(x, matrix.packed[i], None, None, None), len(matrix.packed))
     ratio = median(library) / median(times)
     aim = ""
     if scheme == bcq(scheme.bits) and size == bench.sizes[0] and dtype == bench.half and scheme.bits in GEMV_AIMS:
         reached = ratio >= GEMV_AIMS[scheme.bits]
-        aim = f">= {GEMV_AIMS[scheme.bits]} x library: {_met(reached)}"
+        aim = f">= {GEMV_AIMS[scheme.bits]} x library: {met(reached)}"
         if scheme.bits == 4:
-            aim += f"; >= 70% of copy: {_met(_rate(matrix.nbytes, times) >= 0.7 * bench.limits.copy)}"
+            aim += f"; >= 70% of copy: {met(rate(matrix.nbytes, times) >= 0.7 * bench.limits.copy)}"
     instructions, moving = bench.limits.straight(scheme, *size, 1)
     predicted = f"{max(instructions, moving):.1f} ({instructions:.1f} / {moving:.1f})"
-    shares = _share(bench, matrix.nbytes, times)
+    shares = share_cells(bench, matrix.nbytes, times)
     return [name(size), str(scheme.bits), micro(times), predicted, *shares, f"{ratio:.2f}", error, aim]
 
 
-def _other_rows(bench: Bench, sizes: Iterator[tuple[int, int]]) -> Iterator[list[str]]:
+def _other_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[list[str]]:
     others = {
         "uniform 4 bits": Scheme("uniform", 4, 128),
         "codebook 4 bits": Scheme("codebook", 4, 128),
@@ -100,8 +99,8 @@ def _other_rows(bench: Bench, sizes: Iterator[tuple[int, int]]) -> Iterator[list
         "BCQ 4 bits, float32 x": bcq(4),
     }
     for size in sizes:
-        library = _library_time(bench, size, 1)
-        for what, scheme in others.items():
+        library = library_time(bench, size, 1)
+        for what, scheme in list(others.items())[:: 2 if bench.tiny else 1]:
             if bench.late():
                 yield [what, name(size), "skipped: the part's time is over"]
                 continue
@@ -115,7 +114,7 @@ def _other_rows(bench: Bench, sizes: Iterator[tuple[int, int]]) -> Iterator[list
 
 
 def _warps_row(bench: Bench, size: tuple[int, int]) -> list[str]:
-    matrix, x = random_matrix(bench, bcq(4), *size), _input(bench, 1, size[1])
+    matrix, x = random_matrix(bench, bcq(4), *size), made_input(bench, 1, size[1])
     config, cells = configs.choose(matrix.packed[0]), []
     for warps in configs.WARPS:
         mine = config._replace(warps=warps)
@@ -125,15 +124,10 @@ def _warps_row(bench: Bench, size: tuple[int, int]) -> list[str]:
 
 
 def _slicing(bench: Bench, n: int, cols: int) -> list[float]:
-    x = _input(bench, n, cols)
+    x = made_input(bench, n, cols)
     chunk = products.chunk_rows(n, activations.SLICES[x.dtype])
-    w = random_matrix(replace_copies(bench), bcq(4), tiles.ROWS, cols).packed[0]
-    return bench.measure(lambda _: activations.to_slices(x, tiles.steps(w), chunk), 20 if not bench.tiny else 1)
-
-
-def replace_copies(bench: Bench) -> Bench:
-    """A bench like this one, for what is small and not rotated."""
-    return bench
+    steps = tiles.steps(random_packed(bcq(4), tiles.ROWS, cols, bench.device))
+    return bench.measure(lambda _: activations.to_slices(x, steps, chunk), 1 if bench.tiny else 50)
 
 
 def _columns(bench: Bench) -> list[int]:
@@ -166,15 +160,15 @@ def _batch_table(bench: Bench, size: tuple[int, int], bits: int) -> tuple[str, l
     matrix, limits = random_matrix(bench, bcq(bits), *size), bench.limits
     rows, measured, predicted, one = [], [], [], 0.0
     for n in bench.batches:
-        x = _input(bench, n, size[1])
-        errors = [_checked(bench, matrix, x, way) for way in (_straight, _decoded)]
+        x = made_input(bench, n, size[1])
+        errors = [checked(bench, matrix, x, way) for way in (_straight, _decoded)]
         straight, decoded = (
             bench.measure(lambda i, way=way, x=x: way(x, matrix.packed[i]), len(matrix.packed), budget=0.08)
             for way in (_straight, _decoded)
         )
-        library = _library_time(bench, size, n)
+        library = library_time(bench, size, n)
         one = one or median(straight)
-        aim = f"<= 1.6: {_met(median(straight) <= 1.6 * one)}" if n == 8 else ""
+        aim = f"<= 1.6: {met(median(straight) <= 1.6 * one)}" if n == 8 else ""
         expected = max(limits.straight(bcq(bits), *size, n))
         expected_decoded = limits.decoding(bcq(bits), *size) + limits.library(*size, n)
         measured.append((n, median(straight), median(decoded)))
@@ -202,7 +196,7 @@ def _straight(
 
 
 def _decoded(x: Tensor, w: naive.Packed) -> Tensor:
-    return by_library.linear(x, w, None, None, kernels._weight_tiles)
+    return kernels.by_decoding(x, w, None, None)
 
 
 # --- tasks -------------------------------------------------------------------------------------------
@@ -220,12 +214,14 @@ def tasks(bench: Bench) -> Iterator[str]:
     yield (
         "## Several tasks in a batch of 8 rows (tasks)\n\n4 bits, BCQ with offsets, groups of 128; deltas on the first "
         "plane. Deltas of groups are float32 and have to be read: `bytes` says how much more that is.\n\n"
-        + _table(["rows x cols", "tasks", "us", "to the base", "bytes, to the base", "relative error", "aim"], rows)
+        + ragged_table(
+            ["rows x cols", "tasks", "us", "to the base", "bytes, to the base", "relative error", "aim"], rows
+        )
     )
 
 
 def _task_rows(bench: Bench, size: tuple[int, int]) -> Iterator[list[str]]:
-    matrix, x = random_matrix(bench, bcq(4), *size), _input(bench, 8, size[1])
+    matrix, x = random_matrix(bench, bcq(4), *size), made_input(bench, 8, size[1])
     groups, count = matrix.scheme.groups(size[1]), len(matrix.packed)
     eight = torch.arange(8, device=bench.device).roll(3)
     base = 0.0
@@ -239,91 +235,25 @@ def _task_rows(bench: Bench, size: tuple[int, int]) -> Iterator[list[str]]:
         size_of_delta = 0.1 if shape is None or len(shape) == 3 else 0.01  # factors, or addends to a scale of 0.05
         drawn = [None if shape is None else torch.randn(shape, device=bench.device) for _ in range(count)]
         deltas = [None if d is None else d * size_of_delta for d in drawn]
-        error = _checked(bench, matrix, x, partial(_linear, deltas=deltas[0], ids=ids), deltas[0], ids)
-        times = bench.measure(lambda i, d=deltas, t=ids: _linear(x, matrix.packed[i], d[i], t), count)
+        error = checked(bench, matrix, x, partial(linear, deltas=deltas[0], ids=ids), deltas[0], ids)
+        times = bench.measure(lambda i, d=deltas, t=ids: linear(x, matrix.packed[i], d[i], t), count)
         base = base or median(times)
         more = 0 if deltas[0] is None else 4 * deltas[0].numel()
         ratio = median(times) / base
         yield [
             name(size), what, micro(times), f"{ratio:.2f}", f"{1 + more / matrix.nbytes:.2f}", error,
-            "" if aim is None else f"<= {aim}: {_met(ratio <= aim)}",
+            "" if aim is None else f"<= {aim}: {met(ratio <= aim)}",
         ]  # fmt: skip
 
 
-def _linear(x: Tensor, w: naive.Packed, deltas: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, w: naive.Packed, deltas: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
     return kernels.linear(x, w, None, deltas, ids)
-
-
-# --- many rows of x, decoding ------------------------------------------------------------------------
-
-
-def prefill(bench: Bench) -> Iterator[str]:
-    """Many rows of x, beside the library."""
-    rows = []
-    for size in bench.sizes:
-        if bench.late():
-            rows.append([name(size), "skipped: the part's time is over"])
-            continue
-        matrix = random_matrix(bench, bcq(4), *size)
-        for n in bench.prefills:
-            x = _input(bench, n, size[1])
-            error = _checked(bench, matrix, x[: max(64, configs.choose(matrix.packed[0]).most_rows + 1)], _linear)
-            times = bench.measure(lambda i, x=x: _linear(x, matrix.packed[i]), min(2, len(matrix.packed)), budget=0.1)
-            library = _library_time(bench, size, n, copies=2)
-            share = median(library) / median(times)
-            expected = bench.limits.library(*size, n) + bench.limits.decoding(bcq(4), *size)
-            speed = 2e-6 * size[0] * size[1] * n / median(times)
-            aim = PREFILL_AIMS.get(n)
-            rows.append(
-                [name(size), str(n), micro(times), f"{expected:.0f}", micro(library), f"{speed:.0f}", f"{share:.3f}",
-                 error, "" if aim is None else f">= {aim}: {_met(share >= aim)}"]
-            )  # fmt: skip
-        del matrix
-        let_go()
-    yield "## Many rows of x, 4 bits (prefill)\n\n" + _table(
-        ["rows x cols", "rows of x", "us", "predicted", "library, bf16, us", "TFLOP/s", "share of the library's speed",
-         "relative error", "aim"], rows,
-    )  # fmt: skip
-
-
-def dequantize(bench: Bench) -> Iterator[str]:
-    """Decoding whole weights; bits must be those of the naive decoder."""
-    rows, size = [], bench.sizes[0]
-    dtypes = (torch.float16, torch.float32) if bench.tiny else (torch.bfloat16, torch.float16, torch.float32)
-    for bits in (4, 2):
-        for scheme in (bcq(bits), Scheme("uniform", bits, 128), Scheme("codebook", bits, 128)):
-            if bench.late():
-                rows.append([scheme.codec, str(bits), "skipped: the part's time is over"])
-                continue
-            matrix = random_matrix(bench, scheme, *size)
-            expected = naive.decode(matrix.plain)
-            for dtype in dtypes:
-                with poisoned():
-                    found = kernels.dequantize(matrix.packed[0], None, dtype)
-                exact = torch.equal(found, expected.to(dtype))
-                if not exact:
-                    bench.wrong.append(f"dequantize {scheme.codec} {bits} bits to {dtype}: other bits than expected")
-                moved = matrix.nbytes + found.nbytes
-                times = bench.measure(
-                    lambda i, w=matrix.packed, dtype=dtype: kernels.dequantize(w[i], None, dtype), len(matrix.packed)
-                )
-                share = _rate(moved, times) / bench.limits.copy
-                rows.append(
-                    [scheme.codec, str(bits), str(dtype)[6:], micro(times), f"{1e6 * moved / bench.limits.copy:.1f}",
-                     *_share(bench, moved, times), "yes" if exact else "**no**", f">= 85%: {_met(share >= 0.85)}"]
-                )  # fmt: skip
-                del found
-            del matrix, expected
-            let_go()
-    yield f"## Decoding {name(size)} (dequantize)\n\n" + _table(
-        ["codec", "bits", "to", "us", "predicted", "GB/s, read and written", "share of copy", "exact", "aim"], rows
-    )
 
 
 # --- shared ------------------------------------------------------------------------------------------
 
 
-def _checked(
+def checked(
     bench: Bench, matrix: Matrix, x: Tensor, way: Callable[[Tensor, naive.Packed], Tensor], *tasks: Tensor | None
 ) -> str:
     """The error of one way with copy 0, its result in memory that held NaN."""
@@ -334,32 +264,32 @@ def _checked(
     return bench.check_product(what, x, matrix.plain, found, *tasks)
 
 
-def _input(bench: Bench, n: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
+def made_input(bench: Bench, n: int, cols: int, dtype: torch.dtype | None = None) -> Tensor:
     return torch.randn(n, cols, device=bench.device, dtype=torch.float32).to(dtype or bench.half)
 
 
-def _library_time(bench: Bench, size: tuple[int, int], n: int, copies: int | None = None) -> list[float]:
+def library_time(bench: Bench, size: tuple[int, int], n: int, copies: int | None = None) -> list[float]:
     """Of the library's product with a weight in half precision, rotated as ours are."""
     count = copies or bench.copies(2 * size[0] * size[1])
     weights = [torch.randn(size, device=bench.device, dtype=bench.half) for _ in range(count)]
-    x = _input(bench, n, size[1])
+    x = made_input(bench, n, size[1])
     return bench.measure(lambda i: F.linear(x, weights[i]), count, budget=0.08)
 
 
-def _rate(moved: float, times: list[float]) -> float:
+def rate(moved: float, times: list[float]) -> float:
     """Bytes per second."""
     return 1e6 * moved / median(times)
 
 
-def _share(bench: Bench, moved: float, times: list[float]) -> list[str]:
-    rate = _rate(moved, times)
-    return [f"{rate / 1e9:.0f}", f"{rate / bench.limits.copy:.0%}"]
+def share_cells(bench: Bench, moved: float, times: list[float]) -> list[str]:
+    speed = rate(moved, times)
+    return [f"{speed / 1e9:.0f}", f"{speed / bench.limits.copy:.0%}"]
 
 
-def _met(yes: bool) -> str:
+def met(yes: bool) -> str:
     return "met" if yes else "**missed**"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def ragged_table(head: list[str], rows: list[list[str]]) -> str:
     """A table whose rows may end early."""
     return table(head, [[*row, *[""] * (len(head) - len(row))] for row in rows])

@@ -288,6 +288,22 @@ def sum_over_tasks(
     return scales_grad, offsets_grad, zeros_grad, deltas_grad
 
 
+def check_tasks(scales: tuple[int, int, int], deltas: Tensor, task_ids: Tensor | None, batch: int) -> None:
+    """For kernels, which look at no bounds: raises ValueError if deltas do not fit such scales, or ids the batch."""
+    planes, rows, groups = scales
+    shape = (len(deltas), min(deltas.shape[1], planes), rows, groups)[: deltas.dim()]
+    if tuple(deltas.shape) != shape:
+        raise ValueError(f"expected deltas {list(shape)} for this matrix, found {list(deltas.shape)}")
+    if task_ids is not None and task_ids.numel() != batch:
+        raise ValueError(f"expected a task for each of {batch} rows, found {task_ids.numel()}")
+
+
+def check_bias(rows: int, bias: Tensor | None) -> None:
+    """For kernels likewise."""
+    if bias is not None and bias.numel() != rows:
+        raise ValueError(f"expected a bias of {rows} numbers, found {list(bias.shape)}")
+
+
 def no_autocast(x: Tensor) -> torch.autocast:
     """The dtypes here are chosen; autocast must not change them inside of an operator."""
     return torch.autocast(x.device.type, enabled=False)

@@ -29,6 +29,7 @@ from numba import carray, literally  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...vector_ir import LANES, features
+from .. import naive
 from ..lanes import in_lanes
 from ..naive import Packed
 from . import team, tiles
@@ -113,8 +114,7 @@ class Plan:
             x = F.pad(x, (0, -self.cols % tiles.WORD))
         batch, tuned, parts = len(x), 0, 1
         out, job = torch.empty(batch, self.rows), self.job.copy()
-        if bias is not None and bias.numel() != self.rows:
-            raise ValueError(f"expected a bias of {self.rows} numbers, found {list(bias.shape)}")
+        naive.check_bias(self.rows, bias)
         if deltas is not None:
             deltas, task_ids = self._checked(deltas, task_ids, batch)
             job[_TASK_IDS] = task_ids.data_ptr()
@@ -139,14 +139,9 @@ class Plan:
 
     def _checked(self, deltas: Tensor, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
         """Deltas and ids as the kernel reads them, which looks at no bounds."""
-        planes = 1 if self.one_part else self.planes
-        shape = (len(deltas), min(deltas.shape[1], planes), self.rows, self.groups)[: deltas.dim()]
-        if tuple(deltas.shape) != shape:
-            raise ValueError(f"expected deltas {list(shape)} for this matrix, found {list(deltas.shape)}")
+        naive.check_tasks((1 if self.one_part else self.planes, self.rows, self.groups), deltas, task_ids, batch)
         if task_ids is None:
             task_ids = torch.zeros(batch, dtype=torch.int64)
-        if task_ids.numel() != batch:
-            raise ValueError(f"expected a task for each of {batch} rows, found {task_ids.numel()}")
         if int(task_ids.max()) >= len(deltas):
             raise IndexError(f"task {int(task_ids.max())} of {len(deltas)}")
         return deltas.detach().float().contiguous(), task_ids.long().contiguous()

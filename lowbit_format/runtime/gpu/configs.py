@@ -94,18 +94,18 @@ def cache_file() -> Path:
 
 @functools.cache
 def measured() -> dict[str, Config]:
-    """Measured configurations; none if there is no file. A file that is none of ours is as if it were not there."""
+    """Measured configurations; none if there is no file. Entries that are none of ours do not count."""
     try:
         found = json.loads(cache_file().read_text("utf-8"))
-        return {k: _checked(*v) for k, v in found.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError):
         return {}
+    entries = found.items() if isinstance(found, dict) else ()
+    return {k: Config(*v) for k, v in entries if _is_config(v)}
 
 
-def _checked(warps: int, most_rows: int) -> Config:
-    if warps not in WARPS or type(most_rows) is not int or most_rows < 0:
-        raise ValueError
-    return Config(warps, most_rows)
+def _is_config(entry: object) -> bool:
+    numbers = isinstance(entry, list) and len(entry) == 2 and all(type(n) is int for n in entry)
+    return numbers and entry[0] in WARPS and entry[1] >= 0  # type: ignore[index]
 
 
 def forget() -> None:

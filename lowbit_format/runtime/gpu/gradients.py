@@ -69,7 +69,7 @@ def _of_groups(sums: Tensor, blocks: int, groups: int) -> Tensor:
     return added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("n", "rows", "macros", "bits"))
 def _signed_sums(
     grad, x, planes, codebook, chosen, out, n, rows, cols, macros, bits, grad_n, grad_row, x_n, x_col,
     STEPS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, CODEBOOK: tl.constexpr, CHOSEN: tl.constexpr,
@@ -103,7 +103,7 @@ def _signed_sums(
     row_byte = (of % 8) * 64 + ((of // 8) % 2) * 4
     at = planes + (((of // 16) * macros + m) * (bits * PIECES) + row_byte)[:, None] + byte[None, :]
     at_out = out + r * (macros * 8) + block
-    plane = rows.to(tl.int64) * (macros * 8)
+    plane = tl.cast(rows, tl.int64) * (macros * 8)
     if CODEBOOK:
         code = tl.zeros((ROWS, BLOCK), tl.int32)
         for p in range(bits):

@@ -76,6 +76,12 @@ def _served(w: Packed, *dtypes: torch.dtype) -> Packed | None:
     return tiles.pack(w) if tiles.can_pack(w) else None
 
 
+def _check_tasks(w: Packed, deltas: Tensor | None, task_ids: Tensor | None, batch: int) -> None:
+    if deltas is not None:
+        planes, rows, groups = w.scales.shape
+        naive.check_tasks((planes, rows, groups), deltas, task_ids, batch)
+
+
 @_on_its_device
 def dequantize(w: Packed, deltas: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As :func:`..naive.dequantize`."""
@@ -97,11 +103,16 @@ def dequantize_param_grads(grad: Tensor, w: Packed, deltas: Tensor | None) -> Pa
 
 @_on_its_device
 def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    """As :func:`..naive.linear`; summed in float32, with weights that are not rounded where they come from planes."""
+    """As :func:`..naive.linear`; summed in float32, with weights that are not rounded where they come from planes.
+
+    A row of a task that is not there is NaN: to refuse it would take a wait for the device.
+    """
     packed = _served(w, x.dtype)
     if packed is None:
         return naive.linear(x, unpack(w), bias, deltas, task_ids)
     flat = x.reshape(-1, w.cols)
+    naive.check_bias(w.scales.shape[1], bias)
+    _check_tasks(packed, deltas, task_ids, len(flat))
     if not len(flat):
         return x.new_empty(*x.shape[:-1], w.scales.shape[1])
     config = configs.choose(packed)
@@ -159,10 +170,11 @@ def linear_param_grads(
 
 @_on_its_device
 def embedding(ids: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """As :func:`..naive.embedding`, but rows that are not there are NaN instead of an error."""
+    """As :func:`..naive.embedding`, but what has no row, or a task that is not there, is NaN instead of an error."""
     packed = _served(w, dtype)
     if packed is None:
         return naive.embedding(ids, unpack(w), deltas, task_ids, dtype)
+    _check_tasks(packed, deltas, task_ids, ids.numel())
     out = decoding.decode_chosen(packed, ids.reshape(-1).long(), deltas, task_ids, dtype)
     return out.reshape(*ids.shape, w.cols)
 

@@ -56,19 +56,21 @@ def multiply(
     ids = task_ids if task_ids is None else task_ids.long().contiguous()
     codebook = w.planes if w.codebook is None else w.codebook
     lanes = w.planes.shape[0] * tiles.ROWS
+    asm = x.is_cuda and torch.version.hip is None
+    # Left to itself, the assembler spills a few registers of the largest variants, for more warps.
+    registers = {"maxnreg": 255} if asm and chunk * count == 16 and (kind or count == 4) else {}
     none = w.planes  # stands for what a variant of the kernel does not look at
     _multiply[(w.planes.shape[0] * len(operand.slices),)](
         w.planes, in_lanes(w.scales), none if shift is None else in_lanes(shift), codebook,
         operand.slices, operand.units, none if bias is None else bias.contiguous(),
         none if deltas is None else deltas, none if ids is None else ids, out,
         n, rows, len(operand.slices), w.planes.shape[1], w.bits, w.scales.shape[2],
-        lanes * w.scales.shape[2], lanes, 0 if deltas is None else deltas.shape[1],
+        lanes * w.scales.shape[2], lanes, *((0, 0) if deltas is None else deltas.shape[:2]),
         *((0, 0, 0) if deltas is None else deltas.stride()[:3]),
         0 if deltas is None or deltas.dim() == 3 else deltas.stride(3),
         STEPS=steps, CHUNK=chunk, SLICES=count, WARPS=config.warps, BLOCKS=tiles.blocks_of_group(w, steps),
         CODEC=CODECS[w.codec], SHIFT=shift is not None, BIAS=bias is not None, DELTAS=kind, IDS=ids is not None,
-        ASM=x.is_cuda and torch.version.hip is None,
-        num_warps=config.warps, num_stages=1, enable_fp_fusion=True,
+        ASM=asm, num_warps=config.warps, num_stages=1, enable_fp_fusion=True, **registers,
     )  # fmt: skip
     return out
 
@@ -104,10 +106,10 @@ def _chosen(at, p, plane: tl.constexpr, PIECES: tl.constexpr):
 def _right(at, columns, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
     """A step of the slices of x, as a matrix: int8 ``[WARPS, 32, COLUMNS]`` (activations.py has the order)."""
     PAIR: tl.constexpr = COLUMNS // 8
-    column = tl.arange(0, 8)
+    i = tl.arange(0, 32 * COLUMNS)
     if PAIR == 1:  # lanes of columns that are padding read what another lane reads: nothing is fetched for them
-        column = tl.minimum(column, columns - 1)
-    at = at[:, None, None] + (column[:, None] * (32 * PAIR) + tl.arange(0, 32 * PAIR)[None, :])[None, :, :]
+        i = tl.max_contiguous(tl.multiple_of(tl.minimum(i // 32, columns - 1) * 32 + i % 32, 8), 8)
+    at = at[:, None] + i[None, :]
     lanes = tl.reshape(tl.load(at), (WARPS, 8, 4, PAIR, 2, 4))  # column % 8, byte // 4 % 4, column // 8, byte // 16, …
     return tl.reshape(tl.permute(lanes, (0, 4, 2, 5, 3, 1)), (WARPS, 32, COLUMNS))
 
@@ -136,11 +138,18 @@ def _whole(sums, WARPS: tl.constexpr, CHUNK: tl.constexpr, SLICES: tl.constexpr)
     return whole
 
 
-@triton.jit
+# Not compiled anew for sizes that are 1 or divide by 16: nothing here is faster for it.
+_SIZES = (
+    "n", "rows", "chunks", "macros", "bits", "groups", "scale_plane", "lanes",
+    "tasks", "tuned", "delta_task", "delta_plane", "delta_row", "delta_group",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SIZES)
 def _multiply(
     planes, scales, shift, codebook, slices, units, bias, deltas, task_ids, out,
     n, rows, chunks, macros, bits, groups,
-    scale_plane, lanes, tuned, delta_task, delta_plane, delta_row, delta_group,
+    scale_plane, lanes, tasks, tuned, delta_task, delta_plane, delta_row, delta_group,
     STEPS: tl.constexpr, CHUNK: tl.constexpr, SLICES: tl.constexpr, WARPS: tl.constexpr, BLOCKS: tl.constexpr,
     CODEC: tl.constexpr, SHIFT: tl.constexpr, BIAS: tl.constexpr, DELTAS: tl.constexpr, IDS: tl.constexpr,
     ASM: tl.constexpr,
@@ -157,6 +166,8 @@ def _multiply(
     xs = chunk * CHUNK + b
     if DELTAS:
         task = tl.load(task_ids + xs, mask=xs < n, other=-1) if IDS else tl.zeros((CHUNK,), tl.int64)
+        known = task < tasks
+        task = tl.where(known, task, 0)
         last = tl.where(task >= 0, tuned, 0)  # planes before this one have deltas
         task_at = tl.maximum(task, 0) * delta_task
         tuned_row = tl.minimum(r, rows - 1).to(tl.int64) * delta_row
@@ -165,7 +176,7 @@ def _multiply(
     first = warp * share
     stop = tl.minimum(first + share, macros)
     if CODEC == 1:
-        level = ((1 << bits) - 1).to(tl.float32) / 2
+        level = ((1 << bits) - 1) * 0.5
     if CODEC == 2:
         level = _coefficient(codebook, 0, bits)
     acc = tl.zeros((WARPS, 16, CHUNK), tl.float32)
@@ -232,6 +243,8 @@ def _multiply(
     y = tl.sum(acc, 0)
     if DELTAS == 1 and CODEC != 0:
         y += y * _row_delta(deltas, task_at, tuned_row, last > 0)
+    if DELTAS:
+        y = tl.where(known[None, :], y, float("nan"))
     if BIAS:
         y += tl.load(bias + r, mask=r < rows, other=0.0).to(tl.float32)[:, None]
     at_out = out + xs.to(tl.int64)[None, :] * rows + r[:, None]
@@ -329,4 +342,4 @@ def _coefficient(codebook, planes, bits):
     odd = tl.zeros((16,), tl.int32)
     for p in tl.static_range(4):
         odd ^= (planes >> p) & (code >> tl.maximum(bits - 1 - p, 0)) & 1
-    return tl.sum(tl.where(odd == 1, -levels, levels), 0) / (1 << bits).to(tl.float32)
+    return tl.sum(tl.where(odd == 1, -levels, levels), 0) / (1 << bits)

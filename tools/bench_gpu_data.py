@@ -1,0 +1,56 @@
+"""A part of bench_gpu.py: random matrices, made on the device, in more copies than its caches hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from bench_gpu_common import Bench
+from bench_gpu_predict import nbytes
+
+from lowbit_format.bits import row_bytes
+from lowbit_format.codecs import CODECS
+from lowbit_format.runtime.gpu import kernels
+from lowbit_format.runtime.naive import Packed
+from lowbit_format.runtime.stored import TORCH_DTYPES
+from lowbit_format.schema import Scheme
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A random matrix, and copies of its form that kernels read, of which no two hold the same.
+
+    Attributes:
+        plain: what copy 0 is, as a file has it.
+        packed: the copies.
+        nbytes: that a product must read.
+    """
+
+    scheme: Scheme
+    plain: Packed
+    packed: list[Packed]
+    nbytes: int
+
+
+def random_matrix(bench: Bench, scheme: Scheme, rows: int, cols: int) -> Matrix:
+    """So many copies that they are more than the caches hold."""
+    size = nbytes(scheme, rows, cols)
+    first = random_packed(scheme, rows, cols, bench.device)
+    others = (random_packed(scheme, rows, cols, bench.device) for _ in range(bench.copies(size) - 1))
+    return Matrix(scheme, first, [kernels.pack(w) for w in (first, *others)], size)
+
+
+def random_packed(scheme: Scheme, rows: int, cols: int, device: torch.device) -> Packed:
+    """Random planes, and parameters of about the size that real ones have, as a file would hold them."""
+    codec, groups, dtype = CODECS[scheme.codec], scheme.groups(cols), TORCH_DTYPES[scheme.scale_dtype]
+    planes = torch.randint(0, 256, (scheme.bits, rows, row_bytes(cols)), dtype=torch.uint8, device=device)
+    scales = torch.rand(scheme.bits if codec.scale_per_plane else 1, rows, groups, device=device) * 0.09 + 0.01
+    shift = torch.randn(rows, groups, device=device) * 0.1 if codec.has_shift(scheme) else None
+    if shift is not None and scheme.codec == "uniform":
+        shift += (2**scheme.bits - 1) / 2
+    shift = None if shift is None else shift.to(dtype)
+    offsets, zeros = (shift, None) if scheme.codec == "bcq" else (None, shift)
+    codebook = torch.randn(2**scheme.bits, device=device) if codec.codebook else None
+    return Packed(
+        planes, scales.to(dtype), offsets, zeros, codebook, None, scheme.codec, scheme.bits, scheme.group_size, cols
+    )
