@@ -35,7 +35,8 @@ class Family(NamedTuple):
 
     Attributes:
         warps: that one multiprocessor holds, with the registers that the product kernel takes.
-        row_planes: rows of x times planes, up to which a product straight from planes takes less time.
+        row_planes: rows of x times planes, up to which a product straight from planes takes less time; 0: Triton does
+            not compile these products for it.
     """
 
     warps: int
@@ -43,7 +44,7 @@ class Family(NamedTuple):
 
 
 # Predicted from instruction counts and bandwidths (README.md); row_planes is what measurements should correct first.
-FAMILIES = {"ampere": Family(24, 440), "hopper": Family(24, 280), "amd": Family(16, 200)}
+FAMILIES = {"turing": Family(24, 0), "ampere": Family(24, 440), "hopper": Family(24, 280), "amd": Family(16, 200)}
 WARPS = (8, 4, 2)
 _CODEBOOK = 1.3  # a combination of planes takes that many times as long as a plane (instructions counted)
 
@@ -64,7 +65,8 @@ def predicted(family: Family, multiprocessors: int, rows: int, macros: int, code
     tiles, room = -(-rows // 16), family.warps * multiprocessors
     fitting = [n for n in WARPS if n <= macros and (tiles * n <= room or tiles * n >= 4 * room)]
     planes = bits if codec != "codebook" else _CODEBOOK * (2**bits - 1)
-    return Config(fitting[0] if fitting else WARPS[-1], max(16, int(family.row_planes / planes) // 16 * 16))
+    most_rows = max(16, int(family.row_planes / planes) // 16 * 16) if family.row_planes else 0
+    return Config(fitting[0] if fitting else WARPS[-1], most_rows)
 
 
 def family(device: torch.device) -> Family:
@@ -73,7 +75,8 @@ def family(device: torch.device) -> Family:
         return FAMILIES["hopper"]  # the interpreter, which has no speed
     if torch.version.hip is not None:
         return FAMILIES["amd"]
-    return FAMILIES["hopper" if torch.cuda.get_device_capability(device)[0] >= 9 else "ampere"]
+    capability = torch.cuda.get_device_capability(device)[0]
+    return FAMILIES["hopper" if capability >= 9 else "ampere" if capability == 8 else "turing"]
 
 
 def multiprocessors(device: torch.device) -> int:
