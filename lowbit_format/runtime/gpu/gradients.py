@@ -15,7 +15,7 @@ from torch import Tensor
 from ..naive import Packed
 from . import tiles
 
-ROWS = 64  # of a program's tile
+ROWS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}  # of a program's tile; more do not fit registers
 
 
 Sums = tuple[Tensor, Tensor]  # with the signs of planes (a codebook's levels), [bits or 1, rows, groups], and without
@@ -50,10 +50,10 @@ def _launch(
     sums = 1 if w.codec == "codebook" else w.bits
     out = torch.empty((sums + 1, rows, macros * 8), dtype=torch.float32, device=x.device)
     if rows:
-        _signed_sums[(macros * 8, triton.cdiv(rows, ROWS))](
+        _signed_sums[(macros * 8, triton.cdiv(rows, ROWS[x.dtype]))](
             grad, x, w.planes, w.planes if w.codebook is None else w.codebook, w.planes if chosen is None else chosen,
             out, depth, rows, w.cols, macros, w.bits, *stride, *x.stride(),
-            STEPS=steps, ROWS=ROWS, DEPTH=32, CODEBOOK=w.codec == "codebook", CHOSEN=chosen is not None,
+            STEPS=steps, ROWS=ROWS[x.dtype], DEPTH=32, CODEBOOK=w.codec == "codebook", CHOSEN=chosen is not None,
             num_warps=4, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
     out = _of_groups(out, tiles.blocks_of_group(w, steps), w.scales.shape[2])
