@@ -672,3 +672,11 @@ def test_uniform_codes_without_zeros() -> None:
     w = drawn(Scheme("uniform"), 4, 32, 33, 100)._replace(zeros=None)
     x = torch.randn(3, 100)
     torch.testing.assert_close(ops.linear(x, w), x @ naive.decode(w).T, rtol=1e-4, atol=1e-3)
+
+
+def test_a_task_that_is_not_there() -> None:
+    """Few rows are multiplied from planes, many by the library."""
+    for rows in (2, 2000):
+        call = random_call(drawn(KINDS[0], 3, 32, 33, 100), rows, tasks="mul", count=3)
+        with pytest.raises(IndexError):
+            ops.linear(*call._replace(task_ids=torch.full((rows,), 3)))

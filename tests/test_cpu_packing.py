@@ -204,9 +204,9 @@ WAYS: dict[str, Callable[[LowbitModule], dict[str, Any]]] = {  # to the tensors 
     "state_dict of the model": lambda m: {k.removeprefix("0."): v for k, v in nn.Sequential(m).state_dict().items()},
     "torch.save": saved,
     "planes": lambda m: {"planes": m.planes, **m.packed_parameters()},
-    "to": lambda m: m.to(torch.float64).to(torch.float32).packed_parameters(),
-    "half": lambda m: m.half().float().packed_parameters(),
-    "to of the model": lambda m: nn.Sequential(m).to("cpu", torch.float32)[0].packed_parameters(),
+    "to": lambda m: m.to(torch.float64).to(torch.float32).state_dict(),
+    "half": lambda m: m.half().float().state_dict(),
+    "to of the model": lambda m: nn.Sequential(m).to("cpu", torch.float32)[0].state_dict(),
     "deepcopy": lambda m: copy.deepcopy(m).state_dict(),
     "pickle": lambda m: pickle.loads(pickle.dumps(m)).state_dict(),
     "unpack": lambda m: m.unpack() or m.packed_parameters(),
@@ -540,3 +540,35 @@ def test_saving_while_serving(scheme: Scheme) -> None:
         return lambda: [assert_same_tensors(module.state_dict(), file) for _ in range(50)] and None
 
     at_once(serve, save(embedding), serve, save(head))
+
+
+def test_a_moved_module_is_packed_again_at_once() -> None:
+    """A compiled one has no other time for it: while it runs, nobody may change it."""
+    module = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
+    module.to(torch.float16)
+    assert module.form.planes is None
+    module.pack()
+    module.to(torch.float32)
+    assert module.form.planes is not None
+    tied = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
+    other = LowbitLinear(tied.scheme, 20, 64)
+    other.share(tied)
+    tied.pack()
+    x = torch.randn(2, 64)
+    want = tied(x)
+    nn.ModuleList([tied, other]).to(torch.float64).to(torch.float32)
+    assert tied.packed.planes is other.packed.planes
+    assert same_bits(other(x), want)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_only_what_is_offloaded_stays_plain(sequential: bool) -> None:
+    """accelerate hangs hooks on all modules, also where nothing is elsewhere."""
+    from accelerate.hooks import AlignDevicesHook, SequentialHook
+
+    for offload in (False, True):
+        module = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
+        hook = AlignDevicesHook(execution_device="cpu", offload=offload)
+        module._hf_hook = SequentialHook(hook) if sequential else hook  # type: ignore[assignment]
+        module.pack()
+        assert (module.form.planes is None) == offload

@@ -34,7 +34,7 @@ def matrix(bits: int = 4, rows: int = 33) -> Packed:
 
 
 def key_of(w: Packed) -> str:
-    return configs.key(w.planes.device, w.codec, w.bits, w.scales.shape[1], w.cols)
+    return configs.key(w.planes.device, w.codec, w.bits, w.scales.shape[1], w.cols, w.group_size)
 
 
 # --- the rule --------------------------------------------------------------------------------------
@@ -117,12 +117,13 @@ def test_measured_configurations_are_used(cache: Path) -> None:
 def test_keys_tell_matrices_apart() -> None:
     device = torch.device("cpu")
     keys = {
-        configs.key(device, codec, bits, rows, cols)
+        configs.key(device, codec, bits, rows, cols, group_size)
         for codec in CODECS
         for bits in (1, 11)
         for rows, cols in ((1, 11), (11, 1), (111, 1), (1, 111))
+        for group_size in (0, 32)
     }
-    assert len(keys) == 24
+    assert len(keys) == 48
 
 
 def test_the_file_is_read_once_until_told_to_forget(cache: Path) -> None:

@@ -482,9 +482,9 @@ def test_activations_that_are_zero(dtype: torch.dtype) -> None:
 
 
 MAGNITUDES = {  # of x
-    torch.float32: [1e-28, 1e-10, 1e30, 1e36],
+    torch.float32: [1e-27, 1e-10, 1e30, 1e36],
     torch.float16: [2.0**-24, 2.0**-20, 2.0**-15, 1e-3, 1e3, 15000.0],
-    torch.bfloat16: [1e-28, 1e-10, 1e30],
+    torch.bfloat16: [1e-27, 1e-10, 1e30],
 }
 
 
@@ -703,6 +703,31 @@ def test_wrong_shapes(wrong: str) -> None:
     if bias is None:
         with pytest.raises((ValueError, RuntimeError, IndexError)):
             kernels.embedding(*on_device((torch.tensor([0, 32]), w, deltas, task_ids)), torch.float32)
+
+
+@pytest.mark.parametrize("most_rows", [16, 0], ids=["planes", "library"])
+@pytest.mark.parametrize("kind", [KINDS[1], KINDS[3]], ids=["bcq", "uniform"])
+def test_a_task_that_is_not_there_is_nan(kind: Scheme, most_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the device to refuse it; other rows are as without it."""
+    monkeypatch.setattr(configs, "choose", lambda w: Config(4, most_rows))
+    call = on_device(random_call(drawn(kind, 3, 32, 33, 100), 6, tasks="mul", count=4))
+    call = call._replace(w=kernels.pack(call.w), task_ids=torch.tensor([0, 4, -1, 3, 9, 1], device=DEVICE))
+    found = kernels.linear(*call).cpu()
+    assert found.isnan().all(1).tolist() == [False, True, False, False, True, False]
+    assert found[[0, 2, 3, 5]].isfinite().all()
+    rows = kernels.embedding(torch.tensor([1, 1, 1], device=DEVICE), *call[1:2], call.deltas,
+                             torch.tensor([4, 0, -1], device=DEVICE), torch.float32)  # fmt: skip
+    assert rows.isnan().all(1).tolist() == [True, False, False]
+
+
+def test_gradients_of_rows_that_are_not_there_are_nothing() -> None:
+    w = kernels.pack(on_device(drawn(KINDS[1], 3, 32, 33, 100)))
+    grad = torch.randn(4, 100, device=DEVICE)
+    ids = torch.tensor([5, -1, 33, 5], device=DEVICE)
+    found = kernels.embedding_param_grads(grad, ids, w, None, None)
+    want = kernels.embedding_param_grads(grad[[0, 3]], ids[[0, 3]], w, None, None)
+    for one, other in zip(found, want, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)
 
 
 # --- on a GPU only ---------------------------------------------------------------------------------

@@ -240,9 +240,9 @@ def assert_same_tensors(found: dict[str, Any], scheme: Scheme) -> None:
 WAYS: dict[str, Callable[[LowbitModule], dict[str, Any]]] = {  # to the tensors of a module
     "state_dict": lambda m: m.state_dict(),
     "planes": lambda m: {"planes": m.planes, **m.packed_parameters()},
-    "to": lambda m: m.to(torch.float64).to(torch.float32).packed_parameters(),
-    "half": lambda m: m.half().float().packed_parameters(),
-    "to another device": lambda m: m.cpu().to(DEVICE).packed_parameters(),
+    "to": lambda m: m.to(torch.float64).to(torch.float32).state_dict(),
+    "half": lambda m: m.half().float().state_dict(),
+    "to another device": lambda m: m.cpu().to(DEVICE).state_dict(),
     "deepcopy": lambda m: copy.deepcopy(m).state_dict(),
     "pickle": lambda m: pickle.loads(pickle.dumps(m)).state_dict(),
     "unpack": lambda m: m.unpack() or m.packed_parameters(),

@@ -135,6 +135,29 @@ def test_gradients_are_those_of_a_plain_decode(kind: Scheme) -> None:
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", [k for k in KINDS if not k.row_bits], ids=str)
+@pytest.mark.parametrize("module", sorted({*ops.KERNELS.values(), "naive"}))
+def test_gradients_of_parameters_are_contiguous(kind: Scheme, module: str) -> None:
+    """As the operators' fakes say, though packed parameters have other strides: compiled graphs rely on it."""
+    kernels = importlib.import_module(f"lowbit_format.runtime.{module}")
+    w = packed(random_matrix(replace(kind, bits=3, group_size=32), 32, 64))
+    w = kernels.pack(w) if hasattr(kernels, "pack") else w
+    assert module == "naive" or not w.scales.is_contiguous()
+    grad, x, deltas, ids = torch.randn(4, 32), torch.randn(4, 64), torch.randn(2, 1, 32), torch.randint(0, 32, (4,))
+    for grads in (
+        kernels.linear_param_grads(grad, x, w, deltas, torch.tensor([1, 0, -1, 1])),
+        kernels.embedding_param_grads(x, ids, w, None, None),
+        kernels.dequantize_param_grads(torch.randn(32, 64), w, None),
+    ):
+        assert all(g is None or g.is_contiguous() for g in grads)
+
+
+def test_tensors_without_data() -> None:
+    w = packed(random_matrix(Scheme("bcq", 2, 32), 4, 64))
+    w = w._replace(**{name: t.to("meta") for name, t in w._asdict().items() if isinstance(t, torch.Tensor)})
+    assert ops.linear(torch.empty(3, 64, device="meta"), w).shape == (3, 4)
+
+
 def test_planes_and_codebook_get_no_gradient() -> None:
     w = packed(random_matrix(Scheme("codebook", 2, 0), 3, 8))
     w = w._replace(scales=w.scales.requires_grad_(), codebook=w.codebook.requires_grad_())  # type: ignore[union-attr]

@@ -42,7 +42,8 @@ def linear(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None,
         torch.mm(x, weight.t(), out=out[:, start:stop])
     base = out.clone() if w.codec != "bcq" else out
     for p in range(deltas.shape[1]):
-        factor = with_base[task_ids.clamp(min=-1), p]
+        factor = with_base[task_ids.clamp(-1, len(deltas) - 1), p]
+        factor = torch.where((task_ids < len(deltas))[:, None], factor, float("nan"))  # of a task that is not there
         for start, stop, weight in tiles(_plane(w, p), x.dtype) if w.codec == "bcq" else ():
             out[:, start:stop].addcmul_(factor[:, start:stop].to(x.dtype), x @ weight.t())
         if w.codec != "bcq":
@@ -59,16 +60,19 @@ def _plane(w: Packed, p: int) -> Packed:
 
 def input_grad(grad: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, tiles: Tiles) -> Tensor:
     """As :func:`.naive.linear_input_grad`, for `grad` ``[n, rows]``; tiles are added up in float32."""
-    out = torch.zeros(len(grad), w.cols, device=grad.device)
+    out = grad.new_empty(0)
     for rows, mine in naive.each_task(w, deltas, task_ids):
-        part, given = (out, grad) if isinstance(rows, slice) else (torch.zeros_like(out[rows]), grad[rows])
+        given, part = grad[rows], grad.new_empty(0)
         for start, stop, weight in tiles(mine, grad.dtype):
-            if start == 0 and stop == w.scales.shape[1] and part is out:
-                return given @ weight
-            if grad.dtype == torch.float32:
+            if start == 0:
+                part = given[:, :stop] @ weight
+                part = part if stop == w.scales.shape[1] else part.float()
+            elif grad.dtype == torch.float32:
                 part.addmm_(given[:, start:stop], weight)
             else:
                 part += given[:, start:stop] @ weight
-        if part is not out:
-            out[rows] = part
-    return out.to(grad.dtype)
+        if isinstance(rows, slice):
+            return part.to(grad.dtype)
+        out = out if len(out) else grad.new_empty(len(grad), w.cols)
+        out[rows] = part.to(grad.dtype)
+    return out.reshape(len(grad), w.cols)

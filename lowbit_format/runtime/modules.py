@@ -153,7 +153,7 @@ class LowbitModule(nn.Module):
         The same tensors hold it, in place of the plain form: nothing is in memory twice. Whatever reads or moves them
         (``planes``, ``state_dict``, ``to``, pickling) has the plain form back, and the next call packs again.
         """
-        if not ops.can_pack(self.packed) or hasattr(self, "_hf_hook"):  # accelerate's hooks move tensors by name
+        if not ops.can_pack(self.packed) or _is_offloaded(self) or ops.is_capturing(self.device):
             return
         with _changing_form, torch.inference_mode(False):  # parameters made in that mode could never be trained
             if self.form.planes is None:
@@ -345,6 +345,7 @@ class LowbitModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves reach every tensor; changes of dtype reach the bias and the compute dtype only."""
+        was_packed = self.form.planes is not None
         self.unpack()
         declared = {id(t) for p in self.packed_parameters().values() for t in (p, p.grad) if t is not None}
 
@@ -358,7 +359,10 @@ class LowbitModule(nn.Module):
         self.set_task(self._task)
         probe = torch.empty(0, dtype=self.compute_dtype, device=self.device)
         self.compute_dtype = fn(probe).dtype
-        return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if was_packed:  # at once: a compiled model has no other time for it
+            self.pack()
+        return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_form:
@@ -439,6 +443,12 @@ class LowbitEmbedding(LowbitModule):
 
 
 MODULES: dict[str, type[LowbitModule]] = {c.kind: c for c in (LowbitLinear, LowbitConv1D, LowbitEmbedding)}
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings tensors from elsewhere for every call, by their names and shapes."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
 
 
 def _flat_rows(x: Tensor, kind: str) -> int:

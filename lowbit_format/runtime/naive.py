@@ -7,6 +7,7 @@ functions under the same names (see :data:`lowbit_format.runtime.ops.KERNELS`) a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
@@ -265,10 +266,11 @@ def sum_over_tasks(
 
     `weight_grad` gives the weight's gradient that some rows of the input make, in whatever form `decode_grads` takes.
     """
-    scales_grad = torch.zeros_like(w.scales, dtype=_work_dtype(w))
+    # Contiguous, whatever strides the parameters have: so the operators' fakes say.
+    zeros = functools.partial(torch.zeros_like, dtype=_work_dtype(w), memory_format=torch.contiguous_format)
     shift = w.offsets if w.codec == "bcq" else w.zeros
-    shift_grad = None if shift is None else torch.zeros_like(shift, dtype=_work_dtype(w))
-    deltas_grad = None if deltas is None else torch.zeros_like(deltas, dtype=_work_dtype(w))
+    scales_grad, shift_grad = zeros(w.scales), None if shift is None else zeros(shift)
+    deltas_grad = None if deltas is None else zeros(deltas)
     for rows, task in _tasks(deltas, task_ids):
         tuned = w if deltas is None or task < 0 else with_delta(w, deltas[task])
         grad, task_shift_grad = decode_grads(tuned, weight_grad(rows))
@@ -296,6 +298,12 @@ def check_tasks(scales: tuple[int, int, int], deltas: Tensor, task_ids: Tensor |
         raise ValueError(f"expected deltas {list(shape)} for this matrix, found {list(deltas.shape)}")
     if task_ids is not None and task_ids.numel() != batch:
         raise ValueError(f"expected a task for each of {batch} rows, found {task_ids.numel()}")
+
+
+def check_task_ids(deltas: Tensor, task_ids: Tensor) -> None:
+    """Raises IndexError for a task that has no deltas. On a GPU this would wait for the device."""
+    if task_ids.numel() and int(task_ids.max()) >= len(deltas):
+        raise IndexError(f"task {int(task_ids.max())} of {len(deltas)}")
 
 
 def check_bias(rows: int, bias: Tensor | None) -> None:

@@ -76,7 +76,7 @@ def _is_plain_call(x: Tensor, *inputs: Any) -> bool:
 
     A custom operator costs 30 microseconds before its kernel starts, several milliseconds for a token.
     """
-    if type(x) is not Tensor or is_watched():
+    if type(x) is not Tensor or x.is_meta or is_watched():
         return False
     if not torch.is_grad_enabled():
         return True
@@ -92,6 +92,11 @@ def is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
     )
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what runs now happens later, and nobody can ask the device anything."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def can_pack(w: Packed) -> bool:

@@ -107,6 +107,8 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
     with torch.no_grad(), naive.no_autocast(x):
         if not can_pack(w) or w.row_bits is not None or x.dtype not in _DTYPES:
             return naive.linear(x, unpack(w), bias, deltas, task_ids, decode=decode)
+        if deltas is not None and task_ids is not None:
+            naive.check_task_ids(deltas, task_ids)
         out = by_library.linear(x.reshape(-1, w.cols), pack(w), deltas, task_ids, _weight_tiles)
         out = out if bias is None else out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[1])

@@ -142,8 +142,7 @@ class Plan:
         naive.check_tasks((1 if self.one_part else self.planes, self.rows, self.groups), deltas, task_ids, batch)
         if task_ids is None:
             task_ids = torch.zeros(batch, dtype=torch.int64)
-        if int(task_ids.max()) >= len(deltas):
-            raise IndexError(f"task {int(task_ids.max())} of {len(deltas)}")
+        naive.check_task_ids(deltas, task_ids)
         return deltas.detach().float().contiguous(), task_ids.long().contiguous()
 
 

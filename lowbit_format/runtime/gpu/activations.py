@@ -4,7 +4,7 @@ A block (see tiles.py) of a row of x is rounded to integers q, ``x = unit * q``,
 asks for. q is written in base 128 with digits from -64 to 63, the highest from -127 to 127: a *slice* is one digit, one
 column of the int8 operand. Two slices are 15 bits of the block's largest value, more than float16 and bfloat16 have;
 float32 takes four. Sums of slices are exact, so the only error is that of the rounding here. A block without a value of
-at least 2**-97 counts as zero.
+at least 2**-92 counts as zero.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _to_slices(
 
     most: tl.constexpr = 16319.0 if COUNT == 2 else 266338304.0  # digits 127, 63; and 127, 0, 0, 0
     largest = tl.max(tl.abs(v), 1)
-    unit = tl.where(largest < 2.0**-97, 0.0, largest / most)  # smaller ones would be no normal numbers any more
+    unit = tl.where(largest < 2.0**-92, 0.0, largest / most)  # smaller ones would be no normal numbers any more
     unit += tl.sum(v * 0.0, 1)  # NaN where a value is not finite: nothing is hidden
     scaled = v / tl.where(unit > 0, unit, 1.0)[:, None]
     q = (scaled + tl.where(scaled >= 0, 0.5, -0.5)).to(tl.int32)

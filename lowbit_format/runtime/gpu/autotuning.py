@@ -50,9 +50,10 @@ def autotune(model: nn.Module, *, dtype: torch.dtype | None = None, timer: Timer
             continue
         module.pack()
         w = module.packed
-        key = configs.key(w.planes.device, w.codec, w.bits, w.scales.shape[1], w.cols)
+        key = configs.key(w.planes.device, w.codec, w.bits, w.scales.shape[1], w.cols, w.group_size)
         if key not in found and products.is_served(w) and (w.planes.is_cuda or timer is not None):
-            found[key] = _measure(w, dtype or module.compute_dtype, time)
+            with kernels.device_of(w.planes):
+                found[key] = _measure(w, dtype or module.compute_dtype, time)
     if not found:
         raise UnsupportedOperationError(
             "nothing to tune: the model has no matrix on a GPU that is multiplied straight from planes; "

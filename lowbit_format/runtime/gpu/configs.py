@@ -51,12 +51,12 @@ _CODEBOOK = 1.3  # a combination of planes takes that many times as long as a pl
 
 def choose(w: Packed) -> Config:
     """The configuration for packed `w` on its device."""
-    return _choose(w.planes.device, w.scales.shape[1], w.cols, w.planes.shape[1], w.codec, w.bits)
+    return _choose(w.planes.device, w.scales.shape[1], w.cols, w.group_size, w.planes.shape[1], w.codec, w.bits)
 
 
 @functools.cache
-def _choose(device: torch.device, rows: int, cols: int, macros: int, codec: str, bits: int) -> Config:
-    found = measured().get(key(device, codec, bits, rows, cols))
+def _choose(device: torch.device, rows: int, cols: int, group_size: int, macros: int, codec: str, bits: int) -> Config:
+    found = measured().get(key(device, codec, bits, rows, cols, group_size))
     return found or predicted(family(device), multiprocessors(device), rows, macros, codec, bits)
 
 
@@ -84,10 +84,10 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 132
 
 
-def key(device: torch.device, codec: str, bits: int, rows: int, cols: int) -> str:
+def key(device: torch.device, codec: str, bits: int, rows: int, cols: int, group_size: int) -> str:
     """What a measured configuration is kept under."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name} {codec} {bits} {rows}x{cols}"
+    return f"{name} {codec} {bits} {rows}x{cols}/{group_size}"
 
 
 def cache_file() -> Path:

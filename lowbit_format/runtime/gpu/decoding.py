@@ -118,9 +118,11 @@ def _decode(
             b, c, d = a, a, a
             for p in tl.static_range(BITS):
                 w = _word(p, w0, w1, w2, w3, w4, w5, w6, w7)
-                scale = tl.load(scales + p * scale_plane + at_group).to(tl.float32)
+                scale = tl.load(scales + tl.cast(scale_plane, tl.int64) * p + at_group).to(tl.float32)
                 if DELTAS:
-                    scale = _tuned(scale, at_task + p * delta_plane + group * delta_group, p < last, DELTAS)
+                    scale = _tuned(
+                        scale, at_task + tl.cast(delta_plane, tl.int64) * p + group * delta_group, p < last, DELTAS
+                    )
                 a, b = _add(a, w, s, scale[:, None]), _add(b, w, s + 8, scale[:, None])
                 c, d = _add(c, w, s + 16, scale[:, None]), _add(d, w, s + 24, scale[:, None])
         else:
@@ -172,7 +174,8 @@ def _word(p: tl.constexpr, w0, w1, w2, w3, w4, w5, w6, w7):
 def _add(value, words, bit: tl.constexpr, step):
     """``value + step`` where a bit of the words is 1, ``value - step`` where it is 0: the bit becomes a sign."""
     sign = (words << (31 - bit)) & -2147483648
-    return value + (sign ^ (-step).to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+    negative = step.to(tl.int32, bitcast=True) ^ -2147483648  # not -step, which can be 0 - step
+    return value + (sign ^ negative).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -38,7 +38,9 @@ def of_product(grad: Tensor, x: Tensor, w: Packed) -> Sums:
 def of_rows(grad: Tensor, w: Packed, rows: Tensor) -> Sums:
     """Sums over each group of `grad` ``[n, cols]``, the gradients of the weight's rows `rows` (int64 ``[n]``).
 
-    A row may come more than once. Returns sums for each of the n: float32 ``[bits, n, groups]``, ``[n, groups]``.
+    A row may come more than once; the sums of one that is not there are zero.
+
+    Returns sums for each of the n: float32 ``[bits, n, groups]``, ``[n, groups]``.
     """
     return _launch(grad, (0, 0), grad, w, rows.contiguous(), len(rows), 0)
 
@@ -52,7 +54,7 @@ def _launch(
     if rows:
         _signed_sums[(macros * 8, triton.cdiv(rows, ROWS[x.dtype]))](
             grad, x, w.planes, w.planes if w.codebook is None else w.codebook, w.planes if chosen is None else chosen,
-            out, depth, rows, w.cols, macros, w.bits, *stride, *x.stride(),
+            out, depth, rows, w.scales.shape[1], w.cols, macros, w.bits, *stride, *x.stride(),
             STEPS=steps, ROWS=ROWS[x.dtype], DEPTH=32, CODEBOOK=w.codec == "codebook", CHOSEN=chosen is not None,
             num_warps=4, num_stages=3, enable_fp_fusion=True,
         )  # fmt: skip
@@ -69,9 +71,9 @@ def _of_groups(sums: Tensor, blocks: int, groups: int) -> Tensor:
     return added
 
 
-@triton.jit(do_not_specialize=("n", "rows", "macros", "bits"))
+@triton.jit(do_not_specialize=("n", "rows", "every", "macros", "bits"))
 def _signed_sums(
-    grad, x, planes, codebook, chosen, out, n, rows, cols, macros, bits, grad_n, grad_row, x_n, x_col,
+    grad, x, planes, codebook, chosen, out, n, rows, every, cols, macros, bits, grad_n, grad_row, x_n, x_col,
     STEPS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, CODEBOOK: tl.constexpr, CHOSEN: tl.constexpr,
 ):  # fmt: skip
     """One block of ROWS rows."""
@@ -87,6 +89,9 @@ def _signed_sums(
     if CHOSEN:
         acc = tl.load(x + r[:, None] * x_n + column[None, :] * x_col, mask=in_rows & in_cols, other=0.0).to(tl.float32)
         of = tl.load(chosen + r, mask=r < rows, other=0)
+        known = (of >= 0) & (of < every)
+        of = tl.where(known, of, 0)
+        acc = tl.where(known[:, None], acc, 0.0)
     else:
         acc = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, n, DEPTH):

@@ -55,13 +55,13 @@ def _on_its_device(function: Function) -> Function:
 
     @functools.wraps(function)
     def on_device(*args: Any) -> Any:
-        with _device(args[0] if isinstance(args[0], Tensor) else args[0].planes), torch.no_grad():
+        with device_of(args[0] if isinstance(args[0], Tensor) else args[0].planes), torch.no_grad():
             return function(*args)
 
     return on_device  # type: ignore[return-value]
 
 
-def _device(t: Tensor) -> AbstractContextManager[Any]:
+def device_of(t: Tensor) -> AbstractContextManager[Any]:
     if not t.is_cuda or t.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(t.device)
@@ -116,7 +116,10 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
     if not len(flat):
         return x.new_empty(*x.shape[:-1], w.scales.shape[1])
     config = configs.choose(packed)
-    if len(flat) <= config.most_rows and products.is_served(packed):
+    few = len(flat) <= config.most_rows
+    if task_ids is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        few = config.most_rows > 0  # by_library would ask the device which tasks there are
+    if few and products.is_served(packed):
         out = products.multiply(flat, packed, bias, deltas, task_ids, config)
     else:
         out = by_decoding(flat, packed, deltas, task_ids)
@@ -196,6 +199,7 @@ def _grads_of_rows(w: Packed, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
     grad, rows = given
     signed, total = gradients.of_rows(grad, w, rows)
     every = w.scales.shape[1]
+    rows = torch.where((rows >= 0) & (rows < every), rows, 0)  # rows that are not there have gradients of zero
     # index_put_ with accumulate sorts: unlike index_add_, it has the same bits every time on a GPU
     signed = torch.stack([s.new_zeros(every, s.shape[1]).index_put_((rows,), s, accumulate=True) for s in signed])
     total = total.new_zeros(every, total.shape[1]).index_put_((rows,), total, accumulate=True)

@@ -213,7 +213,7 @@ def _multiply(
         at_unit = units + _unit_at(first + i, stop, m, chunk, macros, chunks, CHUNK)
         x = slices + (chunk * macros + m).to(tl.int64) * (8 * STEPS * 32 * COLUMNS)
         if DELTAS == 2:
-            at_delta = deltas + (task_at + plane * delta_plane)[None, :] + tuned_row[:, None]
+            at_delta = deltas + (task_at + tl.cast(plane, tl.int64) * delta_plane)[None, :] + tuned_row[:, None]
             if plane < tuned:
                 part = _plane(
                     at, p, x, columns, at_unit, m, groups, at_scale, lanes, at_delta, delta_group, plane < last,
@@ -234,7 +234,12 @@ def _multiply(
         if CODEC == 2:
             part *= -_coefficient(codebook, p + 1, bits)
         if DELTAS == 1 and CODEC == 0:
-            part += part * _row_delta(deltas, task_at + plane * delta_plane, tuned_row, plane < last)[None, :, :]
+            part += (
+                part
+                * _row_delta(deltas, task_at + tl.cast(plane, tl.int64) * delta_plane, tuned_row, plane < last)[
+                    None, :, :
+                ]
+            )
         acc += part
         p += 1
         i = tl.where(p == combinations, i + 1, i)
