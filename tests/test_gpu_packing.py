@@ -451,7 +451,7 @@ def test_compiled_modules() -> None:
 
 
 @pytest.mark.usefixtures("served")
-@pytest.mark.parametrize(("name", "scheme"), zip(("linear", "embedding", "dequantize"), CODECS, strict=True))
+@pytest.mark.parametrize(("name", "scheme"), list(zip(("linear", "embedding", "dequantize"), CODECS, strict=True)))
 def test_opcheck(name: str, scheme: Scheme) -> None:
     w = kernels.pack(on_device(stored(random_matrix(replace(scheme, bits=1, scale_dtype="F32"), 4, 40))))
     w = w._replace(scales=w.scales.requires_grad_())

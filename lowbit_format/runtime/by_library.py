@@ -22,14 +22,16 @@ Tiles = Callable[[Packed, torch.dtype], Iterable[tuple[int, int, Tensor]]]
 def linear(x: Tensor, w: Packed, deltas: Tensor | None, task_ids: Tensor | None, tiles: Tiles) -> Tensor:
     """As :func:`.naive.linear`, for `x` ``[n, cols]`` and without the bias.
 
-    A batch of many tasks multiplies by the parts of the weight that they share.
+    A batch of many tasks multiplies by the parts of the weight that they share; one of few, on a CPU, by each task's.
+    On a GPU, to find out which tasks are in a batch would wait for the device.
 
     With planes' parts ``z[p] = x @ (scale[p] * sign[p]).T`` of the result, a factor ``1 + delta[p]`` on a scale adds
     ``delta[p] * z[p]``; with one scale for all of the weight, ``z`` is the result itself.
     """
     out = x.new_empty(len(x), w.scales.shape[1])
     shared = 1 if w.codec != "bcq" else 1 + (0 if deltas is None else deltas.shape[1])
-    if deltas is None or task_ids is None or deltas.dim() == 4 or len(deltas) <= shared:
+    few = deltas is not None and len(deltas) <= shared and not x.is_cuda
+    if deltas is None or task_ids is None or deltas.dim() == 4 or few:
         for rows, mine in naive.each_task(w, deltas, task_ids):
             part = out if isinstance(rows, slice) else x.new_empty(int(rows.sum()), out.shape[1])
             for start, stop, weight in tiles(mine, x.dtype):
