@@ -16,7 +16,7 @@ from lowbit_format.schema import Scheme
 
 # Instructions of the product kernel for a plane bit, by columns of the tensor core's right operand, on sm_90: a warp's
 # instructions times 32, over the bits that the warp multiplies by. tests/test_gpu_compiled.py counts them.
-INSTRUCTIONS = {8: 0.73, 16: 0.93}
+INSTRUCTIONS = {8: 0.74, 16: 0.94}
 COMBINATION = 1.25  # of a codebook: a combination of planes takes that many instructions for each of a plane
 LANES = 4 * 32  # of a multiprocessor: four schedulers with a warp each, every clock
 SLICES = 2  # int8 slices of a float16 or bfloat16 activation

@@ -33,7 +33,7 @@ def is_served(w: Packed) -> bool:
 def chunk_rows(n: int, count: int) -> int:
     """Rows of x that one program multiplies, `count` slices each: their columns fill 8 or 16 of the tensor core.
 
-    32 were tried: 1.47 instructions for a bit and 16 rows, against twice 0.93, but 254 registers and so half the warps.
+    32 were tried: 1.47 instructions for a bit and 16 rows, against twice 0.94, but 254 registers and so half the warps.
     """
     least = 16 if torch.version.hip is not None else 8
     wanted = 1 << (n * count - 1).bit_length()
