@@ -62,6 +62,8 @@ class Machine:
         instructions: of the whole kernel, by name without suffixes.
         loop: of one pass of the loop with matrix instructions, or without such a loop of the longest one; by name.
         matrix_loops: loops with matrix instructions.
+        in_order: on NVIDIA, matrix instructions whose left operand is a vector that the lane loaded, masked, and whose
+            right operand is two words next to each other of another, both in the order of memory.
     """
 
     registers: int = 0
@@ -71,6 +73,7 @@ class Machine:
     instructions: dict[str, int] = field(default_factory=dict)
     loop: dict[str, int] = field(default_factory=dict)
     matrix_loops: int = 0
+    in_order: int = 0
 
 
 @dataclass(frozen=True)
@@ -432,6 +435,7 @@ def of_nvidia(kernel: Any) -> Machine:
         instructions=dict(everything),
         loop=dict(loop),
         matrix_loops=matrix_loops,
+        in_order=_in_order(kernel.asm["ptx"]),
     )
 
 
@@ -453,6 +457,25 @@ def of_amd(kernel: Any) -> Machine:
 
 def _said_by(tool: str, *args: str) -> str:
     return subprocess.run([str(NVIDIA_TOOLS / tool), *args], capture_output=True, text=True, check=True).stdout
+
+
+def _in_order(ptx: str) -> int:
+    """How many matrix instructions multiply what was loaded, as it was loaded."""
+    loaded: dict[str, tuple[int, int]] = {}  # register -> which load, which word of it
+    masked: dict[str, str] = {}
+    for number, line in enumerate(ptx.splitlines()):
+        if found := re.search(r"ld\.global[.\w:]*\.v[24]\.b32\s*\{([^}]*)\}", line):
+            loaded.update({r.strip(): (number, i) for i, r in enumerate(found[1].split(","))})
+        elif found := re.match(r"\s*and\.b32\s+(%r\d+), (%r\d+), %r\d+;", line):
+            masked[found[1]] = found[2]
+    count = 0
+    for found in re.finditer(r"mma\.sync\S*\s*\{[^}]*\},\s*\{([^}]*)\},\s*\{([^}]*)\}", ptx):
+        left = [loaded.get(masked.get(r.strip(), ""), (-1, -1)) for r in found[1].split(",")]
+        right = [loaded.get(r.strip(), (-1, -1)) for r in found[2].split(",")]
+        (load, first), *_ = right
+        whole = left == [(left[0][0], i) for i in range(4)] and left[0][0] >= 0
+        count += whole and load >= 0 and first % 2 == 0 and right == [(load, first), (load, first + 1)]
+    return count
 
 
 def _instructions(code: str, line: re.Pattern[str], label: str, matrix: str) -> tuple[Counter[str], Counter[str], int]:

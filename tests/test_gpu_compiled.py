@@ -161,6 +161,14 @@ def test_lanes_load_what_they_multiply(reports: Reports, target: str) -> None:
             assert r.machine.loop["LDG"] > 0, r.name
 
 
+@nvidia
+def test_lanes_multiply_what_they_load_in_order(reports: Reports, target: str) -> None:
+    """What a lane finds in memory is its operand (test_gpu_packing.py does it by hand); nothing comes in between."""
+    checked = [r for r in real_products(reports(target)) if is_plain(r) and r.choices["codec"] != "codebook"]
+    assert len(checked) >= 5
+    assert {r.name: r.machine.in_order for r in checked} == {r.name: r.machine.loop["IMMA"] for r in checked}
+
+
 EXCHANGES = {"LDS", "LDSM", "STS", "SHFL", "BAR", "ATOMS", "WARPSYNC"}
 
 # Instructions of the loop for each bit of a plane, at most: what was counted, and 5 % for other versions of Triton.

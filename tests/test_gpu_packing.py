@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from lowbit_format.runtime import naive, ops
 from lowbit_format.runtime.deltas import Delta
 from lowbit_format.runtime.gpu import kernels, tiles
+from lowbit_format.runtime.gpu.activations import to_slices
 from lowbit_format.runtime.lanes import are_in_lanes
 from lowbit_format.runtime.modules import LowbitEmbedding, LowbitLinear, LowbitModule
 from lowbit_format.runtime.naive import Packed
@@ -464,3 +465,67 @@ def test_opcheck(name: str, scheme: Scheme) -> None:
         "dequantize": (*w[:6], deltas, torch.float16, *w[6:]),
     }
     torch.library.opcheck(getattr(torch.ops.lowbit, name), arguments[name])
+
+
+# --- lanes -----------------------------------------------------------------------------------------
+# Operands of mma.m16n8k32 for int8, as the PTX ISA has them ("Matrix Fragments for mma.m16n8k32"): lane 4 * g + t has
+# in its register i of the left one row g (i even) or g + 8, columns 4 * t to 4 * t + 3 (i < 2) or those 16 further on;
+# of the right one, rows 4 * t to 4 * t + 3 (i = 0) or those 16 further on, of column g.
+
+
+def left_operand(lanes: Tensor) -> Tensor:
+    """``[16, 32]`` of the 16 bytes of each lane, ``[32, 16]``."""
+    out = torch.empty(16, 32, dtype=lanes.dtype)
+    for lane, (g, t) in enumerate((g, t) for g in range(8) for t in range(4)):
+        for i, word in enumerate(lanes[lane].view(4, 4)):
+            column = 4 * t + 16 * (i // 2)
+            out[g + 8 * (i % 2), column : column + 4] = word
+    return out
+
+
+def right_operand(lanes: Tensor) -> Tensor:
+    """``[32, 8]`` of the 8 bytes of each lane, ``[32, 8]``."""
+    out = torch.empty(32, 8, dtype=lanes.dtype)
+    for lane, (g, t) in enumerate((g, t) for g in range(8) for t in range(4)):
+        for i, word in enumerate(lanes[lane].view(2, 4)):
+            out[4 * t + 16 * i : 4 * t + 16 * i + 4, g] = word
+    return out
+
+
+@pytest.mark.parametrize("rows", [3, 7], ids=["8 columns", "16 columns"])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_lanes_hold_operands_of_the_matrix_instruction(rows: int, group_size: int) -> None:
+    """The instruction, done by hand with what lanes find in memory, gives the signed sums of x over a block."""
+    w = drawn(KINDS[0], 2, group_size, 20, 1990)
+    x = torch.randn(rows, w.cols, generator=torch.Generator().manual_seed(0)).half()
+    form, steps, chunk = kernels.pack(w).planes, group_size // 32, 4 if rows <= 4 else 8
+    operand = to_slices(x.to(DEVICE), steps, chunk)
+    slices, units = operand.slices.cpu(), operand.units.cpu()
+    signs = torch.nn.functional.pad(
+        bits_of(w.planes) * 2 - 1, (0, 8 * 32 * steps * form.shape[1] - w.planes.shape[2] * 8)
+    )
+    wide = torch.nn.functional.pad(x, (0, signs.shape[2] - w.cols)).double()
+    for t, m, p, s in ((0, 0, 0, 0), (1, 0, 1, 3), (0, form.shape[1] - 1, 1, 1), (1, 0, 0, 7)):
+        sums = torch.zeros(16, 2 * chunk, dtype=torch.int64)
+        for k in range(steps):
+            piece = form[t, m, p * steps + k].view(32, 16).cpu()
+            left = left_operand((piece & (1 << s)).view(torch.int8))
+            lanes = slices[0, m, s].view(steps, 32, chunk // 4, 8)[k]
+            right = torch.cat([right_operand(lanes[:, i]) for i in range(chunk // 4)], 1)
+            sums += left.long() @ right.long()
+        whole = (sums[:, 0::2] + 128 * sums[:, 1::2]).double()
+        unit, total = units[m, s, :, 0].double(), units[m, s, :, 1].double()
+        found = (whole * unit - total)[:, :rows]
+        block = slice((8 * m + s) * 32 * steps, (8 * m + s + 1) * 32 * steps)
+        of_tile = torch.zeros(16, 32 * steps, dtype=torch.float64)
+        there = signs[p, 16 * t : 16 * t + 16, block].double()
+        of_tile[: len(there)] = there
+        want = of_tile @ wide[:, block].T
+        rounding = 32 * steps * wide[:, block].abs().amax(1) / 16319
+        assert ((found - want).abs()[: len(there)] <= rounding + 1e-6).all()
+        assert want.abs().max() > 100 * rounding.max()
+
+
+def bits_of(planes: Tensor) -> Tensor:
+    """Bits of plain planes, ``[bits, rows, 8 * bytes]`` (BIT-2)."""
+    return ((planes[..., None] >> torch.arange(8)) & 1).flatten(-2).to(torch.int8)
