@@ -153,7 +153,7 @@ class LowbitModule(nn.Module):
         The same tensors hold it, in place of the plain form: nothing is in memory twice. Whatever reads or moves them
         (``planes``, ``state_dict``, ``to``, pickling) has the plain form back, and the next call packs again.
         """
-        if not ops.can_pack(self.packed) or _is_offloaded(self) or ops.is_capturing(self.device):
+        if not ops.can_pack(self.packed) or _is_offloaded(self) or naive.is_capturing(self.device):
             return
         with _changing_form, torch.inference_mode(False):  # parameters made in that mode could never be trained
             if self.form.planes is None:

@@ -312,6 +312,11 @@ def check_bias(rows: int, bias: Tensor | None) -> None:
         raise ValueError(f"expected a bias of {rows} numbers, found {list(bias.shape)}")
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what runs now happens later, and nobody can ask the device anything."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def no_autocast(x: Tensor) -> torch.autocast:
     """The dtypes here are chosen; autocast must not change them inside of an operator."""
     return torch.autocast(x.device.type, enabled=False)

@@ -94,11 +94,6 @@ def is_watched() -> bool:
     )
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: what runs now happens later, and nobody can ask the device anything."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
 def can_pack(w: Packed) -> bool:
     """Whether the kernels of its device compute with another form of `w` than it has."""
     kernels = _kernels(w)

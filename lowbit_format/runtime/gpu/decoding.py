@@ -13,7 +13,7 @@ from torch import Tensor
 from ..lanes import in_lanes
 from ..naive import Packed
 from . import tiles
-from .products import CODECS, group_of
+from .products import CODECS, delta_sizes, group_of
 
 
 def decode(w: Packed, dtype: torch.dtype, start: int = 0, stop: int | None = None) -> Tensor:
@@ -51,9 +51,7 @@ def _launch(
         none if w.codebook is None else w.codebook, none if rows is None else rows,
         none if deltas is None else deltas, none if ids is None else ids, out,
         len(out), w.scales.shape[1], w.cols, macros, w.scales.shape[2], first, lanes * w.scales.shape[2], lanes,
-        *((0, 0) if deltas is None else deltas.shape[:2]),
-        *((0, 0, 0) if deltas is None else deltas.stride()[:3]),
-        0 if deltas is None or deltas.dim() == 3 else deltas.stride(3),
+        *delta_sizes(deltas),
         BITS=w.bits, STEPS=steps, BLOCKS=tiles.blocks_of_group(w, steps), CODEC=CODECS[w.codec],
         SHIFT=shift is not None, CHOSEN=rows is not None,
         DELTAS=0 if deltas is None else deltas.dim() - 2, IDS=ids is not None,
@@ -145,11 +143,22 @@ def _decode(
 
 
 @triton.jit
+def place_of_row(r):
+    """Where the bytes of rows `r` begin in a piece; tiles.py has this order."""
+    return (r % 8) * 64 + ((r // 8) % 2) * 4
+
+
+@triton.jit
+def place_of_column(c):
+    """Where the bytes of columns `c` of a block are from there on, counted over the pieces of its steps."""
+    return (c // 32) * 512 + ((c // 4) % 4) * 16 + ((c // 16) % 2) * 8 + c % 4
+
+
+@triton.jit
 def _order(r, STEPS: tl.constexpr):
     """Where the words of rows `r` are in a plane of a macro block: int64 ``[16, STEPS * 8]``, in order of columns."""
     i = tl.arange(0, STEPS * 8)
-    word = (i // 8) * 128 + (i % 4) * 4 + ((i // 4) % 2) * 2  # step, word % 4, word // 4; tiles.py has this order
-    return ((r % 8) * 16 + (r // 8) % 2)[:, None] + word[None, :]
+    return (place_of_row(r) // 4)[:, None] + (place_of_column(4 * i) // 4)[None, :]
 
 
 @triton.jit

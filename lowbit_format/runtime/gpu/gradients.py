@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..naive import Packed
 from . import tiles
+from .decoding import place_of_column, place_of_row
 
 ROWS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}  # of a program's tile; more do not fit registers
 
@@ -104,9 +105,9 @@ def _signed_sums(
             acc = tl.dot(left, right, acc, input_precision="ieee")
         of = tl.minimum(r, rows - 1)
 
-    byte = (c // 32) * 512 + ((c // 4) % 4) * 16 + ((c // 16) % 2) * 8 + c % 4  # tiles.py has this order
-    row_byte = (of % 8) * 64 + ((of // 8) % 2) * 4
-    at = planes + (((of // 16) * macros + m) * (bits * PIECES) + row_byte)[:, None] + byte[None, :]
+    at = (
+        planes + (((of // 16) * macros + m) * (bits * PIECES) + place_of_row(of))[:, None] + place_of_column(c)[None, :]
+    )
     at_out = out + r * (macros * 8) + block
     plane = tl.cast(rows, tl.int64) * (macros * 8)
     if CODEBOOK:

@@ -117,8 +117,8 @@ def linear(x: Tensor, w: Packed, bias: Tensor | None, deltas: Tensor | None, tas
         return x.new_empty(*x.shape[:-1], w.scales.shape[1])
     config = configs.choose(packed)
     few = len(flat) <= config.most_rows
-    if task_ids is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        few = config.most_rows > 0  # by_library would ask the device which tasks there are
+    if task_ids is not None and naive.is_capturing(x.device):
+        few = config.most_rows > 0  # by_library asks the device which tasks there are, if their deltas are of groups
     if few and products.is_served(packed):
         out = products.multiply(flat, packed, bias, deltas, task_ids, config)
     else:

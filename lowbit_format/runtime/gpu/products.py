@@ -65,14 +65,20 @@ def multiply(
         operand.slices, operand.units, none if bias is None else bias.contiguous(),
         none if deltas is None else deltas, none if ids is None else ids, out,
         n, rows, len(operand.slices), w.planes.shape[1], w.bits, w.scales.shape[2],
-        lanes * w.scales.shape[2], lanes, *((0, 0) if deltas is None else deltas.shape[:2]),
-        *((0, 0, 0) if deltas is None else deltas.stride()[:3]),
-        0 if deltas is None or deltas.dim() == 3 else deltas.stride(3),
+        lanes * w.scales.shape[2], lanes, *delta_sizes(deltas),
         STEPS=steps, CHUNK=chunk, SLICES=count, WARPS=config.warps, BLOCKS=tiles.blocks_of_group(w, steps),
         CODEC=CODECS[w.codec], SHIFT=shift is not None, BIAS=bias is not None, DELTAS=kind, IDS=ids is not None,
         ASM=asm, num_warps=config.warps, num_stages=1, enable_fp_fusion=True, **registers,
     )  # fmt: skip
     return out
+
+
+def delta_sizes(deltas: Tensor | None) -> tuple[int, ...]:
+    """Tasks, planes with deltas, and strides over tasks, planes, rows and groups, as kernels take them."""
+    if deltas is None:
+        return 0, 0, 0, 0, 0, 0
+    strides = deltas.stride()
+    return *deltas.shape[:2], *strides, *(0,) * (4 - len(strides))
 
 
 @triton.jit
@@ -212,8 +218,10 @@ def _multiply(
         at_scale = scales + tl.cast(plane, tl.int64) * scale_plane + r
         at_unit = units + _unit_at(first + i, stop, m, chunk, macros, chunks, CHUNK)
         x = slices + (chunk * macros + m).to(tl.int64) * (8 * STEPS * 32 * COLUMNS)
+        if DELTAS:
+            task_plane = task_at + tl.cast(plane, tl.int64) * delta_plane
         if DELTAS == 2:
-            at_delta = deltas + (task_at + tl.cast(plane, tl.int64) * delta_plane)[None, :] + tuned_row[:, None]
+            at_delta = deltas + task_plane[None, :] + tuned_row[:, None]
             if plane < tuned:
                 part = _plane(
                     at, p, x, columns, at_unit, m, groups, at_scale, lanes, at_delta, delta_group, plane < last,
@@ -234,12 +242,7 @@ def _multiply(
         if CODEC == 2:
             part *= -_coefficient(codebook, p + 1, bits)
         if DELTAS == 1 and CODEC == 0:
-            part += (
-                part
-                * _row_delta(deltas, task_at + tl.cast(plane, tl.int64) * delta_plane, tuned_row, plane < last)[
-                    None, :, :
-                ]
-            )
+            part += part * _row_delta(deltas, task_plane, tuned_row, plane < last)[None, :, :]
         acc += part
         p += 1
         i = tl.where(p == combinations, i + 1, i)
