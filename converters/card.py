@@ -71,7 +71,7 @@ def _scheme_text(o: Outcome) -> str:
 
 def _kept_text(plan: Plan) -> str:
     kept = plan.kept()
-    text = ", ".join(f"`{s.role.path}` ({s.reason})" for s in kept[:8])
+    text = ", ".join(f"`{s.destination.path}` ({s.reason})" for s in kept[:8])
     return text + (f" and {len(kept) - 8} more" if len(kept) > 8 else "") if kept else "norms and biases only"
 
 

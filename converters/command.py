@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..container.writer import check_absent
+from ..container.atomic import check_absent
 from ..errors import LowbitError, RecipeError, SchemeError
 from ..quantize import Target
 from .convert import convert_hf_to_lowbit, plan_conversion
@@ -97,7 +97,7 @@ def convert(
             done = convert_hf_to_lowbit(
                 source, out, plan_recipe, revision=revision, min_coverage=min_coverage, max_shard_bytes=shard_bytes,
                 resume=resume, report=lambda step, total: progress.update(
-                    task, advance=1, total=total, description=step.role.path[-40:]
+                    task, advance=1, total=total, description=step.destination.path[-40:]
                 ),
             )  # fmt: skip
         for one in result_tables(done.plan, done.outcomes, done.seconds):

@@ -23,19 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__
+from ..container.atomic import check_absent, disk_errors, publish, write_json
 from ..container.reader import CONFIG_FILE
-from ..container.writer import (
-    ShardWriter,
-    Tensor,
-    check_absent,
-    data_file,
-    disk_errors,
-    module_tensors,
-    publish,
-    shard_name,
-    write_index,
-    write_json,
-)
+from ..container.writer import ShardWriter, StoredTensor, data_file, module_tensors, shard_name, write_index
 from ..errors import OutputError, SourceError
 from ..quantize import Quantized, quantize
 from ..schema import QuantizationConfig
@@ -234,13 +224,13 @@ def _load(source: Source, step: Step) -> NDArray[Any]:
     if step.target is None:
         return raw
     weight = as_float32(raw, step.tensor)
-    return np.ascontiguousarray(weight.T) if step.role.kind == "conv1d" else weight
+    return np.ascontiguousarray(weight.T) if step.destination.kind == "conv1d" else weight
 
 
-def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[Tensor], Outcome | None]:
+def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[StoredTensor], Outcome | None]:
     """The tensors that one tensor of the checkpoint becomes."""
     if step.target is None:
-        return [Tensor(step.tensor.name, step.tensor.dtype, step.tensor.shape, data)], None
+        return [StoredTensor(step.tensor.name, step.tensor.dtype, step.tensor.shape, data)], None
     result: Quantized = quantize(data, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
     module = replace(step.module(), scheme=result.matrix.scheme)
     tensors = module_tensors(module, result.matrix)

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..container.atomic import write_json
 from ..container.header import read_header
-from ..container.writer import ShardWriter, Written, shard_name, write_json
+from ..container.writer import ShardWriter, Written, shard_name
 from ..errors import FormatError, OutputError
-from ..schema import Module, Scheme
+from ..schema import ModuleEntry, Scheme
 
 JOURNAL = ".lowbit-progress.json"
 
@@ -30,7 +31,7 @@ class Outcome:
         widened: why its parameters are wider than asked for, or None.
     """
 
-    module: Module
+    module: ModuleEntry
     nbytes: int
     squared_error: float
     squared_norm: float
@@ -131,5 +132,5 @@ def _outcome_to_json(o: Outcome) -> dict[str, Any]:
 
 
 def _outcome_from_json(path: str, obj: dict[str, Any]) -> Outcome:
-    module = Module(path, Scheme.from_dict(obj["scheme"]), obj["kind"], tuple(obj["shape"]))
+    module = ModuleEntry(path, Scheme.from_dict(obj["scheme"]), obj["kind"], tuple(obj["shape"]))
     return Outcome(module, obj["nbytes"], obj["squared_error"], obj["squared_norm"], obj["lossless"], obj["widened"])

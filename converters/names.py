@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
-from ..runtime.architecture import named_class
+from ..integrations.architecture import named_class
 
 
 @dataclass(frozen=True)
-class Role:
+class Destination:
     """One tensor's place in the model.
 
     Attributes:
@@ -41,20 +41,20 @@ class Names:
     """The checkpoint as transformers sees it.
 
     Attributes:
-        roles: by name in the checkpoint.
+        destinations: by name in the checkpoint.
         tied: path of a tied module to the path of the module that owns the weight.
         base_model_prefix: of the model class.
         architecture: name of the model class.
     """
 
-    roles: dict[str, Role]
+    destinations: dict[str, Destination]
     tied: dict[str, str] = field(default_factory=dict)
     base_model_prefix: str = ""
     architecture: str = ""
 
 
 def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
-    """Find the role of every tensor of the checkpoint in `directory`.
+    """Find the destination of every tensor of the checkpoint in `directory`.
 
     Args:
         directory: holds ``config.json``.
@@ -70,7 +70,7 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     prefix = model.base_model_prefix or ""
     has_body = any(name == prefix for name in modules) and prefix != ""
-    roles, found = {}, set[str]()
+    destinations, found = {}, set[str]()
     for key, shape in shapes.items():
         target, converted = rename(key)
         found.update(rename.targets(key))
@@ -89,9 +89,9 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
             )
         elif kind != "other" and not rename.keeps(f"{owner}.weight"):
             reason = "transformers would rename it on loading"
-        roles[key] = Role(key, path, kind, head, reason)
+        destinations[key] = Destination(key, path, kind, head, reason)
     _check_complete(model, found, directory)
-    return Names(roles, tied, prefix, type(model).__name__)
+    return Names(destinations, tied, prefix, type(model).__name__)
 
 
 def _check_complete(model: Any, found: set[str], directory: Path) -> None:

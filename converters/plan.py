@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from ..codecs import stored_bits
 from ..errors import CoverageError, NothingToQuantizeError, SourceError
 from ..quantize import Target
-from ..schema import Module
-from .names import Names, Role
+from ..schema import ModuleEntry
+from .names import Destination, Names
 from .recipe import Recipe
 from .source import FLOATS, Source, SourceTensor
 
@@ -24,29 +24,29 @@ class Step:
 
     Attributes:
         tensor: the tensor.
-        role: its place in the model.
+        destination: its place in the model.
         target: how to quantize it; None keeps it as it is.
         path: path of the module that it becomes (the owner, if tied).
         reason: why it is kept, where it might have been quantized.
     """
 
     tensor: SourceTensor
-    role: Role
+    destination: Destination
     target: Target | None = None
     path: str = ""
     reason: str = ""
 
-    def module(self, scheme_dtype: str | None = None) -> Module:
+    def module(self, scheme_dtype: str | None = None) -> ModuleEntry:
         """The planned module; recognition and rounding may still change its scheme."""
         if self.target is None:
             raise ValueError(f"{self.tensor.name} is not quantized")
-        shape = self.tensor.shape[::-1] if self.role.kind == "conv1d" else self.tensor.shape
-        return Module(self.path, self.target.scheme(scheme_dtype), self.role.kind, shape)
+        shape = self.tensor.shape[::-1] if self.destination.kind == "conv1d" else self.tensor.shape
+        return ModuleEntry(self.path, self.target.scheme(scheme_dtype), self.destination.kind, shape)
 
     @property
     def counted(self) -> bool:
         """Whether coverage counts it: a Linear, Conv1D or expert weight of the base model."""
-        return self.role.kind in MATRICES and not self.role.head
+        return self.destination.kind in MATRICES and not self.destination.head
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Plan:
     def kept(self) -> list[Step]:
         """Matrices that might have been quantized and are not, largest first."""
         kinds = (*MATRICES, "embedding")
-        kept = [s for s in self.steps if s.target is None and s.role.kind in kinds]
+        kept = [s for s in self.steps if s.target is None and s.destination.kind in kinds]
         return sorted(kept, key=lambda s: -s.tensor.numel)
 
     def output_bytes(self) -> int:
@@ -103,23 +103,23 @@ def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: flo
         RecipeError: a pattern of the recipe matches nothing.
         SourceError: a tensor to quantize has a dtype that is no float.
     """
-    quantizable = [r for r in names.roles.values() if r.kind in ("linear", "conv1d", "embedding")]
+    quantizable = [r for r in names.destinations.values() if r.kind in ("linear", "conv1d", "embedding")]
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     steps, dropped, tied = [], {}, {}
     owners = set(names.tied.values())
-    by_path = {r.path: r for r in names.roles.values()}
-    for key, role in names.roles.items():
+    by_path = {r.path: r for r in names.destinations.values()}
+    for key, destination in names.destinations.items():
         tensor = source.tensors[key]
-        owner = names.tied.get(role.path, role.path)
-        target, reason = _decide(role, owner, names, recipe)
-        if target is not None and role.path != owner and owner in by_path:
+        owner = names.tied.get(destination.path, destination.path)
+        target, reason = _decide(destination, owner, names, recipe)
+        if target is not None and destination.path != owner and owner in by_path:
             dropped[key] = owner
             continue
         if target is not None and tensor.dtype not in FLOATS:
             raise SourceError(
                 f"{key}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; is it quantized already?"
             )
-        steps.append(Step(tensor, role, target, owner, reason))
+        steps.append(Step(tensor, destination, target, owner, reason))
         if target is not None and owner in owners:
             tied.update({place: own for place, own in names.tied.items() if own == owner})
     plan = Plan(tuple(steps), tied, names.base_model_prefix, names.architecture, dropped)
@@ -127,15 +127,17 @@ def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: flo
     return plan
 
 
-def _decide(role: Role, owner: str, names: Names, recipe: Recipe) -> tuple[Target | None, str]:
+def _decide(destination: Destination, owner: str, names: Names, recipe: Recipe) -> tuple[Target | None, str]:
     """Target of a tensor, or None and the reason. All places of a tied matrix share one decision."""
-    if role.kind not in (*MATRICES, "embedding"):
+    if destination.kind not in (*MATRICES, "embedding"):
         return None, ""
-    if role.reason is not None:
-        return None, role.reason
+    if destination.reason is not None:
+        return None, destination.reason
     places = [owner, *(place for place, own in names.tied.items() if own == owner)]
     if len(places) > 1:
-        reason = next((r.reason for r in names.roles.values() if r.path in places and r.reason is not None), None)
+        reason = next(
+            (r.reason for r in names.destinations.values() if r.path in places and r.reason is not None), None
+        )
         if reason is not None:
             return None, reason
     for place in places:
@@ -143,11 +145,11 @@ def _decide(role: Role, owner: str, names: Names, recipe: Recipe) -> tuple[Targe
         if rule is not None:
             return rule.target, "" if rule.target is not None else f"kept by the pattern {rule.match!r}"
     tied = len(places) > 1
-    if role.kind == "embedding" or tied:
+    if destination.kind == "embedding" or tied:
         if recipe.embeddings or (tied and recipe.lm_head):
             return recipe.default, ""
         return None, "embedding, tied to the output head" if tied else "embedding"
-    if role.head:
+    if destination.head:
         return (recipe.default, "") if recipe.lm_head else (None, "output head")
     return recipe.default, ""
 
@@ -161,7 +163,7 @@ def _check(plan: Plan, min_coverage: float) -> None:
             + (f" ({why})" if why else "")
         )
     if plan.coverage < min_coverage:
-        kept = list(dict.fromkeys(f"{s.role.path} ({s.reason})" for s in plan.kept() if s.counted))
+        kept = list(dict.fromkeys(f"{s.destination.path} ({s.reason})" for s in plan.kept() if s.counted))
         largest = "; ".join(kept[:4]) + (f"; and {len(kept) - 4} more" if len(kept) > 4 else "")
         raise CoverageError(
             f"{plan.architecture}: only {plan.coverage:.1%} of the weights in matrices would be quantized, expected at "

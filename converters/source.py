@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SourceError
-from ..packed import F32
+from ..matrix import F32
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 

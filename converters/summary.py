@@ -123,8 +123,8 @@ def _coverage(plan: Plan) -> list[tuple[str, str]]:
 
     rows = [("coverage of matrices", f"{plan.coverage:.1%}")]
     for name, steps in (
-        ("embeddings", [s for s in plan.steps if s.role.kind == "embedding"]),
-        ("output head", [s for s in plan.steps if s.role.head and s.role.kind in ("linear", "conv1d")]),
+        ("embeddings", [s for s in plan.steps if s.destination.kind == "embedding"]),
+        ("output head", [s for s in plan.steps if s.destination.head and s.destination.kind in ("linear", "conv1d")]),
     ):
         if steps:
             rows.append((name, share(steps)))
@@ -139,7 +139,7 @@ def _kept_table(plan: Plan) -> list[Table]:
         return []
     table = Table("module", "weights", "reason", title="Kept in full precision")
     for step in plan.kept()[:20]:
-        table.add_row(step.role.path, f"{step.tensor.numel:,}", step.reason)
+        table.add_row(step.destination.path, f"{step.tensor.numel:,}", step.reason)
     if len(plan.kept()) > 20:
         table.add_row(f"… and {len(plan.kept()) - 20} more", "", "")
     return [table]

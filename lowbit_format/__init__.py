@@ -10,12 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import LowbitError
-from .registration import register
+from .integrations.registration import register
 
 if TYPE_CHECKING:
     from .container.reader import ModelReader
     from .loading import from_pretrained
-    from .runtime.gpu.autotuning import autotune
+    from .runtime.autotune import autotune
     from .tasks.merging import merge_task
     from .tasks.saving import save_task
     from .tasks.serving import list_tasks, load_task, set_task, unload_task, use_tasks
@@ -47,7 +47,7 @@ __all__ = [
 _LAZY = {  # public name -> module that defines it
     "ModelReader": "lowbit_format.container.reader",
     "TaskCallback": "lowbit_format.tasks.trainer",
-    "autotune": "lowbit_format.runtime.gpu.autotuning",
+    "autotune": "lowbit_format.runtime.autotune",
     "convert_hf_to_lowbit": "lowbit_format.converters",
     "from_pretrained": "lowbit_format.loading",
     "list_tasks": "lowbit_format.tasks.serving",

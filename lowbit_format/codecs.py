@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from .bits import row_bytes
-from .schema import Module, Scheme
+from .schema import ModuleEntry, Scheme
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TensorSpec:
     shape: tuple[int, ...]
 
 
-def tensor_specs(module: Module) -> tuple[TensorSpec, ...]:
+def tensor_specs(module: ModuleEntry) -> tuple[TensorSpec, ...]:
     """All tensors of `module`, planes first."""
     scheme, codec = module.scheme, CODECS[module.scheme.codec]
     stack = () if module.experts is None else (module.experts,)
@@ -77,7 +77,7 @@ def all_roles() -> frozenset[str]:
     return frozenset({"planes", "scales", "codebook", "row_bits"} | shifts | numbered)
 
 
-def stored_bits(module: Module, row_bits_sum: int | None = None) -> int:
+def stored_bits(module: ModuleEntry, row_bits_sum: int | None = None) -> int:
     """Bits that the module's tensors take on disk; `row_bits_sum` is needed for ragged planes."""
     sizes = {"U8": 8, "F16": 16, "BF16": 16, "F32": 32}
     total = 0

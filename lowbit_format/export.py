@@ -10,16 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from .container.dtypes import from_float32
+from .container.atomic import atomic_directory, write_json
 from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
-from .container.writer import (
-    ShardWriter,
-    Tensor,
-    atomic_directory,
-    shard_name,
-    write_index,
-    write_json,
-)
+from .container.writer import ShardWriter, StoredTensor, shard_name, write_index
+from .dtypes import from_float32
 from .errors import OutputError
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -75,7 +69,7 @@ def dequantize_directory(
             else:
                 reader.check_digest(name)
                 info = reader.info(name)
-                tensor = Tensor(name, info.dtype, info.shape, reader.raw(name))
+                tensor = StoredTensor(name, info.dtype, info.shape, reader.raw(name))
             if writer is not None and writer.nbytes + tensor.nbytes > max_shard_bytes:
                 shards.append(writer.close())
                 total, writer = total + writer.nbytes, None
@@ -89,7 +83,7 @@ def dequantize_directory(
     return chosen
 
 
-def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> Tensor:
+def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> StoredTensor:
     """The model's own parameter (CFG-5), decoded and rounded once."""
     module = reader.module(path)
     for spec in reader.specs(path):
@@ -100,7 +94,7 @@ def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> Te
     data = from_float32(np.ascontiguousarray(weight), DTYPES[dtype])
     if dtype == "float16" and not np.isfinite(data).all():
         raise OutputError(f"{module.weight}: has values that float16 cannot hold; use --dtype bfloat16 or float32")
-    return Tensor(module.weight, DTYPES[dtype], data.shape, data)
+    return StoredTensor(module.weight, DTYPES[dtype], data.shape, data)
 
 
 def _finish(reader: ModelReader, work: Path, shards: list[list[str]], total: int, dtype: str) -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, TaskConfig, read_bundle, read_task_config
 from .errors import HubError
+from .tasks.bundle import CARD_FILE, SCALES_FILE, TASK_CONFIG_FILE, TaskConfig, read_bundle, read_task_config
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -115,7 +115,7 @@ def push_task_directory(
         parent = api.repo_info(repo_id, revision=revision).sha
         files: dict[str, Path | bytes] = {
             _path(subfolder, name): directory / name
-            for name in (CONFIG_FILE, SCALES_FILE, CARD_FILE)
+            for name in (TASK_CONFIG_FILE, SCALES_FILE, CARD_FILE)
             if (directory / name).is_file()
         }
         if subfolder is not None and (card := _root_card(_read_card(api, repo_id, parent), config)) is not None:
@@ -211,21 +211,21 @@ def fetch_task(
         snapshot = snapshot_download(
             repo_id,
             revision=revision,
-            allow_patterns=[_path(subfolder, name) for name in (CONFIG_FILE, SCALES_FILE, CARD_FILE)],
+            allow_patterns=[_path(subfolder, name) for name in (TASK_CONFIG_FILE, SCALES_FILE, CARD_FILE)],
             token=token,
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             force_download=force_download,
         )
     directory = Path(snapshot, subfolder or "")
-    if not all((directory / name).is_file() for name in (CONFIG_FILE, SCALES_FILE)):
+    if not all((directory / name).is_file() for name in (TASK_CONFIG_FILE, SCALES_FILE)):
         if local_files_only:
             raise HubError(f"{where}: the cache holds no whole task there; fetch it once from the Hub")
         with _hub_errors(where, "Nothing was loaded"):
             found = _task_folders(dict.fromkeys(api.list_repo_files(repo_id, revision=Path(snapshot).name), 0))
         names = ", ".join(repr(folder) if folder else "the root" for folder in sorted(found))
         advice = f"it has tasks in: {names[:500]}; choose one by subfolder" if names else "nor anywhere else in it"
-        raise HubError(f"{where}: has no task there ({CONFIG_FILE} and {SCALES_FILE}); {advice}")
+        raise HubError(f"{where}: has no task there ({TASK_CONFIG_FILE} and {SCALES_FILE}); {advice}")
     read_bundle(directory)
     return directory
 
@@ -252,7 +252,7 @@ def find_tasks(
         tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
         sizes = {entry.path: int(entry.size) for entry in tree if hasattr(entry, "size")}  # a folder has none
         for folder, scales in sorted(_task_folders(sizes).items()):
-            path = hf_hub_download(repo_id, _path(folder, CONFIG_FILE), revision=commit, token=token)
+            path = hf_hub_download(repo_id, _path(folder, TASK_CONFIG_FILE), revision=commit, token=token)
             tasks.append(TaskInfo(repo_id, commit, folder or None, read_task_config(Path(path).parent), sizes[scales]))
     return tuple(tasks)
 
@@ -324,7 +324,7 @@ def _path(folder: str | None, name: str) -> str:
 
 def _task_folders(sizes: dict[str, int]) -> dict[str, str]:
     """Folders (the root is ``""``) with a configuration, each with the path of its scales; `sizes` by path."""
-    folders = (path.removesuffix(CONFIG_FILE) for path in sizes if path.rpartition("/")[2] == CONFIG_FILE)
+    folders = (path.removesuffix(TASK_CONFIG_FILE) for path in sizes if path.rpartition("/")[2] == TASK_CONFIG_FILE)
     return {
         folder.removesuffix("/"): folder + SCALES_FILE
         for folder in folders
@@ -364,7 +364,7 @@ def _root_card(old: str | None, config: TaskConfig) -> str | None:
 
 _ROOT_TEXT = f"""# Tasks
 
-Each subfolder with a `{CONFIG_FILE}` is a task bundle of lowbit-format: a base's scales, tuned for one task. Its own
+Each subfolder with a `{TASK_CONFIG_FILE}` is a task bundle of lowbit-format: a base's scales, tuned for one task. Its own
 `{CARD_FILE}` says which base it belongs to and how to load it.
 """
 

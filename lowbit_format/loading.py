@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LoadError
-from .runtime.architecture import named_class
+from .integrations.architecture import named_class
 from .schema import QUANT_METHOD
 
 _TASK_OPTIONS = ("cache_dir", "token", "local_files_only")  # of the Hub, which hold for a task as for its base
@@ -43,7 +43,7 @@ def from_pretrained(
     """
     import transformers
 
-    from .runtime.hf import LoadOptions, load_options
+    from .integrations.quantizer import LoadOptions, load_options
     from .tasks.finding import find_bundle
     from .tasks.serving import load_task, set_task
 

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bits import U8, plane_rows, unpack_codes
-from .packed import F32, PackedMatrix
-from .threads import parallel_rows
+from .machine.threads import parallel_rows
+from .matrix import F32, StoredMatrix
 
 _NO_INDEX: NDArray[np.int64] = np.empty((0, 0), np.int64)
 _NO_SHIFT: F32 = np.empty((0, 0), np.float32)
 
 
-def decode(matrix: PackedMatrix, bits: int | None = None, out: F32 | None = None) -> F32:
+def decode(matrix: StoredMatrix, bits: int | None = None, out: F32 | None = None) -> F32:
     """Weights of `matrix` in float32 (DEC-1 to DEC-4).
 
     Args:
@@ -49,7 +49,7 @@ def decode(matrix: PackedMatrix, bits: int | None = None, out: F32 | None = None
     return out
 
 
-def decode_numpy(matrix: PackedMatrix, bits: int | None = None) -> F32:
+def decode_numpy(matrix: StoredMatrix, bits: int | None = None) -> F32:
     """The same as :func:`decode`, in numpy."""
     params, n = matrix.at(bits)
     group_of = np.arange(matrix.cols) // matrix.scheme.group_columns(matrix.cols)
@@ -76,7 +76,7 @@ def decode_numpy(matrix: PackedMatrix, bits: int | None = None) -> F32:
     return out
 
 
-def _full_planes(matrix: PackedMatrix) -> U8:
+def _full_planes(matrix: StoredMatrix) -> U8:
     """Planes as ``[bits, rows, bytes]``, with zeros where ragged planes have no row."""
     if matrix.row_bits is None:
         return matrix.planes

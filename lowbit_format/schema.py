@@ -126,7 +126,7 @@ class Scheme:
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleEntry:
     """One quantized matrix (or stack of expert matrices) of the model (CFG-4, CFG-5).
 
     Attributes:
@@ -173,12 +173,12 @@ class Module:
 class QuantizationConfig:
     """The whole ``quantization_config`` object."""
 
-    modules: dict[str, Module]
+    modules: dict[str, ModuleEntry]
     tied: dict[str, str] = field(default_factory=dict)
     base_model_prefix: str = ""
     format_version: str = FORMAT_VERSION
 
-    def __iter__(self) -> Iterator[Module]:
+    def __iter__(self) -> Iterator[ModuleEntry]:
         return iter(self.modules.values())
 
     def canonical_path(self, path: str) -> tuple[str, bool]:
@@ -285,7 +285,7 @@ def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _parse_module(name: object, entry: object, schemes: Mapping[str, Scheme], file: object) -> Module:
+def _parse_module(name: object, entry: object, schemes: Mapping[str, Scheme], file: object) -> ModuleEntry:
     path = check_path(name, file=file)
 
     def fail(rule: str, message: str) -> ConfigError:
@@ -304,7 +304,7 @@ def _parse_module(name: object, entry: object, schemes: Mapping[str, Scheme], fi
         raise fail("CFG-6", f"shape is {shape!r}, expected integers from 1 to {MAX_DIMENSION}")
     if scheme.row_bits and KINDS[kind] == 3:
         raise fail("EXP-2", f"a scheme with row_bits cannot be used for kind {kind}")
-    return Module(path, scheme, kind, tuple(shape))
+    return ModuleEntry(path, scheme, kind, tuple(shape))
 
 
 def _kind_of(value: object) -> str:

@@ -18,7 +18,7 @@ os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``checkpoint("gpt2", dtype=…)`` is the directory of :func:`checkpoints.build`, built once; not to be changed."""
-    from checkpoints import build
+    from support.checkpoints import build
 
     built: dict[str, Path] = {}
 
@@ -53,6 +53,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Small bases for tests of tuning, see :class:`tuning_models.Bases`."""
-    from tuning_models import Bases
+    from support.tuning_models import Bases
 
     return Bases(tmp_path_factory.mktemp("bases"))

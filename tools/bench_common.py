@@ -88,6 +88,5 @@ def job_of_this_process() -> Facts:
 
 def import_package() -> None:
     """Import all of lowbit_format that a model on a CPU needs: what a process pays before it does anything."""
-    ops = importlib.import_module("lowbit_format.runtime.ops")
-    for name in ("hf", "modules", ops.KERNELS["cpu"]):
-        importlib.import_module(f"lowbit_format.runtime.{name}")
+    for name in ("integrations.quantizer", "runtime.modules", "kernels.cpu.backend"):
+        importlib.import_module(f"lowbit_format.{name}")

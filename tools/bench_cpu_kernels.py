@@ -145,7 +145,7 @@ def ours(rows: int, cols: int, batch: int) -> Iterator[Way]:
         }
     for name, scheme in schemes.items():
         one = random_module(scheme, rows, cols)
-        nbytes = sum(p.nbytes for p in one.packed_parameters().values())
+        nbytes = sum(p.nbytes for p in one.matrix_parameters().values())
         way = Way(name, nbytes, one.planes.nbytes, None, None)  # type: ignore[arg-type]
         modules = [one, *(random_module(scheme, rows, cols) for _ in range(way.copies - 1))]
         yield Way(
@@ -165,7 +165,7 @@ def random_module(scheme: Any, rows: int, cols: int) -> Any:
     from lowbit_format.runtime.modules import LowbitLinear
 
     module = LowbitLinear(scheme, rows, cols)
-    for role, p in module.packed_parameters().items():
+    for role, p in module.matrix_parameters().items():
         if role == "planes":
             p.data = torch.randint(0, 256, p.shape, dtype=torch.uint8)
         elif role == "codebook":

@@ -27,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowbit_format.kernels import operators
+
 
 class Part(NamedTuple):
     """A part of the run: the module that has the function of its name, and its seconds."""
@@ -125,9 +127,7 @@ def _bench(options: argparse.Namespace) -> Any:
 
     torch.manual_seed(0)
     if options.self_check:
-        from lowbit_format.runtime import ops
-
-        ops.KERNELS["cpu"] = ops.KERNELS["cuda"]  # modules, too, take the interpreted kernels
+        operators.BACKENDS["cpu"] = operators.BACKENDS["cuda"]  # modules, too, take the interpreted kernels
         torch.set_num_threads(1)
     device = torch.device("cpu" if options.self_check else "cuda")
     return Bench(device, options.quick, options.clock * 1e9)

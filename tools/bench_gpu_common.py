@@ -23,9 +23,9 @@ from bench_common import seconds, spread
 from bench_gpu_predict import BATCHES, BITS, GEMV_AIMS, PREFILLS, SIZES, Limits
 from torch import Tensor
 
-from lowbit_format.runtime import naive
-from lowbit_format.runtime.gpu import configs
-from lowbit_format.runtime.naive import Packed
+from lowbit_format.kernels import naive
+from lowbit_format.kernels.gpu import launch
+from lowbit_format.kernels.matrix import PlaneMatrix, select_rows
 
 CHECKED_ROWS = 2048  # of a weight are compared with the float64 product
 # Relative error norms: rounding of the result, and of the weight where the library multiplies, with a margin of two.
@@ -157,7 +157,7 @@ class Bench:
     def limits(self) -> Limits:
         """What this device can do, measured once in every run."""
         copy, matmul = statistics.median(self.copy_rates), statistics.median(self.matmul_rates)
-        return Limits(configs.multiprocessors(self.device), self.sm_clock or self.clock, copy, matmul)
+        return Limits(launch.multiprocessors(self.device), self.sm_clock or self.clock, copy, matmul)
 
     @cached_property
     def copy_rates(self) -> list[float]:
@@ -211,19 +211,19 @@ class Bench:
             return f"**{error:.1e}, wrong**"
         return f"{error:.1e}"
 
-    def check_product(self, what: str, x: Tensor, plain: Packed, found: Tensor, *tasks: Tensor | None) -> str:
+    def check_product(self, what: str, x: Tensor, plain: PlaneMatrix, found: Tensor, *tasks: Tensor | None) -> str:
         """Of ``linear(x, plain, None, *tasks)``, against float64, in some rows of the weight; all must be finite."""
         if not bool(torch.isfinite(found).all()):
             return self.check(what, found, torch.ones_like(found), 0)
         rows = torch.randperm(found.shape[1], device=self.device)[:CHECKED_ROWS]
-        some = doubled(naive.select_rows(plain, rows))
+        some = doubled(select_rows(plain, rows))
         deltas, ids = tasks or (None, None)
         deltas = None if deltas is None else deltas[:, :, rows].double()
         expected = naive.linear(x.double(), some, None, deltas, ids)
         return self.check(what, found[:, rows], expected, TOLERANCES[x.dtype])
 
 
-def doubled(w: Packed) -> Packed:
+def doubled(w: PlaneMatrix) -> PlaneMatrix:
     """`w` with parameters of float64, in which the naive operators then compute."""
     return w._replace(**{k: v.double() for k, v in w._asdict().items() if isinstance(v, Tensor) and k != "planes"})
 

@@ -10,9 +10,9 @@ from bench_gpu_predict import nbytes
 
 from lowbit_format.bits import row_bytes
 from lowbit_format.codecs import CODECS
-from lowbit_format.runtime.gpu import kernels
-from lowbit_format.runtime.naive import Packed
-from lowbit_format.runtime.stored import TORCH_DTYPES
+from lowbit_format.kernels.gpu import backend
+from lowbit_format.kernels.matrix import PlaneMatrix
+from lowbit_format.runtime.stored_tensors import TORCH_DTYPES
 from lowbit_format.schema import Scheme
 
 
@@ -27,8 +27,8 @@ class Matrix:
     """
 
     scheme: Scheme
-    plain: Packed
-    packed: list[Packed]
+    plain: PlaneMatrix
+    packed: list[PlaneMatrix]
     nbytes: int
 
 
@@ -37,10 +37,10 @@ def random_matrix(bench: Bench, scheme: Scheme, rows: int, cols: int) -> Matrix:
     size = nbytes(scheme, rows, cols)
     first = random_packed(scheme, rows, cols, bench.device)
     others = (random_packed(scheme, rows, cols, bench.device) for _ in range(bench.copies(size) - 1))
-    return Matrix(scheme, first, [kernels.pack(w) for w in (first, *others)], size)
+    return Matrix(scheme, first, [backend.tile(w) for w in (first, *others)], size)
 
 
-def random_packed(scheme: Scheme, rows: int, cols: int, device: torch.device) -> Packed:
+def random_packed(scheme: Scheme, rows: int, cols: int, device: torch.device) -> PlaneMatrix:
     """Random planes, and parameters of about the size that real ones have, as a file would hold them."""
     codec, groups, dtype = CODECS[scheme.codec], scheme.groups(cols), TORCH_DTYPES[scheme.scale_dtype]
     planes = torch.randint(0, 256, (scheme.bits, rows, row_bytes(cols)), dtype=torch.uint8, device=device)
@@ -51,6 +51,6 @@ def random_packed(scheme: Scheme, rows: int, cols: int, device: torch.device) ->
     shift = None if shift is None else shift.to(dtype)
     offsets, zeros = (shift, None) if scheme.codec == "bcq" else (None, shift)
     codebook = torch.randn(2**scheme.bits, device=device) if codec.codebook else None
-    return Packed(
+    return PlaneMatrix(
         planes, scales.to(dtype), offsets, zeros, codebook, None, scheme.codec, scheme.bits, scheme.group_size, cols
     )

@@ -10,8 +10,8 @@ from bench_gpu_data import random_matrix
 from bench_gpu_predict import PREFILL_AIMS, bcq, name
 from bench_gpu_products import checked, library_time, linear, made_input, met, ragged_table, rate, share_cells
 
-from lowbit_format.runtime import naive
-from lowbit_format.runtime.gpu import configs, kernels
+from lowbit_format.kernels import naive
+from lowbit_format.kernels.gpu import backend, launch
 from lowbit_format.schema import Scheme
 
 
@@ -25,7 +25,7 @@ def prefill(bench: Bench) -> Iterator[str]:
         matrix = random_matrix(bench, bcq(4), *size)
         for n in bench.prefills:
             x = made_input(bench, n, size[1])
-            error = checked(bench, matrix, x[: max(64, configs.choose(matrix.packed[0]).most_rows + 1)], linear)
+            error = checked(bench, matrix, x[: max(64, launch.choose(matrix.packed[0]).most_rows + 1)], linear)
             times = bench.measure(
                 lambda i, x=x, w=matrix.packed: linear(x, w[i]), min(2, len(matrix.packed)), budget=0.1
             )
@@ -59,13 +59,13 @@ def dequantize(bench: Bench) -> Iterator[str]:
             expected = naive.decode(matrix.plain)
             for dtype in dtypes:
                 with poisoned():
-                    found = kernels.dequantize(matrix.packed[0], None, dtype)
+                    found = backend.dequantize(matrix.packed[0], None, dtype)
                 exact = torch.equal(found, expected.to(dtype))
                 if not exact:
                     bench.wrong.append(f"dequantize {scheme.codec} {bits} bits to {dtype}: other bits than expected")
                 moved = matrix.nbytes + found.nbytes
                 times = bench.measure(
-                    lambda i, w=matrix.packed, dtype=dtype: kernels.dequantize(w[i], None, dtype), len(matrix.packed)
+                    lambda i, w=matrix.packed, dtype=dtype: backend.dequantize(w[i], None, dtype), len(matrix.packed)
                 )
                 share = rate(moved, times) / bench.limits.copy
                 rows.append(

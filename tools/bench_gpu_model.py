@@ -20,13 +20,13 @@ from bench_gpu_common import Bench, TooLong, let_go, time_limit
 from bench_gpu_predict import bcq
 from torch import nn
 
-from lowbit_format.runtime.base import base_of_tensors
-from lowbit_format.runtime.hf import LowbitConfig
-from lowbit_format.runtime.model import LowbitModel, specialize
+from lowbit_format.integrations.base_model import base_of_tensors
+from lowbit_format.integrations.model import LowbitModel, specialize
+from lowbit_format.integrations.placement import Placement, describe
+from lowbit_format.integrations.quantizer import LowbitConfig
+from lowbit_format.runtime.active_tasks import TaskState
 from lowbit_format.runtime.modules import LowbitLinear
-from lowbit_format.runtime.placement import Placement, describe
-from lowbit_format.runtime.selection import TaskState
-from lowbit_format.schema import Module, Scheme
+from lowbit_format.schema import ModuleEntry, Scheme
 
 SHAPE: dict[str, Any] = {  # that of Llama 3 8B
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -104,7 +104,7 @@ def put_in(made: Any, scheme: Scheme, bench: Bench, digests: bool) -> None:
         fill(new)
         new.path, new.state = path, state
         made.set_submodule(path, new.eval())
-        placed.files[path] = Module(path, scheme, "linear", (rows, cols))
+        placed.files[path] = ModuleEntry(path, scheme, "linear", (rows, cols))
     specialize(made)
     for part in made.modules():
         if isinstance(part, LowbitModel):
@@ -113,13 +113,13 @@ def put_in(made: Any, scheme: Scheme, bench: Bench, digests: bool) -> None:
     made.config.quantization_config = LowbitConfig.of(config)
     if digests:
         made.lowbit_base = base_of_tensors(made, config)
-    pack(made)  # last: to be read, planes are put back into the form of files
+    tile(made)  # last: to be read, planes are put back into the form of files
 
 
 def fill(module: LowbitLinear) -> None:
     """Random planes, and scales such that weights are about as large as in a model that is not trained."""
     with torch.no_grad():
-        for role, param in module.packed_parameters().items():
+        for role, param in module.matrix_parameters().items():
             if role == "planes":
                 param.random_(0, 256)
             elif role == "scales":
@@ -129,11 +129,11 @@ def fill(module: LowbitLinear) -> None:
                 param.normal_(0, 0.001)
 
 
-def pack(made: nn.Module) -> None:
+def tile(made: nn.Module) -> None:
     """Put every lowbit module into the form that kernels read."""
     for module in made.modules():
         if isinstance(module, LowbitLinear):
-            module.pack()
+            module.tile()
 
 
 def _group(bench: Bench) -> int:

@@ -20,7 +20,7 @@ from bench_gpu_data import random_matrix
 from bench_gpu_predict import bcq, name
 from torch import Tensor, nn
 
-from lowbit_format.runtime.gpu import kernels
+from lowbit_format.kernels.gpu import backend
 
 GROUP = 128
 LIMIT = 25.0  # seconds for one peer at one size
@@ -115,8 +115,8 @@ def _ours(bench: Bench, size: tuple[int, int]) -> list[Contender]:
     matrix = random_matrix(bench, bcq(4, GROUP), *size)
     return [
         Contender(
-            lambda x, w=w: kernels.linear(x, w, None, None, None),
-            lambda w=w: kernels.dequantize(w, None, torch.float32),
+            lambda x, w=w: backend.linear(x, w, None, None, None),
+            lambda w=w: backend.dequantize(w, None, torch.float32),
             matrix.nbytes,
         )
         for w in matrix.packed

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from bench_common import table
 
 from lowbit_format.codecs import CODECS
-from lowbit_format.runtime.gpu.configs import FAMILIES
+from lowbit_format.kernels.gpu.launch import FAMILIES
 from lowbit_format.schema import Scheme
 
 # Instructions of the product kernel for a plane bit, by columns of the tensor core's right operand, on sm_90: a warp's

@@ -13,8 +13,8 @@ from bench_gpu_data import Matrix, random_matrix, random_packed
 from bench_gpu_predict import GEMV_AIMS, bcq, crossing, name
 from torch import Tensor
 
-from lowbit_format.runtime import naive
-from lowbit_format.runtime.gpu import activations, configs, kernels, products, tiles
+from lowbit_format.kernels.gpu import activations, backend, launch, products, tiles
+from lowbit_format.kernels.matrix import PlaneMatrix
 from lowbit_format.schema import Scheme
 
 
@@ -59,9 +59,9 @@ def gemv(bench: Bench) -> Iterator[str]:
         ["scheme, dtype of x", *head[:1], *head[2:]], list(_other_rows(bench, bench.sizes[:2]))
     )
     yield (
-        "### Warps of a program, 4 bits\n\nMicroseconds; in bold what the rule chooses (`configs.predicted`).\n\n"
+        "### Warps of a program, 4 bits\n\nMicroseconds; in bold what the rule chooses (`launch.predicted`).\n\n"
         + table(
-            ["rows x cols", *map(str, configs.WARPS)],
+            ["rows x cols", *map(str, launch.WARPS)],
             [_warps_row(bench, size) for size in bench.sizes if not bench.late()],
         )
     )
@@ -75,8 +75,8 @@ def _gemv_row(
     bench: Bench, scheme: Scheme, size: tuple[int, int], library: list[float], dtype: torch.dtype
 ) -> list[str]:
     matrix, x = random_matrix(bench, scheme, *size), made_input(bench, 1, size[1], dtype)
-    error = checked(bench, matrix, x, lambda x, w: kernels.linear(x, w, None, None, None))
-    times = bench.measure(lambda i: kernels.linear(x, matrix.packed[i], None, None, None), len(matrix.packed))
+    error = checked(bench, matrix, x, lambda x, w: backend.linear(x, w, None, None, None))
+    times = bench.measure(lambda i: backend.linear(x, matrix.packed[i], None, None, None), len(matrix.packed))
     ratio = median(library) / median(times)
     aim = ""
     if scheme == bcq(scheme.bits) and size == bench.sizes[0] and dtype == bench.half and scheme.bits in GEMV_AIMS:
@@ -115,8 +115,8 @@ def _other_rows(bench: Bench, sizes: Sequence[tuple[int, int]]) -> Iterator[list
 
 def _warps_row(bench: Bench, size: tuple[int, int]) -> list[str]:
     matrix, x = random_matrix(bench, bcq(4), *size), made_input(bench, 1, size[1])
-    config, cells = configs.choose(matrix.packed[0]), []
-    for warps in configs.WARPS:
+    config, cells = launch.choose(matrix.packed[0]), []
+    for warps in launch.WARPS:
         mine = config._replace(warps=warps)
         times = bench.measure(lambda i, c=mine: _straight(x, matrix.packed[i], config=c), len(matrix.packed))
         cells.append(f"**{micro(times)}**" if warps == config.warps else micro(times))
@@ -151,7 +151,7 @@ def batch(bench: Bench) -> Iterator[str]:
             let_go()
     yield (
         "### Where decoding becomes faster\n\nRows of x times planes, between two measured ones by a straight line. "
-        f"`configs.FAMILIES` should follow these; it has {configs.family(bench.device).row_planes} for this device.\n\n"
+        f"`launch.FAMILIES` should follow these; it has {launch.family(bench.device).row_planes} for this device.\n\n"
         + table(["rows x cols", "bits", "measured: rows x planes", "predicted"], crossings)
     )
 
@@ -187,16 +187,16 @@ def _batch_table(bench: Bench, size: tuple[int, int], bits: int) -> tuple[str, l
 
 def _straight(
     x: Tensor,
-    w: naive.Packed,
+    w: PlaneMatrix,
     deltas: Tensor | None = None,
     ids: Tensor | None = None,
-    config: configs.Config | None = None,
+    config: launch.Config | None = None,
 ) -> Tensor:
-    return products.multiply(x, w, None, deltas, ids, config or configs.choose(w))
+    return products.multiply(x, w, None, deltas, ids, config or launch.choose(w))
 
 
-def _decoded(x: Tensor, w: naive.Packed) -> Tensor:
-    return kernels.by_decoding(x, w, None, None)
+def _decoded(x: Tensor, w: PlaneMatrix) -> Tensor:
+    return backend.decoded_linear(x, w, None, None)
 
 
 # --- tasks -------------------------------------------------------------------------------------------
@@ -246,15 +246,15 @@ def _task_rows(bench: Bench, size: tuple[int, int]) -> Iterator[list[str]]:
         ]  # fmt: skip
 
 
-def linear(x: Tensor, w: naive.Packed, deltas: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
-    return kernels.linear(x, w, None, deltas, ids)
+def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None = None, ids: Tensor | None = None) -> Tensor:
+    return backend.linear(x, w, None, deltas, ids)
 
 
 # --- shared ------------------------------------------------------------------------------------------
 
 
 def checked(
-    bench: Bench, matrix: Matrix, x: Tensor, way: Callable[[Tensor, naive.Packed], Tensor], *tasks: Tensor | None
+    bench: Bench, matrix: Matrix, x: Tensor, way: Callable[[Tensor, PlaneMatrix], Tensor], *tasks: Tensor | None
 ) -> str:
     """The error of one way with copy 0, its result in memory that held NaN."""
     with poisoned():

@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit_format as lb
-from lowbit_format.bundle import TaskBundle, TaskConfig
+from lowbit_format.tasks.bundle import TaskBundle, TaskConfig
 from lowbit_format.tasks.models import named_modules
 
 

@@ -407,8 +407,6 @@ def time_one(bench: Bench, method: Method) -> None:
     """
     import peft  # noqa: F401 - the libraries are not counted, so they are there before
 
-    import lowbit_format.runtime.cpu.kernels  # noqa: F401
-
     batches, base = bench.data.train, find_base(bench.task, method, bench.cache)
     chosen = [*batches[:TIMED_STEPS], max(batches, key=lambda b: b["input_ids"].numel())]
     before = _resident("VmRSS")

@@ -57,10 +57,10 @@ def main() -> None:
     import atheris
 
     with atheris.instrument_imports(include=["lowbit_format"]):
-        from lowbit_format.bundle import read_bundle
         from lowbit_format.container.reader import ModelReader
         from lowbit_format.errors import FormatError
         from lowbit_format.reference import decode_numpy
+        from lowbit_format.tasks.bundle import read_bundle
 
     work = Path(tempfile.mkdtemp(prefix="fuzz-reader-"))
     for number, (directory, _, _) in enumerate(TARGETS):

@@ -11,7 +11,7 @@ import typer
 from rich.table import Column, Table
 
 from ..container.reader import ModelReader
-from ..schema import Module, Scheme, scheme_names
+from ..schema import ModuleEntry, Scheme, scheme_names
 from . import console
 
 
@@ -80,7 +80,7 @@ def _readable(reader: ModelReader, bits: int) -> bool:
     return all(bits >= s.bits or bits in s.nested for s in schemes)
 
 
-def _module_bytes(reader: ModelReader, module: Module) -> int:
+def _module_bytes(reader: ModelReader, module: ModuleEntry) -> int:
     return sum(reader.info(spec.name).nbytes for spec in reader.specs(module.path))
 
 
@@ -106,7 +106,7 @@ def _tables(reader: ModelReader, facts: dict[str, Any], every_module: bool) -> l
     ]
     if facts["tied"]:
         rows.append(("tied", ", ".join(f"{a} -> {b}" for a, b in facts["tied"].items())))
-    groups: dict[tuple[str, str], list[Module]] = defaultdict(list)
+    groups: dict[tuple[str, str], list[ModuleEntry]] = defaultdict(list)
     names = scheme_names(m.scheme for m in reader.config)
     for m in reader.config:
         groups[names[m.scheme], m.kind].append(m)

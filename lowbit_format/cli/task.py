@@ -12,7 +12,11 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from ..bundle import (
+from ..container.header import read_header
+from ..container.reader import ModelReader
+from ..dtypes import BY_NAME
+from ..tasks.arithmetic import ModuleDifference, compare_bundles, merge_bundles, same_saved, total_difference
+from ..tasks.bundle import (
     SAVED,
     SCALES_FILE,
     TaskBundle,
@@ -22,10 +26,6 @@ from ..bundle import (
     split_delta,
     write_bundle,
 )
-from ..container.dtypes import BY_NAME
-from ..container.header import read_header
-from ..container.reader import ModelReader
-from ..tasks.arithmetic import ModuleDifference, compare_bundles, merge_bundles, same_saved, total_difference
 from ..tasks.finding import bundle_directory, find_bundle
 from . import console, task_hub
 

@@ -14,11 +14,10 @@ import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from ..bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, read_bundle
+from ..container.atomic import atomic_directory, check_absent, disk_errors, files_together
 from ..container.reader import ModelReader
-from ..container.together import files_together
-from ..container.writer import atomic_directory, check_absent, disk_errors
 from ..errors import OutputError
+from ..tasks.bundle import CARD_FILE, SCALES_FILE, TASK_CONFIG_FILE, read_bundle
 from ..tasks.finding import check_place
 from . import console
 
@@ -179,7 +178,7 @@ def _bases(tags: Sequence[str]) -> list[str]:
 
 def check_out(out: Path, force: bool) -> None:
     """Raise OutputError if something is at `out`, unless that is a bundle and `force` allows to replace it."""
-    if not (out / CONFIG_FILE).is_file():
+    if not (out / TASK_CONFIG_FILE).is_file():
         check_absent(out)
     elif not force:
         raise OutputError(f"{out}: holds a task bundle already; choose another name, or replace it with --force")
@@ -198,8 +197,8 @@ def columns(*names: str, numbers: Sequence[str]) -> list[Column]:
 
 def _copy(source: Path, out: Path) -> None:
     """Copy the files of a bundle, all of them or none."""
-    names = [SCALES_FILE, CARD_FILE, CONFIG_FILE]
-    into = files_together(out, names) if (out / CONFIG_FILE).is_file() else atomic_directory(out)
+    names = [SCALES_FILE, CARD_FILE, TASK_CONFIG_FILE]
+    into = files_together(out, names) if (out / TASK_CONFIG_FILE).is_file() else atomic_directory(out)
     with into as work, disk_errors(out):
         for name in names:
             if (source / name).is_file():

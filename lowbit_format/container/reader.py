@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 
 from ..bits import padding_is_zero
 from ..codecs import CODECS, TensorSpec, all_roles, tensor_specs
+from ..dtypes import stored, to_float32
 from ..errors import ConfigError, DigestError, DirectoryError, PrecisionError, TensorError
-from ..packed import PackedMatrix, Params, missing_precision
-from ..schema import Module, QuantizationConfig, is_int
+from ..matrix import Params, StoredMatrix, missing_precision
+from ..schema import ModuleEntry, QuantizationConfig, is_int
 from . import strict_json
-from .dtypes import stored, to_float32
 from .fingerprint import Fingerprint, fingerprint
 from .header import Header, TensorInfo, read_header
 
@@ -83,7 +83,7 @@ class ModelReader:
         """The tensors of the module at `path`."""
         return self._specs[self.module(path).path]
 
-    def module(self, path: str) -> Module:
+    def module(self, path: str) -> ModuleEntry:
         """The module at `path`, tied places resolved (TIE-1); raises ConfigError if there is none."""
         path = self.config.tied.get(path, path)
         if path not in self.config.modules:
@@ -109,7 +109,7 @@ class ModelReader:
         values = stored(self.raw(name), info.dtype, info.shape)
         return values if info.dtype == "U8" else to_float32(values, info.dtype)
 
-    def matrix(self, path: str, expert: int | None = None) -> PackedMatrix:
+    def matrix(self, path: str, expert: int | None = None) -> StoredMatrix:
         """The quantized matrix of the module at `path` (of one `expert`, where the module has experts).
 
         Planes are a view of the file; parameters are float32 copies.
@@ -135,7 +135,7 @@ class ModelReader:
                 self._finite(module.tensor(f"{codec.shift}{suffix}"))[at] if has_shift else None,
             )
 
-        return PackedMatrix(
+        return StoredMatrix(
             scheme,
             module.rows,
             module.cols,
@@ -156,7 +156,7 @@ class ModelReader:
             return decode(self.matrix(path), bits)
         return np.stack([decode(self.matrix(path, e), bits) for e in range(module.experts)])
 
-    def check_precision(self, bits: int | None, modules: list[Module] | None = None) -> None:
+    def check_precision(self, bits: int | None, modules: list[ModuleEntry] | None = None) -> None:
         """Raise PrecisionError unless every module can be read at `bits` (NST-3), and some has that many."""
         most = max((m.scheme.bits for m in self.config), default=8)
         if bits is not None and not (is_int(bits) and 1 <= bits <= most):
@@ -215,7 +215,7 @@ class ModelReader:
     def _bad(self, rule: str, message: str, tensor: str) -> TensorError:
         return TensorError(rule, message, file=self.directory / self._file_of[tensor], tensor=tensor)
 
-    def _check_unused_scales(self, module: Module, matrix: PackedMatrix) -> None:
+    def _check_unused_scales(self, module: ModuleEntry, matrix: StoredMatrix) -> None:
         """Scales of planes that a row does not have are +0.0 (MIX-3, NST-2)."""
         if matrix.row_bits is None or module.scheme.codec != "bcq":
             return
@@ -231,7 +231,7 @@ class ModelReader:
             raise self._bad("TEN-3", "holds NaN or an infinity", name)
         return values
 
-    def _row_bits(self, module: Module) -> NDArray[np.uint8]:
+    def _row_bits(self, module: ModuleEntry) -> NDArray[np.uint8]:
         name = module.tensor("row_bits")
         values: NDArray[np.uint8] = self.tensor(name)
         if values.min() < 1 or values.max() > module.scheme.bits:

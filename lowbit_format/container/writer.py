@@ -8,13 +8,12 @@ for bounded memory and no guess at the header's size.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,10 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codecs import CODECS
+from ..dtypes import from_float32
 from ..errors import OutputError
-from ..packed import PackedMatrix
-from ..schema import Module
-from .dtypes import from_float32
+from ..matrix import StoredMatrix
+from ..schema import ModuleEntry
+from .atomic import atomic_file, disk_errors, write_json
 from .header import DIGESTS, ITEM_BYTES, build_header, read_header
 from .reader import INDEX_FILE, WEIGHTS_FILE
 
@@ -34,7 +34,7 @@ _COPY = 1 << 24  # bytes at a time when a file is copied
 
 
 @dataclass(frozen=True)
-class Tensor:
+class StoredTensor:
     """A tensor to write: name, safetensors dtype, shape, and its bytes as a C-contiguous array."""
 
     name: str
@@ -47,7 +47,7 @@ class Tensor:
         return int(self.data.nbytes)
 
 
-def module_tensors(module: Module, matrices: PackedMatrix | list[PackedMatrix]) -> list[Tensor]:
+def module_tensors(module: ModuleEntry, matrices: StoredMatrix | list[StoredMatrix]) -> list[StoredTensor]:
     """The tensors of a quantized module, planes first (TEN-1, EXP-1).
 
     Args:
@@ -57,10 +57,10 @@ def module_tensors(module: Module, matrices: PackedMatrix | list[PackedMatrix]) 
     stack = matrices if isinstance(matrices, list) else [matrices]
     codec, scheme, first = CODECS[module.scheme.codec], module.scheme, stack[0]
 
-    def joined(role: str, arrays: list[NDArray[Any]], dtype: str) -> Tensor:
+    def joined(role: str, arrays: list[NDArray[Any]], dtype: str) -> StoredTensor:
         data = arrays[0] if module.experts is None else np.stack(arrays)
         data = np.ascontiguousarray(data if dtype == "U8" else from_float32(data, dtype))
-        return Tensor(module.tensor(role), dtype, data.shape, data)
+        return StoredTensor(module.tensor(role), dtype, data.shape, data)
 
     out = [joined("planes", [m.planes for m in stack], "U8")]
     for suffix, of in [
@@ -73,9 +73,9 @@ def module_tensors(module: Module, matrices: PackedMatrix | list[PackedMatrix]) 
                 joined(f"{codec.shift}{suffix}", [p.shift for p in of if p.shift is not None], scheme.scale_dtype)
             )
     if first.codebook is not None:
-        out.append(Tensor(module.tensor("codebook"), "F32", first.codebook.shape, first.codebook.astype("<f4")))
+        out.append(StoredTensor(module.tensor("codebook"), "F32", first.codebook.shape, first.codebook.astype("<f4")))
     if first.row_bits is not None:
-        out.append(Tensor(module.tensor("row_bits"), "U8", first.row_bits.shape, first.row_bits))
+        out.append(StoredTensor(module.tensor("row_bits"), "U8", first.row_bits.shape, first.row_bits))
     return out
 
 
@@ -120,7 +120,7 @@ class ShardWriter:
         """SHA-256 of each tensor, by name."""
         return {t.name: t.digest for t in self.written}
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: StoredTensor) -> None:
         """Append one tensor."""
         data = tensor.data.reshape(-1).view(np.uint8).data if tensor.nbytes else memoryview(b"")
         self._data.write(data)
@@ -162,7 +162,7 @@ def file_metadata(digests: Mapping[str, str]) -> dict[str, str]:
     return {"format": "pt", DIGESTS: json.dumps(dict(sorted(digests.items())), separators=(",", ":"))}
 
 
-def write_safetensors(path: Path, tensors: list[Tensor]) -> dict[str, str]:
+def write_safetensors(path: Path, tensors: list[StoredTensor]) -> dict[str, str]:
     """Write a small file at once, atomically, with digests; returns these."""
     with disk_errors(path):
         writer = ShardWriter(path)
@@ -202,90 +202,3 @@ def write_index(directory: Path, shards: Mapping[str, list[str]], nbytes: int) -
 def shard_name(number: int, total: int) -> str:
     """The Hub's name of shard `number` (from 1) of `total`."""
     return WEIGHTS_FILE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
-
-
-def write_json(path: Path, obj: object) -> None:
-    """Write a JSON file atomically."""
-    with atomic_file(path) as f:
-        f.write((json.dumps(obj, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name, synced, when the block ends well, and not at all otherwise."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with disk_errors(path):
-            f = open(temporary, "wb")  # noqa: SIM115 - closed by sync_and_close
-            try:
-                yield f
-                sync_and_close(f)
-            finally:
-                f.close()
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_and_close(f: BinaryIO) -> None:
-    """Force the file to the disk, so that a rename cannot be seen before its data."""
-    f.flush()
-    os.fsync(f.fileno())
-    f.close()
-
-
-@contextlib.contextmanager
-def disk_errors(path: object) -> Iterator[None]:
-    """Turn a full disk, a missing permission and the like into an OutputError that names the path."""
-    try:
-        yield
-    except OSError as e:
-        hint = (
-            "free some space and run again (a conversion: with --resume)"
-            if e.errno == errno.ENOSPC
-            else "check the path and its permissions"
-        )
-        raise OutputError(f"{path}: cannot write: {e.strerror or e}; {hint}") from e
-
-
-@contextlib.contextmanager
-def atomic_directory(out: Path) -> Iterator[Path]:
-    """A hidden sibling directory that becomes `out` when the block ends well, and vanishes otherwise (DIR-7).
-
-    Raises OutputError if `out` exists and is not an empty directory.
-    """
-    check_absent(out)
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    with disk_errors(out):
-        try:
-            work.mkdir(parents=True)
-            yield work
-            publish(work, out)
-        except BaseException:
-            shutil.rmtree(work, ignore_errors=True)
-            raise
-
-
-def check_absent(out: Path) -> None:
-    """Raise OutputError if there is something at `out` that a new directory would replace."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(f"{out}: exists already and is not empty; choose another name or remove it")
-
-
-def publish(work: Path, out: Path) -> None:
-    """Give a complete directory its name, durably."""
-    sync_directory(work)
-    if out.exists():
-        out.rmdir()
-    os.replace(work, out)
-    sync_directory(out.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable; not every system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

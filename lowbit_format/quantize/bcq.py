@@ -19,17 +19,8 @@ import math
 import numba
 import numpy as np
 
-from ..vector_ir import LANES
-from .lanes import (
-    add_product,
-    codes_of,
-    load_block,
-    order,
-    set_product,
-    set_signs,
-    store_codes,
-    sums_above,
-)
+from ..machine.llvm import LANES
+from .group_lanes import add_product, codes_of, load_block, order, set_product, set_signs, store_codes, sums_above
 
 ROUNDS = 4  # from each start, and again from the better of the two: 12 in all
 # Part of the group's range that the grid covers, by bits: few levels do better without the ends, many need them.

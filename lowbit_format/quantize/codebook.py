@@ -6,9 +6,9 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from ..packed import F32
-from ..vector_ir import LANES
-from .lanes import codes_of, load_block, store_codes, sums_above
+from ..machine.llvm import LANES
+from ..matrix import F32
+from .group_lanes import codes_of, load_block, store_codes, sums_above
 
 ROUNDS = 8  # of scale fit and assignment
 

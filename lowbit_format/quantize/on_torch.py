@@ -2,7 +2,7 @@
 
 Batched tensor operations instead of compiled loops, the same mathematics: the two starts and the rounds of
 :mod:`.bcq`, the line fits of :mod:`.uniform`. Results agree with those in quality, not bit for bit: sums are taken in
-another order. The result is the same :class:`PackedMatrix`, on the host.
+another order. The result is the same :class:`StoredMatrix`, on the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..errors import NonFiniteWeightError, QuantizationError
-from ..packed import PackedMatrix, Params
+from ..matrix import Params, StoredMatrix
 from . import bcq, uniform
 from .solve import round_and_assign
 from .target import Target
@@ -27,7 +27,7 @@ _AT_ONCE = 1 << 24  # values of the largest intermediate tensor, [groups, column
 
 def quantize_tensor(
     weight: Tensor, target: Target, *, importance: Tensor | None = None, name: str = "weight"
-) -> PackedMatrix:
+) -> StoredMatrix:
     """Quantize one matrix where it lies.
 
     Args:

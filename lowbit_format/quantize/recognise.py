@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bits import row_bytes
-from ..container.dtypes import FLOATS, round_to
-from ..packed import F32, PackedMatrix, Params
+from ..dtypes import FLOATS, round_to
+from ..matrix import F32, Params, StoredMatrix
 from ..reference import decode
 from ..schema import Scheme
 from . import codebook
-from .lanes import pack
+from .group_lanes import pack
 from .target import Target
 
 _PROBES = 8  # rows tried before the rest: most weights that look like a grid and are none fail in the first few
@@ -30,7 +30,7 @@ _PRECISION = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126)}  # bits of
 _GROUP_SIZES = (0, 128, 64, 32)  # tried beside the target's; 0 is the whole row, which needs the fewest scales
 
 
-def recognise(weight: F32, target: Target, source_dtype: str) -> PackedMatrix | None:
+def recognise(weight: F32, target: Target, source_dtype: str) -> StoredMatrix | None:
     """The matrix that stores `weight` exactly in at most the target's bits, or None if it lies on no known grid.
 
     Args:
@@ -89,7 +89,7 @@ def _grids(target: Target) -> Iterator[Grid]:
             yield from (Grid(codec, bits, n, t) for n, t in tables.items() if codebook.table_bits(t) == bits)
 
 
-def _on_grid(weight: F32, grid: Grid, size: int, source_dtype: str) -> PackedMatrix | None:
+def _on_grid(weight: F32, grid: Grid, size: int, source_dtype: str) -> StoredMatrix | None:
     """The matrix on this grid with groups of `size` columns (0: the whole row), if there is an exact one.
 
     A block of rows at a time: the guesses take many times the memory of what they look at.
@@ -116,13 +116,13 @@ def _on_grid(weight: F32, grid: Grid, size: int, source_dtype: str) -> PackedMat
     planes = pack(codes, grid.bits)
     for dtype in FLOATS:  # the narrowest parameters that decode to exactly the weight
         params = Params(round_to(scales, dtype), None if shift is None else round_to(shift, dtype))
-        matrix = PackedMatrix(replace(scheme, scale_dtype=dtype), rows, cols, planes, params, {}, grid.table)
+        matrix = StoredMatrix(replace(scheme, scale_dtype=dtype), rows, cols, planes, params, {}, grid.table)
         if all(_is_exact(weight[b], matrix.row_slice(b.start, b.stop), source_dtype) for b in blocks):
             return matrix
     return None
 
 
-def _is_exact(weight: F32, matrix: PackedMatrix, source_dtype: str) -> bool:
+def _is_exact(weight: F32, matrix: StoredMatrix, source_dtype: str) -> bool:
     """Whether the matrix is finite and decodes to `weight`; -0.0 may be 0.0 (ENC-3)."""
     params = matrix.params
     finite = np.isfinite(params.scales).all() and (params.shift is None or np.isfinite(params.shift).all())

@@ -9,14 +9,14 @@ import numba
 import numpy as np
 
 from ..bits import U8, row_bytes
-from ..container.dtypes import round_to
+from ..dtypes import round_to
 from ..errors import NonFiniteWeightError, QuantizationError
-from ..packed import F32, PackedMatrix, Params
+from ..machine.llvm import LANES
+from ..machine.threads import parallel_rows
+from ..matrix import F32, Params, StoredMatrix
 from ..reference import decode
-from ..threads import parallel_rows
-from ..vector_ir import LANES
 from . import bcq, codebook, uniform
-from .lanes import pack
+from .group_lanes import pack
 from .recognise import recognise
 from .target import Target
 
@@ -38,7 +38,7 @@ class Quantized:
         widened: why parameters are wider than asked for, or None.
     """
 
-    matrix: PackedMatrix
+    matrix: StoredMatrix
     squared_error: float
     squared_norm: float
     lossless: bool = False
@@ -98,7 +98,7 @@ def quantize(
     return Quantized(matrix, error, norm, widened=widened)
 
 
-def round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> PackedMatrix | None:
+def round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> StoredMatrix | None:
     """The matrix with parameters rounded to `dtype`, or None if that moves a level too far (ENC-4)."""
     solver, (rows, cols) = _SOLVERS[target.codec], weight.shape
     params = _rounded(exact, dtype)
@@ -113,7 +113,7 @@ def round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> 
         if not _close(exact_k, nested[k], target):
             return None
     table = codebook.padded(target.values()) if target.codec == "codebook" else None
-    return PackedMatrix(target.scheme(dtype), rows, cols, pack(codes, target.bits), params, nested, table)
+    return StoredMatrix(target.scheme(dtype), rows, cols, pack(codes, target.bits), params, nested, table)
 
 
 def _rounded(params: Params, dtype: str) -> Params:
@@ -232,7 +232,7 @@ _SOLVERS = {
 # --- measuring --------------------------------------------------------------------------------------
 
 
-def _squared_error(weight: F32, matrix: PackedMatrix) -> float:
+def _squared_error(weight: F32, matrix: StoredMatrix) -> float:
     """Sum of squared differences between the weight and what the reference decoder makes of the matrix.
 
     A few rows at a time, so that no second copy of the matrix is held.

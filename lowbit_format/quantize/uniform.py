@@ -14,8 +14,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from ..vector_ir import LANES
-from .lanes import load_block
+from ..machine.llvm import LANES
+from .group_lanes import load_block
 
 SOLVERS = {"minmax": 0, "symmetric": 1, "mse": 2}
 ROUNDS = 6  # of line fit and assignment from each clipped range

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .naive import Packed
+from ..kernels.matrix import PlaneMatrix
 
 
 class Delta(NamedTuple):
@@ -67,11 +67,11 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return move
 
 
-def shifted(w: Packed, delta: Delta) -> Packed:
+def shifted(w: PlaneMatrix, delta: Delta) -> PlaneMatrix:
     """`w` with the delta's shift added (TSK-8); its scales are left to the operators."""
     if delta.shift is None:
         return w
-    values = w.offsets if w.codec == "bcq" else w.zeros
+    values = w.shift
     if values is None:  # checked when the delta was made or loaded (TSK-7)
         return w
     values = values.to(torch.promote_types(values.dtype, torch.float32)) + delta.shift

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from ..codecs import tensor_specs
 from ..errors import LoadError, TaskError, TensorError, UnsupportedOperationError
-from ..schema import Module, Scheme
-from . import naive, ops
+from ..kernels import operators
+from ..kernels.batch import is_capturing
+from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
+from ..schema import ModuleEntry, Scheme
+from .active_tasks import Name, Selection, TaskState
 from .deltas import Delta, TunedDelta, keeping_dtype, shifted, stack, stackable
-from .naive import Packed
-from .placeholder import PackedWeight
-from .selection import Name, Selection, TaskState
-from .stored import TORCH_DTYPES
+from .placeholder import WeightPlaceholder
+from .stored_tensors import TORCH_DTYPES
 
 
-class Form:
+class Layout:
     """What the modules of one matrix compute with now.
 
     Attributes:
@@ -36,7 +37,7 @@ class Form:
     planes: Tensor | None = None
 
 
-_changing_form = threading.RLock()
+_changing_layout = threading.RLock()
 
 
 class LowbitModule(nn.Module):
@@ -71,7 +72,7 @@ class LowbitModule(nn.Module):
     row_bits: nn.Parameter | None
     bias: nn.Parameter | None
     tuned: TunedDelta | None
-    form: Form
+    form: Layout
 
     def __init__(
         self,
@@ -90,12 +91,12 @@ class LowbitModule(nn.Module):
             raise ValueError("plane_rows belongs to schemes with row_bits, and to them only")
         self.scheme, self.rows, self.cols, self.compute_dtype = scheme, rows, cols, dtype
         self.precision = None if bits is None or bits >= scheme.bits else bits
-        specs = {s.role: s for s in tensor_specs(Module("", scheme, self.kind, (rows, cols)))}
+        specs = {s.role: s for s in tensor_specs(ModuleEntry("", scheme, self.kind, (rows, cols)))}
         self._leading = plane_rows if plane_rows is not None else (self.precision or scheme.bits)
         for role in ("planes", "scales", "offsets", "zeros", "codebook", "row_bits"):
             self.register_parameter(role, None)
         for role, spec in specs.items():
-            if role != "planes" and self.precision is not None and not self._serves_precision(role):
+            if role != "planes" and self.precision is not None and not self._has_precision(role):
                 continue
             shape = (self._leading, *spec.shape[1:]) if role == "planes" else spec.shape
             empty = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
@@ -111,23 +112,23 @@ class LowbitModule(nn.Module):
     # --- the packed matrix ---
 
     @property
-    def packed(self) -> Packed:
+    def plane_matrix(self) -> PlaneMatrix:
         """The tensors and the scheme, as the operators take them: in the form they are in now."""
         s = self.scheme
         own: dict[str, Any] = self._parameters
-        planes = self.form.planes
-        planes = own["planes"].detach() if planes is None else planes
-        return Packed(
-            planes, own["scales"], own["offsets"], own["zeros"], own["codebook"], own["row_bits"],
-            s.codec, s.bits, s.group_size, self.cols,
+        tiled = self.layout.planes
+        return PlaneMatrix(
+            own["planes"].detach() if tiled is None else tiled,
+            own["scales"], own["offsets"], own["zeros"], own["codebook"], own["row_bits"],
+            s.codec, s.bits, s.group_size, self.cols, FILE if tiled is None else TILED,
         )  # fmt: skip
 
-    def packed_parameters(self) -> dict[str, nn.Parameter]:
+    def matrix_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the packed matrix by role, in the form they are in now: all but the bias."""
         return {name: p for name, p in self._parameters.items() if name != "bias" and p is not None}
 
     @property
-    def matrix(self) -> int:
+    def matrix_id(self) -> int:
         """A number that tied modules share and others do not (TIE-1)."""
         return id(self._parameters["planes"])
 
@@ -144,34 +145,34 @@ class LowbitModule(nn.Module):
         planes = self._parameters.get("planes")
         if planes is None:
             raise AttributeError(f"{type(self).__name__} has no planes")
-        self.unpack()
+        self.untile()
         return planes
 
-    def pack(self) -> None:
+    def tile(self) -> None:
         """Put planes and parameters into the form that this device's kernels compute with, if they have one.
 
         The same tensors hold it, in place of the plain form: nothing is in memory twice. Whatever reads or moves them
         (``planes``, ``state_dict``, ``to``, pickling) has the plain form back, and the next call packs again.
         """
-        if not ops.can_pack(self.packed) or _is_offloaded(self) or naive.is_capturing(self.device):
+        if not operators.can_tile(self.plane_matrix) or _is_offloaded(self) or is_capturing(self.device):
             return
-        with _changing_form, torch.inference_mode(False):  # parameters made in that mode could never be trained
-            if self.form.planes is None:
-                packed = ops.pack(self.packed)
+        with _changing_layout, torch.inference_mode(False):  # parameters made in that mode could never be trained
+            if self.layout.planes is None:
+                packed = operators.tile(self.plane_matrix)
                 self._take(packed)
-                self.form.planes = packed.planes
+                self.layout.planes = packed.planes
 
-    def unpack(self) -> None:
+    def untile(self) -> None:
         """Undo :meth:`pack`, exactly."""
-        if self.form.planes is None:
+        if self.layout.planes is None:
             return
-        with _changing_form, torch.inference_mode(False):
-            if self.form.planes is not None:
-                plain = ops.unpack(self.packed)
-                self.form.planes = None
+        with _changing_layout, torch.inference_mode(False):
+            if self.layout.planes is not None:
+                plain = operators.untile(self.plane_matrix)
+                self.layout.planes = None
                 self._take(plain)
 
-    def _take(self, w: Packed) -> None:
+    def _take(self, w: PlaneMatrix) -> None:
         for role in ("planes", "scales", "offsets", "zeros"):
             tensor: Tensor | None = getattr(w, role)
             if tensor is not None:
@@ -180,7 +181,7 @@ class LowbitModule(nn.Module):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight with the task that is on, oriented as in the module that this one stands for (CFG-5)."""
         return self._with_delta(
-            self._own_delta(), lambda w, deltas: ops.dequantize(w, deltas, dtype=dtype or self.compute_dtype)
+            self._own_delta(), lambda w, deltas: operators.dequantize(w, deltas, dtype=dtype or self.compute_dtype)
         )
 
     # --- tasks ---
@@ -200,8 +201,8 @@ class LowbitModule(nn.Module):
 
         Raises TaskError if the dtype cannot hold them.
         """
-        w, to = shifted(self.packed, delta), TORCH_DTYPES[dtype or self.scheme.scale_dtype]
-        scales = w.scales if delta.scales is None else naive.with_delta(w, delta.scales).scales
+        w, to = shifted(self.plane_matrix, delta), TORCH_DTYPES[dtype or self.scheme.scale_dtype]
+        scales = w.scales if delta.scales is None else with_delta(w, delta.scales).scales
         values = {"scales": scales, "offsets": w.offsets, "zeros": w.zeros}
         stored = {role: v.detach().to(to) for role, v in values.items() if v is not None}
         if not all(bool(torch.isfinite(v).all()) for v in stored.values()):
@@ -213,17 +214,17 @@ class LowbitModule(nn.Module):
 
         Nested precisions go: they have parameters of their own, which the task was not tuned for.
         """
-        self.unpack()
+        self.untile()
         for role in [r for r in self._parameters if "_k" in r]:
             del self._parameters[role]
         dtype = next(name for name, t in TORCH_DTYPES.items() if t == values["scales"].dtype)
         self.scheme = replace(self.scheme, scale_dtype=dtype, nested=())
         self._parameters.update({role: nn.Parameter(v, requires_grad=False) for role, v in values.items()})
 
-    def _run(self, x: Tensor, kernel: Callable[[Tensor, Packed, Tensor | None, Tensor | None], Tensor]) -> Tensor:
+    def _run(self, x: Tensor, kernel: Callable[[Tensor, PlaneMatrix, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, packed, deltas, task_ids)`` with the tasks that are on."""
-        if self.form.planes is None and not ops.is_watched():
-            self.pack()
+        if self.layout.planes is None and not operators.is_watched():
+            self.tile()
         chosen = self.state.chosen()
         if chosen is None:
             return self._with_delta(self._own_delta(), lambda w, deltas: kernel(x, w, deltas, None))
@@ -236,7 +237,7 @@ class LowbitModule(nn.Module):
         ids = chosen.ids(len(x), x.device, self.path)
         if stackable(deltas):
             ids = ids.repeat_interleave(_flat_rows(x, self.kind) // len(x))
-            return kernel(x, self.packed, self._stacked(chosen, deltas), ids)
+            return kernel(x, self.plane_matrix, self._stacked(chosen, deltas), ids)
         out: Tensor | None = None
         for i, delta in enumerate(deltas):
             mine = ids == i
@@ -252,10 +253,10 @@ class LowbitModule(nn.Module):
         """Of the task that set_task chose."""
         return self.tuned.delta() if self.tuned is not None and self._task == self.tuned_name else self._delta
 
-    def _with_delta(self, delta: Delta | None, kernel: Callable[[Packed, Tensor | None], Tensor]) -> Tensor:
+    def _with_delta(self, delta: Delta | None, kernel: Callable[[PlaneMatrix, Tensor | None], Tensor]) -> Tensor:
         if delta is None:
-            return kernel(self.packed, None)
-        return kernel(shifted(self.packed, delta), None if delta.scales is None else delta.scales[None])
+            return kernel(self.plane_matrix, None)
+        return kernel(shifted(self.plane_matrix, delta), None if delta.scales is None else delta.scales[None])
 
     def _stacked(self, chosen: Selection, deltas: list[Delta | None]) -> Tensor:
         if self.tuned_name in chosen.names:  # changes with every step, and has a graph of its own in each
@@ -274,7 +275,7 @@ class LowbitModule(nn.Module):
         Raises TensorError for values that the spec forbids (TEN-3, MIX-1), LoadError for a lower precision that is
         offloaded: what brings the tensors back knows them by the names they are about to lose.
         """
-        for spec in tensor_specs(Module("", self.scheme, self.kind, (self.rows, self.cols))):
+        for spec in tensor_specs(ModuleEntry("", self.scheme, self.kind, (self.rows, self.cols))):
             param = self._parameters.get(spec.role)
             if param is None:
                 continue
@@ -296,21 +297,26 @@ class LowbitModule(nn.Module):
 
     def share(self, owner: LowbitModule) -> None:
         """Use the packed matrix of `owner` (TIE-1); the bias stays this module's own."""
-        for name in self.packed_parameters():
+        for name in self.matrix_parameters():
             self._parameters[name] = None
-        self._parameters.update(owner.packed_parameters())
-        self.scheme, self.precision, self.deltas, self.form = owner.scheme, owner.precision, owner.deltas, owner.form
+        self._parameters.update(owner.matrix_parameters())
+        self.scheme, self.precision, self.deltas, self.layout = (
+            owner.scheme,
+            owner.precision,
+            owner.deltas,
+            owner.layout,
+        )
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         """The module that this one stands for, with `weight` (in that module's orientation)."""
         raise NotImplementedError
 
-    def _serves_precision(self, role: str) -> bool:
+    def _has_precision(self, role: str) -> bool:
         return role in ("codebook", "row_bits") or role.endswith(f"_k{self.precision}")
 
     def _become_precision(self, k: int) -> None:
         """From here on the module is one of `k` bits, with the parameters of ``_k{k}`` as its own (NST-1, NST-2)."""
-        for role in list(self.packed_parameters()):
+        for role in list(self.matrix_parameters()):
             if role.endswith(f"_k{k}"):
                 self._parameters[role.removesuffix(f"_k{k}")] = self._parameters.pop(role)
         if self.row_bits is not None:
@@ -321,8 +327,8 @@ class LowbitModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A stand-in with shape, dtype and device of the weight, and no data (see :class:`PackedWeight`)."""
-        return PackedWeight.of(self._weight_shape(), self.compute_dtype, self.device)
+        """A stand-in with shape, dtype and device of the weight, and no data (see :class:`WeightPlaceholder`)."""
+        return WeightPlaceholder.of(self._weight_shape(), self.compute_dtype, self.device)
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -335,7 +341,7 @@ class LowbitModule(nn.Module):
         if name == "weight":
             raise _no_weight(self)
         if name == "planes":
-            self.form = Form()
+            self.layout = Layout()
         if name == "planes" and param is not None and param.shape[0] > self._leading:
             # The loader hands over the file's whole tensor; a lower precision is its prefix (BIT-4).
             prefix = nn.Parameter(param.detach()[: self._leading].clone(), requires_grad=False)
@@ -345,9 +351,9 @@ class LowbitModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves reach every tensor; changes of dtype reach the bias and the compute dtype only."""
-        was_packed = self.form.planes is not None
-        self.unpack()
-        declared = {id(t) for p in self.packed_parameters().values() for t in (p, p.grad) if t is not None}
+        was_packed = self.layout.planes is not None
+        self.untile()
+        declared = {id(t) for p in self.matrix_parameters().values() for t in (p, p.grad) if t is not None}
 
         keep = keeping_dtype(fn)
 
@@ -361,21 +367,21 @@ class LowbitModule(nn.Module):
         self.compute_dtype = fn(probe).dtype
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if was_packed:  # at once: a compiled model has no other time for it
-            self.pack()
+            self.tile()
         return self
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _changing_form:
-            self.unpack()
+        with _changing_layout:
+            self.untile()
             super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        with _changing_form:
-            self.unpack()
+        with _changing_layout:
+            self.untile()
             super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> Any:
-        self.unpack()
+        self.untile()
         return self.__dict__
 
     def extra_repr(self) -> str:
@@ -398,7 +404,7 @@ class LowbitLinear(LowbitModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
-        return self._run(x, lambda x, w, deltas, ids: ops.linear(x, w, self.bias, deltas, ids))
+        return self._run(x, lambda x, w, deltas, ids: operators.linear(x, w, self.bias, deltas, ids))
 
 
 class LowbitConv1D(LowbitLinear):
@@ -439,7 +445,9 @@ class LowbitEmbedding(LowbitModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` int ``[...]`` to ``[..., embedding_dim]`` in the compute dtype; only these rows are decoded."""
-        return self._run(ids, lambda x, w, deltas, rows: ops.embedding(x, w, deltas, rows, dtype=self.compute_dtype))
+        return self._run(
+            ids, lambda x, w, deltas, rows: operators.embedding(x, w, deltas, rows, dtype=self.compute_dtype)
+        )
 
 
 MODULES: dict[str, type[LowbitModule]] = {c.kind: c for c in (LowbitLinear, LowbitConv1D, LowbitEmbedding)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UnsupportedOperationError
 
 
-class PackedWeight(Tensor):
+class WeightPlaceholder(Tensor):
     """Shape, dtype and device of a weight that is stored as bit-planes; every operation on it is an error."""
 
     @staticmethod
@@ -22,7 +22,7 @@ class PackedWeight(Tensor):
         """A stand-in, marked as initialised so that transformers' init leaves it alone."""
         if torch.compiler.is_compiling():  # a graph cannot hold this class, and needs only shape and dtype
             return torch.empty(shape, dtype=dtype, device="meta")
-        weight: Tensor = torch.Tensor._make_wrapper_subclass(PackedWeight, shape, dtype=dtype, device=device)
+        weight: Tensor = torch.Tensor._make_wrapper_subclass(WeightPlaceholder, shape, dtype=dtype, device=device)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
         return weight
 
@@ -38,4 +38,4 @@ class PackedWeight(Tensor):
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        return f"PackedWeight({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+        return f"WeightPlaceholder({tuple(self.shape)}, dtype={self.dtype}, device={self.device})"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..bundle import TaskBundle, TaskConfig, split_delta
-from ..container.writer import Tensor
+from ..container.writer import StoredTensor
 from ..errors import BundleError, FingerprintError
-from ..packed import F32
+from ..matrix import F32
+from .bundle import TaskBundle, TaskConfig, split_delta
 
 F64 = NDArray[np.float64]
 
@@ -206,7 +206,7 @@ def _saved_index(bundles: Sequence[TaskBundle], saved_from: int | None) -> int:
 
 
 def _saved_facts(bundle: TaskBundle) -> tuple[list[str], list[tuple[str, str, tuple[int, ...], bytes]]]:
-    def fact(t: Tensor) -> tuple[str, str, tuple[int, ...], bytes]:
+    def fact(t: StoredTensor) -> tuple[str, str, tuple[int, ...], bytes]:
         return t.name, t.dtype, tuple(t.shape), t.data.tobytes()
 
     return sorted(bundle.config.modules_to_save), sorted(map(fact, bundle.saved))

@@ -8,9 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..bundle import TaskBundle
 from ..errors import TaskError
 from ..hub import TAGS, base_tag, is_hub_id
+from .bundle import TaskBundle
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$&#])")
 _REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..bundle import TaskBundle, read_bundle, read_task_config
 from ..errors import HubError
+from .bundle import TaskBundle, read_bundle, read_task_config
 
 
 def find_bundle(

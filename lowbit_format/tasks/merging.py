@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..container.dtypes import BY_NAME
+from ..dtypes import BY_NAME
 from ..errors import TaskError
-from ..runtime.base import base_of_tensors
-from ..runtime.placement import Placement, describe, tie
-from ..runtime.switched import SwitchedModule
+from ..integrations.base_model import base_of_tensors
+from ..integrations.placement import Placement, describe, tie
+from ..runtime.modules_to_save import SwitchedModule
 from .models import config_of, named_modules, refuse_tuned, state_of, tied_to, tuned_task, unwrapped
 from .serving import list_tasks, unload_task
 
@@ -28,7 +28,7 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
     Raises TaskError, and changes nothing, if the task is not loaded, another is being trained, or `scale_dtype` is
     unknown or cannot hold it.
     """
-    from ..runtime.hf import LowbitConfig
+    from ..integrations.quantizer import LowbitConfig
 
     model = unwrapped(model)
     state_of(model).check([name])

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from ..bundle import modules_by_name
 from ..errors import TaskError
-from ..runtime.model import LowbitModel
+from ..integrations.model import LowbitModel
+from ..integrations.placement import lowbit_modules
+from ..runtime.active_tasks import TaskState
 from ..runtime.modules import LowbitModule
-from ..runtime.placement import lowbit_modules
-from ..runtime.selection import TaskState
 from ..schema import QuantizationConfig
+from .bundle import modules_by_name
 
 
 def unwrapped(model: Any) -> Any:
@@ -97,4 +97,4 @@ def outermost(paths: Sequence[str]) -> list[str]:
 
 def tied_to(module: LowbitModule, model: nn.Module) -> list[LowbitModule]:
     """All modules with the same packed matrix, this one too (TIE-1)."""
-    return [m for _, m in lowbit_modules(model) if m.matrix == module.matrix]
+    return [m for _, m in lowbit_modules(model) if m.matrix_id == module.matrix_id]

@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..bundle import CARD_FILE, CONFIG_FILE, TaskBundle, rounding_loss, write_bundle
 from ..codecs import CODECS
-from ..container.dtypes import BY_NAME
 from ..container.header import ITEM_BYTES
-from ..container.reader import CONFIG_FILE as MODEL_CONFIG
+from ..container.reader import CONFIG_FILE
+from ..dtypes import BY_NAME
 from ..errors import TaskError
+from ..runtime.active_tasks import Name
 from ..runtime.modules import LowbitModule
-from ..runtime.selection import Name
-from ..runtime.stored import from_torch
+from ..runtime.stored_tensors import from_torch
+from .bundle import CARD_FILE, TASK_CONFIG_FILE, TaskBundle, rounding_loss, write_bundle
 from .models import model_path, named_modules, state_of, unwrapped
 
 
@@ -57,14 +57,14 @@ def save_task(
     if stored != "F32":
         card["notes"] = "\n\n".join(filter(None, [card.get("notes"), _loss(bundle, dtype)]))
     path = Path(directory)
-    if (path / MODEL_CONFIG).exists() and not (path / CONFIG_FILE).exists():
+    if (path / CONFIG_FILE).exists() and not (path / TASK_CONFIG_FILE).exists():
         raise TaskError(f"{path}: holds a model; give the task a directory of its own")
     if bundle.config.modules_to_save:
         inner = unwrapped(model)
         card = {"model_class": type(inner).__name__, "num_labels": _labels(inner), **card}
     nbytes = bundle.nbytes - (4 - ITEM_BYTES[stored]) * bundle.delta_values
     text = task_card(bundle, metrics=metrics, nbytes=nbytes, **card)
-    foreign = (path / CARD_FILE).exists() and not (path / CONFIG_FILE).exists()
+    foreign = (path / CARD_FILE).exists() and not (path / TASK_CONFIG_FILE).exists()
     write_bundle(path, bundle, dtype=stored, card=None if foreign else text)
 
 

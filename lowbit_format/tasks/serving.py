@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bundle import TaskBundle, TaskConfig, check_bundle, check_matches, split_delta
 from ..errors import BundleError, TaskError
+from ..integrations.placement import lowbit_modules
+from ..kernels.matrix import with_delta
+from ..runtime.active_tasks import Name
 from ..runtime.deltas import Delta, shifted
 from ..runtime.modules import LowbitModule
-from ..runtime.naive import with_delta
-from ..runtime.placement import lowbit_modules
-from ..runtime.selection import Name
-from ..runtime.stored import TORCH_DTYPES, to_torch
-from ..runtime.switched import SwitchedModule, plain_copy, switched
+from ..runtime.modules_to_save import SwitchedModule, plain_copy, switched
+from ..runtime.stored_tensors import TORCH_DTYPES, to_torch
+from .bundle import TaskBundle, TaskConfig, check_bundle, check_matches, split_delta
 from .finding import find_bundle
 from .models import model_path, named_modules, outermost, state_of, unwrapped
 
@@ -227,7 +227,7 @@ def _checked(delta: Delta, module: Any) -> Delta:
     if module.device.type == "meta":
         raise TaskError(f"{module.path} is offloaded: tasks need the whole model in memory")
     delta = delta.map(lambda t: t.to(module.device))
-    w = shifted(module.packed, delta)
+    w = shifted(module.plane_matrix, delta)
     w = w if delta.scales is None else with_delta(w, delta.scales)
     for values in (w.scales, w.offsets, w.zeros):
         if values is not None and not bool(torch.isfinite(values).all()):

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..bundle import CARD_FILE, CONFIG_FILE, SCALES_FILE, read_bundle
 from ..errors import TaskError
 from ..hub import check_subfolder, full_repo_id, is_hub_id, push_task_directory
+from .bundle import CARD_FILE, SCALES_FILE, TASK_CONFIG_FILE, read_bundle
 from .card import task_card
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def push_task_to_hub(
         if from_directory:
             _copy(Path(model_or_dir), directory)
             if base_model is not None:
-                _rename_base(directory / CONFIG_FILE, base_model)
+                _rename_base(directory / TASK_CONFIG_FILE, base_model)
             if base_model or metrics or card_options or not (directory / CARD_FILE).is_file():
                 nbytes = (directory / SCALES_FILE).stat().st_size
                 text = task_card(read_bundle(directory), nbytes=nbytes, **card)
@@ -85,7 +85,7 @@ def push_task_to_hub(
         base = read_bundle(directory).config.base_model_name_or_path
         if base is not None and not is_hub_id(base):  # a path here: no business of others, and no use to them
             log.warning("%s: give the base's id on the Hub (base_model=, --base-model), for people to find it", full_id)
-            _rename_base(directory / CONFIG_FILE, None)
+            _rename_base(directory / TASK_CONFIG_FILE, None)
         return push_task_directory(
             directory,
             full_id,
@@ -102,7 +102,7 @@ def push_task_to_hub(
 def _copy(source: Path, directory: Path) -> None:
     """The bundle's files, once they are known to be one."""
     read_bundle(source)
-    for name in (CONFIG_FILE, SCALES_FILE, CARD_FILE):
+    for name in (TASK_CONFIG_FILE, SCALES_FILE, CARD_FILE):
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import transformers
 
 from ..errors import TuningError
-from ..runtime.model import trained_state_dict
+from ..integrations.model import trained_state_dict
 from .models import tuned_task, unwrapped
 from .saving import save_task
 

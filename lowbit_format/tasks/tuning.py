@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..bundle import TaskConfig
 from ..codecs import CODECS
 from ..errors import TaskError, TuningError
+from ..integrations.placement import lowbit_modules
 from ..runtime.deltas import Delta, TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
-from ..runtime.placement import lowbit_modules
-from ..runtime.switched import plain_copy, switched
+from ..runtime.modules_to_save import plain_copy, switched
+from .bundle import TaskConfig
 from .models import bundle_path, model_path, named_modules, outermost, refuse_tuned, state_of, tied_to, unwrapped
 from .serving import LoadedTask, set_task
 
@@ -163,15 +163,15 @@ def _chosen_modules(
     model: Any, method: Method, name: str, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, LowbitModule]:
     """The modules to train by path, a tied matrix once."""
-    owners = {m.matrix: m for m in named_modules(model).values()}
+    owners = {m.matrix_id: m for m in named_modules(model).values()}
     paths = {m.path: m for _, m in lowbit_modules(model)}  # tied places too: they stand for their owner
-    embeddings = {m.matrix for m in paths.values() if isinstance(m, LowbitEmbedding)}
+    embeddings = {m.matrix_id for m in paths.values() if isinstance(m, LowbitEmbedding)}
     if include is None:
-        chosen = [path for path, m in paths.items() if m.matrix not in embeddings]
+        chosen = [path for path, m in paths.items() if m.matrix_id not in embeddings]
     else:
         chosen = _matching(include, paths, "include")
-    left_out = {paths[path].matrix for path in _matching(exclude or (), paths, "exclude")}
-    found = [owners[paths[path].matrix] for path in chosen if paths[path].matrix not in left_out]
+    left_out = {paths[path].matrix_id for path in _matching(exclude or (), paths, "exclude")}
+    found = [owners[paths[path].matrix_id] for path in chosen if paths[path].matrix_id not in left_out]
     modules = {m.path: m for m in found}
     if not modules:
         raise TuningError("no module is left to train")

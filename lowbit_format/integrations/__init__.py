@@ -1,0 +1,1 @@
+"""The format inside of transformers and PEFT: registration, loading, saving, model cards."""

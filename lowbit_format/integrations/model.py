@@ -1,0 +1,248 @@
+"""What a transformers model with lowbit modules answers differently: dtype, sizes, casts, resizing.
+
+``PreTrainedModel`` computes these from its parameters, of which uint8 planes and float16 scales are now the first.
+A loaded model's class is a subclass of its own class, of the same name, with :class:`LowbitModel` in front.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TaskError, UnsupportedOperationError
+from ..hub import push_model_directory
+from ..runtime.active_tasks import TaskState, batch
+from ..runtime.class_mixin import Mixin, mix_in, restore_class
+from ..runtime.deltas import TunedDelta
+from ..runtime.modules import LowbitEmbedding, LowbitModule
+from ..runtime.modules_to_save import SwitchedModule
+from .base_model import Base
+from .card import base_card
+from .placement import refuse_missing
+
+log = logging.getLogger(__name__)
+
+
+class LowbitModel(Mixin):
+    """Mixin in front of a ``PreTrainedModel``.
+
+    Attributes:
+        lowbit_base: what task bundles are bound to.
+        lowbit_state: which task is on.
+        lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
+        lowbit_save: what writes a task instead of the base when the Trainer saves the model.
+    """
+
+    lowbit_base: Base
+    lowbit_state: TaskState
+    lowbit_fresh: tuple[str, ...] = ()
+    lowbit_save: Callable[[Any, str], None] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; inside of ``use_tasks`` it says how many rows the batch has."""
+        if not self.lowbit_state.blocks:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        chosen, rows = self.lowbit_state.chosen(), _rows(args, kwargs)
+        if chosen is not None and rows is not None and len(chosen.names) > 1:
+            chosen.check_rows(rows, type(self).__name__)
+        with batch(rows):
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype: ``save_pretrained`` writes it, and model code builds masks and caches in it."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, LowbitModule):
+                return module.compute_dtype
+            for param in module.parameters(recurse=False):
+                if param.is_floating_point():
+                    dtype: torch.dtype = param.dtype
+                    return dtype
+        raise AttributeError("a model without modules has no dtype")
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters of the model that this one stands for: a packed matrix counts rows * cols.
+
+        With `only_trainable`, the tensors that get gradients, as they are.
+        """
+        total, seen = 0, set[int]()
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, TunedDelta) and not only_trainable:
+                continue
+            if exclude_embeddings and isinstance(module, (nn.Embedding, LowbitEmbedding)):
+                seen.update(id(p) for p in module.parameters(recurse=False))
+                continue
+            packed = module.matrix_parameters().values() if isinstance(module, LowbitModule) else ()
+            if packed and not only_trainable and module.matrix_id not in seen:
+                total += module.rows * module.cols
+                seen.update(id(p) for p in packed)
+            for p in module.parameters(recurse=False):
+                if id(p) not in seen and (p.requires_grad or not only_trainable):
+                    total += p.numel()
+                    seen.add(id(p))
+        return total
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which also says here, while it loads, what the file does not have."""
+        super().tie_weights(*args, **kwargs)  # type: ignore[misc]
+        if kwargs.get("missing_keys"):
+            refuse_missing(self, kwargs["missing_keys"])
+            self.lowbit_fresh = tuple(sorted(kwargs["missing_keys"]))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers: the base, whatever task is on (a task is written by ``save_task``).
+
+        Once a ``TaskCallback`` was at work, the Trainer's own calls write the task. They are told by an argument that
+        it always passes, and people hardly ever: so an interrupted training leaves nothing behind.
+        """
+        if self.lowbit_save is not None and "state_dict" in kwargs:
+            if kwargs.get("is_main_process", True):
+                self.lowbit_save(self, str(save_directory))
+            return None
+        if _in_training(self):  # type: ignore[arg-type]
+            log.warning(
+                "%s: the base is saved, without the scales in training. save_task writes these; a "
+                "lowbit_format.TaskCallback makes the Trainer do so",
+                save_directory,
+            )
+        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch. While scales are trained a checkpoint need hold nothing else, but those it must.
+
+        Raises TaskError for a state dict without them: whoever resumes from it would start anew, unaware.
+        """
+        result: Any = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
+        if _in_training(self):  # type: ignore[arg-type]
+            trained = trained_state_dict(self)  # type: ignore[arg-type]
+            names = self.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
+            given = {id(p) for name, p in names if name in state_dict}  # a tied one by any of its names
+            lacking = [n for n in result.missing_keys if n in trained and id(trained[n]) not in given]
+            if lacking:
+                raise TaskError(
+                    f"the checkpoint lacks {len(lacking)} of {len(trained)} tensors in training, such as "
+                    f"{lacking[0]!r}: it was written for another tuning, or without a lowbit_format.TaskCallback, "
+                    "which the Trainer needs to write them"
+                )
+            if trained.keys() >= state_dict.keys():
+                result.missing_keys.clear()  # a checkpoint of the task alone: the base is here already
+        return result
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: list[str] | None = None,
+    ) -> str:
+        """As in transformers, in one commit: the base, with a card that says how to load it (a card there stays).
+
+        Returns the URL of the commit. Raises HubError where the Hub refuses or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory() as directory:
+            sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+            self.save_pretrained(directory, **sizes)
+            return push_model_directory(
+                directory,
+                repo_id,
+                card=base_card(self, repo_id, tags or ()),
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                private=private,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+            )
+
+    def half(self) -> Any:
+        """Compute in float16; packed tensors keep their dtype."""
+        return self.to(torch.float16)  # type: ignore[attr-defined]
+
+    def float(self) -> Any:
+        """Compute in float32; packed tensors keep their dtype."""
+        return self.to(torch.float32)  # type: ignore[attr-defined]
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
+    ) -> nn.Module:
+        """As in transformers, if embeddings are float or the size stays; else raises UnsupportedOperationError."""
+        places = (self.get_input_embeddings(), self.get_output_embeddings())  # type: ignore[attr-defined]
+        rows = next((m.rows for m in places if isinstance(m, LowbitModule)), None)
+        wanted = rows if new_num_tokens is None else new_num_tokens
+        if rows is not None and wanted is not None:
+            wanted += -wanted % (pad_to_multiple_of or 1)
+            if wanted != rows:
+                raise UnsupportedOperationError(
+                    f"cannot resize token embeddings from {rows} to {wanted}: they are stored as bit-planes. Convert "
+                    "the model with embeddings and output head in full precision, or call model.dequantize() first"
+                )
+        resized: nn.Module = super().resize_token_embeddings(  # type: ignore[misc]
+            new_num_tokens, pad_to_multiple_of, *args, **kwargs
+        )
+        return resized
+
+
+def _in_training(model: nn.Module) -> bool:
+    return any(isinstance(module, TunedDelta) for module in model.modules())
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Rows of the batch that a model is called with; None if no argument says so."""
+    named = (kwargs.get(name) for name in _INPUTS)
+    given = (x for x in (*args, *named) if isinstance(x, Tensor) and x.dim() > 0)
+    return next((len(x) for x in given), None)
+
+
+_INPUTS = (
+    "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids",
+    "decoder_inputs_embeds", "hidden_states",
+)  # fmt: skip
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The ``state_dict`` of the base: no deltas in training, and the base's own head where a task has another."""
+    tensors = dict(model.state_dict())
+    for path, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        if isinstance(module, TunedDelta):
+            for name in module.state_dict():
+                del tensors[prefix + name]
+        elif isinstance(module, SwitchedModule):
+            tensors.update({prefix + name: t for name, t in module.module_of(None).state_dict().items()})
+    return tensors
+
+
+def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint of a tuning needs: parameters in training, and all tensors of modules trained whole."""
+    tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for path, module in model.named_modules():
+        if isinstance(module, SwitchedModule) and module.task_own is not None:
+            tensors.update({f"{path}.{name}": t for name, t in module.module_of(module.task_own).state_dict().items()})
+    return tensors
+
+
+def specialize(model: nn.Module) -> None:
+    """Give every transformers model inside `model` that has lowbit modules its :class:`LowbitModel` class."""
+    for module in model.modules():
+        is_model = hasattr(module, "all_tied_weights_keys") and not isinstance(module, LowbitModel)
+        if is_model and any(isinstance(m, LowbitModule) for m in module.modules()):
+            mix_in(LowbitModel, module)
+
+
+def generalize(model: nn.Module) -> None:
+    """Undo :func:`specialize`."""
+    for module in model.modules():
+        if isinstance(module, LowbitModel):
+            restore_class(module)

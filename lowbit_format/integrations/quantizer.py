@@ -1,0 +1,168 @@
+"""The format as a quantization method of transformers. Importing this module registers it under ``"lowbit"``.
+
+transformers reads a pre-quantized checkpoint in three steps: it builds the model without data, lets the quantizer put
+its own modules in, and loads tensors by name. File names equal module names, so the second step is all there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..container.reader import CONFIG_FILE, ModelReader
+from ..container.writer import file_metadata
+from ..errors import LoadError
+from ..runtime.modules_to_save import SwitchedModule
+from ..schema import QUANT_METHOD, QuantizationConfig
+from .base_model import Base, digest
+from .model import LowbitModel, base_state_dict, generalize, specialize
+from .placement import Placement, describe, lowbit_modules, place_modules, tie
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load: `bits`, the precision to read at (NST-1); `verify`, check all digests and rules first."""
+
+    bits: int | None = None
+    verify: bool = False
+
+
+_DEFAULT = LoadOptions()
+_options: ContextVar[LoadOptions] = ContextVar("lowbit_load_options", default=_DEFAULT)
+
+
+@contextlib.contextmanager
+def load_options(options: LoadOptions) -> Iterator[None]:
+    """Options for the models loaded inside the block; a file cannot set them, as it could keys of its config."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+@register_quantization_config(QUANT_METHOD)
+class LowbitConfig(QuantizationConfigMixin):
+    """``quantization_config`` as transformers wants it: a parsed :class:`QuantizationConfig` inside.
+
+    Raises ConfigError or VersionError for what the spec does not allow (CFG and VER rules).
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # a str enum in transformers
+        self.parsed = QuantizationConfig.from_dict({"quant_method": QUANT_METHOD, **kwargs})
+
+    @classmethod
+    def of(cls, parsed: QuantizationConfig) -> LowbitConfig:
+        """Wrap a config that is parsed already."""
+        return cls(**parsed.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.parsed.to_dict()
+
+    def to_diff_dict(self) -> dict[str, Any]:  # the base class of transformers 5.0 calls it but lacks it
+        return self.to_dict()
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+
+@register_quantizer(QUANT_METHOD)
+class LowbitQuantizer(HfQuantizer):
+    """Puts lowbit modules in before loading, checks and settles them afterwards, describes them on saving."""
+
+    requires_calibration = True  # transformers' word for: cannot quantize on the fly
+    is_trainable = True
+    is_qat_trainable = True  # the Trainer takes a model without adapters only with both
+    is_compileable = True
+
+    def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.options = _options.get()
+        self.placed = Placement()
+        self.base: Base | None = None
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """At a lower precision the file's planes are more than the module keeps, which is no mismatch."""
+        return self.options.bits is not None and param_name.endswith(".planes")
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        reader = self._open(checkpoint_files)
+        self.placed = place_modules(model, reader, self.options.bits)
+        self.base = Base(reader.config, reader.fingerprint(), self.options.bits)
+        tie(model, self.placed)
+        specialize(model)
+        if self.options.bits is not None:  # the parameters of other precisions are left aside on purpose
+            ignored = model._keys_to_ignore_on_load_unexpected  # None, a list or a set: versions differ
+            kind = list if ignored is None else type(ignored)
+            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), r"\.(scales|offsets|zeros)(_k\d)?$"])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for path in self.placed.files:
+            model.get_submodule(path).settle(path)
+        for place, owner in self.placed.tied.items():
+            model.get_submodule(place).share(model.get_submodule(owner))
+        tie(model, self.placed)
+        self.quantization_config = LowbitConfig.of(describe(model, self.placed))
+        model.config.quantization_config = self.quantization_config
+        model.lowbit_base = self.base
+        state = next(module for _, module in lowbit_modules(model)).state
+        for part in model.modules():
+            if isinstance(part, LowbitModel):
+                part.lowbit_state = state
+        # Saved names are the model's own, which quantization_config has; a reverted renaming would part the two.
+        model._weight_conversions = []
+        for path in self.placed.files:  # last: whatever reads planes would have them unpacked again
+            model.get_submodule(path).tile()
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """On saving: the base's state dict, and digests of its tensors, one map for all shards (DIG-2)."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        base, twice = base_state_dict(model), model.all_tied_weights_keys
+        tensors = {name: t for name, t in base.items() if name not in twice}
+        plain = {name: t for name, t in tensors.items() if type(t) is Tensor and not t.is_meta}
+        return base, file_metadata({name: digest(t) for name, t in plain.items()})
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Replace lowbit modules by float ones, with the task that is on. Ties stay, classes are those of before."""
+        weights: dict[int, nn.Parameter] = {}
+        for module in list(model.modules()):
+            if isinstance(module, SwitchedModule):
+                module.settle(module.task_state.active)
+        for path, module in list(lowbit_modules(model)):
+            if module.matrix_id not in weights:
+                weights[module.matrix_id] = nn.Parameter(module.dequantize(dtype).contiguous())
+            model.set_submodule(path, module.float_module(weights[module.matrix_id]))
+        tie(model, self.placed)
+        generalize(model)
+        return model.to(dtype)
+
+    def _open(self, checkpoint_files: list[str] | None) -> ModelReader:
+        """The directory of the files, checked as a whole (section 3, TEN-1); with ``verify``, its data too."""
+        if not checkpoint_files or not (Path(checkpoint_files[0]).parent / CONFIG_FILE).is_file():
+            raise LoadError("a lowbit model is loaded from the files of its directory, not from a state_dict")
+        reader = ModelReader(Path(checkpoint_files[0]).parent)
+        if self.options.verify and (unverified := reader.verify()):
+            log.warning("%s: %d tensors have no digest", reader.directory, unverified)
+        return reader

@@ -1,0 +1,117 @@
+"""What every backend needs around its kernels: the rows of a batch by task, sums of gradients, and checks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .matrix import PlaneMatrix, with_delta
+
+Given = TypeVar("Given")
+Rows = Tensor | slice  # rows of a flattened input: bool mask, or all
+ParamGrads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # of scales, offsets, zeros, deltas
+
+
+def each_task(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, PlaneMatrix]]:
+    """The rows of each task, and the matrix with that task's scales."""
+    for rows, task in _tasks(deltas, task_ids):
+        yield rows, w if deltas is None or task < 0 else with_delta(w, deltas[task])
+
+
+def _tasks(deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, int]]:
+    """Which rows belong to which task, -1 being the base."""
+    if deltas is None or task_ids is None:
+        yield slice(None), -1 if deltas is None else 0
+        return
+    for task in torch.unique(task_ids).tolist():
+        yield task_ids == task, task
+
+
+def sum_over_tasks(
+    weight_grad: Callable[[Rows], Given],
+    w: PlaneMatrix,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    decode_grads: Callable[[PlaneMatrix, Given], tuple[Tensor, Tensor | None]],
+) -> ParamGrads:
+    """Gradients of all parameters.
+
+    `weight_grad` gives the weight's gradient that some rows of the input make, in whatever form `decode_grads` takes.
+    """
+    # Contiguous, whatever strides the parameters have: so the operators' fakes say.
+    zeros = functools.partial(torch.zeros_like, dtype=w.work_dtype, memory_format=torch.contiguous_format)
+    shift = w.shift
+    scales_grad, shift_grad = zeros(w.scales), None if shift is None else zeros(shift)
+    deltas_grad = None if deltas is None else zeros(deltas)
+    for rows, task in _tasks(deltas, task_ids):
+        tuned = w if deltas is None or task < 0 else with_delta(w, deltas[task])
+        grad, task_shift_grad = decode_grads(tuned, weight_grad(rows))
+        if shift_grad is not None and task_shift_grad is not None:
+            shift_grad += task_shift_grad
+        if deltas is None or deltas_grad is None or task < 0:
+            scales_grad += grad
+            continue
+        delta, p = deltas[task].to(grad.dtype), deltas.shape[1]
+        if delta.dim() == 2:
+            deltas_grad[task] = (grad[:p] * w.scales[:p].to(grad.dtype)).sum(-1)
+            grad[:p] *= (1 + delta)[..., None]
+        else:
+            deltas_grad[task] = grad[:p]
+        scales_grad += grad
+    offsets_grad, zeros_grad = (shift_grad, None) if w.codec == "bcq" else (None, shift_grad)
+    return scales_grad, offsets_grad, zeros_grad, deltas_grad
+
+
+def grads_of_sums(w: PlaneMatrix, signed: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What :func:`decode_grads` gives, from sums of the weight's gradient over each group.
+
+    Args:
+        w: without ragged rows.
+        signed: float32 ``[bits, rows, groups]``, with +1 where a plane has a 1 and -1 where it has a 0; of a codebook
+            ``[1, rows, groups]``, with its levels. Changed.
+        total: float32 ``[rows, groups]``, without.
+    """
+    if w.codec == "bcq":
+        return signed, None if w.offsets is None else total
+    if w.codebook is not None:
+        return signed, None
+    zero = 0 if w.zeros is None else w.zeros.float()
+    weights = 2.0 ** torch.arange(w.bits - 1, -1, -1, device=signed.device)  # BIT-1
+    code = (signed.add_(total).div_(2) * weights[:, None, None]).sum(0)  # a bit is (its sign + 1) / 2
+    return (code - zero * total)[None], None if w.zeros is None else -total * w.scales[0].float()
+
+
+def check_tasks(scales: tuple[int, int, int], deltas: Tensor, task_ids: Tensor | None, batch: int) -> None:
+    """For kernels, which look at no bounds: raises ValueError if deltas do not fit such scales, or ids the batch."""
+    planes, rows, groups = scales
+    shape = (len(deltas), min(deltas.shape[1], planes), rows, groups)[: deltas.dim()]
+    if tuple(deltas.shape) != shape:
+        raise ValueError(f"expected deltas {list(shape)} for this matrix, found {list(deltas.shape)}")
+    if task_ids is not None and task_ids.numel() != batch:
+        raise ValueError(f"expected a task for each of {batch} rows, found {task_ids.numel()}")
+
+
+def check_task_ids(deltas: Tensor, task_ids: Tensor) -> None:
+    """Raises IndexError for a task that has no deltas. On a GPU this would wait for the device."""
+    if task_ids.numel() and int(task_ids.max()) >= len(deltas):
+        raise IndexError(f"task {int(task_ids.max())} of {len(deltas)}")
+
+
+def check_bias(rows: int, bias: Tensor | None) -> None:
+    """For kernels likewise."""
+    if bias is not None and bias.numel() != rows:
+        raise ValueError(f"expected a bias of {rows} numbers, found {list(bias.shape)}")
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: kernels are recorded, not run, so that no value can be read back."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def no_autocast(x: Tensor) -> torch.autocast:
+    """The dtypes here are chosen; autocast must not change them inside of an operator."""
+    return torch.autocast(x.device.type, enabled=False)

@@ -1,0 +1,137 @@
+"""The operators over any decoder: decode the whole weight of each task, then multiply with torch.
+
+The naive backend consists of these; the others fall back on them for matrices that their kernels do not support, each
+with a decoder of its own. Shapes are in :class:`.operators.Backend`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import ParamGrads, Rows, each_task, no_autocast, sum_over_tasks
+from .matrix import PlaneMatrix, select_rows, with_delta
+
+Decoder = Callable[[PlaneMatrix], Tensor]  # the weight, float32 [rows, cols] (DEC-1 to DEC-4)
+RowSelector = Callable[[PlaneMatrix, Tensor], PlaneMatrix]  # the matrix of some rows, int64 [n]
+RowGrads = Callable[[int, int], Tensor]  # gradient of the weight's rows start to stop, [stop - start, cols]
+DecoderGrads = Callable[[PlaneMatrix, RowGrads], tuple[Tensor, Tensor | None]]  # gradients of the scales, the shift
+
+
+def dequantize(w: PlaneMatrix, deltas: Tensor | None, dtype: torch.dtype, *, decode: Decoder) -> Tensor:
+    """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); of task 0 where there are `deltas`."""
+    return decode(w if deltas is None else with_delta(w, deltas[0])).to(dtype).contiguous()
+
+
+def dequantize_param_grads(
+    grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, *, decode_grads: DecoderGrads
+) -> ParamGrads:
+    """Gradients of the parameters from that of the weight, ``[rows, cols]``."""
+    grad = grad.to(w.work_dtype)
+    return sum_over_tasks(lambda _: lambda start, stop: grad[start:stop], w, deltas, None, decode_grads)
+
+
+def linear(
+    x: Tensor,
+    w: PlaneMatrix,
+    bias: Tensor | None,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    *,
+    decode: Decoder,
+) -> Tensor:
+    """``x @ weight.T + bias`` with the weight in the dtype of `x`.
+
+    Args:
+        x: float ``[..., cols]``.
+        bias: float ``[rows]``, or None.
+        deltas: float32 ``[tasks, p, rows]`` (multiply) or ``[tasks, p, rows, groups]`` (add), or None; see TSK-6.
+        task_ids: int64 ``[rows of x]``, the task of each row of the flattened `x`, -1 for the base; None: task 0.
+        decode: what gives the float weight.
+
+    Returns:
+        ``[..., rows]`` in the dtype of `x`.
+    """
+    flat, bias = x.reshape(-1, w.cols), None if bias is None else bias.to(x.dtype)
+    out = x.new_empty(flat.shape[0], w.rows)
+    with no_autocast(x):
+        for rows, mine in each_task(w, deltas, task_ids):
+            out[rows] = F.linear(flat[rows], decode(mine).to(x.dtype), bias)
+    return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+def linear_input_grad(
+    grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, *, decode: Decoder
+) -> Tensor:
+    """Gradient of `x` in :func:`linear`, from that of its result ``[..., rows]``."""
+    flat = grad.reshape(-1, grad.shape[-1])
+    out = grad.new_empty(flat.shape[0], w.cols)
+    with no_autocast(grad):
+        for rows, mine in each_task(w, deltas, task_ids):
+            out[rows] = flat[rows] @ decode(mine).to(grad.dtype)
+    return out.reshape(*grad.shape[:-1], w.cols)
+
+
+def linear_param_grads(
+    grad: Tensor,
+    x: Tensor,
+    w: PlaneMatrix,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    *,
+    decode_grads: DecoderGrads,
+) -> ParamGrads:
+    """Gradients of the parameters in :func:`linear`; accumulated in float32 whatever the dtype of `x`."""
+    work = w.work_dtype
+    flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(work), x.reshape(-1, w.cols).to(work)
+
+    def weight_grad(rows: Rows) -> RowGrads:
+        left, right = flat_grad[rows].T, flat_x[rows]
+        return lambda start, stop: left[start:stop] @ right
+
+    with no_autocast(x):
+        return sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
+
+
+def embedding(
+    ids: Tensor,
+    w: PlaneMatrix,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    decode: Decoder,
+    select: RowSelector = select_rows,
+) -> Tensor:
+    """Rows `ids` (int ``[...]``) of the weight in `dtype`, ``[..., cols]``; only these rows are decoded.
+
+    `task_ids` is int64 ``[number of ids]``.
+    """
+    flat = ids.reshape(-1).long()
+    out = torch.empty(flat.shape[0], w.cols, dtype=dtype, device=ids.device)
+    for rows, mine in each_task(w, deltas, task_ids):
+        out[rows] = decode(select(mine, flat[rows])).to(dtype)
+    return out.reshape(*ids.shape, w.cols)
+
+
+def embedding_param_grads(
+    grad: Tensor,
+    ids: Tensor,
+    w: PlaneMatrix,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    *,
+    decode_grads: DecoderGrads,
+) -> ParamGrads:
+    """Gradients of the parameters in :func:`embedding`, from that of its result ``[..., cols]``."""
+    flat_grad, flat = grad.reshape(-1, w.cols).to(w.work_dtype), ids.reshape(-1).long()
+
+    def weight_grad(rows: Rows) -> RowGrads:
+        out = flat_grad.new_zeros(w.rows, w.cols)
+        out.index_add_(0, flat[rows], flat_grad[rows])
+        return lambda start, stop: out[start:stop]
+
+    return sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)

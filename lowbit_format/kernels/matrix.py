@@ -1,0 +1,134 @@
+"""One quantized matrix as the kernels take it: torch tensors and the scheme, in the file's layout or in tiles."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FILE, TILED = "file", "tiled"  # layouts: as spec section 4 stores planes, or as a backend's kernels read them
+
+
+class PlaneMatrix(NamedTuple):
+    """One matrix ``[rows, cols]`` (spec section 4), read at precision `bits`.
+
+    Attributes:
+        planes: uint8. In the file's layout ``[>= bits, rows, bytes]``, or ragged ``[>= sum of row_bits, bytes]``
+            (MIX-2); in tiles as the backend of their device defines it.
+        scales: float ``[bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
+        offsets: float ``[rows, groups]``, or None.
+        zeros: float ``[rows, groups]``, or None.
+        codebook: float32 ``[2**bits]``, or None.
+        row_bits: uint8 ``[rows]``, or None.
+        codec, bits, group_size, cols: the scheme, as the config has it.
+        layout: of the planes, :data:`FILE` or :data:`TILED`.
+    """
+
+    planes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    zeros: Tensor | None
+    codebook: Tensor | None
+    row_bits: Tensor | None
+    codec: str
+    bits: int
+    group_size: int
+    cols: int
+    layout: str = FILE
+
+    @property
+    def rows(self) -> int:
+        """Output features."""
+        return self.scales.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Groups in a row; the last one may be short."""
+        return self.scales.shape[2]
+
+    @property
+    def group_columns(self) -> int:
+        """Columns of a full group."""
+        return self.cols if self.group_size == 0 else min(self.group_size, self.cols)
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether the planes are in tiles."""
+        return self.layout == TILED
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether kernels can read the planes by address: an ordinary tensor, not one of a subclass or without data."""
+        return type(self.planes) in (Tensor, torch.nn.Parameter) and not self.planes.is_meta
+
+    @property
+    def scale_per_plane(self) -> bool:
+        """Whether each plane has scales of its own; otherwise one serves the whole code."""
+        return self.codec == "bcq"
+
+    @property
+    def shift(self) -> Tensor | None:
+        """The additive parameter ``[rows, groups]``: offsets of bcq, zeros of uniform."""
+        return self.offsets if self.codec == "bcq" else self.zeros
+
+    def with_shift(self, values: Tensor) -> PlaneMatrix:
+        """This matrix with another :attr:`shift`."""
+        return self._replace(offsets=values) if self.codec == "bcq" else self._replace(zeros=values)
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """float32 (DEC-1), or float64 for double-precision scales, which only tests of gradients have."""
+        return torch.promote_types(self.scales.dtype, torch.float32)
+
+
+TENSORS, SCHEME = 6, 5  # fields of a PlaneMatrix: its tensors come first, then the plain values
+
+
+def with_delta(w: PlaneMatrix, delta: Tensor) -> PlaneMatrix:
+    """`w` with a task's scales (TSK-6, TSK-8).
+
+    Args:
+        delta: ``[p, rows]``: multiply by ``1 + delta``; ``[p, rows, groups]``: add.
+    """
+    scales = w.scales.to(w.work_dtype)
+    delta = delta.to(scales.dtype)
+    first = scales[: delta.shape[0]]
+    tuned = first * (1 + delta)[..., None] if delta.dim() == 2 else first + delta
+    return w._replace(scales=torch.cat([tuned, scales[delta.shape[0] :]]))
+
+
+def select_rows(w: PlaneMatrix, rows: Tensor) -> PlaneMatrix:
+    """The matrix of the given rows (int64 ``[n]``, repetition allowed); `w` in the file's layout."""
+    present = present_rows(w)
+    if present is None or w.planes.dim() == 3:
+        planes = w.planes[: w.bits, rows]
+    else:
+        planes = w.planes[_plane_rows(present)[:, rows]]
+    return w._replace(
+        planes=planes,
+        scales=w.scales[:, rows],
+        offsets=None if w.offsets is None else w.offsets[rows],
+        zeros=None if w.zeros is None else w.zeros[rows],
+        row_bits=None if w.row_bits is None else w.row_bits[rows],
+    )
+
+
+def full_planes(w: PlaneMatrix) -> Tensor:
+    """Planes as ``[bits, rows, bytes]``; rows that a ragged plane lacks hold anything (see :func:`present_rows`)."""
+    present = present_rows(w)
+    if present is None or w.planes.dim() == 3:
+        return w.planes[: w.bits]
+    return w.planes[_plane_rows(present)]
+
+
+def present_rows(w: PlaneMatrix) -> Tensor | None:
+    """Which rows each plane has: bool ``[bits, rows]``, or None if all have all (MIX-1)."""
+    if w.row_bits is None:
+        return None
+    return w.row_bits[None, :] > torch.arange(w.bits, dtype=torch.uint8, device=w.row_bits.device)[:, None]
+
+
+def _plane_rows(present: Tensor) -> Tensor:
+    """Where each row of each plane lies in ragged planes (MIX-2): int64 ``[bits, rows]``; anywhere if it is absent."""
+    return (present.reshape(-1).cumsum(0) - 1).clamp(min=0).reshape(present.shape)

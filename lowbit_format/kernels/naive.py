@@ -1,0 +1,112 @@
+"""The slow truth: decoding in plain torch on any device, its gradients, and the operators by decoding.
+
+Weights come out bit for bit as :func:`lowbit_format.reference.decode_numpy` gives them: every operation is an eager
+torch operation of its own, so that no compiler contracts two of them (DEC-1). The other backends are tested against
+this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import by_decoding
+from .by_decoding import RowGrads
+from .matrix import PlaneMatrix, full_planes, present_rows
+
+
+def decode(w: PlaneMatrix) -> Tensor:
+    """Weights ``[rows, cols]`` in float32 (float64 if the scales are), operation by operation as DEC-2 to DEC-4 say."""
+    scales, shift = w.scales.to(w.work_dtype)[..., None], _shift(w)
+    if w.codec != "bcq":
+        return _columns(_levels(w) * scales[0], w)
+    rows, groups = w.rows, w.groups
+    acc = torch.zeros((), dtype=scales.dtype, device=scales.device) if shift is None else shift
+    acc = acc.expand(rows, groups, w.group_columns)
+    present = present_rows(w)
+    for p, bit in enumerate(_bits(w)):
+        step = torch.where(bit, acc + scales[p], acc - scales[p])
+        acc = step if present is None else torch.where(present[p][:, None, None], step, acc)
+    return _columns(acc, w)
+
+
+def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
+    """Gradients of ``scales`` and of the shift (offsets or zeros) from that of :func:`decode`'s result."""
+    rows, groups = w.rows, w.groups
+    size = w.group_columns
+    grad = F.pad(weight_grad(0, rows), (0, groups * size - w.cols)).reshape(rows, groups, size)
+    shift = _shift(w)
+    scales_grad = torch.zeros_like(w.scales, dtype=grad.dtype)
+    if w.codec != "bcq":
+        scales_grad[0] = (grad * _levels(w)).sum(-1)
+        return scales_grad, None if shift is None else -grad.sum(-1) * w.scales[0].to(grad.dtype)
+    present = present_rows(w)
+    for p, bit in enumerate(_bits(w)):
+        signed = torch.where(bit, grad, -grad).sum(-1)
+        scales_grad[p] = signed if present is None else torch.where(present[p][:, None], signed, 0)
+    return scales_grad, None if shift is None else grad.sum(-1)
+
+
+# --- the backend -----------------------------------------------------------------------------------
+
+dequantize = partial(by_decoding.dequantize, decode=decode)
+dequantize_param_grads = partial(by_decoding.dequantize_param_grads, decode_grads=decode_grads)
+linear = partial(by_decoding.linear, decode=decode)
+linear_input_grad = partial(by_decoding.linear_input_grad, decode=decode)
+linear_param_grads = partial(by_decoding.linear_param_grads, decode_grads=decode_grads)
+embedding = partial(by_decoding.embedding, decode=decode)
+embedding_param_grads = partial(by_decoding.embedding_param_grads, decode_grads=decode_grads)
+
+
+def can_tile(w: PlaneMatrix) -> bool:
+    """Never: decoding reads the file's layout."""
+    return False
+
+
+def tile(w: PlaneMatrix) -> PlaneMatrix:
+    """`w` itself."""
+    return w
+
+
+def untile(w: PlaneMatrix) -> PlaneMatrix:
+    """`w` itself."""
+    return w
+
+
+# --- decoding --------------------------------------------------------------------------------------
+
+
+def _shift(w: PlaneMatrix) -> Tensor | None:
+    """Offsets or zeros as ``[rows, groups, 1]``."""
+    return None if w.shift is None else w.shift.to(w.work_dtype)[..., None]
+
+
+def _levels(w: PlaneMatrix) -> Tensor:
+    """``float(code) - zero`` or ``codebook[code]``, ``[rows, groups, columns of a group]``."""
+    present, work = present_rows(w), w.work_dtype
+    code = torch.zeros((), dtype=torch.uint8, device=w.planes.device)
+    for p, bit in enumerate(_bits(w)):
+        longer = code * 2 + bit
+        code = longer if present is None else torch.where(present[p][:, None, None], longer, code)
+    level = code.to(work) if w.codebook is None else w.codebook.to(work)[code.long()]
+    shift = _shift(w)
+    return level if shift is None else level - shift
+
+
+def _bits(w: PlaneMatrix) -> Iterator[Tensor]:
+    """Bits of each plane, the most significant first: bool ``[rows, groups, columns of a group]`` (BIT-1, BIT-2)."""
+    rows, groups = w.rows, w.groups
+    columns = groups * w.group_columns
+    powers = torch.arange(8, dtype=torch.uint8, device=w.planes.device)
+    for plane in full_planes(w):
+        bit = ((plane[..., None] >> powers) & 1).reshape(rows, plane.shape[-1] * 8)[:, :columns]
+        yield F.pad(bit, (0, columns - bit.shape[1])).reshape(rows, groups, w.group_columns).bool()
+
+
+def _columns(grouped: Tensor, w: PlaneMatrix) -> Tensor:
+    """``[rows, groups, columns of a group]`` to ``[rows, cols]``: the last group may be short."""
+    return grouped.reshape(grouped.shape[0], grouped.shape[1] * grouped.shape[2])[:, : w.cols]

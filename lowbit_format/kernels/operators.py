@@ -1,0 +1,360 @@
+"""The ``torch.library`` operators over quantized matrices: ``lowbit::dequantize``, ``::linear`` and ``::embedding``.
+
+Their schema is complete, so that faster kernels and per-task scales need no other one: the matrix's tensors, deltas, the
+task of each row, and the scheme as plain values. Gradients flow to x, scales, offsets, zeros, bias and deltas, never
+to planes; the backward pass decodes the weight again instead of keeping it. Call the functions at the top.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+from . import naive
+from .batch import ParamGrads
+from .matrix import SCHEME, TENSORS, PlaneMatrix
+
+BACKENDS = {"cpu": "cpu.backend", "cuda": "gpu.backend"}  # device type -> module beside this one; naive for all others
+
+
+class Backend(Protocol):
+    """What a module of kernels offers: three functions for its layout, seven for the operators.
+
+    Every function takes matrices in the file's layout and in its own. ``w`` is a matrix ``[rows, cols]``. ``deltas``
+    are float32 ``[tasks, p, rows]``, factors ``1 + delta`` of the first p planes' scales, or ``[tasks, p, rows,
+    groups]``, added to them (TSK-6, TSK-8); ``task_ids`` int64, the task of each row of the flattened input, -1 for
+    the base; with None task 0 is for all rows. Gradients of parameters are those of scales, offsets, zeros and
+    deltas, float32, contiguous, None where there is no such parameter.
+
+    Where a token id or a task does not exist, a CPU raises IndexError; a GPU gives NaN in that row, since a check
+    would stall the device.
+    """
+
+    def can_tile(self, w: PlaneMatrix) -> bool:
+        """Whether there is a tiled layout for `w`."""
+        ...
+
+    def tile(self, w: PlaneMatrix) -> PlaneMatrix:
+        """`w` in the tiled layout, with group-major parameters; itself where it is so already."""
+        ...
+
+    def untile(self, w: PlaneMatrix) -> PlaneMatrix:
+        """The exact inverse of :meth:`tile`; itself in the file's layout."""
+        ...
+
+    def dequantize(self, w: PlaneMatrix, deltas: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); of task 0 where there are `deltas`."""
+        ...
+
+    def dequantize_param_grads(self, grad: Tensor, w: PlaneMatrix, deltas: Tensor | None) -> ParamGrads:
+        """Gradients of the parameters from that of the weight, ``[rows, cols]``."""
+        ...
+
+    def linear(
+        self, x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None
+    ) -> Tensor:
+        """``x @ weight.T + bias`` for float ``x`` ``[..., cols]``: ``[..., rows]`` in its dtype; `bias` is ``[rows]``."""
+        ...
+
+    def linear_input_grad(self, grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+        """Gradient of `x` in :meth:`linear` from that of its result: ``[..., rows]`` to ``[..., cols]``."""
+        ...
+
+    def linear_param_grads(
+        self, grad: Tensor, x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None
+    ) -> ParamGrads:
+        """Gradients of the parameters in :meth:`linear`, summed in float32 whatever the dtype of `x`."""
+        ...
+
+    def embedding(
+        self, ids: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Rows `ids` (integers ``[...]``) of the weight in `dtype`: ``[..., cols]``."""
+        ...
+
+    def embedding_param_grads(
+        self, grad: Tensor, ids: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None
+    ) -> ParamGrads:
+        """Gradients of the parameters in :meth:`embedding` from that of its result, ``[..., cols]``."""
+        ...
+
+
+def backend_of(w: PlaneMatrix) -> Backend:
+    """The kernels for the device of `w`."""
+    return _backend(BACKENDS.get(w.planes.device.type, "naive"))
+
+
+@functools.cache
+def _backend(name: str) -> Backend:
+    """A backend, imported when first used: compilers take their time. Without Triton a GPU has the naive one."""
+    try:
+        return cast(Backend, importlib.import_module(f".{name}", __package__))
+    except ModuleNotFoundError as e:
+        if e.name != "triton":
+            raise
+        warnings.warn("without the package triton, products on this GPU are slow: pip install triton", stacklevel=3)
+        return cast(Backend, naive)
+
+
+def dequantize(w: PlaneMatrix, deltas: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight ``[rows, cols]`` in `dtype`; of task 0 where there are `deltas` (see :func:`linear`)."""
+    out: Tensor = torch.ops.lowbit.dequantize(*w[:TENSORS], deltas, dtype, *w[TENSORS:])
+    return out
+
+
+def linear(
+    x: Tensor, w: PlaneMatrix, bias: Tensor | None = None, deltas: Tensor | None = None, task_ids: Tensor | None = None
+) -> Tensor:
+    """``x @ weight.T + bias``, the weight rounded to the dtype of `x` (under autocast: to that of autocast).
+
+    Args:
+        x: float ``[..., cols]``.
+        w: the weight, ``[rows, cols]``.
+        bias: float ``[rows]``.
+        deltas: float32 ``[tasks, p, rows]``, factors ``1 + delta`` of the first p planes' scales, or
+            ``[tasks, p, rows, groups]``, added to them (TSK-6, TSK-8).
+        task_ids: int64 ``[rows of x, flattened]``, -1 for the base; None: task 0 for all rows.
+
+    Returns:
+        ``[..., rows]``.
+    """
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if _is_plain_call(x, w, bias, deltas):
+        product: Tensor = backend_of(w).linear(x, w, bias, deltas, task_ids)
+        return product
+    out: Tensor = torch.ops.lowbit.linear(x, *w[:TENSORS], bias, deltas, task_ids, *w[TENSORS:])
+    return out
+
+
+def embedding(
+    ids: Tensor,
+    w: PlaneMatrix,
+    deltas: Tensor | None = None,
+    task_ids: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Rows `ids` (integers ``[...]``) of the weight in `dtype`: ``[..., cols]``. Tasks as in :func:`linear`."""
+    out: Tensor = torch.ops.lowbit.embedding(ids, *w[:TENSORS], deltas, task_ids, dtype, *w[TENSORS:])
+    return out
+
+
+def _is_plain_call(x: Tensor, *inputs: Any) -> bool:
+    """Whether the kernel can be called directly: no autograd, tracing or dispatch mode is active.
+
+    A custom operator costs 30 microseconds before its kernel starts, several milliseconds for a token.
+    """
+    if type(x) is not Tensor or x.is_meta or is_watched():
+        return False
+    if not torch.is_grad_enabled():
+        return True
+    w, *others = inputs
+    return not any(t is not None and t.requires_grad for t in (x, *w[1:4], *others))
+
+
+def is_watched() -> bool:
+    """Whether this call is compiled, traced, transformed or seen by a dispatch mode: then it may have no side effects."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def can_tile(w: PlaneMatrix) -> bool:
+    """Whether the kernels of its device have a tiled layout for `w`, which is not in it yet."""
+    return not w.is_tiled and backend_of(w).can_tile(w)
+
+
+def tile(w: PlaneMatrix) -> PlaneMatrix:
+    """`w` in the layout that the kernels of its device read; the operators take both."""
+    return backend_of(w).tile(w)
+
+
+def untile(w: PlaneMatrix) -> PlaneMatrix:
+    """`w` as the file has it, exactly."""
+    return backend_of(w).untile(w)
+
+
+# --- definitions -----------------------------------------------------------------------------------
+# In every schema the matrix's tensors stand together and the scheme comes last, so that one split serves all.
+
+_MATRIX = "Tensor planes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? codebook, Tensor? row_bits"
+_TASKS = "Tensor? deltas, Tensor? task_ids"
+_SCHEME = "str codec, int bits, int group_size, int cols, str layout"
+_GRADS = "(Tensor, Tensor, Tensor, Tensor)"  # of scales, offsets, zeros, deltas; an empty one stands for None
+
+
+def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    define: Callable[[Callable[..., Any]], CustomOpDef] = torch.library.custom_op(
+        f"lowbit::{name}", mutates_args=(), schema=schema
+    )
+    return define
+
+
+def _split(args: tuple[Any, ...]) -> tuple[PlaneMatrix, tuple[Any, ...]]:
+    """The matrix, and what stands between its tensors and the scheme."""
+    return PlaneMatrix(*args[:TENSORS], *args[-SCHEME:]), args[TENSORS:-SCHEME]
+
+
+def _tensors(grads: ParamGrads) -> tuple[Tensor, ...]:
+    return tuple(grads[0].new_empty(0) if g is None else g for g in grads)
+
+
+@_define("dequantize", f"({_MATRIX}, Tensor? deltas, ScalarType dtype, {_SCHEME}) -> Tensor")
+def _dequantize(*args: Any) -> Tensor:
+    w, (deltas, dtype) = _split(args)
+    out: Tensor = backend_of(w).dequantize(w, deltas, dtype)
+    return out
+
+
+@_define("dequantize_param_grads", f"(Tensor grad, {_MATRIX}, Tensor? deltas, {_SCHEME}) -> {_GRADS}")
+def _dequantize_param_grads(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w, (deltas,) = _split(args)
+    return _tensors(backend_of(w).dequantize_param_grads(grad, w, deltas))
+
+
+@_define("linear", f"(Tensor x, {_MATRIX}, Tensor? bias, {_TASKS}, {_SCHEME}) -> Tensor")
+def _linear(x: Tensor, *args: Any) -> Tensor:
+    w, (bias, deltas, task_ids) = _split(args)
+    out: Tensor = backend_of(w).linear(x, w, bias, deltas, task_ids)
+    return out
+
+
+@_define("linear_input_grad", f"(Tensor grad, {_MATRIX}, {_TASKS}, {_SCHEME}) -> Tensor")
+def _linear_input_grad(grad: Tensor, *args: Any) -> Tensor:
+    w, (deltas, task_ids) = _split(args)
+    out: Tensor = backend_of(w).linear_input_grad(grad, w, deltas, task_ids)
+    return out
+
+
+@_define("linear_param_grads", f"(Tensor grad, Tensor x, {_MATRIX}, {_TASKS}, {_SCHEME}) -> {_GRADS}")
+def _linear_param_grads(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w, (deltas, task_ids) = _split(args)
+    return _tensors(backend_of(w).linear_param_grads(grad, x, w, deltas, task_ids))
+
+
+@_define("embedding", f"(Tensor ids, {_MATRIX}, {_TASKS}, ScalarType dtype, {_SCHEME}) -> Tensor")
+def _embedding(ids: Tensor, *args: Any) -> Tensor:
+    w, (deltas, task_ids, dtype) = _split(args)
+    out: Tensor = backend_of(w).embedding(ids, w, deltas, task_ids, dtype)
+    return out
+
+
+@_define("embedding_param_grads", f"(Tensor grad, Tensor ids, {_MATRIX}, {_TASKS}, {_SCHEME}) -> {_GRADS}")
+def _embedding_param_grads(grad: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w, (deltas, task_ids) = _split(args)
+    return _tensors(backend_of(w).embedding_param_grads(grad, ids, w, deltas, task_ids))
+
+
+# --- shapes without data ---------------------------------------------------------------------------
+
+
+@_dequantize.register_fake
+def _(*args: Any) -> Tensor:
+    w, (_, dtype) = _split(args)
+    return w.scales.new_empty(w.rows, w.cols, dtype=dtype)
+
+
+@_linear.register_fake
+def _(x: Tensor, *args: Any) -> Tensor:
+    w, _ = _split(args)
+    return x.new_empty(*x.shape[:-1], w.rows)
+
+
+@_linear_input_grad.register_fake
+def _(grad: Tensor, *args: Any) -> Tensor:
+    w, _ = _split(args)
+    return grad.new_empty(*grad.shape[:-1], w.cols)
+
+
+@_embedding.register_fake
+def _(ids: Tensor, *args: Any) -> Tensor:
+    w, (_, _, dtype) = _split(args)
+    return w.scales.new_empty(*ids.shape, w.cols, dtype=dtype)
+
+
+def _fake_param_grads(w: PlaneMatrix, deltas: Tensor | None) -> tuple[Tensor, ...]:
+    work = torch.promote_types(w.scales.dtype, torch.float32)
+    inputs = (w.scales, w.offsets, w.zeros, deltas)
+    return tuple(w.scales.new_empty((0,) if t is None else t.shape, dtype=work) for t in inputs)
+
+
+@_dequantize_param_grads.register_fake
+def _(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w, (deltas,) = _split(args)
+    return _fake_param_grads(w, deltas)
+
+
+@_linear_param_grads.register_fake
+@_embedding_param_grads.register_fake
+def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w, (deltas, _) = _split(args)
+    return _fake_param_grads(w, deltas)
+
+
+# --- gradients -------------------------------------------------------------------------------------
+# Inputs by position, counted from the first tensor of the matrix: scales 1, offsets 2, zeros 3.
+
+
+def _param_grads(ctx: Any, first: int, deltas_at: int, compute: Any) -> dict[int, Tensor]:
+    """Gradients by input position; `compute` runs only if one of scales, offsets, zeros, deltas wants one."""
+    places = (first + 1, first + 2, first + 3, deltas_at)
+    if not any(ctx.needs_input_grad[i] for i in places):
+        return {}
+    return {i: g for i, g in zip(places, compute(), strict=True) if ctx.needs_input_grad[i]}
+
+
+def _dequantize_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.scheme = inputs[-SCHEME:]
+
+
+def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = _param_grads(
+        ctx, 0, 6, lambda: torch.ops.lowbit.dequantize_param_grads(grad, *ctx.saved_tensors, *ctx.scheme)
+    )
+    return tuple(found.get(i) for i in range(13))
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, _, deltas, task_ids = inputs[0], inputs[1:7], inputs[7], *inputs[8:10]
+    wanted = any(ctx.needs_input_grad[i] for i in (2, 3, 4, 8))  # with frozen scales x need not be kept
+    ctx.save_for_backward(x if wanted else None, *packed, deltas, task_ids)
+    ctx.scheme = inputs[-SCHEME:]
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *rest = ctx.saved_tensors
+    found = _param_grads(ctx, 1, 8, lambda: torch.ops.lowbit.linear_param_grads(grad, x, *rest, *ctx.scheme))
+    if ctx.needs_input_grad[0]:
+        found[0] = torch.ops.lowbit.linear_input_grad(grad, *rest, *ctx.scheme)
+    if ctx.needs_input_grad[7]:
+        found[7] = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return tuple(found.get(i) for i in range(15))
+
+
+def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:9])
+    ctx.scheme = inputs[-SCHEME:]
+
+
+def _embedding_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    found = _param_grads(
+        ctx, 1, 7, lambda: torch.ops.lowbit.embedding_param_grads(grad, *ctx.saved_tensors, *ctx.scheme)
+    )
+    return tuple(found.get(i) for i in range(15))
+
+
+_dequantize.register_autograd(_dequantize_backward, setup_context=_dequantize_setup)
+_linear.register_autograd(_linear_backward, setup_context=_linear_setup)
+_embedding.register_autograd(_embedding_backward, setup_context=_embedding_setup)

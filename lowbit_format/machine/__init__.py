@@ -1,0 +1,1 @@
+"""Ground of all compiled code: vector code in LLVM, and threads."""

@@ -1,0 +1,84 @@
+"""A quantized matrix in memory: planes plus the parameters that give their codes a meaning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bits import U8
+from .errors import PrecisionError
+from .schema import Scheme
+
+F32 = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Params:
+    """Float parameters of one precision.
+
+    They are float32 here, and their values are exact in the scheme's ``scale_dtype``.
+
+    Attributes:
+        scales: float32 ``[bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
+        shift: float32 ``[rows, groups]``: offsets (bcq) or zeros (uniform); None where there are none.
+    """
+
+    scales: F32
+    shift: F32 | None = None
+
+
+@dataclass(frozen=True)
+class StoredMatrix:
+    """One matrix ``[rows, cols]`` as stored (spec/FORMAT.md section 4).
+
+    Attributes:
+        scheme: how it is stored.
+        rows, cols: logical shape.
+        planes: uint8 ``[bits, rows, bytes]``, or ragged ``[sum of row_bits, bytes]``.
+        params: parameters at full precision.
+        nested: parameters at each nested precision k.
+        codebook: float32 ``[2**bits]`` (codebook).
+        row_bits: uint8 ``[rows]`` (schemes with row_bits).
+    """
+
+    scheme: Scheme
+    rows: int
+    cols: int
+    planes: U8
+    params: Params
+    nested: dict[int, Params] = field(default_factory=dict)
+    codebook: F32 | None = None
+    row_bits: U8 | None = None
+
+    def row_slice(self, begin: int, end: int) -> StoredMatrix:
+        """Rows `begin` to `end` of a matrix whose rows all have the same bits, as a matrix of views."""
+        if self.row_bits is not None:
+            raise ValueError("a ragged matrix has no row slices")
+
+        def rows(p: Params) -> Params:
+            return Params(p.scales[:, begin:end], None if p.shift is None else p.shift[begin:end])
+
+        nested = {k: rows(p) for k, p in self.nested.items()}
+        return replace(
+            self, rows=end - begin, planes=self.planes[:, begin:end], params=rows(self.params), nested=nested
+        )
+
+    def at(self, bits: int | None) -> tuple[Params, int]:
+        """Parameters and number of planes to read at precision `bits` (NST-1 to NST-3).
+
+        None, or a number not below the matrix's own bits, is full precision.
+        Raises PrecisionError for a precision that is not stored.
+        """
+        if bits is None or bits >= self.scheme.bits:
+            return self.params, self.scheme.bits
+        if bits not in self.nested:
+            raise PrecisionError("NST-3", missing_precision(self.scheme, bits))
+        return self.nested[bits], bits
+
+
+def missing_precision(scheme: Scheme, bits: int) -> str:
+    """The message for a precision that a scheme does not have."""
+    have = ", ".join(str(k) for k in (*scheme.nested, scheme.bits))
+    return f"asked for {bits} bits, but the file has scales for {have} only; convert with --nested {bits} to store them"

@@ -1,0 +1,144 @@
+"""A module that a task brings whole, such as a classifier head: one copy for each task, and one for the base.
+
+The module stays where it is, and under its names; its class becomes a subclass with :class:`SwitchedModule` in front,
+which sends each row of a batch to the copy of its task. Copies are no part of the ``state_dict``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..errors import TaskError
+from .active_tasks import Name, Selection, TaskState
+from .class_mixin import Mixin, mix_in, restore_class
+
+_ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies", "task_now")
+
+
+class SwitchedModule(Mixin):
+    """Mixin in front of the class of a module that tasks replace.
+
+    Attributes:
+        task_state: which task is on in the model.
+        task_path: where the module stands in the model.
+        task_own: whose parameters the module itself holds: the base's, or those of the task that is being trained.
+        task_now: the copy of the model's own task; empty if the module itself serves it.
+        task_copies: the other tasks' modules, by name; under None the base's, while `task_own` is a task.
+    """
+
+    task_state: TaskState
+    task_path: str
+    task_own: Name
+    task_copies: dict[Name, nn.Module]
+    task_now: tuple[nn.Module, ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the class behind, with the parameters of each row's task. (Others replace ``forward``, as accelerate.)"""
+        chosen = self.task_state.chosen()
+        if chosen is None:
+            return self._run(self.task_now, args, kwargs)
+        if len(chosen.names) == 1:
+            return self._run(self._copies_of(chosen.names[0]), args, kwargs)
+        return self._mixed(chosen, args, kwargs)
+
+    def set_task(self, name: Name) -> None:
+        """From here on compute with task `name` wherever no block says otherwise."""
+        self.__dict__["task_now"] = self._copies_of(name)
+
+    def module_of(self, name: Name) -> nn.Module:
+        """The module whose parameters task `name` uses: a copy, or this one."""
+        owner = name if name == self.task_own or name in self.task_copies else None
+        mine: Any = self
+        return mine if owner == self.task_own else self.task_copies[owner]
+
+    def forget(self, name: str) -> None:
+        """Drop the task's copy; if the module itself held the task's parameters, it gets the base's again."""
+        if name == self.task_own:
+            self._become(None)
+        self.task_copies.pop(name, None)
+
+    def settle(self, name: Name) -> None:
+        """Become a plain module with the parameters of task `name` for good."""
+        self._become(name)
+        for attribute in _ATTRIBUTES:
+            delattr(self, attribute)
+        restore_class(self)
+
+    def _become(self, name: Name) -> None:
+        source: Any = self.module_of(name)
+        if source is not self:
+            self.load_state_dict(source.state_dict())  # type: ignore[attr-defined]
+        self.requires_grad_(False)  # type: ignore[attr-defined]
+        self.task_copies.pop(None, None)
+        self.task_own = None
+        self.set_task(self.task_state.active)
+
+    def _copies_of(self, name: Name) -> tuple[nn.Module, ...]:
+        """The copy that serves task `name`; nothing if that is the module itself, which must not hold itself."""
+        module: Any = self.module_of(name)
+        return () if module is self else (module,)
+
+    def _run(self, copies: tuple[nn.Module, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return copies[0](*args, **kwargs) if copies else super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _mixed(self, chosen: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        rows = next(len(t) for t in flat if isinstance(t, Tensor) and t.dim())
+        parts, places = [], []
+        for i, name in enumerate(chosen.names):
+            device = next(t.device for t in flat if isinstance(t, Tensor))
+            mine = (chosen.ids(rows, device, self.task_path) == i).nonzero().flatten()
+            picked = [t[mine] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t for t in flat]
+            some_args, some_kwargs = pytree.tree_unflatten(picked, spec)
+            parts.append(pytree.tree_flatten(self._run(self._copies_of(name), some_args, some_kwargs)))
+            places.append(mine)
+        order = torch.cat(places).argsort()
+        leaves = zip(*(leaves for leaves, _ in parts), strict=True)
+        return pytree.tree_unflatten([self._join(leaf, order) for leaf in leaves], parts[0][1])
+
+    def _join(self, parts: Sequence[Any], order: Tensor) -> Any:
+        if not isinstance(parts[0], Tensor):
+            return parts[0]
+        if len({t.shape[1:] for t in parts}) > 1:
+            shapes = sorted({tuple(t.shape[1:]) for t in parts})
+            raise TaskError(f"{self.task_path}: heads of different sizes {shapes} cannot answer in one batch")
+        return torch.cat(list(parts))[order]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for module in self.task_copies.values():
+            module._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        for module in self.task_copies.values():
+            module.train(mode)
+        return super().train(mode)  # type: ignore[misc]
+
+
+def switched(module: nn.Module, path: str, state: TaskState) -> SwitchedModule:
+    """Make `module` a :class:`SwitchedModule` if it is none yet."""
+    if not isinstance(module, SwitchedModule):
+        switching: Any = module  # all attributes first: another thread may be computing with the module
+        switching.task_state, switching.task_path, switching.task_own, switching.task_copies = state, path, None, {}
+        switching.task_now = ()
+        mix_in(SwitchedModule, module)
+    return module  # type: ignore[return-value]
+
+
+def plain_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module's own parameters and class, which no task replaces."""
+    if not isinstance(module, SwitchedModule):
+        return copy.deepcopy(module)
+    twin: Any = copy.deepcopy(
+        module, {id(module.task_copies): {}, id(module.task_state): None, id(module.task_now): ()}
+    )
+    for attribute in _ATTRIBUTES:
+        delattr(twin, attribute)
+    restore_class(twin)
+    return twin  # type: ignore[no-any-return]

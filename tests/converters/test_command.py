@@ -1,0 +1,158 @@
+"""The command ``convert_hf_to_lowbit``: its options, what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters.command import app
+from typer.testing import CliRunner, Result
+
+from lowbit_format.container.reader import ModelReader
+from lowbit_format.quantize import Target
+from tests.converters.test_convert import content
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    monkeypatch.setenv("COLUMNS", "200")  # so that no table folds a name
+
+    def command(*arguments: object) -> Result:
+        return CliRunner().invoke(app, [str(a) for a in arguments])
+
+    return command
+
+
+def failed(result: Result, error: str, message: str) -> None:
+    """Exit code 1, and the named error with its message on standard error, without a traceback."""
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"{error}: ")
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+
+
+def test_it_converts_and_says_what_came_of_it(
+    run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    result = run(checkpoint("llama"), tmp_path / "out")
+    assert result.exit_code == 0
+    for text in (
+        "Error by module kind", "down_proj", "Worst modules", "relative error", "bits per quantized weight", "coverage",
+        "100.0%", "Kept in full precision", "lm_head", "output head", "import lowbit_format",
+    ):  # fmt: skip
+        assert text in result.output
+    convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "api" / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "api" / "out")
+
+
+def test_options_reach_the_solver(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    options = [
+        "--codec", "uniform", "--bits", 5, "--group-size", 32, "--nested", "4,2", "--solver", "minmax",
+        "--scale-dtype", "bf16", "--embeddings", "--lm-head", "--keep", "*.k_proj", "--keep", "*.q_proj",
+        "--min-coverage", 0.5, "--max-shard-size", "20KB",
+    ]  # fmt: skip
+    assert run(checkpoint("llama"), tmp_path / "a" / "out", *options).exit_code == 0
+    target = Target("uniform", 5, 32, nested=(2, 4), solver="minmax", scale_dtype="BF16")
+    recipe = Recipe(target, embeddings=True, lm_head=True).keeping(["*.k_proj", "*.q_proj"])
+    convert_hf_to_lowbit(
+        str(checkpoint("llama")), tmp_path / "b" / "out", recipe, min_coverage=0.5, max_shard_bytes=20_000
+    )
+    assert content(tmp_path / "a" / "out") == content(tmp_path / "b" / "out")
+
+
+def test_bcq_without_offset_and_a_codebook(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    run(checkpoint("llama"), tmp_path / "bcq", "--no-offset", "--bits", 2)
+    run(checkpoint("llama"), tmp_path / "fp4", "--codec", "codebook", "--table", "fp4-e2m1")
+    bcq, fp4 = (next(iter(ModelReader(tmp_path / name).config)).scheme for name in ("bcq", "fp4"))
+    assert (bcq.codec, bcq.bits, bcq.offset) == ("bcq", 2, False)
+    assert (fp4.codec, fp4.bits, fp4.label) == ("codebook", 4, "fp4-e2m1")
+
+
+def test_a_recipe_adds_to_the_options(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"rules": [{"match": "*_proj", "bits": 3}, {"match": "lm_head", "bits": 6}]}))
+    result = run(checkpoint("llama"), tmp_path / "out", "--recipe", recipe, "--bits", 2, "--keep", "*.k_proj")
+    assert result.exit_code == 0
+    bits = {m.path.split(".")[-1]: m.scheme.bits for m in ModelReader(tmp_path / "out").config}
+    assert bits == {
+        **dict.fromkeys(("q_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"), 3),
+        "lm_head": 6,
+    }
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(
+    run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    result = run(checkpoint("llama"), tmp_path / "out", "--dry-run", "--nested", "2", "--group-size", 32)
+    assert result.exit_code == 0
+    for text in (
+        "model.layers.1.mlp.down_proj", "64x96", "bcq 4 bits, group 32, F16", "bits/weight", "size then", "coverage",
+        "expected peak memory", "Kept in full precision", "output head",
+    ):  # fmt: skip
+        assert text in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_resumes(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    assert run(checkpoint("llama"), tmp_path / "out", "--resume").exit_code == 0
+    failed(run(checkpoint("llama"), tmp_path / "out", "--resume"), "OutputError", "exists already")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--codec", "gptq"], "SchemeError", "codec is 'gptq'"),
+        (["--nested", "2,x"], "SchemeError", "--nested is '2,x'"),
+        (["--nested", "4"], "SchemeError", "expected precisions from 1 to bits - 1 = 3"),
+        (["--solver", "best"], "SchemeError", "solver is 'best'"),
+        (["--scale-dtype", "f8"], "SchemeError", "scale_dtype is 'F8'"),
+        (["--codec", "codebook", "--table", "nf5"], "SchemeError", "table is 'nf5'"),
+        (["--max-shard-size", "0"], "RecipeError", "--max-shard-size is '0'"),
+        (["--max-shard-size", "2 bananas"], "RecipeError", "expected a size such as 2GB"),
+        (["--keep", "*.nothing"], "RecipeError", "'*.nothing' matches no module"),
+        (["--recipe", "/no/such/file"], "RecipeError", "cannot be read"),
+        (["--revision", "main"], "SourceError", "leave --revision out"),
+        (["--keep", "*.mlp.*"], "CoverageError", "only 40.0%"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_named_error_and_exit_code_2(
+    more: list,
+    options: list,
+    error: str,
+    message: str,
+    run: Callable[..., Result],
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+) -> None:
+    failed(run(checkpoint("llama"), tmp_path / "out", *options, *more), error, message)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [["--bits", "0"], ["--bits", "9"], ["--min-coverage", "2"], ["--group-size", "-1"]])
+def test_values_out_of_range_are_usage_errors(
+    options: list, run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    assert run(checkpoint("llama"), tmp_path / "out", *options).exit_code == 2
+
+
+def test_brackets_in_names_are_shown_as_they_are(
+    run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """What looks like the terminal library's markup is part of the name."""
+    failed(run(tmp_path / "[red]x[/no]", tmp_path / "out"), "SourceError", "[red]x[/no]: no such directory")
+    result = run(checkpoint("llama"), tmp_path / "[red]" / "y[" / "no]")
+    assert result.exit_code == 0
+    assert "[red]/y[/no]. Load it" in result.output.replace("\n", "")
+
+
+def test_help_teaches(run: Callable[..., Result]) -> None:
+    result = run("--help")
+    assert result.exit_code == 0
+    for text in ("Examples", "--dry-run", "--resume", "--nested", "one file, many precisions"):
+        assert text in result.output

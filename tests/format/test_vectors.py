@@ -1,0 +1,112 @@
+"""The golden files of spec/vectors: the reader accepts the valid ones bit for bit and refuses the others by rule."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from lowbit_format.codecs import CODECS
+from lowbit_format.container.reader import ModelReader
+from lowbit_format.errors import FormatError
+from lowbit_format.reference import decode_numpy
+from lowbit_format.schema import KINDS
+from lowbit_format.testing.vectors import VECTORS, assert_same_bits, cases, expected_tensors, facts
+
+MAKER = VECTORS.parent.parent / "tools" / "make_vectors.py"
+
+
+def test_files_are_what_the_script_makes() -> None:
+    done = subprocess.run([sys.executable, str(MAKER), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "files are current" in done.stdout
+
+
+def test_check_sees_a_changed_file(tmp_path: Path) -> None:
+    (tmp_path / "tools").mkdir()
+    shutil.copy(MAKER, tmp_path / "tools")
+    shutil.copytree(VECTORS, tmp_path / "spec" / "vectors")
+    victim = tmp_path / "spec" / "vectors" / "valid" / "bcq-example" / "model" / "model.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "tools" / MAKER.name), "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == ["differs: valid/bcq-example/model/model.safetensors"]
+
+
+@pytest.mark.parametrize("name", cases("valid"))
+def test_valid_decodes_bit_for_bit(name: str) -> None:
+    case = VECTORS / "valid" / name
+    reader, expected = ModelReader(case / "model"), expected_tensors(case)
+    paths = {m.path for m in reader.config} | {f"{m.path}@k{k}" for m in reader.config for k in m.scheme.nested}
+    assert set(expected) == paths
+    for key, values in expected.items():
+        path, _, k = key.partition("@k")
+        assert_same_bits(reader.decode(path, int(k) if k else None), values)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("name", cases("valid"))
+def test_valid_decodes_the_same_in_numpy(name: str) -> None:
+    case = VECTORS / "valid" / name
+    reader = ModelReader(case / "model")
+    for key, values in expected_tensors(case).items():
+        path, _, k = key.partition("@k")
+        bits = int(k) if k else None
+        experts = reader.module(path).experts
+        if experts is None:
+            assert_same_bits(decode_numpy(reader.matrix(path), bits), values)
+        for e in range(experts or 0):
+            assert_same_bits(decode_numpy(reader.matrix(path, e), bits), values[e])
+
+
+@pytest.mark.parametrize("name", cases("valid"))
+def test_valid_verifies_and_has_its_fingerprint(name: str) -> None:
+    case = VECTORS / "valid" / name
+    reader, fact = ModelReader(case / "model"), facts(case)
+    unverified = reader.verify()
+    assert unverified == sum(reader.stored_digest(t) is None for t in reader.names())
+    for trust in (True, False):  # FPR-1 to FPR-4, from the digests in the header or from the bytes
+        found = reader.fingerprint(trust_digests=trust)
+        assert (found.body, found.head) == (fact["fingerprint"], fact["head_fingerprint"])
+
+
+@pytest.mark.parametrize("name", cases("invalid"))
+def test_invalid_is_refused_by_rule(name: str) -> None:
+    case = VECTORS / "invalid" / name
+    fact = facts(case)
+    tracemalloc.start()
+    try:
+        if fact["found_by"] == "open":
+            with pytest.raises(FormatError) as caught:
+                ModelReader(case / "model")
+        else:
+            reader = ModelReader(case / "model")
+            with pytest.raises(FormatError) as caught:
+                reader.verify()
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert caught.value.rule == fact["rule"]
+    assert f"[{fact['rule']}]" in str(caught.value)
+    assert len(str(caught.value)) < 2000
+    assert peak < 4 << 20
+
+
+def test_the_vectors_cover_the_format() -> None:
+    """Every codec, kind and (but for large tables) number of bits occurs, nested, ragged and sharded models too."""
+    readers = [ModelReader(VECTORS / "valid" / name / "model") for name in cases("valid")]
+    modules = [m for reader in readers for m in reader.config]
+    for codec in CODECS.values():
+        bits = {m.scheme.bits for m in modules if m.scheme.codec == codec.id}
+        assert bits >= ({1, 2, 3, 4, 8} if codec.codebook else set(range(1, 9)))
+    assert {m.kind for m in modules} == set(KINDS)
+    assert any(m.scheme.nested and m.scheme.row_bits for m in modules)
+    assert any(len(reader.headers) > 1 for reader in readers)

@@ -1,0 +1,688 @@
+"""The kernels of a CPU: weights bit for bit, products as the naive way gives them in float64, but for rounding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.building import random_matrix
+from support.products import Call, absolute, assert_near, drawn, exact, magnitude, random_call, same_bits, stored
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowbit_format.kernels import naive, operators
+from lowbit_format.kernels.cpu import backend, decoding, parallel, products
+from lowbit_format.kernels.matrix import PlaneMatrix
+from lowbit_format.matrix import StoredMatrix
+from lowbit_format.schema import SCALE_DTYPES, Scheme
+from lowbit_format.testing.decoding import F32, DecoderConformance
+from tests.kernels.test_operators import KINDS, NAMES
+from tests.machine.test_threads import at_once, forks, in_child
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
+
+WHOLE, ODD = [0, 32, 64, 96, 128], [5, 24, 100]  # group sizes that have a packed form, and that have none
+FLOATS = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def from_planes(x: Tensor, w: PlaneMatrix) -> bool:
+    """Whether the product is computed without decoding the weight."""
+    plan = products.plan(w)
+    return plan is not None and x.numel() // w.cols <= plan.most_rows
+
+
+def check_linear(call: Call) -> Tensor:
+    """The product is right; computed from planes, it has the same bits whatever form they are in."""
+    x, w, bias, deltas, task_ids = call
+    with torch.no_grad():
+        want = naive.linear(x.double(), exact(w), bias, deltas, task_ids)
+        terms = naive.linear(x.double().abs(), absolute(w), magnitude(bias), magnitude(deltas), task_ids)
+        found = operators.linear(*call)
+        assert found.dtype == x.dtype
+        assert_near(found, want, terms, from_planes(x, w))
+        if backend.can_tile(w):
+            again = operators.linear(x, backend.tile(w), bias, deltas, task_ids)
+            assert_near(again, want, terms, from_planes(x, w))
+            assert not from_planes(x, w) or same_bits(again, found)
+    return found
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Call:
+    """Any product."""
+    w = drawn(
+        draw(st.sampled_from(KINDS)),
+        draw(st.integers(1, 8)),
+        draw(st.sampled_from(WHOLE) | st.sampled_from(WHOLE + ODD)),
+        draw(st.integers(1, 200)),
+        draw(st.integers(1, 400)),
+        draw(st.integers(0, 2**32 - 1)),
+        draw(st.sampled_from(SCALE_DTYPES)),
+    )
+    dtype = draw(st.sampled_from(FLOATS))
+    return random_call(
+        w,
+        draw(st.integers(1, 16) | st.sampled_from([1, 17, 50, 130])),
+        dtype=dtype,
+        layout=draw(st.sampled_from(["rows", "columns", "every second", "leading"])),
+        bias=draw(st.sampled_from([None, torch.float32, dtype])),
+        tasks=draw(st.sampled_from([None, "mul", "add"])),
+        count=draw(st.integers(1, 4)),
+        ids=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def fixed_calls() -> Iterator[Call]:
+    """A few of every kind, large enough for several strips, chunks and threads."""
+    for i, kind in enumerate(KINDS):
+        for j, (bits, group, dtype) in enumerate([(4, 64, "F16"), (2, 0, "BF16"), (3, 96, "F32")]):
+            w = drawn(kind, bits, group, 300 + 7 * i, 330, seed=i, dtype=dtype)
+            for batch, tasks in ((1, None), (7, ("mul", "add", None)[(i + j) % 3])):
+                yield random_call(w, batch, tasks=tasks, seed=batch)
+
+
+def check_everything() -> None:
+    """A compact set of all this for other machines (see test_cpu_isa.py)."""
+    rng = random.Random(0)
+    for kind in KINDS:
+        for bits in range(1, 9):
+            for dtype in SCALE_DTYPES:
+                w = drawn(kind, bits, rng.choice(WHOLE), rng.randint(1, 90), rng.randint(1, 300), bits, dtype)
+                assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
+                for batch, tasks in ((1, None), (rng.randint(2, 16), rng.choice(["mul", "add"])), (20, None)):
+                    check_linear(random_call(w, batch, dtype=rng.choice(FLOATS), tasks=tasks, seed=bits))
+    for call in fixed_calls():
+        check_linear(call)
+
+
+# --- weights ---------------------------------------------------------------------------------------
+
+
+class TestPackedForm(DecoderConformance):
+    """Decoding by way of the packed form, where there is one."""
+
+    def decode(self, matrix: StoredMatrix, bits: int | None) -> F32:
+        w = stored(matrix, bits)
+        out: F32 = backend.decode(backend.tile(w) if backend.can_tile(w) else w).numpy()
+        return out
+
+    @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+    @pytest.mark.parametrize("group_size", WHOLE)
+    @pytest.mark.parametrize("dtype", SCALE_DTYPES)
+    def test_tiles_and_groups(self, kind: Scheme, group_size: int, dtype: str) -> None:
+        """Rows that fill no tile, columns that fill no word, groups of several words."""
+        for rows, cols, bits in ((1, 1, 1), (16, 64, 8), (17, 33, 3), (50, 300, 4), (33, 129, 5)):
+            matrix = random_matrix(
+                replace(kind, bits=bits, group_size=group_size, scale_dtype=dtype), rows, cols, seed=rows
+            )
+            assert backend.can_tile(stored(matrix))
+            self.check(matrix) if rows * cols < 3000 else None
+            w = stored(matrix)
+            assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
+
+    @pytest.mark.parametrize("threads", ["1", "2", "5"])
+    def test_threads(self, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
+        monkeypatch.setattr(decoding, "ALONE", 0)
+        for kind in KINDS:
+            w = drawn(kind, 4, 32, 203, 100)
+            assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
+
+    @pytest.mark.parametrize("kind", [k for k in KINDS if not k.row_bits], ids=str)
+    def test_some_rows(self, kind: Scheme) -> None:
+        """From a tile's first row to any row."""
+        w = drawn(kind, 3, 64, 70, 100, dtype="F16")
+        whole, tiled = naive.decode(w), backend.tile(w)
+        for first, stop in ((0, 70), (16, 17), (32, 64), (64, 70), (0, 1), (16, 70)):
+            assert same_bits(decoding.decode_rows(tiled, first, stop, 1), whole[first:stop])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_dequantize_from_the_packed_form(kind: Scheme) -> None:
+    w = drawn(kind, 4, 64, 50, 130, dtype="BF16")
+    deltas = random_call(w, 1, tasks="mul").deltas
+    for dtype in (*FLOATS, torch.float64):
+        for of in (None, deltas):
+            assert torch.equal(operators.dequantize(backend.tile(w), of, dtype=dtype), naive.dequantize(w, of, dtype))
+
+
+def test_ragged_rows_at_a_lower_precision() -> None:
+    """MIX-4, NST-1: ``row_bits`` may say more than there is to read."""
+    for name, group_size in (("bcq", 0), ("uniform", 0), ("bcq", 32)):
+        scheme = Scheme(name, 4, group_size, "F32", row_bits=True, nested=(2,))
+        w = stored(random_matrix(scheme, 40, 100), 2)
+        assert w.row_bits is not None
+        assert int(w.row_bits.max()) > w.bits
+        tiled = backend.tile(w)
+        assert same_bits(backend.decode(tiled), naive.decode(w))
+        check_linear(random_call(w, 3))
+
+
+# --- products --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150, deadline=None)
+@given(calls())
+def test_any_product(call: Call) -> None:
+    check_linear(call)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_codec_bits_and_batch(kind: Scheme, bits: int) -> None:
+    w = drawn(kind, bits, 32, 81, 100, dtype="F16")
+    for batch in range(1, 19):
+        check_linear(random_call(w, batch))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("rows", [1, 16, 70])
+def test_many_rows_straight_from_planes(kind: Scheme, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are multiplied in parts, and so are the tasks of rows."""
+    monkeypatch.setattr(products, "most_rows", lambda bits: float("inf"))
+    w = drawn(kind, 3, 64, rows, 100, dtype="F16")
+    for batch in (63, 64, 65, 128, 150):
+        for dtype, tasks in zip(FLOATS, (None, "mul", "add"), strict=True):
+            call = random_call(w, batch, dtype=dtype, layout="leading", tasks=tasks)
+            found = check_linear(call)
+            last = call._replace(x=call.x[0, -1], task_ids=None if call.task_ids is None else call.task_ids[-1:])
+            assert not from_planes(call.x, w) or same_bits(found[0, -1, 0], operators.linear(*last)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("tasks", ["mul", "add"])
+@pytest.mark.parametrize("batch", [1, 5, 16, 40])
+def test_tasks(kind: Scheme, tasks: str, batch: int) -> None:
+    """Tasks of all rows at once and of each row; -1 is the base (TSK-6, TSK-8)."""
+    w = drawn(kind, 4, 32, 70, 100, dtype="F16")
+    for p in range(w.scales.shape[0]):
+        for count in (1, 2, 9):
+            check_linear(random_call(w, batch, tasks=tasks, count=count, seed=p))
+        call = random_call(w, batch, tasks=tasks, ids=False, seed=p)
+        found = check_linear(call)
+        all_base = torch.full((batch,), -1)
+        torch.testing.assert_close(check_linear(call._replace(task_ids=all_base)), check_linear(Call(*call[:3])))
+        assert not torch.allclose(found, check_linear(Call(*call[:3])))
+
+
+def test_empty_batches() -> None:
+    w = drawn(KINDS[1], 4, 32, 33, 100)
+    for form in (w, backend.tile(w)):
+        for shape in ((0, 100), (2, 0, 100), (0, 0, 100)):
+            for dtype in FLOATS:
+                found = operators.linear(torch.empty(shape, dtype=dtype), form, torch.randn(33))
+                assert (found.shape, found.dtype) == ((*shape[:-1], 33), dtype)
+
+
+def test_one_row_without_a_batch() -> None:
+    w = drawn(KINDS[1], 4, 32, 33, 100)
+    x = torch.randn(100)
+    assert same_bits(operators.linear(x, backend.tile(w)), operators.linear(x[None], w)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+def test_a_row_does_not_depend_on_the_others(kind: Scheme) -> None:
+    w = backend.tile(drawn(kind, 4, 64, 90, 200))
+    call = random_call(w, 15)
+    together = operators.linear(*call)
+    for row, x in zip(together, call.x, strict=True):
+        assert not from_planes(x, w) or same_bits(operators.linear(x, w, call.bias), row)
+
+
+@pytest.mark.parametrize("batch", [2, 20])
+def test_a_bias_with_strides(batch: int) -> None:
+    w = drawn(KINDS[1], 4, 32, 33, 100)
+    for bias in (torch.randn(66)[::2], torch.randn(1).expand(33), torch.randn(33, 4)[:, 1]):
+        check_linear(random_call(w, batch)._replace(bias=bias))
+
+
+def test_deltas_and_ids_with_strides() -> None:
+    w = drawn(KINDS[1], 3, 32, 33, 100)
+    call = random_call(w, 6)
+    ids = torch.tensor([0, 9, 1, 9, -1, 9, 0, 9, 0, 9, 1, 9])[::2]
+    check_linear(call._replace(deltas=torch.randn(33, 2, 2).permute(1, 2, 0), task_ids=ids))
+    check_linear(call._replace(deltas=torch.randn(2, 4, 3, 33).permute(0, 2, 3, 1), task_ids=ids))
+
+
+def test_values_of_missing_planes_do_not_matter() -> None:
+    """MIX-3: scales of planes that a row does not have."""
+    w = drawn(Scheme("bcq", offset=True, row_bits=True), 4, 32, 50, 100)
+    assert w.row_bits is not None
+    scales = w.scales.clone()
+    scales[w.row_bits[None, :] <= torch.arange(4)[:, None]] = 1e30
+    assert (scales == 1e30).any()
+    call = random_call(w, 3)
+    for form in (w, backend.tile(w)):
+        assert same_bits(operators.linear(call.x, form._replace(scales=scales)), operators.linear(call.x, w))
+
+
+def test_padding_bits_do_not_matter() -> None:
+    """BIT-3, in products."""
+    for kind in KINDS:
+        w = drawn(kind, 3, 32, 20, 37)
+        dirty = w.planes.clone()
+        dirty[..., 5:] = 255
+        dirty[..., 4] |= 0b11100000
+        for batch in (1, 30):
+            x = torch.randn(batch, 37)
+            assert torch.equal(operators.linear(x, w), operators.linear(x, w._replace(planes=dirty)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden(kind: Scheme, value: float) -> None:
+    for group, column, tasks in ((32, 0, None), (64, 99, "mul"), (0, 50, "add")):
+        w = backend.tile(drawn(kind, 4, group, 37, 100))
+        call = random_call(w, 4, tasks=tasks)
+        call.x[2, column] = value
+        found, want = operators.linear(*call), naive.linear(call.x, backend.untile(w), *call[2:])
+        finite = torch.isfinite(want)
+        assert torch.equal(torch.isfinite(found), finite)
+        assert (~finite).sum() == 37
+        assert bool(found[want.isnan()].isnan().all())
+
+
+# --- threads and pieces ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def known() -> list[tuple[Call, Tensor]]:
+    """Products and their results, in one piece."""
+    return [(call._replace(w=backend.tile(call.w)), check_linear(call)) for call in fixed_calls()]
+
+
+def assert_known(known: list[tuple[Call, Tensor]]) -> None:
+    for call, want in known:
+        found = operators.linear(*call)
+        assert same_bits(found, want) if from_planes(*call[:2]) else torch.allclose(found, want, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "5"])
+@pytest.mark.parametrize("pool", ["OpenMP", "Python"])
+def test_the_number_of_threads(
+    threads: str, pool: str, known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
+    monkeypatch.setattr(products, "ALONE", 0)
+    if pool == "Python":
+        monkeypatch.setattr(parallel, "_openmp", lambda: None)
+    assert_known(known)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("SCRATCH", 1), ("SCRATCH", 1 << 20), ("CHUNKS", 1), ("CHUNKS", 1000), ("MOST_STRIPS", 1), ("MOST_STRIPS", 1000)],
+)
+def test_the_size_of_chunks(
+    name: str, value: int, known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWBIT_NUM_THREADS", "3")
+    monkeypatch.setattr(products, "ALONE", 0)
+    monkeypatch.setattr(products, name, value)
+    assert_known(known)
+
+
+def test_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their tables are made in parts."""
+    for group, cols in ((128, 4000), (0, 4011), (1024, 2100), (0, 100)):
+        for kind in KINDS:
+            call = random_call(drawn(kind, 2, group, 33, cols), 7)
+            want = check_linear(call)
+            for threads in ("1", "2", "5"):
+                monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
+                assert not from_planes(*call[:2]) or same_bits(operators.linear(call.x.clone(), *call[1:]), want)
+
+
+def test_several_python_threads_at_once(known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has activations of its own; here the same matrices get different ones."""
+    monkeypatch.setenv("LOWBIT_NUM_THREADS", "2")
+    monkeypatch.setattr(products, "ALONE", 0)
+
+    def work(factor: float) -> Callable[[], None]:
+        mine = [
+            (c._replace(x=c.x * factor, bias=None), operators.linear(c.x * factor, c.w, None, *c[3:])) for c, _ in known
+        ]
+        return lambda: [assert_known(mine) for _ in range(3)] and None
+
+    at_once(*(work(factor) for factor in (1.0, 2.0, -0.5, 3.25)))
+
+
+@forks
+def test_in_a_forked_child(known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenMP's threads are not there."""
+    monkeypatch.setenv("LOWBIT_NUM_THREADS", "4")
+    monkeypatch.setattr(products, "ALONE", 0)
+    few = [(call, want) for call, want in known if from_planes(*call[:2])]
+    assert_known(few)
+
+    def work() -> bool:
+        assert_known(few)
+        return True
+
+    assert in_child(work)
+    assert in_child(lambda: in_child(work))
+    assert_known(few)
+
+
+# --- activations and matrices that change ----------------------------------------------------------
+
+
+def by_item(x: Tensor) -> None:
+    x[0, 3] += 1
+
+
+def by_numpy(x: Tensor) -> None:
+    x.numpy()[...] = 0.5 - x.numpy()
+
+
+def by_data(x: Tensor) -> None:
+    x.data.mul_(-1.5)
+
+
+def by_order(x: Tensor) -> None:
+    x.copy_(x.flip(-1).clone())
+
+
+@pytest.mark.parametrize("change", [by_item, by_numpy, by_data, by_order])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_activations_changed_in_place(change: Callable[[Tensor], None], mode: Any) -> None:
+    """What is made of activations, and may be kept from one product to the next, is never used for other numbers."""
+    one, two = (backend.tile(drawn(KINDS[1], bits, 32, 40, 100)) for bits in (2, 3))
+    with mode():
+        x = torch.randn(2, 100)
+        first = [operators.linear(x, w) for w in (one, one, two)]
+        assert same_bits(first[0], first[1])
+        change(x)
+        for w, before in ((one, first[0]), (two, first[2])):
+            found = operators.linear(x, w)
+            assert same_bits(found, operators.linear(x.clone(), w))
+            assert not torch.equal(found, before)
+            torch.testing.assert_close(found, x @ naive.decode(backend.untile(w)).T, rtol=1e-4, atol=1e-4)
+
+
+def test_other_activations_in_the_same_memory() -> None:
+    """Of another dtype, width, number of rows or order, and with other groups."""
+    memory = torch.randn(4 * 128).view(torch.uint8)
+    matrices = [
+        drawn(kind, 2, group, 20, cols)
+        for kind in (KINDS[1], KINDS[3])
+        for group in (0, 32, 64)
+        for cols in (100, 105, 128)
+    ]
+    rng = random.Random(0)
+    for _ in range(200):
+        w, dtype = rng.choice(matrices), rng.choice(FLOATS)
+        values = memory.view(dtype)
+        batch = rng.choice([1, 2])
+        x = rng.choice([
+            values[: batch * w.cols].view(batch, w.cols),
+            values[: batch * w.cols].view(w.cols, batch).t(),
+        ])  # fmt: skip
+        if not torch.isfinite(x).all() or dtype != torch.float32:
+            memory.view(dtype).copy_(torch.randn(len(values)))
+        check_linear(Call(x, w))
+        memory.view(torch.float32).copy_(torch.randn(512))
+
+
+def test_one_input_of_matrices_with_other_groups() -> None:
+    x = torch.randn(3, 200)
+    for group in (0, 32, 64, 96, 128, 0, 32):
+        for kind in KINDS:
+            check_linear(Call(x, drawn(kind, 2, group, 20, 200)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("rows", [32, 37])
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_a_matrix_changed_in_place(kind: Scheme, rows: int, group_size: int) -> None:
+    """What is kept with a matrix holds for its numbers of now."""
+    w = backend.tile(drawn(kind, 4, group_size, rows, 100))
+    x = torch.randn(2, 100)
+    for name in ("scales", "offsets", "zeros", "codebook", "planes"):
+        values = getattr(w, name)
+        if values is None:
+            continue
+        before = operators.linear(x, w)
+        values.copy_(255 - values if name == "planes" else values * 1.5 + 0.1)
+        found = operators.linear(x, w)
+        assert not torch.equal(found, before)
+        torch.testing.assert_close(found, x @ naive.decode(backend.untile(w)).T, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("rows", [32, 37])
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_a_matrix_with_other_tensors(kind: Scheme, rows: int, group_size: int) -> None:
+    """The same planes with another tensor beside them, as a task's shift makes it."""
+    w = backend.tile(drawn(kind, 4, group_size, rows, 100))
+    x = torch.randn(2, 100)
+    for name in ("scales", "offsets", "zeros", "codebook"):
+        if getattr(w, name) is None:
+            continue
+        for form in (w, w._replace(**{name: getattr(w, name) * 1.5 + 0.1}), w):
+            want = x @ naive.decode(backend.untile(form)).T
+            torch.testing.assert_close(operators.linear(x, form), want, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_rows_with_other_bits() -> None:
+    """The same memory holds ragged tiles of the same total size."""
+    kind, (many, few) = Scheme("uniform", row_bits=True), (torch.full((16,), n, dtype=torch.uint8) for n in (4, 1))
+    pair = []
+    for seed, row_bits in enumerate((torch.cat([many, few]), torch.cat([few, many]))):
+        matrix = random_matrix(replace(kind, bits=4), 32, 64, seed=seed)
+        planes = torch.randint(0, 256, (int(row_bits.sum()), 8), dtype=torch.uint8)
+        pair.append(stored(matrix)._replace(planes=planes, row_bits=row_bits))
+    w, other = backend.tile(pair[0]), backend.tile(pair[1])
+    x = torch.randn(2, 64)
+    operators.linear(x, w)
+    for name in ("planes", "scales", "zeros", "row_bits"):
+        getattr(w, name).copy_(getattr(other, name))
+    assert same_bits(operators.linear(x, w), operators.linear(x, pair[1]))
+
+
+# --- larger batches --------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[1, 16 * 100 * 2, 1 << 18], ids=["16 rows", "32 rows", "all rows"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How much of the weight is decoded at a time, where it is decoded at all."""
+    size: int = request.param
+    monkeypatch.setattr(products, "most_rows", lambda bits: 0)
+    monkeypatch.setattr(backend, "TILE", size)
+    return size
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tasks", [None, "mul", "add"])
+def test_a_large_batch(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile: int) -> None:
+    w = drawn(kind, 3, 32, 70, 100, dtype="F16")
+    for count in (1, 9):  # fewer tasks than parts of the weight, and more
+        for ids in (False, True):
+            call = random_call(w, 33, dtype=dtype, layout="leading", tasks=tasks, count=count, ids=ids)
+            check_linear(call)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("tasks", [None, "mul", "add"])
+def test_gradient_of_the_input(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile: int) -> None:
+    w = drawn(kind, 3, 32, 70, 100, dtype="BF16")
+    for batch, ids in ((2, False), (33, True)):
+        _, _, _, deltas, task_ids = random_call(w, batch, tasks=tasks, ids=ids)
+        grad = torch.randn(batch, 70).to(dtype)
+        want = naive.linear_input_grad(grad.double(), exact(w), deltas, task_ids)
+        terms = naive.linear_input_grad(grad.double().abs(), absolute(w), magnitude(deltas), task_ids)
+        for form in (w, backend.tile(w)):
+            found = backend.linear_input_grad(grad, form, deltas, task_ids)
+            assert found.dtype == dtype
+            assert_near(found, want, terms, one_rounding=False)
+
+
+# --- rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_embedding(kind: Scheme, group_size: int) -> None:
+    """Bit for bit, in any order and number, with tasks and without."""
+    w = drawn(kind, 5, group_size, 37, 100, dtype="F16")
+    tiled = backend.tile(w)
+    for ids in (
+        torch.tensor([0, 36, 36, 5, 0]),
+        torch.randint(0, 37, (3, 1, 40), dtype=torch.int32),
+        torch.randint(0, 37, (4, 6)).t(),
+        torch.tensor(17),
+        torch.empty(2, 0, dtype=torch.int64),
+    ):
+        for dtype in FLOATS:
+            assert same_bits(operators.embedding(ids, tiled, dtype=dtype), naive.embedding(ids, w, None, None, dtype))
+        for tasks in ("mul", "add"):
+            call = random_call(w, ids.numel(), tasks=tasks)
+            found = operators.embedding(ids, tiled, call.deltas, call.task_ids)
+            assert same_bits(found, naive.embedding(ids, w, call.deltas, call.task_ids, torch.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("bad", [37, 48, 1 << 40, -38])
+def test_embedding_of_no_row(kind: Scheme, bad: int) -> None:
+    """Also of rows that only pad a tile."""
+    w = drawn(kind, 5, 32, 37, 100)
+    for form in (w, backend.tile(w)):
+        with pytest.raises(IndexError):
+            operators.embedding(torch.tensor([0, bad]), form)
+
+
+# --- with torch ------------------------------------------------------------------------------------
+
+
+class Seen(TorchDispatchMode):
+    """Notes every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names = list[str]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
+@pytest.mark.parametrize("batch", [1, 4])
+def test_both_ways_to_the_kernel_give_the_same(kind: Scheme, batch: int) -> None:
+    """Where nobody looks on no operator is called."""
+    call = random_call(drawn(kind, 4, 32, 33, 100), batch)
+    x, w, *rest = call
+    for form in (w, backend.tile(w)):
+        with torch.no_grad():
+            direct = operators.linear(x, form, *rest)
+        through = operators.linear(x.clone().requires_grad_(), form, *rest)
+        assert through.requires_grad
+        assert not direct.requires_grad
+        scales = form._replace(scales=form.scales.clone().requires_grad_())
+        for found in (
+            through,
+            operators.linear(x, scales, *rest),
+            torch.ops.lowbit.linear(x, *form[:6], *rest, *form[6:]),
+        ):
+            assert same_bits(found.detach(), direct) if from_planes(x, w) else torch.allclose(found, direct, 1e-4, 1e-4)
+
+
+def test_modes_see_the_operator() -> None:
+    w = backend.tile(drawn(KINDS[1], 4, 32, 33, 100))
+    x = torch.randn(2, 100)
+    with torch.no_grad(), Seen() as seen:
+        found = operators.linear(x, w)
+    assert "lowbit.linear.default" in seen.names
+    assert same_bits(found, operators.linear(x, w))
+
+
+def test_compiled_graphs_have_the_operator() -> None:
+    w = backend.tile(drawn(KINDS[1], 4, 32, 33, 100))
+    targets = list[str]()
+
+    def record(module: torch.fx.GraphModule, inputs: Any) -> Any:
+        targets.extend(str(node.target) for node in module.graph.nodes)
+        return module.forward
+
+    x = torch.randn(2, 100)
+    with torch.no_grad():
+        found = torch.compile(lambda x: operators.linear(x, w), fullgraph=True, backend=record)(x)
+        assert same_bits(found, operators.linear(x, w))
+    assert any("lowbit.linear" in target for target in targets)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_have_the_operator() -> None:
+    w = backend.tile(drawn(KINDS[1], 4, 32, 33, 100))
+    with torch.no_grad():
+        traced = torch.jit.trace(lambda x: operators.linear(x, w), torch.randn(2, 100))
+    assert "lowbit::linear" in str(traced.graph)
+
+
+def test_a_functional_transform_is_not_passed_by() -> None:
+    """Custom operators have no such gradients: torch says so, where a call past them would give zeros."""
+    tiled = backend.tile(drawn(KINDS[1], 4, 32, 33, 100))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda x: operators.linear(x, tiled).sum())(torch.randn(100))
+
+
+# --- what kernels do not look at is refused before ------------------------------------------------
+
+
+WRONG_TASKS = {
+    "an id that is too large": (torch.zeros(2, 1, 33), torch.tensor([0, 2]), IndexError),
+    "too few ids": (torch.zeros(2, 1, 33), torch.tensor([1]), ValueError),
+    "too few rows": (torch.zeros(2, 1, 32), torch.tensor([0, 1]), ValueError),
+    "too many planes": (torch.zeros(2, 4, 33), torch.tensor([0, 1]), ValueError),
+    "too few groups": (torch.zeros(2, 1, 33, 3), torch.tensor([0, 1]), ValueError),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TASKS)
+def test_wrong_tasks(wrong: str) -> None:
+    deltas, task_ids, error = WRONG_TASKS[wrong]
+    with pytest.raises(error):
+        operators.linear(torch.randn(2, 100), backend.tile(drawn(KINDS[1], 3, 32, 33, 100)), None, deltas, task_ids)
+
+
+def test_a_bias_of_another_length() -> None:
+    with pytest.raises(ValueError, match="33"):
+        operators.linear(torch.randn(2, 100), backend.tile(drawn(KINDS[1], 3, 32, 33, 100)), torch.zeros(20))
+
+
+def test_tasks_in_other_dtypes() -> None:
+    w, x = backend.tile(drawn(KINDS[1], 3, 32, 33, 100)), torch.randn(2, 100)
+    deltas, ids = torch.randn(2, 1, 33).half(), torch.tensor([1, 0], dtype=torch.int32)
+    want = operators.linear(x, w, None, deltas.float(), ids.long())
+    assert same_bits(operators.linear(x, w, None, deltas, ids), want)
+
+
+def test_every_negative_id_is_the_base() -> None:
+    w, x = backend.tile(drawn(KINDS[1], 3, 32, 33, 100)), torch.randn(40, 100)
+    products.plan(w).most_rows = 0  # type: ignore[union-attr]
+    ids = torch.arange(40) % 11 - 2
+    found = operators.linear(x, w, None, torch.randn(9, 1, 33), ids)
+    torch.testing.assert_close(found[ids < 0], operators.linear(x, w)[ids < 0], rtol=1e-4, atol=1e-4)
+
+
+def test_uniform_codes_without_zeros() -> None:
+    w = drawn(Scheme("uniform"), 4, 32, 33, 100)._replace(zeros=None)
+    x = torch.randn(3, 100)
+    torch.testing.assert_close(operators.linear(x, w), x @ naive.decode(w).T, rtol=1e-4, atol=1e-3)
+
+
+def test_a_task_that_is_not_there() -> None:
+    """Few rows are multiplied from planes, many by the library."""
+    for rows in (2, 2000):
+        call = random_call(drawn(KINDS[0], 3, 32, 33, 100), rows, tasks="mul", count=3)
+        with pytest.raises(IndexError):
+            operators.linear(*call._replace(task_ids=torch.full((rows,), 3)))

@@ -1,0 +1,72 @@
+"""The kernels as they are made for other machines: which code runs there, and that it gives right answers.
+
+A process of its own compiles for a machine that Numba's settings name, and this one can run: its code is what such a
+machine would run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowbit_format.machine.llvm import features
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(platform.machine().lower() not in ("x86_64", "amd64"), reason="names of x86-64 machines"),
+]
+AVX2 = "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3"
+AVX512 = *AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"
+MACHINES = {"haswell": AVX2, "x86-64": (), "skylake-avx512": AVX512}  # LLVM's names; instruction sets above SSE2
+# Registers of vpermps, if it is there; of the twins vpermps and vpermd, LLVM chooses by what stands around it.
+PERMUTES = {"haswell": "ymm", "x86-64": None, "skylake-avx512": "zmm"}
+
+SCRIPT = """
+import json, re
+from lowbit_format.kernels.cpu import products
+from lowbit_format.machine.llvm import features
+from tests.kernels.cpu.test_backend import check_everything
+
+check_everything()
+text = products._multiply.compiled._library.get_asm_str()
+print(json.dumps({
+    "features": sorted(features()),
+    "permutes": {kind: len(re.findall(rf"vperm(?:ps|d)\\s.*%{kind}", text)) for kind in ("xmm", "ymm", "zmm")},
+    "wide": len(re.findall("%zmm", text)),
+    "fused": len(re.findall("vfn?m(?:add|sub)", text)),
+}))
+"""
+
+
+def run_on(machine: str, cache: Path) -> dict[str, Any]:
+    """Check all kernels as made for `machine`, and say what they consist of."""
+    here = Path(__file__).parents[3]
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": machine,
+        "NUMBA_CPU_FEATURES": ",".join(f"+{name}" for name in MACHINES[machine]),
+        "NUMBA_CACHE_DIR": str(cache),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(here), str(here / "tests"), os.environ.get("PYTHONPATH")])),
+    }
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_kernels_as_made_for_a_machine(machine: str, tmp_path: Path) -> None:
+    if missing := set(MACHINES[machine]) - features():
+        pytest.skip(f"this machine has no {', '.join(sorted(missing))}")
+    found = run_on(machine, tmp_path)
+    assert set(found["features"]) == set(MACHINES[machine])
+    assert {kind for kind, count in found["permutes"].items() if count} == {PERMUTES[machine]} - {None}
+    assert (found["wide"] > 0) == (PERMUTES[machine] == "zmm")
+    assert (found["fused"] > 0) == ("fma" in MACHINES[machine])
