@@ -1,7 +1,7 @@
-"""The driver: streams a plan's tensors from a source into an output directory. It knows no source format.
+"""The driver: carries out a plan, from a source to an output directory. It knows no source format.
 
-Memory holds one tensor at a time. Everything is written into a hidden sibling of OUT, which becomes OUT by one
-rename when all of it is complete (DIR-7); a journal in it lets an interrupted conversion go on.
+It quantizes one tensor at a time while it reads the next. Everything is written into a hidden sibling of OUT, which
+is renamed to OUT once it is complete (DIR-7); a journal in it lets an interrupted conversion resume.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, 
 from .plan import Plan, Step
 from .source import Source, as_float32
 
-SAVE_SECONDS = 20.0  # between two savings of what is done: as much work an interruption by force can cost
+SAVE_SECONDS = 20.0  # between two saves of the journal: a killed conversion loses at most this much work
 
 
 def run(
@@ -54,15 +54,15 @@ def run(
         source: the checkpoint.
         plan: what to do.
         config: the checkpoint's ``config.json``; gets ``quantization_config``.
-        out: the directory to make; must not exist, or be empty.
+        out: the directory to make; must not exist, or must be empty.
         side: files of the checkpoint to copy, relative to its directory.
         card: makes the model card from the outcomes.
-        max_shard_bytes: start a new shard where this would be passed.
-        resume: go on with what an interrupted run left.
-        report: called after every step with it and the number of all steps.
+        max_shard_bytes: most bytes of tensors in one shard.
+        resume: continue an interrupted run.
+        report: called after each step with the step and the number of all steps.
 
     Returns:
-        What became of each quantized module, by path.
+        The outcome of each quantized module, by path.
 
     Raises:
         OutputError: `out` exists, the disk is full, or the interrupted run had other settings.
@@ -84,14 +84,14 @@ def run(
                 _finish(source, plan, config, work, done, side, card(done.outcomes))
                 _publish(work, out, settings, done)
         except BaseException:
-            if not (work / JOURNAL).is_file():  # nothing to go on with
+            if not (work / JOURNAL).is_file():  # nothing to resume
                 shutil.rmtree(work, ignore_errors=True)
             raise
     return done.outcomes
 
 
 def work_directory(out: Path) -> Path:
-    """Where an unfinished conversion to `out` lies."""
+    """The directory of an unfinished conversion to `out`."""
     return out.with_name(f".{out.name}.lowbit-partial")
 
 
@@ -99,14 +99,14 @@ def _check_free(out: Path, work: Path, resume: bool) -> None:
     check_absent(out)
     if work.exists() and not resume:
         raise OutputError(
-            f"{work}: an unfinished conversion to {out.name} lies there; pass --resume to complete it, or remove it"
+            f"{work}: holds an unfinished conversion to {out.name}; pass --resume to complete it, or remove it"
         )
 
 
 @contextlib.contextmanager
 def _locked(work: Path) -> Iterator[None]:
-    """Only one process works on an unfinished conversion; the lock goes with the process, however it ends."""
-    if sys.platform == "win32":  # no flock there: the exclusive mkdir guards all but two resumes at once
+    """Let only one process work on an unfinished conversion; the lock ends with the process, however that ends."""
+    if sys.platform == "win32":  # no flock on Windows: the exclusive mkdir prevents all but two resumes at once
         yield
         return
     import fcntl
@@ -123,7 +123,7 @@ def _locked(work: Path) -> Iterator[None]:
 
 
 def _publish(work: Path, out: Path, settings: str, done: Progress) -> None:
-    """Give the finished directory its name, the journal taken out; where that fails, the journal comes back."""
+    """Rename the finished directory, without its journal; if that fails, write the journal again."""
     (work / JOURNAL).unlink()
     try:
         publish(work, out)
@@ -134,8 +134,8 @@ def _publish(work: Path, out: Path, settings: str, done: Progress) -> None:
 
 
 def _clean(work: Path, done: Progress) -> None:
-    """Remove what an interrupted run has left beside what its journal names: temporary files, data of other shards."""
-    if not (work / JOURNAL).is_file():  # cut off before the first save, or between the last one and the rename
+    """Remove the files of an interrupted run that its journal does not name: temporary files, data of other shards."""
+    if not (work / JOURNAL).is_file():  # killed before the first save, or between the last one and the rename
         for path in work.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     keep = data_file(working_shard(work, len(done.shards))) if done.open else None
@@ -145,7 +145,7 @@ def _clean(work: Path, done: Progress) -> None:
 
 
 def _settings(source: Source, plan: Plan, config: dict[str, Any], max_shard_bytes: int) -> str:
-    """A digest of everything that decides what the output's bytes are."""
+    """A digest of everything that the output's bytes depend on."""
     steps = [(s.tensor.name, s.path, None if s.target is None else asdict(s.target)) for s in plan.steps]
     text = json.dumps([__version__, source.identity, steps, plan.tied, config, max_shard_bytes], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -187,7 +187,7 @@ def _write_shards(
             _close(writer, work, settings, done)
             writer = None
     except (KeyboardInterrupt, SystemExit, OSError, OutputError):
-        if writer is not None:  # stopped from outside: what is done is worth going on with
+        if writer is not None:  # stopped from outside: save the work, to resume
             with contextlib.suppress(OSError, OutputError, ValueError):  # ValueError: the writer is closed already
                 done.save(work, settings, writer)
             writer.leave()
@@ -199,7 +199,7 @@ def _write_shards(
 
 
 def _close(writer: ShardWriter, work: Path, settings: str, done: Progress) -> None:
-    """Finish a shard and save the journal, in this order: what the journal names is on the disk."""
+    """Finish a shard, then save the journal: the shards that a journal names are complete on the disk."""
     done.shards.append(writer.close())
     done.nbytes += writer.nbytes
     done.open = []
@@ -207,11 +207,11 @@ def _close(writer: ShardWriter, work: Path, settings: str, done: Progress) -> No
 
 
 def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:
-    """Each step with its tensor (see :func:`_load`); while the caller works on one, the next is being read."""
+    """Each step with its tensor (see :func:`_load`); while the caller works on one tensor, the next is read."""
     with ThreadPoolExecutor(1, thread_name_prefix="lowbit-read") as reader:
         following = reader.submit(_load, source, steps[0]) if steps else None
         for i, step in enumerate(steps):
-            assert following is not None  # noqa: S101 - for the type checker: there is one for every step
+            assert following is not None  # noqa: S101 - for the type checker: every step has one
             data = following.result()
             following = reader.submit(_load, source, steps[i + 1]) if i + 1 < len(steps) else None
             yield step, data
@@ -219,7 +219,7 @@ def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step,
 
 
 def _load(source: Source, step: Step) -> NDArray[Any]:
-    """A tensor to quantize as a float32 matrix ``[rows, cols]``, one to keep as its bytes."""
+    """A tensor to quantize as a float32 matrix ``[rows, cols]``; a tensor to keep as its bytes."""
     raw = source.read(step.tensor.name)
     if step.target is None:
         return raw
@@ -228,7 +228,7 @@ def _load(source: Source, step: Step) -> NDArray[Any]:
 
 
 def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[StoredTensor], Outcome | None]:
-    """The tensors that one tensor of the checkpoint becomes."""
+    """The tensors to write for one tensor of the checkpoint, and the outcome if it was quantized."""
     if step.target is None:
         return [StoredTensor(step.tensor.name, step.tensor.dtype, step.tensor.shape, data)], None
     result: Quantized = quantize(data, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
@@ -239,7 +239,7 @@ def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[StoredTensor], Outc
 
 
 def _compare_dropped(source: Source, plan: Plan) -> None:
-    """A tied matrix that the checkpoint holds twice is stored once: the copies must be equal (TIE-1)."""
+    """Raise SourceError if the copies of a tied matrix in the checkpoint differ: only one is stored (TIE-1)."""
     owners = {s.path: s.tensor.name for s in plan.quantized}
     for key, path in plan.dropped.items():
         owner = owners[path]
@@ -253,7 +253,7 @@ def _compare_dropped(source: Source, plan: Plan) -> None:
 def _finish(
     source: Source, plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: list[Path], card: str
 ) -> None:
-    """Name the shards, copy side files, write card, index and config; the config last: without it there is no model."""
+    """Name the shards, copy side files, write index, card and config. The config is last: it makes the model valid."""
     total = len(done.shards)
     shards = {}
     for i, names in enumerate(done.shards):

@@ -1,6 +1,6 @@
-"""The journal of a conversion: what is done, so that an interrupted run can go on (DIR-7).
+"""The journal of a conversion: its progress, from which an interrupted run can resume (DIR-7).
 
-It lies beside the unfinished shards and is written atomically, after the data that it speaks of is on the disk.
+It is a file beside the unfinished shards, written atomically after the data that it lists is on the disk.
 """
 
 from __future__ import annotations
@@ -21,14 +21,12 @@ JOURNAL = ".lowbit-progress.json"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one quantized module.
+    """The outcome of one quantized module.
 
     Attributes:
-        module: as stored.
-        nbytes: bytes on disk.
-        squared_error, squared_norm: sums over the weights, by the reference decoder.
-        lossless: recognised and stored exactly.
-        widened: why its parameters are wider than asked for, or None.
+        module: its entry in the output.
+        nbytes: bytes of its tensors.
+        squared_error, squared_norm, lossless, widened: as in :class:`..quantize.Quantized`.
     """
 
     module: ModuleEntry
@@ -45,14 +43,14 @@ class Outcome:
 
 @dataclass
 class Progress:
-    """What is done.
+    """The finished part of a conversion.
 
     Attributes:
         shards: names of the tensors of each finished shard.
         nbytes: bytes of all tensors in finished shards.
-        steps: number of the plan's steps that are done, those of the open shard included.
-        outcomes: what became of each quantized module, by path.
-        open: tensors of the shard that is being written.
+        steps: number of finished steps of the plan, including those of the open shard.
+        outcomes: the outcome of each quantized module, by path.
+        open: tensors of the shard in progress.
     """
 
     shards: list[list[str]] = field(default_factory=list)
@@ -62,7 +60,7 @@ class Progress:
     open: list[Written] = field(default_factory=list)
 
     def save(self, work: Path, settings: str, writer: ShardWriter | None) -> None:
-        """Write the journal; the data of the open shard first."""
+        """Write the journal to `work`; before it, sync the data of the open shard's `writer`."""
         if writer is not None:
             writer.sync()
         outcomes = {path: _outcome_to_json(o) for path, o in self.outcomes.items()}
@@ -81,9 +79,9 @@ class Progress:
 
 
 def load_progress(work: Path, settings: str) -> Progress:
-    """What an interrupted run has done; an empty Progress if it left nothing.
+    """The progress of an interrupted run; empty if `work` has no journal.
 
-    Raises OutputError if it had other settings, or its files are not what the journal says.
+    Raises OutputError if the run had other settings, or its files do not match the journal.
     """
     path = work / JOURNAL
     if not path.is_file():
@@ -108,12 +106,12 @@ def load_progress(work: Path, settings: str) -> Progress:
 
 
 def working_shard(work: Path, index: int) -> Path:
-    """Name of shard `index` until all are finished."""
+    """The file of shard `index` (from 0) until all shards are finished."""
     return work / f"part-{index + 1:05d}.safetensors"
 
 
 def finished_shard(work: Path, index: int, total: int) -> Path:
-    """A finished shard: under its working name, or under its last one if the run was cut off while renaming."""
+    """The file of a finished shard: with its working name, or its final one if the run was killed while renaming."""
     part = working_shard(work, index)
     return part if part.exists() else work / shard_name(index + 1, total)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..errors import SourceError
 from .source import SourceTensor, check_index, file_identity
 
-SAFE_TORCH = (2, 6)  # before it, weights_only=True could be made to run code: CVE-2025-32434
+SAFE_TORCH = (2, 6)  # an older torch can be made to run code despite weights_only=True: CVE-2025-32434
 
 _DTYPES = {
     "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
@@ -24,7 +24,16 @@ _DTYPES = {
 
 
 class PytorchSource:
-    """Zip-format files are memory-mapped, so that only the tensor in hand takes memory; older ones are read whole."""
+    """A source over ``.bin`` files. Zip files are memory-mapped; older files are read into memory as a whole.
+
+    Args:
+        directory: of the checkpoint.
+        files: names of the tensors that the index lists for each file.
+        repo_id, revision: of the Hub, or None.
+
+    Raises:
+        SourceError: torch is too old to read pickles safely, or a file is damaged, unsafe or lacks a tensor.
+    """
 
     def __init__(self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""What the driver asks of a checkpoint: names and shapes at once, numbers one tensor at a time."""
+"""The protocol of a checkpoint to convert: names and shapes at once, data one tensor at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOATS = ("F64", "F32", "BF16", "F16")
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of the checkpoint, known from headers alone."""
+    """A tensor of the checkpoint, as its header describes it."""
 
     name: str
     dtype: str
@@ -35,10 +35,10 @@ class Source(Protocol):
     """A checkpoint.
 
     Attributes:
-        directory: where its config and side files lie.
-        tensors: every tensor by name.
-        identity: a string that changes when the weights do; a resumed conversion must find the same.
-        repo_id, revision: where it came from, if from the Hub.
+        directory: of its config and side files.
+        tensors: all tensors by name.
+        identity: a string that changes when the weights change; a conversion can resume only if it is the same.
+        repo_id, revision: of the Hub, or None.
     """
 
     directory: Path
@@ -48,7 +48,7 @@ class Source(Protocol):
     revision: str | None
 
     def read(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of a tensor, row-major and little-endian, as a uint8 array of its own."""
+        """The bytes of a tensor, row-major and little-endian, as a new uint8 array."""
         ...
 
 
@@ -72,18 +72,18 @@ def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
 
 
 def check_index(path: Path, expected: Iterable[str], found: Container[str]) -> None:
-    """Raise SourceError unless the file at `path` holds every tensor that the index puts into it."""
+    """Raise SourceError unless the file at `path` has every tensor that the index lists for it."""
     for name in expected:
         if name not in found:
             raise SourceError(
-                f"{path}: lacks the tensor {name!r}, which the index puts there; get the checkpoint again"
+                f"{path}: lacks the tensor {name!r}, which the index puts there; download the checkpoint again"
             )
 
 
 def file_identity(paths: list[Path]) -> str:
-    """A digest of names, sizes, times of change, and first bytes (names and shapes of tensors) of files.
+    """A digest of names, sizes, modification times and first bytes (the tensors' names and shapes) of files.
 
-    Cheap: the weights themselves are not read. A checkpoint that was written again is another one.
+    Cheap: the weights are not read. A checkpoint that is written again has another identity.
     """
     digest = hashlib.sha256()
     for path in paths:

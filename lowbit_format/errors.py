@@ -1,12 +1,12 @@
-"""Every error that lowbit_format raises on purpose, one class for each way to be wrong.
+"""Every error that lowbit_format raises on purpose, one class for each kind of fault.
 
-All derive from :class:`LowbitError`, so that ``except LowbitError`` catches what a user can mend and
-nothing else. A message says file, tensor or module, found, expected, and what to do.
+All derive from :class:`LowbitError`: ``except LowbitError`` catches what a user can mend, and no bug. A message names
+the file, the tensor or module, what was found, what was expected, and what to do.
 """
 
 from __future__ import annotations
 
-MAX_MESSAGE = 1000  # characters: a hostile file cannot fill the screen with what it holds
+MAX_MESSAGE = 1000  # characters: a hostile file cannot fill the screen with its contents
 
 
 class LowbitError(Exception):
@@ -22,8 +22,8 @@ class FormatError(LowbitError):
     Args:
         rule: id of the broken rule, for example ``"HDR-6"``.
         message: what was found, what was expected.
-        file: file or directory, if one is to blame.
-        tensor: tensor or module, if one is to blame.
+        file: the faulty file or directory, or None.
+        tensor: the faulty tensor or module, or None.
     """
 
     def __init__(self, rule: str, message: str, *, file: object = None, tensor: str | None = None) -> None:
@@ -48,19 +48,19 @@ class HeaderError(FormatError):
 
 
 class TensorError(FormatError):
-    """A module's tensors do not fit its scheme, or hold values that they must not (TEN, BIT, MIX rules)."""
+    """A module's tensors do not fit its scheme, or hold forbidden values (TEN, BIT, MIX rules)."""
 
 
 class DigestError(FormatError):
-    """A tensor's bytes do not have the digest that the header gives (DIG rules)."""
+    """A tensor's bytes do not match their digest in the header (DIG rules)."""
 
 
 class VersionError(FormatError):
-    """The file was written for a version of the format that this reader does not know (VER rules)."""
+    """The file has a version of the format that this reader does not know (VER rules)."""
 
 
 class PrecisionError(FormatError):
-    """A precision was asked for that the file does not hold (NST-3)."""
+    """The file has no parameters for the requested precision (NST-3)."""
 
 
 class BundleError(FormatError):
@@ -75,7 +75,7 @@ class FingerprintError(BundleError):
 
 
 class QuantizationError(LowbitError):
-    """A weight cannot be quantized as asked."""
+    """A weight cannot be quantized with the given options."""
 
 
 class NonFiniteWeightError(QuantizationError):
@@ -83,7 +83,7 @@ class NonFiniteWeightError(QuantizationError):
 
 
 class SchemeError(QuantizationError):
-    """Options that do not make a scheme."""
+    """The options do not describe a valid scheme."""
 
 
 class RecipeError(LowbitError):
@@ -95,15 +95,15 @@ class SourceError(LowbitError):
 
 
 class NothingToQuantizeError(SourceError):
-    """The checkpoint has no module that the plan would quantize."""
+    """The plan would quantize no module of the checkpoint."""
 
 
 class CoverageError(LowbitError):
-    """Less of the model would be quantized than was asked for."""
+    """Less of the model would be quantized than requested."""
 
 
 class OutputError(LowbitError):
-    """The output cannot be written: it exists, the disk is full, or a resume does not fit."""
+    """The output cannot be written: it exists, the disk is full, or the interrupted run had other settings."""
 
 
 # --- the torch runtime -----------------------------------------------------------------------------
@@ -114,19 +114,19 @@ class LoadError(LowbitError):
 
 
 class UnsupportedOperationError(LowbitError):
-    """An operation that a packed weight does not support."""
+    """An operation that a weight stored as bit-planes does not support."""
 
 
 # --- tasks -----------------------------------------------------------------------------------------
 
 
 class TuningError(LowbitError):
-    """A model cannot be prepared for tuning its scales as asked."""
+    """A model cannot be prepared for tuning with the given options."""
 
 
 class TaskError(LowbitError):
-    """A task is not loaded, has a name that is taken, or cannot be chosen for these rows."""
+    """A task is not loaded, its name is taken, or it cannot be used for the rows of a batch."""
 
 
 class HubError(LowbitError):
-    """The Hub refused, or could not be reached; nothing was published or loaded by halves."""
+    """The Hub refused, or could not be reached; nothing was published or loaded in part."""

@@ -1,4 +1,4 @@
-"""From a lowbit model directory back to an ordinary Hugging Face checkpoint."""
+"""Converts a lowbit model directory back to an ordinary Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def dequantize_directory(
     max_shard_bytes: int = SHARD_BYTES,
     report: Callable[[], None] = lambda: None,
 ) -> str:
-    """Write the model with its quantized weights decoded (DEC-5); one module is in memory at a time.
+    """Write the model with its quantized weights decoded (DEC-5), one module in memory at a time.
 
     Args:
         reader: the lowbit model.
-        out: directory to make; must not exist, or be empty.
+        out: directory to make; must not exist, or must be empty.
         dtype: ``"auto"`` (the model's own) or a key of DTYPES.
         bits: nested precision to read at (NST-1).
-        max_shard_bytes: size at which a new file is begun.
-        report: called after every decoded module.
+        max_shard_bytes: most bytes of tensors in one file.
+        report: called after each decoded module.
 
     Returns:
         The dtype written.
 
     Raises:
         OutputError: `dtype` is unknown, `out` exists or cannot be written, or float16 cannot hold a weight.
-        PrecisionError: the model has no scales for `bits`.
+        PrecisionError: the model has no parameters for `bits`.
         TensorError: a module's values break a rule.
-        DigestError: a tensor is damaged.
+        DigestError: a tensor does not match its digest.
     """
     own = reader.model_config.get("dtype") or reader.model_config.get("torch_dtype") or "float32"
     chosen = own if dtype == "auto" else dtype
@@ -84,7 +84,7 @@ def dequantize_directory(
 
 
 def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> StoredTensor:
-    """The model's own parameter (CFG-5), decoded and rounded once."""
+    """The model's parameter (CFG-5), decoded and rounded once."""
     module = reader.module(path)
     for spec in reader.specs(path):
         reader.check_digest(spec.name)
@@ -117,5 +117,5 @@ def _finish(reader: ModelReader, work: Path, shards: list[list[str]], total: int
 
 
 def _is_own(relative: Path, reader: ModelReader) -> bool:
-    """Weights, index, config and card of the lowbit model, which do not describe the result."""
+    """Whether a file (weights, index, config, card) describes the lowbit model and not the result."""
     return str(relative) in {CONFIG_FILE, INDEX_FILE, "README.md", *reader.headers}

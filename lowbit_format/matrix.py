@@ -1,4 +1,4 @@
-"""A quantized matrix in memory: planes plus the parameters that give their codes a meaning."""
+"""One quantized matrix as the file stores it: planes, and the parameters that give their codes a meaning."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ F32 = NDArray[np.float32]
 class Params:
     """Float parameters of one precision.
 
-    They are float32 here, and their values are exact in the scheme's ``scale_dtype``.
+    They are float32 here; their values are exact in the scheme's ``scale_dtype``.
 
     Attributes:
         scales: float32 ``[bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
-        shift: float32 ``[rows, groups]``: offsets (bcq) or zeros (uniform); None where there are none.
+        shift: float32 ``[rows, groups]``: offsets (bcq) or zeros (uniform); None where the scheme has none.
     """
 
     scales: F32
@@ -31,7 +31,7 @@ class Params:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """One matrix ``[rows, cols]`` as stored (spec/FORMAT.md section 4).
+    """One matrix ``[rows, cols]`` (spec/FORMAT.md section 4).
 
     Attributes:
         scheme: how it is stored.
@@ -53,7 +53,7 @@ class StoredMatrix:
     row_bits: U8 | None = None
 
     def row_slice(self, begin: int, end: int) -> StoredMatrix:
-        """Rows `begin` to `end` of a matrix whose rows all have the same bits, as a matrix of views."""
+        """Rows `begin` to `end` as a matrix of views; not for ragged planes."""
         if self.row_bits is not None:
             raise ValueError("a ragged matrix has no row slices")
 

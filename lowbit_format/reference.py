@@ -1,8 +1,8 @@
-"""The reference dequantizer: planes to float32, the same bits on every machine (spec/FORMAT.md section 6).
+"""The reference decoder: planes to float32, bit for bit the same on every machine (spec/FORMAT.md section 6).
 
-:func:`decode` is compiled with Numba; :func:`decode_numpy` says the same in numpy, operation by
-operation, and is what tests hold every other decoder against. Neither uses fused multiply-add:
-Numba contracts operations only under ``fastmath``, which stays off here (DEC-1).
+:func:`decode` is compiled with Numba. :func:`decode_numpy` does the same operations in numpy; tests compare every
+other decoder with it. Neither uses fused multiply-add: Numba contracts operations only under ``fastmath``, which is
+off here (DEC-1).
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _NO_SHIFT: F32 = np.empty((0, 0), np.float32)
 
 
 def decode(matrix: StoredMatrix, bits: int | None = None, out: F32 | None = None) -> F32:
-    """Weights of `matrix` in float32 (DEC-1 to DEC-4).
+    """The weights of `matrix` in float32 (DEC-1 to DEC-4).
 
     Args:
-        matrix: what to decode.
+        matrix: the matrix to decode.
         bits: precision to read at; None is full precision (NST-1).
         out: float32 ``[rows, cols]``, C-contiguous, to write into.
 
@@ -50,7 +50,7 @@ def decode(matrix: StoredMatrix, bits: int | None = None, out: F32 | None = None
 
 
 def decode_numpy(matrix: StoredMatrix, bits: int | None = None) -> F32:
-    """The same as :func:`decode`, in numpy."""
+    """As :func:`decode`, in numpy."""
     params, n = matrix.at(bits)
     group_of = np.arange(matrix.cols) // matrix.scheme.group_columns(matrix.cols)
     own_bits = np.full(matrix.rows, n) if matrix.row_bits is None else np.minimum(matrix.row_bits, n)
@@ -94,8 +94,9 @@ def _plane_row(index, p, r, rows):
 
 @numba.njit(nogil=True, cache=True)
 def _row_codes(codes, planes, index, r, rows, n):
-    """The codes of row `r` from its first `n` planes into `codes`; returns how many planes the row has (BIT-1,
-    BIT-2).
+    """Write the codes of row `r`, from its first `n` planes, into `codes` (BIT-1, BIT-2).
+
+    Returns how many of these planes the row has.
     """
     codes[:] = 0
     for p in range(n):
@@ -113,7 +114,7 @@ def _row_codes(codes, planes, index, r, rows, n):
 
 @numba.njit(nogil=True, cache=True)
 def _decode_bcq(start, stop, out, planes, index, scales, offsets, n, group):
-    """DEC-2 over rows start to stop. ``a - s`` is ``a + (-s)`` exactly, so a bit only chooses the sign."""
+    """DEC-2 for rows start to stop. ``a - s`` equals ``a + (-s)`` exactly, so a bit only chooses the sign."""
     rows, cols = out.shape
     codes = np.empty(planes.shape[1] * 8, np.uint8)
     for r in range(start, stop):
@@ -130,7 +131,7 @@ def _decode_bcq(start, stop, out, planes, index, scales, offsets, n, group):
 
 @numba.njit(nogil=True, cache=True)
 def _decode_levels(start, stop, out, planes, index, scales, zeros, table, n, group):
-    """DEC-3 and DEC-4 over rows start to stop: ``(table[code] - zero) * scale``."""
+    """DEC-3 and DEC-4 for rows start to stop: ``(table[code] - zero) * scale``."""
     rows, cols = out.shape
     codes = np.empty(planes.shape[1] * 8, np.uint8)
     for r in range(start, stop):

@@ -1,6 +1,6 @@
 """``quantization_config``: what the stored bits mean (spec/FORMAT.md sections 2, 9, 10, 14).
 
-Plain frozen dataclasses, parsed strictly from JSON and written back to it. Nothing here touches tensors.
+Frozen dataclasses, parsed strictly from JSON and written back to it; no tensors.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Scheme:
 
     Attributes:
         codec: ``"bcq"``, ``"uniform"`` or ``"codebook"``.
-        bits: planes of the matrix, 1 to 8.
-        group_size: consecutive columns that share parameters; 0 is the whole row.
+        bits: number of planes, 1 to 8.
+        group_size: number of consecutive columns that share parameters; 0 is the whole row.
         scale_dtype: safetensors dtype of scales, offsets and zeros.
-        offset: an offset tensor exists (bcq).
-        row_bits: rows differ in bits (bcq, uniform).
-        nested: precisions below ``bits`` that have parameters of their own (bcq, uniform), ascending.
-        label: for people; no meaning.
+        offset: the matrix has an offset tensor (bcq).
+        row_bits: rows have different numbers of bits (bcq, uniform).
+        nested: precisions below ``bits`` that have their own parameters (bcq, uniform), ascending.
+        label: a name for people; readers ignore it.
     """
 
     codec: str = "bcq"
@@ -54,11 +54,11 @@ class Scheme:
         return 1 if self.group_size == 0 else -(-cols // self.group_size)
 
     def group_columns(self, cols: int) -> int:
-        """Columns of a full group: ``group_size``, or `cols` where that is 0 or larger."""
+        """Columns of a full group: ``group_size``, or `cols` where ``group_size`` is 0 or larger than `cols`."""
         return cols if self.group_size == 0 else min(self.group_size, cols)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON object with defaults left out (CFG-2)."""
+        """The JSON object, without defaults (CFG-2)."""
         out: dict[str, Any] = {
             "codec": self.codec,
             "bits": self.bits,
@@ -131,7 +131,7 @@ class ModuleEntry:
 
     Attributes:
         path: dotted path of the module (for expert kinds: of the parameter).
-        scheme: how it is stored.
+        scheme: how the matrix is stored.
         kind: how the decoded matrix relates to the model's parameter.
         shape: ``(rows, cols)`` or ``(experts, rows, cols)``.
     """
@@ -156,22 +156,29 @@ class ModuleEntry:
 
     @property
     def numel(self) -> int:
-        """Weights of the module."""
+        """Number of weights."""
         return self.rows * self.cols * (self.experts or 1)
 
     def tensor(self, role: str) -> str:
-        """Name in the file of the tensor with this role (TEN-1, EXP-1)."""
+        """Name in the file of the tensor with role `role` (TEN-1, EXP-1)."""
         return f"{self.path}{'.' if self.experts is None else '_'}{role}"
 
     @property
     def weight(self) -> str:
-        """Name of the model's parameter that this module stands for (CFG-5)."""
+        """Name of the model's parameter that the matrix replaces (CFG-5)."""
         return self.path if self.experts is not None else f"{self.path}.weight"
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """The whole ``quantization_config`` object."""
+    """The whole ``quantization_config`` object.
+
+    Attributes:
+        modules: module entries by path.
+        tied: path of a module without a matrix in the file -> path of the owner of its matrix (TIE-1).
+        base_model_prefix: path of the base model inside the model with its head, or the empty string.
+        format_version: ``"major.minor"``.
+    """
 
     modules: dict[str, ModuleEntry]
     tied: dict[str, str] = field(default_factory=dict)
@@ -182,14 +189,14 @@ class QuantizationConfig:
         return iter(self.modules.values())
 
     def canonical_path(self, path: str) -> tuple[str, bool]:
-        """`path` without the base model's prefix, and whether it lies in the body (FPR-1)."""
+        """`path` without the base model's prefix, and whether it belongs to the body (FPR-1)."""
         prefix = f"{self.base_model_prefix}."
         if not self.base_model_prefix or not any(p.startswith(prefix) for p in self.modules):
             return path, True
         return (path[len(prefix) :], True) if path.startswith(prefix) else (path, False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON object; equal schemes share one named entry. Deterministic."""
+        """The JSON object; equal schemes share one named entry. Deterministic."""
         names = scheme_names(m.scheme for m in self)
         return {
             "quant_method": QUANT_METHOD,
@@ -238,7 +245,7 @@ class QuantizationConfig:
 
 
 def scheme_names(schemes: Any) -> dict[Scheme, str]:
-    """A short unique name for each distinct scheme, such as ``bcq-4-g128``; deterministic."""
+    """A short, unique name for each distinct scheme, such as ``bcq-4-g128``; deterministic."""
     names: dict[Scheme, str] = {}
     for scheme in sorted(set(schemes), key=lambda s: (str(s.to_dict()),)):
         base = f"{scheme.label or scheme.codec}-{scheme.bits}" + (f"-g{scheme.group_size}" if scheme.group_size else "")
@@ -252,7 +259,7 @@ def scheme_names(schemes: Any) -> dict[Scheme, str]:
 
 
 def check_version(version: object, *, file: object, rule: str) -> None:
-    """Refuse a version string that is ill-formed or of another major version (CFG-1, VER-1)."""
+    """Raise ConfigError (CFG-1) for an ill-formed version string, VersionError (VER-1) for another major version."""
     if not isinstance(version, str) or not re.fullmatch(r"(0|[1-9][0-9]*)\.(0|[1-9][0-9]*)", version):
         raise ConfigError(
             rule, f"format_version is {version!r}, expected a string such as {FORMAT_VERSION!r}", file=file
@@ -266,7 +273,7 @@ def check_version(version: object, *, file: object, rule: str) -> None:
 
 
 def check_path(path: object, *, file: object, rule: str = "CFG-4") -> str:
-    """`path`, refused if it is empty, too long or holds a separator or control character (CFG-4)."""
+    """`path`; raises ConfigError if it is empty, too long, or has a separator or control character (CFG-4)."""
     if (
         not isinstance(path, str)
         or not 1 <= len(path) <= MAX_PATH
@@ -281,7 +288,7 @@ def check_path(path: object, *, file: object, rule: str = "CFG-4") -> str:
 
 
 def is_int(value: object) -> bool:
-    """A JSON integer: in Python a bool is an int, in the spec it is not (CFG-3)."""
+    """Whether `value` is a JSON integer: a bool is an int in Python, but not in the spec (CFG-3)."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

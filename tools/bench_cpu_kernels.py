@@ -174,7 +174,7 @@ def random_module(scheme: Any, rows: int, cols: int) -> Any:
             p.data = torch.empty(p.shape).uniform_(0.01, 0.1).to(p.dtype)
         else:
             p.data = torch.full(p.shape, 2 ** (scheme.bits - 1) if role == "zeros" else 0.01).to(p.dtype)
-    module.settle("random")
+    module.finish_loading("random")
     return module.eval()
 
 

@@ -21,7 +21,7 @@ from bench_gpu_predict import bcq
 from torch import nn
 
 from lowbit_format.integrations.base_model import base_of_tensors
-from lowbit_format.integrations.model import LowbitModel, specialize
+from lowbit_format.integrations.model import specialize
 from lowbit_format.integrations.placement import Placement, describe
 from lowbit_format.integrations.quantizer import LowbitConfig
 from lowbit_format.runtime.active_tasks import TaskState
@@ -105,10 +105,7 @@ def put_in(made: Any, scheme: Scheme, bench: Bench, digests: bool) -> None:
         new.path, new.state = path, state
         made.set_submodule(path, new.eval())
         placed.files[path] = ModuleEntry(path, scheme, "linear", (rows, cols))
-    specialize(made)
-    for part in made.modules():
-        if isinstance(part, LowbitModel):
-            part.lowbit_state = state
+    specialize(made, state)
     config = describe(made, placed)
     made.config.quantization_config = LowbitConfig.of(config)
     if digests:

@@ -1,1 +1,1 @@
-"""Files on disk: safetensors headers, model directories, writing, digests, the fingerprint."""
+"""Files on disk: safetensors headers, model directories, atomic writing, digests, the fingerprint."""

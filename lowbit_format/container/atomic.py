@@ -23,7 +23,7 @@ def write_json(path: Path, obj: object) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name, synced, when the block ends well, and not at all otherwise."""
+    """A file that appears under its name, synced to the disk, only if the block ends without an error."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with disk_errors(path):
@@ -39,7 +39,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_and_close(f: BinaryIO) -> None:
-    """Force the file to the disk, so that a rename cannot be seen before its data."""
+    """Force the file to the disk: a rename after this cannot become visible before the data."""
     f.flush()
     os.fsync(f.fileno())
     f.close()
@@ -47,7 +47,7 @@ def sync_and_close(f: BinaryIO) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: object) -> Iterator[None]:
-    """Turn a full disk, a missing permission and the like into an OutputError that names the path."""
+    """Turn an OSError (full disk, missing permission) into an OutputError that names the path."""
     try:
         yield
     except OSError as e:
@@ -61,7 +61,7 @@ def disk_errors(path: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_directory(out: Path) -> Iterator[Path]:
-    """A hidden sibling directory that becomes `out` when the block ends well, and vanishes otherwise (DIR-7).
+    """A hidden sibling directory that becomes `out` if the block ends without an error, else is removed (DIR-7).
 
     Raises OutputError if `out` exists and is not an empty directory.
     """
@@ -78,13 +78,13 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 
 
 def check_absent(out: Path) -> None:
-    """Raise OutputError if there is something at `out` that a new directory would replace."""
+    """Raise OutputError unless `out` is absent or an empty directory."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: exists already and is not empty; choose another name or remove it")
 
 
 def publish(work: Path, out: Path) -> None:
-    """Give a complete directory its name, durably."""
+    """Rename the complete directory `work` to `out`, durably."""
     sync_directory(work)
     if out.exists():
         out.rmdir()
@@ -93,7 +93,7 @@ def publish(work: Path, out: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make renames in a directory durable; not every system can."""
+    """Make renames in a directory durable, where the system can."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -104,14 +104,14 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def files_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
-    """A hidden directory to write files into; when the block ends well, they replace those of `directory`.
+    """A hidden directory to write files into; if the block ends without an error, they replace those of `directory`.
 
-    If the block or the replacing fails, the old files are there as before, and no new ones.
+    If the block or the replacement fails, `directory` has its old files as before, and no new ones.
 
     Args:
-        directory: made where it is missing; its other files stay.
-        names: the files; one that the block does not write is removed. The last file is the commit marker: readers ignore the
-            others until it exists.
+        directory: made if it is missing; its other files stay.
+        names: of the files; an old file is removed if the block does not write its name. The last file is the commit
+            marker: readers ignore the others until it exists.
 
     Raises:
         OutputError: the disk refuses.
@@ -127,9 +127,9 @@ def files_together(directory: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def _replace(work: Path, directory: Path, names: Sequence[str]) -> None:
-    """Move the old files aside, the last name first, then the new ones in, the last name last.
+    """Move the old files out, the commit marker first, then the new ones in, the commit marker last.
 
-    So a process that is killed in between leaves no mixture of old and new that a reader would take.
+    A process killed in between may leave a mixture of old and new files, but none with a commit marker.
     """
     old, placed = work / "old", list[str]()
     old.mkdir()

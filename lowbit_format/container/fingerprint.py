@@ -1,4 +1,4 @@
-"""The fingerprint of a base: what its quantized matrices are, however sharded or named (spec section 12)."""
+"""The fingerprint of a base: a digest of its quantized matrices, independent of shards and prefixes (section 12)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from ..schema import QuantizationConfig
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """`body`: hex SHA-256 of the base model's matrices. `head`: of those outside of it, or the empty string."""
+    """A fingerprint.
+
+    Attributes:
+        body: hex SHA-256 over the matrices of the base model.
+        head: hex SHA-256 over the matrices outside of the base model, or the empty string.
+    """
 
     body: str
     head: str
@@ -21,12 +26,12 @@ class Fingerprint:
 def fingerprint(
     config: QuantizationConfig, digests: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Fingerprint:
-    """Fingerprint from digests of the tensors (FPR-1 to FPR-4).
+    """The fingerprint, from digests of the tensors (FPR-1 to FPR-4).
 
     Args:
         config: the model's ``quantization_config``.
         digests: SHA-256 in lower-case hex of every lowbit tensor, by name.
-        shapes: shape of every lowbit tensor, by name (ragged planes have theirs from the file).
+        shapes: shape of every lowbit tensor, by name; that of ragged planes is known only from the file.
     """
     records: dict[bool, list[bytes]] = {True: [], False: []}
     for module in config:

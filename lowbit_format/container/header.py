@@ -1,7 +1,7 @@
-"""The safetensors header, checked completely before any tensor is given out (spec/FORMAT.md section 3).
+"""The safetensors header: read with every check of spec/FORMAT.md section 3 before any tensor is used, and written.
 
-The safetensors library reads files too, but it neither checks names and duplicate keys nor gives byte
-ranges, which digests, partial reads and streaming writes need; the header is small enough to own.
+The safetensors library does not check names and duplicate keys, and does not give byte ranges, which digests, partial
+reads and streaming writes need.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from ..errors import DigestError, HeaderError
 from ..schema import is_int
 from . import strict_json
 
-MAX_HEADER = 1 << 25  # HDR-1; safetensors allows more, but no model needs it, and JSON takes many times its size
-MAX_NAME = 1024  # HDR-3
-DIGESTS = "lowbit.digests"  # DIG-1
+MAX_HEADER = 1 << 25  # bytes, HDR-1; no model needs the 100 MB of safetensors, and parsed JSON is many times larger
+MAX_NAME = 1024  # characters, HDR-3
+DIGESTS = "lowbit.digests"  # key of __metadata__, DIG-1
 
 ITEM_BYTES = {  # HDR-4
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -36,7 +36,7 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: dtype, shape, and its absolute byte range in the file."""
+    """One tensor of a file: name, safetensors dtype, shape, and the file's bytes ``begin`` to ``end`` that hold it."""
 
     name: str
     dtype: str
@@ -51,7 +51,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: tensors by name in file order, metadata, and digests (DIG-1) if there are any."""
+    """A checked header.
+
+    Attributes:
+        tensors: by name, in file order.
+        metadata: the ``__metadata__`` object.
+        digests: SHA-256 in hex by tensor name (DIG-1); empty if the file has none.
+    """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -65,7 +71,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def parse_header(f: BinaryIO, size: int, path: object) -> Header:
-    """Read and check a header from the start of `f`, a file of `size` bytes (HDR-1 to HDR-7)."""
+    """Read and check the header at the start of `f`, a file of `size` bytes (HDR-1 to HDR-7). `path`: for messages."""
 
     def fail(rule: str, message: str) -> HeaderError:
         return HeaderError("HDR-2" if rule == "JSON" else rule, message, file=path)
@@ -92,14 +98,16 @@ def parse_header(f: BinaryIO, size: int, path: object) -> Header:
     at = 8 + n
     for t in infos:
         if t.end > size:
-            message = f"reaches behind the end of the file at byte {size}; the file is cut off"
+            message = f"extends past the end of the file at byte {size}; the file is cut off"
             raise HeaderError("HDR-6", message, file=path, tensor=t.name)
         if t.begin != at:
             what = "a hole before it" if t.begin > at else "an overlap with the tensor before it"
             raise HeaderError("HDR-6", f"{what}: begins at byte {t.begin}, expected {at}", file=path, tensor=t.name)
         at = t.end
     if at != size:
-        raise fail("HDR-6", f"tensors end at byte {at}, the file at {size}: there are bytes behind the last tensor")
+        raise fail(
+            "HDR-6", f"tensors end at byte {at}, the file at {size}: the bytes after the last tensor belong to none"
+        )
     return Header({t.name: t for t in infos}, metadata, parse_digests(metadata, path))
 
 
@@ -126,7 +134,7 @@ def _tensor_info(name: str, entry: object, base: int, path: object) -> TensorInf
 
 
 def _takes(shape: list[int], item_bytes: int, nbytes: int) -> bool:
-    """Whether a shape takes `nbytes`; gives up once it takes more, before a hostile product grows without bound."""
+    """Whether a shape takes `nbytes`; stops once it takes more, before a hostile product grows without bound."""
     if 0 in shape:
         return nbytes == 0
     total = item_bytes
@@ -138,7 +146,7 @@ def _takes(shape: list[int], item_bytes: int, nbytes: int) -> bool:
 
 
 def parse_digests(metadata: Mapping[str, str], path: object) -> dict[str, str]:
-    """Digests from a header's metadata, tensor name to hex SHA-256 (DIG-1); empty if it has none."""
+    """Digests in a header's metadata: tensor name to hex SHA-256 (DIG-1), empty if it has none. Raises DigestError."""
 
     def fail(rule: str, message: str) -> DigestError:
         return DigestError("DIG-1" if rule == "JSON" else rule, f"{DIGESTS}: {message}", file=path)
@@ -155,9 +163,9 @@ def parse_digests(metadata: Mapping[str, str], path: object) -> dict[str, str]:
 
 
 def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """Header bytes for `tensors` (name, dtype, shape) in file order.
+    """The header of a file with `tensors` (name, dtype, shape), in this order.
 
-    The length prefix is included; spaces pad it to a multiple of 8 (HDR-2).
+    The length comes first; spaces pad the header to a multiple of 8 bytes (HDR-2).
     """
     obj: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0

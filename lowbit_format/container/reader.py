@@ -1,8 +1,7 @@
-"""Reading a model directory: checked at the door, then lazy memory-mapped views.
+"""Reads a model directory: checked when it is opened, then memory-mapped views. Without torch.
 
-:class:`ModelReader` checks everything that can be known without tensor data when it opens (config, index,
-headers, shapes), and what needs data when that data is asked for. :meth:`ModelReader.verify` checks all.
-Nothing here needs torch.
+:class:`ModelReader` checks config, index, headers and shapes when it opens. Rules about a tensor's values are checked
+when that tensor is read, and :meth:`ModelReader.verify` checks every rule and every digest.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class ModelReader:
         directory: the model directory.
 
     Raises:
-        FormatError: one of its subclasses, for whatever is wrong with config, index, headers or shapes.
+        FormatError: one of its subclasses, for a fault of config, index, headers or shapes.
 
     Attributes:
         directory: as given.
@@ -62,16 +61,16 @@ class ModelReader:
         self._specs = {m.path: tensor_specs(m) for m in self.config}
         _check_tensors(self)
 
-    # --- what is there ---
+    # --- names and shapes ---
 
     def names(self) -> Iterator[str]:
         """Names of all tensors, lowbit or not, in file order."""
         return iter(self._file_of)
 
     def info(self, name: str) -> TensorInfo:
-        """Where tensor `name` lies; raises TensorError if there is none."""
+        """Dtype, shape and place of tensor `name`; raises TensorError if the files have none of this name."""
         if name not in self._file_of:
-            raise TensorError("TEN-1", "there is no such tensor", file=self.directory, tensor=name)
+            raise TensorError("TEN-1", "no such tensor in the model directory", file=self.directory, tensor=name)
         return self.headers[self._file_of[name]].tensors[name]
 
     def file_of(self, name: str) -> str:
@@ -80,18 +79,18 @@ class ModelReader:
         return self._file_of[name]
 
     def specs(self, path: str) -> tuple[TensorSpec, ...]:
-        """The tensors of the module at `path`."""
+        """The tensors of the module entry for `path`."""
         return self._specs[self.module(path).path]
 
     def module(self, path: str) -> ModuleEntry:
-        """The module at `path`, tied places resolved (TIE-1); raises ConfigError if there is none."""
+        """The module entry for `path`, or for its owner if it is tied (TIE-1). Raises ConfigError if there is none."""
         path = self.config.tied.get(path, path)
         if path not in self.config.modules:
             raise ConfigError("CFG-4", "no such module in quantization_config", file=self.directory, tensor=path)
         return self.config.modules[path]
 
     def lowbit_names(self) -> frozenset[str]:
-        """Names of all tensors that belong to quantized modules."""
+        """Names of all tensors of module entries."""
         return frozenset(spec.name for specs in self._specs.values() for spec in specs)
 
     # --- data ---
@@ -104,13 +103,13 @@ class ModelReader:
         return self._maps[file][info.begin : info.end]
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """A U8, F16, BF16 or F32 tensor as an array; floats as float32, checked to be finite if lowbit (TEN-3)."""
+        """A U8, F16, BF16 or F32 tensor as an array: U8 as a view of the file, floats as float32."""
         info = self.info(name)
         values = stored(self.raw(name), info.dtype, info.shape)
         return values if info.dtype == "U8" else to_float32(values, info.dtype)
 
     def matrix(self, path: str, expert: int | None = None) -> StoredMatrix:
-        """The quantized matrix of the module at `path` (of one `expert`, where the module has experts).
+        """The quantized matrix of the module entry for `path` (of one `expert`, where it has experts).
 
         Planes are a view of the file; parameters are float32 copies.
         Raises TensorError for values that the spec forbids (TEN-3, MIX-1, MIX-2).
@@ -173,11 +172,11 @@ class ModelReader:
         return hashlib.sha256(self.raw(name).data).hexdigest()
 
     def stored_digest(self, name: str) -> str | None:
-        """The digest that the file gives for the tensor, or None if it is unverified (DIG-3)."""
+        """The tensor's digest in the header, or None if it has none (DIG-3)."""
         return self.headers[self.file_of(name)].digests.get(name)
 
     def check_digest(self, name: str) -> bool:
-        """Whether the tensor has a digest; raises DigestError if its bytes do not fit it."""
+        """Whether the tensor has a digest; raises DigestError if its bytes do not match."""
         expected = self.stored_digest(name)
         if expected is None:
             return False
@@ -192,22 +191,25 @@ class ModelReader:
         return True
 
     def check_module(self, path: str) -> None:
-        """Check all rules about one module that need its data (TEN-3, BIT-3, MIX-1 to MIX-3)."""
+        """Check all rules about the values of one module entry (TEN-3, BIT-3, MIX-1 to MIX-3)."""
         module = self.module(path)
         for expert in [None] if module.experts is None else range(module.experts):
             matrix = self.matrix(path, expert)
             if not padding_is_zero(matrix.planes, module.cols):
-                raise self._bad("BIT-3", "bits behind the last column are not 0", module.tensor("planes"))
+                raise self._bad("BIT-3", "bits after the last column are not 0", module.tensor("planes"))
             self._check_unused_scales(module, matrix)
 
     def verify(self) -> int:
-        """Check every rule for every module and every digest; returns how many tensors have no digest."""
+        """Check all rules for all module entries, and all digests; returns how many tensors have no digest."""
         for module in self.config:
             self.check_module(module.path)
         return sum(not self.check_digest(name) for name in self.names())
 
     def fingerprint(self, *, trust_digests: bool = True) -> Fingerprint:
-        """Fingerprint of the base (FPR-1 to FPR-4); from the headers' digests where they are there and trusted."""
+        """Fingerprint of the base (FPR-1 to FPR-4).
+
+        It uses the digests of the headers; without `trust_digests`, or where one is missing, it computes them.
+        """
         names = self.lowbit_names()
         digests = {n: (self.stored_digest(n) if trust_digests else None) or self.digest(n) for n in names}
         return fingerprint(self.config, digests, {n: self.info(n).shape for n in names})
@@ -253,7 +255,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:
         return DirectoryError("DIR-1" if rule == "JSON" else rule, message, file=path)
 
     if not path.is_file():
-        raise fail("DIR-1", "there is no such file; expected a lowbit model directory")
+        raise fail("DIR-1", "no such file; expected a lowbit model directory")
     config = strict_json.load_file(path, fail, constants=True)
     if not isinstance(config, dict) or "quantization_config" not in config:
         raise fail("DIR-1", "has no quantization_config: this is not a lowbit model, convert it first")
@@ -296,7 +298,7 @@ def read_headers(directory: Path) -> dict[str, Header]:
         for name in header.tensors:
             if weight_map.get(name) != file:
                 raise DirectoryError(
-                    "DIR-4", f"stands in {file}, which the index does not say", file=index, tensor=name
+                    "DIR-4", f"is in {file}, but the index does not list it for this file", file=index, tensor=name
                 )
     return headers
 
@@ -334,7 +336,7 @@ def _check_tensors(reader: ModelReader) -> None:
                     "TEN-1", f"is {info.dtype} {list(info.shape)}, expected {spec.dtype} {expected}", spec.name
                 )
         if module.weight in reader._file_of:
-            raise reader._bad("TEN-2", "stands beside the planes that replace it", module.weight)
+            raise reader._bad("TEN-2", "is stored in addition to the planes that replace it", module.weight)
         for role in roles:
             if module.tensor(role) in reader._file_of and module.tensor(role) not in known:
                 raise reader._bad("TEN-1", "the module's scheme does not call for this tensor", module.tensor(role))

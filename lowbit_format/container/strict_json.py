@@ -1,4 +1,4 @@
-"""JSON as the spec wants it: no duplicate keys, no NaN or Infinity, no surprise from deep nesting (DIR-8)."""
+"""Strict JSON: no duplicate keys, no NaN or Infinity (DIR-8), and limits on size and nesting against hostile files."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-_FREE, _BYTES_EACH = 1024, 10  # so many lists and objects, and one more for so many characters: `[],[],…` is a bomb
-MAX_DEPTH = 64  # of nested lists and objects: what is parsed can then be walked and printed recursively
-
-
-MAX_BYTES = 1 << 25  # of a text: parsed, it takes many times its size
+MAX_BYTES = 1 << 25  # of a file: parsed, it takes many times its size
+MAX_DEPTH = 64  # of nested lists and objects: a parsed value can then be walked and printed recursively
+_FREE, _BYTES_EACH = 1024, 10  # a text may have 1024 lists and objects, plus one for each 10 characters: `[],[],…`
+# would otherwise take many times the memory of its text
 
 
 def load_file(path: Path, fail: Callable[[str, str], Exception], *, constants: bool = False) -> Any:
@@ -27,8 +26,8 @@ def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants
 
     Args:
         text: JSON; bytes must be UTF-8.
-        fail: makes the exception to raise from a rule id (``"DIR-8"`` or ``"JSON"``) and a message.
-        constants: allow NaN and Infinity (Python's habit; `config.json` outside of our own key has them).
+        fail: makes the exception from a rule id (``"DIR-8"`` or ``"JSON"``) and a message.
+        constants: allow NaN and Infinity: Python writes them, and transformers has them in ``config.json``.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -36,7 +35,7 @@ def loads(text: str | bytes, fail: Callable[[str, str], Exception], *, constants
         if len(obj) != len(pairs):
             counts = Counter(k for k, _ in pairs)
             twice = next(k for k in counts if counts[k] > 1)
-            raise fail("DIR-8", f"the key {twice[:80]!r} stands twice in one object")
+            raise fail("DIR-8", f"the key {twice[:80]!r} appears twice in one object")
         return obj
 
     def constant(name: str) -> NoReturn:

@@ -1,8 +1,8 @@
-"""Writing safetensors in a stream, and directories so that nothing half-written looks finished (DIR-7).
+"""Writes safetensors files tensor by tensor, in bounded memory.
 
-A shard's header stands before its data but holds digests and shapes that are known only after it. So the data is
-streamed into a file of its own first, and copied behind the header when that is known: one more copy on the disk,
-for bounded memory and no guess at the header's size.
+A header comes before the data, but has digests and shapes that are known only after all data is written. The data is
+therefore streamed into a second file first, and copied after the header at the end. This costs one more copy on the
+disk, and needs neither the whole shard in memory nor a guess at the header's size.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class StoredTensor:
 
 
 def module_tensors(module: ModuleEntry, matrices: StoredMatrix | list[StoredMatrix]) -> list[StoredTensor]:
-    """The tensors of a quantized module, planes first (TEN-1, EXP-1).
+    """The tensors of a module entry, planes first (TEN-1, EXP-1).
 
     Args:
-        module: what it is; its scheme must be that of the matrices.
+        module: the entry; its scheme must be that of the matrices.
         matrices: the matrix, or one for each expert.
     """
     stack = matrices if isinstance(matrices, list) else [matrices]
@@ -81,7 +81,7 @@ def module_tensors(module: ModuleEntry, matrices: StoredMatrix | list[StoredMatr
 
 @dataclass(frozen=True)
 class Written:
-    """A tensor that has been written: name, safetensors dtype, shape, SHA-256 in hex."""
+    """A written tensor: name, safetensors dtype, shape, SHA-256 in hex."""
 
     name: str
     dtype: str
@@ -97,11 +97,11 @@ class ShardWriter:
     """One safetensors file, written tensor by tensor in bounded memory.
 
     Args:
-        path: the file; it appears under its name only when :meth:`close` has made it whole.
-        written: go on behind these tensors, which an earlier writer of the same path had synced when it was left.
+        path: the file; it appears under its name only when :meth:`close` has completed it.
+        written: tensors to append to, which an earlier writer of the same path synced before :meth:`leave`.
 
     Raises:
-        OutputError: the earlier writer's data is not there.
+        OutputError: the earlier writer's data is missing.
     """
 
     def __init__(self, path: Path, written: Sequence[Written] = ()) -> None:
@@ -112,7 +112,7 @@ class ShardWriter:
             raise OutputError(f"{data}: does not hold what was written before; remove {path.parent} and begin again")
         self._data: BinaryIO = open(data, "r+b" if self.written else "w+b")  # noqa: SIM115 - close(), leave()
         if self.written:
-            self._data.truncate(self.nbytes)  # what came behind the last save is done again
+            self._data.truncate(self.nbytes)  # data after the last save is written again
             self._data.seek(self.nbytes)
 
     @property
@@ -128,12 +128,12 @@ class ShardWriter:
         self.nbytes += tensor.nbytes
 
     def sync(self) -> None:
-        """Force what was written to the disk."""
+        """Force the data written so far to the disk."""
         self._data.flush()
         os.fsync(self._data.fileno())
 
     def close(self) -> list[str]:
-        """Write header and data, sync, and give the file its name; returns the names of its tensors."""
+        """Write header and data to the file, atomically; returns the names of its tensors."""
         self._data.seek(0)
         with atomic_file(self.path) as f:
             f.write(build_header([(t.name, t.dtype, t.shape) for t in self.written], file_metadata(self.digests)))
@@ -142,28 +142,28 @@ class ShardWriter:
         return [t.name for t in self.written]
 
     def leave(self) -> None:
-        """Stop writing; the data stays for a later writer, if a journal speaks of it."""
+        """Stop writing and keep the data: a later writer can continue with the tensors that a journal lists."""
         with contextlib.suppress(OSError):  # a full disk refuses the last flush too
             self._data.close()
 
     def abort(self) -> None:
-        """Throw away what was streamed."""
+        """Stop writing and remove the data."""
         self.leave()
         Path(self._data.name).unlink(missing_ok=True)
 
 
 def data_file(path: Path) -> Path:
-    """Where a :class:`ShardWriter` of `path` keeps its data until it is closed."""
+    """The file in which a :class:`ShardWriter` of `path` keeps its data until it is closed."""
     return path.with_name(f"{path.name}.data")
 
 
 def file_metadata(digests: Mapping[str, str]) -> dict[str, str]:
-    """``__metadata__`` of a file: transformers wants ``format``; digests are DIG-1."""
+    """``__metadata__`` of a file: ``format``, which transformers wants, and the digests (DIG-1)."""
     return {"format": "pt", DIGESTS: json.dumps(dict(sorted(digests.items())), separators=(",", ":"))}
 
 
 def write_safetensors(path: Path, tensors: list[StoredTensor]) -> dict[str, str]:
-    """Write a small file at once, atomically, with digests; returns these."""
+    """Write a small file atomically; returns the digests of its tensors by name."""
     with disk_errors(path):
         writer = ShardWriter(path)
         try:
@@ -177,7 +177,7 @@ def write_safetensors(path: Path, tensors: list[StoredTensor]) -> dict[str, str]
 
 
 def seal(path: Path) -> None:
-    """Write the file again with digests of all its tensors in the header (DIG-1); its data stays as it is."""
+    """Add digests of all its tensors to the header of a file (DIG-1); its data stays the same."""
     header = read_header(path)
     base = next(iter(header.tensors.values())).begin if header.tensors else path.stat().st_size
     with open(path, "rb") as f:
@@ -193,12 +193,15 @@ def seal(path: Path) -> None:
 
 
 def write_index(directory: Path, shards: Mapping[str, list[str]], nbytes: int) -> None:
-    """The index over `shards` (file name to tensor names); written last (DIR-4, DIR-7)."""
+    """Write the index of `shards` (file name to tensor names); `nbytes` is the size of all tensors (DIR-4).
+
+    Call it last (DIR-7).
+    """
     weight_map = {name: file for file, names in shards.items() for name in names}
     index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(directory / INDEX_FILE, index)
 
 
 def shard_name(number: int, total: int) -> str:
-    """The Hub's name of shard `number` (from 1) of `total`."""
+    """The file name that the Hub expects of shard `number` (from 1) of `total`."""
     return WEIGHTS_FILE if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"

@@ -6,9 +6,9 @@ from typing import Any
 
 
 def named_class(config: Any) -> Any:
-    """The first of ``config.architectures`` that this transformers has, or None.
+    """The first of ``config.architectures`` that is a model class of the installed transformers, or None.
 
-    Only model classes: the names come from a file, and transformers exports functions too.
+    Other names are ignored: they come from a file, and transformers exports functions too.
     """
     import transformers
 

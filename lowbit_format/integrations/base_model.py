@@ -1,4 +1,4 @@
-"""What a loaded model remembers of the base it came from, for bundles to be bound to (FPR, MAT rules)."""
+"""What a loaded model remembers of its base: task bundles are bound to the base's fingerprint (FPR, MAT rules)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..schema import QuantizationConfig
 
 @dataclass(frozen=True)
 class Base:
-    """A base as its files have it.
+    """A base as its files describe it.
 
     Attributes:
-        config: with the paths and all precisions of the files; the model's own may differ (another head, fewer bits).
-        fingerprint: of the files, whatever part of them the model uses.
-        bits: precision at which the model was read, or None for the files' own.
+        config: paths and precisions of the files; the model's own config may differ (another head, fewer bits).
+        fingerprint: of the files, even if the model uses only a part of them.
+        bits: precision at which the model was read, or None for full precision.
     """
 
     config: QuantizationConfig
@@ -30,7 +30,7 @@ class Base:
 
 
 def base_of_tensors(model: Any, config: QuantizationConfig) -> Base:
-    """A base that is nowhere but in memory: `config` describes the modules of `model` by its own paths."""
+    """A base that exists only in memory: `config` describes the modules of `model` by the model's paths."""
     digests, shapes = {}, {}
     for entry in config:
         module = model.get_submodule(entry.path)
@@ -41,6 +41,6 @@ def base_of_tensors(model: Any, config: QuantizationConfig) -> Base:
 
 
 def digest(tensor: Tensor) -> str:
-    """SHA-256 of the bytes that a file would hold, in lower-case hex (DIG-1)."""
+    """SHA-256 of the tensor's bytes as a file holds them, in lower-case hex (DIG-1)."""
     raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return hashlib.sha256(raw.numpy().data).hexdigest()

@@ -1,7 +1,7 @@
-"""What a transformers model with lowbit modules answers differently: dtype, sizes, casts, resizing.
+"""Where a transformers model with lowbit modules differs from a float one: dtype, sizes, casts, resizing, saving.
 
-``PreTrainedModel`` computes these from its parameters, of which uint8 planes and float16 scales are now the first.
-A loaded model's class is a subclass of its own class, of the same name, with :class:`LowbitModel` in front.
+``PreTrainedModel`` computes its dtype and its sizes from its parameters, which are uint8 planes and float16 scales now.
+The class of a loaded model is a subclass of its former class, of the same name, with :class:`LowbitModel` in front.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import TaskError, UnsupportedOperationError
 from ..hub import push_model_directory
-from ..runtime.active_tasks import TaskState, batch
+from ..runtime.active_tasks import TaskState, model_call
 from ..runtime.class_mixin import Mixin, mix_in, restore_class
 from ..runtime.deltas import TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
@@ -33,10 +33,10 @@ class LowbitModel(Mixin):
     """Mixin in front of a ``PreTrainedModel``.
 
     Attributes:
-        lowbit_base: what task bundles are bound to.
-        lowbit_state: which task is on.
+        lowbit_base: the base that task bundles are bound to.
+        lowbit_state: the active task and the loaded ones.
         lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
-        lowbit_save: what writes a task instead of the base when the Trainer saves the model.
+        lowbit_save: writes a task instead of the base when the Trainer saves the model.
     """
 
     lowbit_base: Base
@@ -45,13 +45,13 @@ class LowbitModel(Mixin):
     lowbit_save: Callable[[Any, str], None] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As in torch; inside of ``use_tasks`` it says how many rows the batch has."""
+        """As in torch; inside of ``use_tasks`` the modules learn how many rows the batch has."""
         if not self.lowbit_state.blocks:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        chosen, rows = self.lowbit_state.chosen(), _rows(args, kwargs)
-        if chosen is not None and rows is not None and len(chosen.names) > 1:
-            chosen.check_rows(rows, type(self).__name__)
-        with batch(rows):
+        tasks, rows = self.lowbit_state.row_tasks(), _rows(args, kwargs)
+        if tasks is not None and rows is not None and len(tasks.names) > 1:
+            tasks.check_rows(rows, type(self).__name__)
+        with model_call(rows):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @property
@@ -67,9 +67,9 @@ class LowbitModel(Mixin):
         raise AttributeError("a model without modules has no dtype")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters of the model that this one stands for: a packed matrix counts rows * cols.
+        """Number of parameters of the float model: a quantized matrix counts rows * cols.
 
-        With `only_trainable`, the tensors that get gradients, as they are.
+        With `only_trainable`, the sizes of the tensors that get gradients.
         """
         total, seen = 0, set[int]()
         for module in self.modules():  # type: ignore[attr-defined]
@@ -78,10 +78,10 @@ class LowbitModel(Mixin):
             if exclude_embeddings and isinstance(module, (nn.Embedding, LowbitEmbedding)):
                 seen.update(id(p) for p in module.parameters(recurse=False))
                 continue
-            packed = module.matrix_parameters().values() if isinstance(module, LowbitModule) else ()
-            if packed and not only_trainable and module.matrix_id not in seen:
+            matrix = module.matrix_parameters().values() if isinstance(module, LowbitModule) else ()
+            if matrix and not only_trainable and module.matrix_id not in seen:
                 total += module.rows * module.cols
-                seen.update(id(p) for p in packed)
+                seen.update(id(p) for p in matrix)
             for p in module.parameters(recurse=False):
                 if id(p) not in seen and (p.requires_grad or not only_trainable):
                     total += p.numel()
@@ -89,17 +89,18 @@ class LowbitModel(Mixin):
         return total
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, which also says here, while it loads, what the file does not have."""
+        """As in transformers, which calls this while loading with the names that the file lacks."""
         super().tie_weights(*args, **kwargs)  # type: ignore[misc]
         if kwargs.get("missing_keys"):
             refuse_missing(self, kwargs["missing_keys"])
             self.lowbit_fresh = tuple(sorted(kwargs["missing_keys"]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """As in transformers: the base, whatever task is on (a task is written by ``save_task``).
+        """As in transformers: the base, whatever task is active (``save_task`` writes a task).
 
-        Once a ``TaskCallback`` was at work, the Trainer's own calls write the task. They are told by an argument that
-        it always passes, and people hardly ever: so an interrupted training leaves nothing behind.
+        With a ``TaskCallback``, the Trainer's own calls write the task instead. We recognise the Trainer by
+        ``state_dict=``, which it always passes and users rarely do; so nothing has to be undone when training stops
+        early.
         """
         if self.lowbit_save is not None and "state_dict" in kwargs:
             if kwargs.get("is_main_process", True):
@@ -107,22 +108,22 @@ class LowbitModel(Mixin):
             return None
         if _in_training(self):  # type: ignore[arg-type]
             log.warning(
-                "%s: the base is saved, without the scales in training. save_task writes these; a "
-                "lowbit_format.TaskCallback makes the Trainer do so",
+                "%s: the base is saved, without the scales in training. save_task writes them; with a "
+                "lowbit_format.TaskCallback the Trainer does",
                 save_directory,
             )
         return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As in torch. While scales are trained a checkpoint need hold nothing else, but those it must.
+        """As in torch. During tuning a checkpoint may omit everything except the tensors in training.
 
-        Raises TaskError for a state dict without them: whoever resumes from it would start anew, unaware.
+        Raises TaskError if it lacks some of them: training would start over without a warning.
         """
         result: Any = super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
         if _in_training(self):  # type: ignore[arg-type]
             trained = trained_state_dict(self)  # type: ignore[arg-type]
             names = self.named_parameters(remove_duplicate=False)  # type: ignore[attr-defined]
-            given = {id(p) for name, p in names if name in state_dict}  # a tied one by any of its names
+            given = {id(p) for name, p in names if name in state_dict}  # a tied tensor may have any of its names
             lacking = [n for n in result.missing_keys if n in trained and id(trained[n]) not in given]
             if lacking:
                 raise TaskError(
@@ -131,7 +132,7 @@ class LowbitModel(Mixin):
                     "which the Trainer needs to write them"
                 )
             if trained.keys() >= state_dict.keys():
-                result.missing_keys.clear()  # a checkpoint of the task alone: the base is here already
+                result.missing_keys.clear()  # a checkpoint of the task alone: the base is loaded already
         return result
 
     def push_to_hub(
@@ -147,9 +148,10 @@ class LowbitModel(Mixin):
         max_shard_size: int | str | None = None,
         tags: list[str] | None = None,
     ) -> str:
-        """As in transformers, in one commit: the base, with a card that says how to load it (a card there stays).
+        """As in transformers, in one commit: the base, with a card that says how to load it.
 
-        Returns the URL of the commit. Raises HubError where the Hub refuses or cannot be reached.
+        A card that the repository has already is kept. Returns the URL of the commit. Raises HubError where the Hub
+        refuses or cannot be reached.
         """
         with tempfile.TemporaryDirectory() as directory:
             sizes = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
@@ -167,17 +169,17 @@ class LowbitModel(Mixin):
             )
 
     def half(self) -> Any:
-        """Compute in float16; packed tensors keep their dtype."""
+        """Compute in float16; the tensors of quantized matrices keep their dtype."""
         return self.to(torch.float16)  # type: ignore[attr-defined]
 
     def float(self) -> Any:
-        """Compute in float32; packed tensors keep their dtype."""
+        """Compute in float32; the tensors of quantized matrices keep their dtype."""
         return self.to(torch.float32)  # type: ignore[attr-defined]
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, *args: Any, **kwargs: Any
     ) -> nn.Module:
-        """As in transformers, if embeddings are float or the size stays; else raises UnsupportedOperationError."""
+        """As in transformers. Raises UnsupportedOperationError if quantized embeddings would change their size."""
         places = (self.get_input_embeddings(), self.get_output_embeddings())  # type: ignore[attr-defined]
         rows = next((m.rows for m in places if isinstance(m, LowbitModule)), None)
         wanted = rows if new_num_tokens is None else new_num_tokens
@@ -199,7 +201,7 @@ def _in_training(model: nn.Module) -> bool:
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Rows of the batch that a model is called with; None if no argument says so."""
+    """Rows of the batch that a model is called with; None if no argument tells."""
     named = (kwargs.get(name) for name in _INPUTS)
     given = (x for x in (*args, *named) if isinstance(x, Tensor) and x.dim() > 0)
     return next((len(x) for x in given), None)
@@ -212,7 +214,7 @@ _INPUTS = (
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The ``state_dict`` of the base: no deltas in training, and the base's own head where a task has another."""
+    """The ``state_dict`` of the base: without deltas in training, and with the base's head where a task replaces it."""
     tensors = dict(model.state_dict())
     for path, module in model.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -225,7 +227,7 @@ def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint of a tuning needs: parameters in training, and all tensors of modules trained whole."""
+    """What a checkpoint during tuning needs: parameters in training, and all tensors of modules trained whole."""
     tensors: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for path, module in model.named_modules():
         if isinstance(module, SwitchedModule) and module.task_own is not None:
@@ -233,12 +235,14 @@ def trained_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def specialize(model: nn.Module) -> None:
-    """Give every transformers model inside `model` that has lowbit modules its :class:`LowbitModel` class."""
+def specialize(model: nn.Module, state: TaskState) -> None:
+    """Make every transformers model inside `model` that has lowbit modules a :class:`LowbitModel` with `state`."""
     for module in model.modules():
-        is_model = hasattr(module, "all_tied_weights_keys") and not isinstance(module, LowbitModel)
+        is_model = hasattr(module, "all_tied_weights_keys")
         if is_model and any(isinstance(m, LowbitModule) for m in module.modules()):
-            mix_in(LowbitModel, module)
+            if not isinstance(module, LowbitModel):  # ``type(loaded).from_pretrained`` makes one that is
+                mix_in(LowbitModel, module)
+            module.lowbit_state = state
 
 
 def generalize(model: nn.Module) -> None:

@@ -1,8 +1,8 @@
-"""LoRA over lowbit modules: every ``LoraConfig`` learns of them as it is made. Imported once PEFT is.
+"""LoRA over lowbit modules: every new ``LoraConfig`` maps them to layers. Imported when PEFT is.
 
 PEFT picks its layer by ``isinstance(base, nn.Linear)`` and refuses other types, unless the config maps them to a
-layer class. Its own layers serve: they call the base module and read shapes, device and dtype. Merging an adapter
-into bit-planes is impossible and ends in an UnsupportedOperationError.
+layer class. PEFT's own layers work: they call the base module and read shapes, device and dtype. An adapter cannot be
+merged into bit-planes: that raises an UnsupportedOperationError.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Puts lowbit modules into a transformers model that has no data yet, and keeps its tied weights tied.
 
-A checkpoint may have been saved with another head than the model has, or without one. So its module paths are tried
-as they are, with the base model's prefix, and without it: the same rule by which transformers renames tensors on load.
+A checkpoint may have been saved with another head than the model's, or without one. Each of its module paths is
+therefore tried unchanged, with the base model's prefix, and without it, as transformers does for tensor names on load.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from ..schema import ModuleEntry, QuantizationConfig
 
 @dataclass
 class Placement:
-    """What was placed into a model, under the model's own paths.
+    """The lowbit modules of a model, by the model's paths.
 
     Attributes:
         files: path of a module in the model -> its entry in the file.
-        tied: path of a place without tensors of its own -> path of its owner (TIE-1).
+        tied: path of a module without a matrix in the file -> path of the owner of its matrix (TIE-1).
     """
 
     files: dict[str, ModuleEntry] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
 
 
-def place_modules(model: Any, reader: ModelReader, bits: int | None) -> Placement:
-    """Replace the modules that `reader`'s config lists; they stay on the model's (meta) device.
+def place_modules(model: Any, reader: ModelReader, bits: int | None, state: TaskState) -> Placement:
+    """Replace the modules that `reader`'s config lists; the new ones are on the meta device and share `state`.
 
     Raises:
-        LoadError: a module that the model does not have, or has in another type or shape.
+        LoadError: the model lacks a module, or has it with another type or shape.
         PrecisionError: no parameters for `bits` (NST-3).
     """
     reader.check_precision(bits)
-    placed, modules, state = Placement(), dict(model.named_modules()), TaskState()
+    placed, modules = Placement(), dict(model.named_modules())
     for entry in reader.config:
         if entry.experts is not None:
             raise LoadError(f"{entry.path}: this version of lowbit_format cannot load {entry.kind}; update it")
@@ -64,9 +64,9 @@ def place_modules(model: Any, reader: ModelReader, bits: int | None) -> Placemen
 
 
 def tie(model: Any, placed: Placement) -> None:
-    """Write into the model's maps of tied weights what the modules have now: packed tensors, or ``weight`` again.
+    """Make the model's maps of tied weights name the present parameters of the modules: planes etc., or ``weight``.
 
-    transformers ties by these maps after loading, and drops by them what a file must not hold twice.
+    transformers uses the maps to tie weights after loading, and to write a tied tensor only once.
     """
     weights = {f"{path}.weight" for path in (*placed.files, *placed.tied)}
     keys = {
@@ -90,7 +90,7 @@ def tie(model: Any, placed: Placement) -> None:
 
 
 def describe(model: Any, placed: Placement) -> QuantizationConfig:
-    """The ``quantization_config`` of the model as it is now, by its own paths."""
+    """The present ``quantization_config`` of the model, by the model's paths."""
     modules = {}
     for path in placed.files:
         m = model.get_submodule(path)
@@ -101,7 +101,7 @@ def describe(model: Any, placed: Placement) -> QuantizationConfig:
 def refuse_missing(model: Any, missing: Iterable[str]) -> None:
     """Raise LoadError for tensors that the file lacks; transformers would initialise them at random, with a warning.
 
-    Another class than the file was written for may have another head, or a part that the file lacks whole.
+    Allowed are the head, and whole parts that the file lacks, of a class that the file was not written for.
     """
     same_class = type(model).__name__ in (model.config.architectures or [])
     names, missing = set(model.state_dict()), set(missing)
@@ -109,11 +109,11 @@ def refuse_missing(model: Any, missing: Iterable[str]) -> None:
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     for name in sorted(missing):
         path, _, role = name.rpartition(".")
-        packed = role in all_roles() and isinstance(model.get_submodule(path), LowbitModule)
+        quantized = role in all_roles() and isinstance(model.get_submodule(path), LowbitModule)
         part = prefix + name.removeprefix(prefix).split(".")[0] + "."
         part_is_there = name.startswith(prefix) and any(n.startswith(part) for n in names - missing)
         expected = (same_class or part_is_there) and not any(pattern.search(name) for pattern in ignored)
-        if packed or expected:
+        if quantized or expected:
             raise LoadError(
                 f"{type(model).__name__} has {name!r}, but the file does not: "
                 "config.json and the weights do not belong together"
@@ -128,7 +128,7 @@ def lowbit_modules(model: nn.Module) -> Iterator[tuple[str, LowbitModule]]:
 
 
 def _locate(model: Any, modules: dict[str, nn.Module], path: str, config: QuantizationConfig) -> str | None:
-    """The model's path of the file's module `path`; None if it belongs to a part that this model class lacks."""
+    """The path in the model of the file's module `path`; None if it belongs to a part that this model class lacks."""
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     bare = path.removeprefix(prefix)
     for candidate in (path, bare, prefix + path):
@@ -137,7 +137,7 @@ def _locate(model: Any, modules: dict[str, nn.Module], path: str, config: Quanti
     headed = bool(prefix) and any(p.startswith(prefix) for p in config.modules)
     in_head = headed and bare == path
     if in_head or not isinstance(getattr(model.base_model, bare.split(".")[0], None), nn.Module):
-        return None  # another head, or a part such as a pooler that this class is built without
+        return None  # another head, or a part (such as a pooler) that this class does not have
     raise LoadError(
         f"the file has a quantized module {path!r}, but {type(model).__name__} has no such module: "
         "config.json and the weights do not belong together"
@@ -147,7 +147,7 @@ def _locate(model: Any, modules: dict[str, nn.Module], path: str, config: Quanti
 def _tied_places(
     model: Any, modules: dict[str, nn.Module], reader: ModelReader, placed: Placement
 ) -> Iterator[tuple[str, str]]:
-    """Places that use the weight of a placed module: those the file names, and those that transformers ties."""
+    """Pairs (path, owner's path) of modules that use another's matrix: by the file, then by transformers' own ties."""
     seen = set(placed.files)
     for place, owner in reader.config.tied.items():
         at, owner_at = _locate(model, modules, place, reader.config), _locate(model, modules, owner, reader.config)
@@ -173,7 +173,9 @@ def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: 
             f"{path}: the file has {entry.kind} {list(entry.shape)}, {type(model).__name__} has {kind} {list(shape)}; "
             "config.json and the weights do not belong together"
         )
-    row_bits = reader.matrix(entry.path).row_bits if entry.scheme.row_bits else None  # checked there (MIX-1, MIX-2)
+    row_bits = (
+        reader.matrix(entry.path).row_bits if entry.scheme.row_bits else None
+    )  # checked by the reader (MIX-1, MIX-2)
     plane_rows = None if row_bits is None else int(row_bits.clip(max=bits or entry.scheme.bits).sum(dtype=int))
     options["dtype"] = _kept_dtype(model, path) or options["dtype"]
     new = MODULES[kind](
@@ -184,7 +186,10 @@ def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: 
 
 
 def _look_at(module: nn.Module, path: str) -> tuple[str, tuple[int, int], dict[str, Any]]:
-    """Kind, packed shape and options of a float module; exact types only, since a subclass has a forward of its own."""
+    """Kind, shape ``(rows, cols)`` and options of a float module.
+
+    Exact types only: a subclass may have another forward.
+    """
     from transformers.pytorch_utils import Conv1D
 
     if type(module) is nn.Linear:
@@ -202,7 +207,10 @@ def _look_at(module: nn.Module, path: str) -> tuple[str, tuple[int, int], dict[s
 
 
 def _kept_dtype(model: Any, path: str) -> torch.dtype | None:
-    """float32 where transformers keeps it in half precision (T5's ``wo``): model code reads ``weight.dtype``."""
+    """The dtype that transformers keeps for this module, such as float32 for T5's ``wo``, or None.
+
+    The placeholder must report it: model code reads ``weight.dtype``.
+    """
     plan = model._get_dtype_plan(torch.get_default_dtype()) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
     for pattern, dtype in plan.items():
         if re.search(pattern.replace("*", ".*"), f"{path}.weight"):

@@ -1,7 +1,8 @@
 """The format as a quantization method of transformers. Importing this module registers it under ``"lowbit"``.
 
-transformers reads a pre-quantized checkpoint in three steps: it builds the model without data, lets the quantizer put
-its own modules in, and loads tensors by name. File names equal module names, so the second step is all there is.
+transformers reads a pre-quantized checkpoint in three steps: it builds the model without data, lets the quantizer
+replace modules, and loads tensors by name. The file's tensor names are those of our modules' parameters, so the third
+step needs no code of ours.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..container.reader import CONFIG_FILE, ModelReader
 from ..container.writer import file_metadata
 from ..errors import LoadError
+from ..runtime.active_tasks import TaskState
 from ..runtime.modules_to_save import SwitchedModule
 from ..schema import QUANT_METHOD, QuantizationConfig
 from .base_model import Base, digest
-from .model import LowbitModel, base_state_dict, generalize, specialize
+from .model import base_state_dict, generalize, specialize
 from .placement import Placement, describe, lowbit_modules, place_modules, tie
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load: `bits`, the precision to read at (NST-1); `verify`, check all digests and rules first."""
+    """How to load a model.
+
+    Attributes:
+        bits: precision to read at (NST-1); None is full precision.
+        verify: check all digests and rules first.
+    """
 
     bits: int | None = None
     verify: bool = False
@@ -46,7 +53,10 @@ _options: ContextVar[LoadOptions] = ContextVar("lowbit_load_options", default=_D
 
 @contextlib.contextmanager
 def load_options(options: LoadOptions) -> Iterator[None]:
-    """Options for the models loaded inside the block; a file cannot set them, as it could keys of its config."""
+    """Options for the models loaded inside the block.
+
+    Not arguments of the config: a file could set its config's keys.
+    """
     token = _options.set(options)
     try:
         yield
@@ -56,9 +66,9 @@ def load_options(options: LoadOptions) -> Iterator[None]:
 
 @register_quantization_config(QUANT_METHOD)
 class LowbitConfig(QuantizationConfigMixin):
-    """``quantization_config`` as transformers wants it: a parsed :class:`QuantizationConfig` inside.
+    """``quantization_config`` as transformers wants it, around a parsed :class:`QuantizationConfig`.
 
-    Raises ConfigError or VersionError for what the spec does not allow (CFG and VER rules).
+    Raises ConfigError or VersionError if it breaks a rule of the spec (CFG and VER rules).
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -67,7 +77,7 @@ class LowbitConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, parsed: QuantizationConfig) -> LowbitConfig:
-        """Wrap a config that is parsed already."""
+        """Wrap a parsed config."""
         return cls(**parsed.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,7 +92,7 @@ class LowbitConfig(QuantizationConfigMixin):
 
 @register_quantizer(QUANT_METHOD)
 class LowbitQuantizer(HfQuantizer):
-    """Puts lowbit modules in before loading, checks and settles them afterwards, describes them on saving."""
+    """Places lowbit modules before loading, checks and ties them afterwards, describes them on saving."""
 
     requires_calibration = True  # transformers' word for: cannot quantize on the fly
     is_trainable = True
@@ -99,18 +109,19 @@ class LowbitQuantizer(HfQuantizer):
         return True
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """At a lower precision the file's planes are more than the module keeps, which is no mismatch."""
+        """At a lower precision the file has more planes than the module: that is no mismatch of shapes."""
         return self.options.bits is not None and param_name.endswith(".planes")
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         reader = self._open(checkpoint_files)
-        self.placed = place_modules(model, reader, self.options.bits)
+        state = TaskState()
+        self.placed = place_modules(model, reader, self.options.bits, state)
+        specialize(model, state)
         self.base = Base(reader.config, reader.fingerprint(), self.options.bits)
-        tie(model, self.placed)
-        specialize(model)
-        if self.options.bits is not None:  # the parameters of other precisions are left aside on purpose
+        tie(model, self.placed)  # the loader must neither miss the tensors of tied modules nor tie their `weight`
+        if self.options.bits is not None:  # the parameters of other precisions are not loaded
             ignored = model._keys_to_ignore_on_load_unexpected  # None, a list or a set: versions differ
             kind = list if ignored is None else type(ignored)
             model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), r"\.(scales|offsets|zeros)(_k\d)?$"])
@@ -118,25 +129,21 @@ class LowbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for path in self.placed.files:
-            model.get_submodule(path).settle(path)
+            model.get_submodule(path).finish_loading(path)
         for place, owner in self.placed.tied.items():
-            model.get_submodule(place).share(model.get_submodule(owner))
-        tie(model, self.placed)
+            model.get_submodule(place).tie_to(model.get_submodule(owner))
+        tie(model, self.placed)  # again: at a lower precision finish_loading has renamed parameters
         self.quantization_config = LowbitConfig.of(describe(model, self.placed))
         model.config.quantization_config = self.quantization_config
         model.lowbit_base = self.base
-        state = next(module for _, module in lowbit_modules(model)).state
-        for part in model.modules():
-            if isinstance(part, LowbitModel):
-                part.lowbit_state = state
-        # Saved names are the model's own, which quantization_config has; a reverted renaming would part the two.
+        # Saved names are the model's own, as in quantization_config; transformers must not revert its renaming.
         model._weight_conversions = []
-        for path in self.placed.files:  # last: whatever reads planes would have them unpacked again
+        for path in self.placed.files:  # last: whatever reads planes would undo it
             model.get_submodule(path).tile()
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """On saving: the base's state dict, and digests of its tensors, one map for all shards (DIG-2)."""
+        """On saving: the state dict of the base, and digests of its tensors, one map for all shards (DIG-2)."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         base, twice = base_state_dict(model), model.all_tied_weights_keys
@@ -145,21 +152,21 @@ class LowbitQuantizer(HfQuantizer):
         return base, file_metadata({name: digest(t) for name, t in plain.items()})
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        """Replace lowbit modules by float ones, with the task that is on. Ties stay, classes are those of before."""
+        """Replace lowbit modules by float ones with the active task; ties and the models' former classes return."""
         weights: dict[int, nn.Parameter] = {}
         for module in list(model.modules()):
             if isinstance(module, SwitchedModule):
-                module.settle(module.task_state.active)
+                module.become_plain(module.task_state.active)
         for path, module in list(lowbit_modules(model)):
             if module.matrix_id not in weights:
                 weights[module.matrix_id] = nn.Parameter(module.dequantize(dtype).contiguous())
             model.set_submodule(path, module.float_module(weights[module.matrix_id]))
-        tie(model, self.placed)
+        tie(model, self.placed)  # by ``weight`` again
         generalize(model)
         return model.to(dtype)
 
     def _open(self, checkpoint_files: list[str] | None) -> ModelReader:
-        """The directory of the files, checked as a whole (section 3, TEN-1); with ``verify``, its data too."""
+        """A reader of the files' directory, which it checks (section 3, TEN-1); with ``verify`` also their data."""
         if not checkpoint_files or not (Path(checkpoint_files[0]).parent / CONFIG_FILE).is_file():
             raise LoadError("a lowbit model is loaded from the files of its directory, not from a state_dict")
         reader = ModelReader(Path(checkpoint_files[0]).parent)

@@ -1,1 +1,1 @@
-"""Products and decoding of quantized matrices, without ``nn.Module``: the operators, and a backend for each device."""
+"""Products and decoding of quantized matrices, without ``nn.Module``: the operators, and one backend per device."""

@@ -1,4 +1,7 @@
-"""What every backend needs around its kernels: the rows of a batch by task, sums of gradients, and checks."""
+"""Shared by all backends: the rows of a batch by task, sums of gradients over tasks, and checks of arguments.
+
+Shapes of matrices, deltas and task ids are in :class:`.operators.Backend`.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,19 @@ from torch import Tensor
 
 from .matrix import PlaneMatrix, with_delta
 
-Given = TypeVar("Given")
-Rows = Tensor | slice  # rows of a flattened input: bool mask, or all
+WeightGrad = TypeVar("WeightGrad")  # the gradient of a weight, in whatever type a backend's decoder takes it
+Rows = Tensor | slice  # rows of a flattened input: a bool mask ``[n]``, or all
 ParamGrads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # of scales, offsets, zeros, deltas
 
 
 def each_task(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, PlaneMatrix]]:
-    """The rows of each task, and the matrix with that task's scales."""
+    """For each task of a batch: its rows, and the matrix with its scales."""
     for rows, task in _tasks(deltas, task_ids):
         yield rows, w if deltas is None or task < 0 else with_delta(w, deltas[task])
 
 
 def _tasks(deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, int]]:
-    """Which rows belong to which task, -1 being the base."""
+    """The rows of each task and its id, -1 for the base."""
     if deltas is None or task_ids is None:
         yield slice(None), -1 if deltas is None else 0
         return
@@ -32,17 +35,23 @@ def _tasks(deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Row
 
 
 def sum_over_tasks(
-    weight_grad: Callable[[Rows], Given],
+    weight_grad: Callable[[Rows], WeightGrad],
     w: PlaneMatrix,
     deltas: Tensor | None,
     task_ids: Tensor | None,
-    decode_grads: Callable[[PlaneMatrix, Given], tuple[Tensor, Tensor | None]],
+    decode_grads: Callable[[PlaneMatrix, WeightGrad], tuple[Tensor, Tensor | None]],
 ) -> ParamGrads:
-    """Gradients of all parameters.
+    """Gradients of all parameters, summed over the tasks of a batch.
 
-    `weight_grad` gives the weight's gradient that some rows of the input make, in whatever form `decode_grads` takes.
+    Args:
+        weight_grad: gives the gradient of the weight that some rows of the input contribute.
+        w, deltas, task_ids: as in the forward pass.
+        decode_grads: gives the gradients of scales and shift from that of the weight, as :func:`.naive.decode_grads`.
+
+    Returns:
+        Float tensors of :attr:`PlaneMatrix.work_dtype`, contiguous.
     """
-    # Contiguous, whatever strides the parameters have: so the operators' fakes say.
+    # Contiguous, whatever strides the parameters have: the operators' fake implementations promise it.
     zeros = functools.partial(torch.zeros_like, dtype=w.work_dtype, memory_format=torch.contiguous_format)
     shift = w.shift
     scales_grad, shift_grad = zeros(w.scales), None if shift is None else zeros(shift)
@@ -67,13 +76,18 @@ def sum_over_tasks(
 
 
 def grads_of_sums(w: PlaneMatrix, signed: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What :func:`decode_grads` gives, from sums of the weight's gradient over each group.
+    """Gradients of scales and shift, as :func:`.naive.decode_grads`, from sums over each group.
 
     Args:
-        w: without ragged rows.
-        signed: float32 ``[bits, rows, groups]``, with +1 where a plane has a 1 and -1 where it has a 0; of a codebook
-            ``[1, rows, groups]``, with its levels. Changed.
-        total: float32 ``[rows, groups]``, without.
+        w: the matrix; its planes are not ragged.
+        signed: float32 ``[bits, rows, groups]``: for each plane the sum of the weight's gradient times the sign, +1
+            for bit 1 and -1 for bit 0. For a codebook ``[1, rows, groups]``: the sum of gradient times level.
+            Overwritten.
+        total: float32 ``[rows, groups]``: the sum of the weight's gradient.
+
+    Returns:
+        Gradient of the scales, float32 with the shape of ``w.scales``; of the shift, float32 ``[rows, groups]``, or
+        None.
     """
     if w.codec == "bcq":
         return signed, None if w.offsets is None else total
@@ -86,7 +100,15 @@ def grads_of_sums(w: PlaneMatrix, signed: Tensor, total: Tensor) -> tuple[Tensor
 
 
 def check_tasks(scales: tuple[int, int, int], deltas: Tensor, task_ids: Tensor | None, batch: int) -> None:
-    """For kernels, which look at no bounds: raises ValueError if deltas do not fit such scales, or ids the batch."""
+    """Check shapes before a kernel, which checks no bounds.
+
+    Args:
+        scales: planes, rows and groups of the matrix's scales.
+        batch: rows of the flattened input.
+
+    Raises:
+        ValueError: deltas do not fit the scales, or task ids the batch.
+    """
     planes, rows, groups = scales
     shape = (len(deltas), min(deltas.shape[1], planes), rows, groups)[: deltas.dim()]
     if tuple(deltas.shape) != shape:
@@ -96,13 +118,13 @@ def check_tasks(scales: tuple[int, int, int], deltas: Tensor, task_ids: Tensor |
 
 
 def check_task_ids(deltas: Tensor, task_ids: Tensor) -> None:
-    """Raises IndexError for a task that has no deltas. On a GPU this would wait for the device."""
+    """Raise IndexError for a task without deltas. It reads a value: on a GPU that would wait for the device."""
     if task_ids.numel() and int(task_ids.max()) >= len(deltas):
         raise IndexError(f"task {int(task_ids.max())} of {len(deltas)}")
 
 
 def check_bias(rows: int, bias: Tensor | None) -> None:
-    """For kernels likewise."""
+    """Check the bias before a kernel, which checks no bounds; raises ValueError unless it is ``[rows]``."""
     if bias is not None and bias.numel() != rows:
         raise ValueError(f"expected a bias of {rows} numbers, found {list(bias.shape)}")
 
@@ -113,5 +135,5 @@ def is_capturing(device: torch.device) -> bool:
 
 
 def no_autocast(x: Tensor) -> torch.autocast:
-    """The dtypes here are chosen; autocast must not change them inside of an operator."""
+    """Turns autocast off inside an operator, whose dtypes are decided."""
     return torch.autocast(x.device.type, enabled=False)

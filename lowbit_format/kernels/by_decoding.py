@@ -1,7 +1,7 @@
 """The operators over any decoder: decode the whole weight of each task, then multiply with torch.
 
-The naive backend consists of these; the others fall back on them for matrices that their kernels do not support, each
-with a decoder of its own. Shapes are in :class:`.operators.Backend`.
+The naive backend consists of these functions. The other backends use them, with their own decoders, for matrices that
+their kernels do not support. Shapes are in :class:`.operators.Backend`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from torch import Tensor
 from .batch import ParamGrads, Rows, each_task, no_autocast, sum_over_tasks
 from .matrix import PlaneMatrix, select_rows, with_delta
 
-Decoder = Callable[[PlaneMatrix], Tensor]  # the weight, float32 [rows, cols] (DEC-1 to DEC-4)
-RowSelector = Callable[[PlaneMatrix, Tensor], PlaneMatrix]  # the matrix of some rows, int64 [n]
-RowGrads = Callable[[int, int], Tensor]  # gradient of the weight's rows start to stop, [stop - start, cols]
-DecoderGrads = Callable[[PlaneMatrix, RowGrads], tuple[Tensor, Tensor | None]]  # gradients of the scales, the shift
+Decoder = Callable[[PlaneMatrix], Tensor]  # gives the weight, float32 [rows, cols] (DEC-1 to DEC-4)
+RowSelector = Callable[[PlaneMatrix, Tensor], PlaneMatrix]  # gives the matrix of some rows, int64 [n]
+RowGrads = Callable[[int, int], Tensor]  # gives the gradient of weight rows start to stop, float [stop - start, cols]
+DecoderGrads = Callable[[PlaneMatrix, RowGrads], tuple[Tensor, Tensor | None]]  # gives gradients of scales and shift
 
 
 def dequantize(w: PlaneMatrix, deltas: Tensor | None, dtype: torch.dtype, *, decode: Decoder) -> Tensor:
-    """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); of task 0 where there are `deltas`."""
+    """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); with `deltas`, that of task 0."""
     return decode(w if deltas is None else with_delta(w, deltas[0])).to(dtype).contiguous()
 
 
@@ -43,18 +43,7 @@ def linear(
     *,
     decode: Decoder,
 ) -> Tensor:
-    """``x @ weight.T + bias`` with the weight in the dtype of `x`.
-
-    Args:
-        x: float ``[..., cols]``.
-        bias: float ``[rows]``, or None.
-        deltas: float32 ``[tasks, p, rows]`` (multiply) or ``[tasks, p, rows, groups]`` (add), or None; see TSK-6.
-        task_ids: int64 ``[rows of x]``, the task of each row of the flattened `x`, -1 for the base; None: task 0.
-        decode: what gives the float weight.
-
-    Returns:
-        ``[..., rows]`` in the dtype of `x`.
-    """
+    """``x @ weight.T + bias`` with the weight in the dtype of `x`: ``[..., cols]`` to ``[..., rows]``."""
     flat, bias = x.reshape(-1, w.cols), None if bias is None else bias.to(x.dtype)
     out = x.new_empty(flat.shape[0], w.rows)
     with no_autocast(x):
@@ -66,7 +55,7 @@ def linear(
 def linear_input_grad(
     grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, *, decode: Decoder
 ) -> Tensor:
-    """Gradient of `x` in :func:`linear`, from that of its result ``[..., rows]``."""
+    """Gradient of `x` in :func:`linear`, ``[..., cols]``, from that of its result, ``[..., rows]``."""
     flat = grad.reshape(-1, grad.shape[-1])
     out = grad.new_empty(flat.shape[0], w.cols)
     with no_autocast(grad):
@@ -84,7 +73,7 @@ def linear_param_grads(
     *,
     decode_grads: DecoderGrads,
 ) -> ParamGrads:
-    """Gradients of the parameters in :func:`linear`; accumulated in float32 whatever the dtype of `x`."""
+    """Gradients of the parameters in :func:`linear`, summed in float32 whatever the dtype of `x`."""
     work = w.work_dtype
     flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(work), x.reshape(-1, w.cols).to(work)
 
@@ -106,10 +95,7 @@ def embedding(
     decode: Decoder,
     select: RowSelector = select_rows,
 ) -> Tensor:
-    """Rows `ids` (int ``[...]``) of the weight in `dtype`, ``[..., cols]``; only these rows are decoded.
-
-    `task_ids` is int64 ``[number of ids]``.
-    """
+    """Rows `ids` (integers ``[...]``) of the weight in `dtype`, ``[..., cols]``; no other row is decoded."""
     flat = ids.reshape(-1).long()
     out = torch.empty(flat.shape[0], w.cols, dtype=dtype, device=ids.device)
     for rows, mine in each_task(w, deltas, task_ids):
@@ -126,7 +112,7 @@ def embedding_param_grads(
     *,
     decode_grads: DecoderGrads,
 ) -> ParamGrads:
-    """Gradients of the parameters in :func:`embedding`, from that of its result ``[..., cols]``."""
+    """Gradients of the parameters in :func:`embedding`, from that of its result, ``[..., cols]``."""
     flat_grad, flat = grad.reshape(-1, w.cols).to(w.work_dtype), ids.reshape(-1).long()
 
     def weight_grad(rows: Rows) -> RowGrads:

@@ -1,4 +1,4 @@
-"""One quantized matrix as the kernels take it: torch tensors and the scheme, in the file's layout or in tiles."""
+"""One quantized matrix as the kernels take it: torch tensors and the scheme, in the file's or the tiled layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FILE, TILED = "file", "tiled"  # layouts: as spec section 4 stores planes, or as a backend's kernels read them
+FILE, TILED = "file", "tiled"  # layouts: that of spec section 4, and the one that a backend's kernels read
 
 
 class PlaneMatrix(NamedTuple):
@@ -15,14 +15,16 @@ class PlaneMatrix(NamedTuple):
 
     Attributes:
         planes: uint8. In the file's layout ``[>= bits, rows, bytes]``, or ragged ``[>= sum of row_bits, bytes]``
-            (MIX-2); in tiles as the backend of their device defines it.
+            (MIX-2); the backend of the device defines the shape in the tiled layout.
         scales: float ``[bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
         offsets: float ``[rows, groups]``, or None.
         zeros: float ``[rows, groups]``, or None.
         codebook: float32 ``[2**bits]``, or None.
         row_bits: uint8 ``[rows]``, or None.
-        codec, bits, group_size, cols: the scheme, as the config has it.
-        layout: of the planes, :data:`FILE` or :data:`TILED`.
+        codec, group_size: of the scheme.
+        bits: the precision.
+        cols: columns; the planes of the file's layout are padded to whole 64-bit words.
+        layout: :data:`FILE` or :data:`TILED`.
     """
 
     planes: Tensor
@@ -39,7 +41,7 @@ class PlaneMatrix(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Output features."""
+        """Rows of the matrix: output features of a linear layer."""
         return self.scales.shape[1]
 
     @property
@@ -54,17 +56,17 @@ class PlaneMatrix(NamedTuple):
 
     @property
     def is_tiled(self) -> bool:
-        """Whether the planes are in tiles."""
+        """Whether the planes are in the tiled layout."""
         return self.layout == TILED
 
     @property
     def is_in_memory(self) -> bool:
-        """Whether kernels can read the planes by address: an ordinary tensor, not one of a subclass or without data."""
+        """Whether kernels can read the planes by address: the tensor has data, and no subclass handles it."""
         return type(self.planes) in (Tensor, torch.nn.Parameter) and not self.planes.is_meta
 
     @property
     def scale_per_plane(self) -> bool:
-        """Whether each plane has scales of its own; otherwise one serves the whole code."""
+        """Whether each plane has its own scales (bcq); else one scale applies to the whole level."""
         return self.codec == "bcq"
 
     @property
@@ -82,14 +84,14 @@ class PlaneMatrix(NamedTuple):
         return torch.promote_types(self.scales.dtype, torch.float32)
 
 
-TENSORS, SCHEME = 6, 5  # fields of a PlaneMatrix: its tensors come first, then the plain values
+TENSORS, SCHEME = 6, 5  # numbers of fields of a PlaneMatrix: its tensors come first, then the scheme's values
 
 
 def with_delta(w: PlaneMatrix, delta: Tensor) -> PlaneMatrix:
-    """`w` with a task's scales (TSK-6, TSK-8).
+    """`w` with a task's scales, in :attr:`PlaneMatrix.work_dtype` (TSK-6, TSK-8).
 
     Args:
-        delta: ``[p, rows]``: multiply by ``1 + delta``; ``[p, rows, groups]``: add.
+        delta: of the first p planes' scales: ``[p, rows]``: multiply by ``1 + delta``; ``[p, rows, groups]``: add.
     """
     scales = w.scales.to(w.work_dtype)
     delta = delta.to(scales.dtype)
@@ -99,7 +101,10 @@ def with_delta(w: PlaneMatrix, delta: Tensor) -> PlaneMatrix:
 
 
 def select_rows(w: PlaneMatrix, rows: Tensor) -> PlaneMatrix:
-    """The matrix of the given rows (int64 ``[n]``, repetition allowed); `w` in the file's layout."""
+    """The matrix of rows `rows` (int64 ``[n]``, repetition allowed) of `w`, which is in the file's layout.
+
+    Its planes are full (``[bits, n, bytes]``), also where those of `w` are ragged.
+    """
     present = present_rows(w)
     if present is None or w.planes.dim() == 3:
         planes = w.planes[: w.bits, rows]
@@ -115,7 +120,7 @@ def select_rows(w: PlaneMatrix, rows: Tensor) -> PlaneMatrix:
 
 
 def full_planes(w: PlaneMatrix) -> Tensor:
-    """Planes as ``[bits, rows, bytes]``; rows that a ragged plane lacks hold anything (see :func:`present_rows`)."""
+    """The planes as ``[bits, rows, bytes]``; rows that a ragged plane lacks are arbitrary (:func:`present_rows`)."""
     present = present_rows(w)
     if present is None or w.planes.dim() == 3:
         return w.planes[: w.bits]
@@ -123,12 +128,12 @@ def full_planes(w: PlaneMatrix) -> Tensor:
 
 
 def present_rows(w: PlaneMatrix) -> Tensor | None:
-    """Which rows each plane has: bool ``[bits, rows]``, or None if all have all (MIX-1)."""
+    """Which rows each plane has: bool ``[bits, rows]``, or None if every plane has every row (MIX-1)."""
     if w.row_bits is None:
         return None
     return w.row_bits[None, :] > torch.arange(w.bits, dtype=torch.uint8, device=w.row_bits.device)[:, None]
 
 
 def _plane_rows(present: Tensor) -> Tensor:
-    """Where each row of each plane lies in ragged planes (MIX-2): int64 ``[bits, rows]``; anywhere if it is absent."""
+    """Index of each row of each plane in ragged planes (MIX-2): int64 ``[bits, rows]``; arbitrary if it is absent."""
     return (present.reshape(-1).cumsum(0) - 1).clamp(min=0).reshape(present.shape)

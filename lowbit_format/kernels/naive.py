@@ -1,8 +1,7 @@
 """The slow truth: decoding in plain torch on any device, its gradients, and the operators by decoding.
 
-Weights come out bit for bit as :func:`lowbit_format.reference.decode_numpy` gives them: every operation is an eager
-torch operation of its own, so that no compiler contracts two of them (DEC-1). The other backends are tested against
-this one.
+The weights equal those of :func:`lowbit_format.reference.decode_numpy` bit for bit: every step is a separate eager
+torch operation, which no compiler can contract with the next (DEC-1). The other backends are tested against this one.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from .matrix import PlaneMatrix, full_planes, present_rows
 
 
 def decode(w: PlaneMatrix) -> Tensor:
-    """Weights ``[rows, cols]`` in float32 (float64 if the scales are), operation by operation as DEC-2 to DEC-4 say."""
+    """The weights ``[rows, cols]``, float32 (float64 if the scales are), by the operations of DEC-2 to DEC-4."""
     scales, shift = w.scales.to(w.work_dtype)[..., None], _shift(w)
-    if w.codec != "bcq":
+    if not w.scale_per_plane:
         return _columns(_levels(w) * scales[0], w)
     rows, groups = w.rows, w.groups
     acc = torch.zeros((), dtype=scales.dtype, device=scales.device) if shift is None else shift
@@ -35,13 +34,17 @@ def decode(w: PlaneMatrix) -> Tensor:
 
 
 def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
-    """Gradients of ``scales`` and of the shift (offsets or zeros) from that of :func:`decode`'s result."""
+    """Gradients of the scales and of the shift from that of the weights, which `weight_grad` gives by rows.
+
+    Returns:
+        In the dtype of the weights' gradient: ``[planes of scales, rows, groups]``; ``[rows, groups]`` or None.
+    """
     rows, groups = w.rows, w.groups
     size = w.group_columns
     grad = F.pad(weight_grad(0, rows), (0, groups * size - w.cols)).reshape(rows, groups, size)
     shift = _shift(w)
     scales_grad = torch.zeros_like(w.scales, dtype=grad.dtype)
-    if w.codec != "bcq":
+    if not w.scale_per_plane:
         scales_grad[0] = (grad * _levels(w)).sum(-1)
         return scales_grad, None if shift is None else -grad.sum(-1) * w.scales[0].to(grad.dtype)
     present = present_rows(w)
@@ -63,7 +66,7 @@ embedding_param_grads = partial(by_decoding.embedding_param_grads, decode_grads=
 
 
 def can_tile(w: PlaneMatrix) -> bool:
-    """Never: decoding reads the file's layout."""
+    """False: this backend decodes the file's layout."""
     return False
 
 
@@ -86,7 +89,7 @@ def _shift(w: PlaneMatrix) -> Tensor | None:
 
 
 def _levels(w: PlaneMatrix) -> Tensor:
-    """``float(code) - zero`` or ``codebook[code]``, ``[rows, groups, columns of a group]``."""
+    """Levels before scaling: ``float(code) - zero`` or ``codebook[code]``, ``[rows, groups, columns of a group]``."""
     present, work = present_rows(w), w.work_dtype
     code = torch.zeros((), dtype=torch.uint8, device=w.planes.device)
     for p, bit in enumerate(_bits(w)):
@@ -98,7 +101,7 @@ def _levels(w: PlaneMatrix) -> Tensor:
 
 
 def _bits(w: PlaneMatrix) -> Iterator[Tensor]:
-    """Bits of each plane, the most significant first: bool ``[rows, groups, columns of a group]`` (BIT-1, BIT-2)."""
+    """The bits of each plane, most significant first: bool ``[rows, groups, columns of a group]`` (BIT-1, BIT-2)."""
     rows, groups = w.rows, w.groups
     columns = groups * w.group_columns
     powers = torch.arange(8, dtype=torch.uint8, device=w.planes.device)
@@ -108,5 +111,5 @@ def _bits(w: PlaneMatrix) -> Iterator[Tensor]:
 
 
 def _columns(grouped: Tensor, w: PlaneMatrix) -> Tensor:
-    """``[rows, groups, columns of a group]`` to ``[rows, cols]``: the last group may be short."""
+    """``[rows, groups, columns of a group]`` to ``[rows, cols]``, without the padding of a short last group."""
     return grouped.reshape(grouped.shape[0], grouped.shape[1] * grouped.shape[2])[:, : w.cols]

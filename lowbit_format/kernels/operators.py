@@ -1,8 +1,12 @@
-"""The ``torch.library`` operators over quantized matrices: ``lowbit::dequantize``, ``::linear`` and ``::embedding``.
+"""The operators over quantized matrices: :func:`dequantize`, :func:`linear` and :func:`embedding`.
 
-Their schema is complete, so that faster kernels and per-task scales need no other one: the matrix's tensors, deltas, the
-task of each row, and the scheme as plain values. Gradients flow to x, scales, offsets, zeros, bias and deltas, never
-to planes; the backward pass decodes the weight again instead of keeping it. Call the functions at the top.
+Each is a ``torch.library`` operator (``lowbit::linear`` etc.), which autograd, ``torch.compile`` and dispatch modes
+need. A custom operator costs 30 microseconds a call before its kernel starts, so :func:`linear` has a second door: it
+calls the backend directly where none of them is active. A test holds the results of both equal.
+
+The operators' arguments are the tensors of the matrix, deltas, the task of each row, and the scheme as plain values.
+Gradients flow to x, scales, offsets, zeros, bias and deltas, never to planes; the backward pass decodes the weight
+again instead of keeping it.
 """
 
 from __future__ import annotations
@@ -21,36 +25,41 @@ from . import naive
 from .batch import ParamGrads
 from .matrix import SCHEME, TENSORS, PlaneMatrix
 
-BACKENDS = {"cpu": "cpu.backend", "cuda": "gpu.backend"}  # device type -> module beside this one; naive for all others
+BACKENDS = {"cpu": "cpu.backend", "cuda": "gpu.backend"}  # device type -> module of this package; else naive
 
 
 class Backend(Protocol):
-    """What a module of kernels offers: three functions for its layout, seven for the operators.
+    """The functions of a module of kernels for one device: three for its tiled layout, seven for the operators.
 
-    Every function takes matrices in the file's layout and in its own. ``w`` is a matrix ``[rows, cols]``. ``deltas``
-    are float32 ``[tasks, p, rows]``, factors ``1 + delta`` of the first p planes' scales, or ``[tasks, p, rows,
-    groups]``, added to them (TSK-6, TSK-8); ``task_ids`` int64, the task of each row of the flattened input, -1 for
-    the base; with None task 0 is for all rows. Gradients of parameters are those of scales, offsets, zeros and
-    deltas, float32, contiguous, None where there is no such parameter.
+    Every function takes matrices ``w`` ``[rows, cols]`` in the file's layout and in its own tiled layout. The other
+    arguments:
 
-    Where a token id or a task does not exist, a CPU raises IndexError; a GPU gives NaN in that row, since a check
-    would stall the device.
+    - ``deltas``: float32 ``[tasks, p, rows]``, factors ``1 + delta`` of the first p planes' scales, or
+      ``[tasks, p, rows, groups]``, added to them (TSK-6, TSK-8); None is the base.
+    - ``task_ids``: int64 ``[n]``, the task of each row of the flattened input, -1 for the base; None is task 0 for all
+      rows.
+
+    Gradients of parameters are those of scales, offsets, zeros and deltas: float32, contiguous, None where the matrix
+    or the call has no such tensor.
+
+    For an unknown token id or task a CPU raises IndexError. A GPU gives NaN in that row, since a check would stall the
+    device.
     """
 
     def can_tile(self, w: PlaneMatrix) -> bool:
-        """Whether there is a tiled layout for `w`."""
+        """Whether this backend has a tiled layout for `w`."""
         ...
 
     def tile(self, w: PlaneMatrix) -> PlaneMatrix:
-        """`w` in the tiled layout, with group-major parameters; itself where it is so already."""
+        """`w` in the tiled layout, with group-major parameters; `w` itself if it is tiled already."""
         ...
 
     def untile(self, w: PlaneMatrix) -> PlaneMatrix:
-        """The exact inverse of :meth:`tile`; itself in the file's layout."""
+        """The exact inverse of :meth:`tile`; `w` itself if it has the file's layout already."""
         ...
 
     def dequantize(self, w: PlaneMatrix, deltas: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); of task 0 where there are `deltas`."""
+        """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); with `deltas`, that of task 0."""
         ...
 
     def dequantize_param_grads(self, grad: Tensor, w: PlaneMatrix, deltas: Tensor | None) -> ParamGrads:
@@ -60,7 +69,7 @@ class Backend(Protocol):
     def linear(
         self, x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None
     ) -> Tensor:
-        """``x @ weight.T + bias`` for float ``x`` ``[..., cols]``: ``[..., rows]`` in its dtype; `bias` is ``[rows]``."""
+        """``x @ weight.T + bias`` in the dtype of `x`, float ``[..., cols]`` to ``[..., rows]``; `bias`: ``[rows]``."""
         ...
 
     def linear_input_grad(self, grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
@@ -93,7 +102,7 @@ def backend_of(w: PlaneMatrix) -> Backend:
 
 @functools.cache
 def _backend(name: str) -> Backend:
-    """A backend, imported when first used: compilers take their time. Without Triton a GPU has the naive one."""
+    """The backend in module `name`, imported at first use: compilers load slowly. A GPU without Triton uses naive."""
     try:
         return cast(Backend, importlib.import_module(f".{name}", __package__))
     except ModuleNotFoundError as e:
@@ -104,7 +113,7 @@ def _backend(name: str) -> Backend:
 
 
 def dequantize(w: PlaneMatrix, deltas: Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight ``[rows, cols]`` in `dtype`; of task 0 where there are `deltas` (see :func:`linear`)."""
+    """The weight ``[rows, cols]`` in `dtype`; with `deltas` (see :func:`linear`), that of task 0."""
     out: Tensor = torch.ops.lowbit.dequantize(*w[:TENSORS], deltas, dtype, *w[TENSORS:])
     return out
 
@@ -120,10 +129,11 @@ def linear(
         bias: float ``[rows]``.
         deltas: float32 ``[tasks, p, rows]``, factors ``1 + delta`` of the first p planes' scales, or
             ``[tasks, p, rows, groups]``, added to them (TSK-6, TSK-8).
-        task_ids: int64 ``[rows of x, flattened]``, -1 for the base; None: task 0 for all rows.
+        task_ids: int64 ``[n]``, the task of each of the n rows of the flattened `x`, -1 for the base; None is task 0
+            for all rows.
 
     Returns:
-        ``[..., rows]``.
+        ``[..., rows]`` in the dtype of `x` (or of autocast).
     """
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -142,7 +152,7 @@ def embedding(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Rows `ids` (integers ``[...]``) of the weight in `dtype`: ``[..., cols]``. Tasks as in :func:`linear`."""
+    """Rows `ids` (integers ``[...]``) of the weight in `dtype`: ``[..., cols]``; tasks as in :func:`linear`."""
     out: Tensor = torch.ops.lowbit.embedding(ids, *w[:TENSORS], deltas, task_ids, dtype, *w[TENSORS:])
     return out
 
@@ -150,7 +160,7 @@ def embedding(
 def _is_plain_call(x: Tensor, *inputs: Any) -> bool:
     """Whether the kernel can be called directly: no autograd, tracing or dispatch mode is active.
 
-    A custom operator costs 30 microseconds before its kernel starts, several milliseconds for a token.
+    With some hundred layers, 30 microseconds each are several milliseconds for a token.
     """
     if type(x) is not Tensor or x.is_meta or is_watched():
         return False
@@ -161,7 +171,7 @@ def _is_plain_call(x: Tensor, *inputs: Any) -> bool:
 
 
 def is_watched() -> bool:
-    """Whether this call is compiled, traced, transformed or seen by a dispatch mode: then it may have no side effects."""
+    """Whether this call is compiled, traced, transformed or under a dispatch mode; it may have no side effects then."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
@@ -171,27 +181,27 @@ def is_watched() -> bool:
 
 
 def can_tile(w: PlaneMatrix) -> bool:
-    """Whether the kernels of its device have a tiled layout for `w`, which is not in it yet."""
+    """Whether `w` has the file's layout and the backend of its device has a tiled layout for it."""
     return not w.is_tiled and backend_of(w).can_tile(w)
 
 
 def tile(w: PlaneMatrix) -> PlaneMatrix:
-    """`w` in the layout that the kernels of its device read; the operators take both."""
+    """`w` in the tiled layout of its device's backend; the operators take both layouts."""
     return backend_of(w).tile(w)
 
 
 def untile(w: PlaneMatrix) -> PlaneMatrix:
-    """`w` as the file has it, exactly."""
+    """`w` in the file's layout, exactly."""
     return backend_of(w).untile(w)
 
 
 # --- definitions -----------------------------------------------------------------------------------
-# In every schema the matrix's tensors stand together and the scheme comes last, so that one split serves all.
+# In every schema the tensors of the matrix are consecutive and the scheme comes last: _split relies on it.
 
 _MATRIX = "Tensor planes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? codebook, Tensor? row_bits"
 _TASKS = "Tensor? deltas, Tensor? task_ids"
 _SCHEME = "str codec, int bits, int group_size, int cols, str layout"
-_GRADS = "(Tensor, Tensor, Tensor, Tensor)"  # of scales, offsets, zeros, deltas; an empty one stands for None
+_GRADS = "(Tensor, Tensor, Tensor, Tensor)"  # of scales, offsets, zeros, deltas; an empty tensor means None
 
 
 def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
@@ -202,7 +212,7 @@ def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDe
 
 
 def _split(args: tuple[Any, ...]) -> tuple[PlaneMatrix, tuple[Any, ...]]:
-    """The matrix, and what stands between its tensors and the scheme."""
+    """The matrix, and the arguments between its tensors and the scheme."""
     return PlaneMatrix(*args[:TENSORS], *args[-SCHEME:]), args[TENSORS:-SCHEME]
 
 
@@ -307,7 +317,7 @@ def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _param_grads(ctx: Any, first: int, deltas_at: int, compute: Any) -> dict[int, Tensor]:
-    """Gradients by input position; `compute` runs only if one of scales, offsets, zeros, deltas wants one."""
+    """Gradients by input position; `compute` runs only if scales, offsets, zeros or deltas need one."""
     places = (first + 1, first + 2, first + 3, deltas_at)
     if not any(ctx.needs_input_grad[i] for i in places):
         return {}
@@ -327,9 +337,9 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, packed, _, deltas, task_ids = inputs[0], inputs[1:7], inputs[7], *inputs[8:10]
-    wanted = any(ctx.needs_input_grad[i] for i in (2, 3, 4, 8))  # with frozen scales x need not be kept
-    ctx.save_for_backward(x if wanted else None, *packed, deltas, task_ids)
+    x, matrix, deltas, task_ids = inputs[0], inputs[1:7], *inputs[8:10]  # 7 is the bias
+    wanted = any(ctx.needs_input_grad[i] for i in (2, 3, 4, 8))  # with frozen scales x is not kept
+    ctx.save_for_backward(x if wanted else None, *matrix, deltas, task_ids)
     ctx.scheme = inputs[-SCHEME:]
 
 

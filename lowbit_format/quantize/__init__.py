@@ -1,4 +1,4 @@
-"""Quantizers: a float32 matrix and a target in, a packed matrix out."""
+"""Quantizers: from a float32 matrix and a target to a stored matrix."""
 
 from .solve import Quantized, quantize
 from .target import Target

@@ -1,15 +1,14 @@
-"""BCQ: a weight as offset plus and minus scales, fitted by alternating least squares.
+"""BCQ: a weight as an offset plus or minus scales, fitted by alternating least squares.
 
-Rounds of two exact steps, neither of which can raise the error (Xu et al. 2018, "Alternating Multi-bit
-Quantization", arXiv:1802.00150): the best scales and offset for the present codes (least squares), and the
-best codes for the present scales (nearest level). They end in a local optimum, which depends on the start, so
-every group starts twice: greedily (each scale is the mean magnitude of what the planes before it leave), and
-from a uniform grid over its range; the better one goes on. At 4 bits on normal weights in groups of 128 that
-leaves a relative error of 0.090; greedy alone leaves 0.100 after the same number of rounds.
+A round has two exact steps, and neither can raise the error (Xu et al. 2018, "Alternating Multi-bit Quantization",
+arXiv:1802.00150): the best scales and offset for the present codes (least squares), and the best codes for the present
+scales (nearest level). The rounds end in a local optimum that depends on the start. Every group therefore starts twice:
+greedily (each scale is the mean magnitude of the residual of the planes before it), and from a uniform grid over its
+range; the better result gets the last rounds. At 4 bits on normal weights in groups of 128 the relative error is 0.090;
+the greedy start alone gives 0.100 after the same number of rounds.
 
-Neither step visits single weights more than it must: with the levels sorted, an assignment is a set of
-thresholds, and all that least squares needs are the number and the sum of the weights above each of them
-(:func:`lanes.sums_above`).
+The steps read each weight as rarely as possible: with sorted levels, an assignment is a set of thresholds, and least
+squares needs only the number and the sum of the weights above each threshold (:func:`.group_lanes.sums_above`).
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ import numpy as np
 from ..machine.llvm import LANES
 from .group_lanes import add_product, codes_of, load_block, order, set_product, set_signs, store_codes, sums_above
 
-ROUNDS = 4  # from each start, and again from the better of the two: 12 in all
-# Part of the group's range that the grid covers, by bits: few levels do better without the ends, many need them.
+ROUNDS = 4  # from each start, and again from the better result: 12 in all
+# Fraction of the group's range that the grid covers, by bits: few levels fit better without the ends, many need them.
 GRID_RANGE = (0.9, 0.9, 0.9, 0.9, 0.97, 1.0, 1.0, 1.0)
 _GRID_RANGE = np.array(GRID_RANGE, np.float32)
-RIDGE = np.float32(1e-6)  # times the sum of weights: keeps the system solvable where planes coincide
+RIDGE = np.float32(1e-6)  # times the sum of importances: keeps the system solvable where planes coincide
 
 
 @numba.njit(nogil=True, cache=True)
@@ -36,10 +35,11 @@ def fit(start, stop, weight, importance, scales, offsets, with_offset, size, rou
     Args:
         weight: float32 ``[rows, cols]``.
         importance: float32 ``[cols]``, or ``[0]``.
-        scales: float32 ``[bits, rows * groups]``, written: descending and >= 0 (ENC-2).
-        offsets: float32 ``[rows * groups]``, written (0 without offset).
+        scales: float32 ``[bits, rows * groups]``, output: descending and >= 0 (ENC-2).
+        offsets: float32 ``[rows * groups]``, output (0 without offset).
+        with_offset: fit an offset for each group.
         size: columns of a full group.
-        rounds: rounds of least squares and assignment from each start, and again from the better one.
+        rounds: of least squares and assignment, from each start and again from the better result.
     """
     bits, total = scales.shape
     groups = total // weight.shape[0]
@@ -61,7 +61,7 @@ def fit(start, stop, weight, importance, scales, offsets, with_offset, size, rou
         _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds, s, gain)
         _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds, other, other_gain)
         for p in range(bits + 1):
-            for lane in range(LANES):  # never where there is no spread: the greedy start is exact there
+            for lane in range(LANES):  # lanes without spread keep the greedy start, which is exact
                 s[p, lane] = other[p, lane] if spread[lane] and other_gain[lane] > gain[lane] else s[p, lane]
         _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds, s, gain)
         for lane in range(last - first):
@@ -72,10 +72,10 @@ def fit(start, stop, weight, importance, scales, offsets, with_offset, size, rou
 
 @numba.njit(nogil=True, cache=True)
 def _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds, s, gain):
-    """Improve `s` by rounds of assignment and least squares.
+    """Improve the scales and offset `s` by rounds of assignment and least squares.
 
-    `gain` becomes what the last fit takes off the weighted sum of squares: the larger, the smaller the error.
-    Lanes without spread keep their `s`, which is exact already.
+    `gain` is set to the part of the weighted sum of squares that the last fit explains: the larger, the smaller the
+    error. Lanes without spread keep their `s`, which is exact already.
     """
     level, mids, above_w, above_s = stats
     bits = s.shape[0] - 1
@@ -100,8 +100,12 @@ def _alternate(x, w, wx, total_w, total_s, spread, stats, code, unknowns, rounds
 def assign(start, stop, weight, scales, offsets, size, codes):
     """Nearest codes for given parameters, blocks start to stop; a kernel for `parallel_rows`.
 
-    scales float32 ``[bits, rows * groups]``; offsets float32 ``[rows * groups]``; codes uint8 ``[rows, >= cols]``,
-    written.
+    Args:
+        weight: float32 ``[rows, cols]``.
+        scales: float32 ``[bits, rows * groups]``.
+        offsets: float32 ``[rows * groups]``.
+        size: columns of a full group.
+        codes: uint8 ``[rows, >= cols]``, output.
     """
     bits, total = scales.shape
     groups = total // weight.shape[0]
@@ -111,10 +115,10 @@ def assign(start, stop, weight, scales, offsets, size, codes):
     code = np.empty((levels, LANES), np.uint8)
     s = np.empty((bits + 1, LANES), np.float32)
     out = np.empty((size, LANES), np.uint8)
-    nothing = np.empty(0, np.float32)
+    no_importance = np.empty(0, np.float32)
     for block in range(start, stop):
         first, last = block * LANES, min(total, (block + 1) * LANES)
-        load_block(weight, nothing, first, last, groups, size, x, w, wx)
+        load_block(weight, no_importance, first, last, groups, size, x, w, wx)
         for lane in range(LANES):
             i = min(first + lane, last - 1)
             for p in range(bits):
@@ -130,9 +134,14 @@ def assign(start, stop, weight, scales, offsets, size, codes):
 def refit(start, stop, weight, codes, scales, offsets, with_offset, size, bits):
     """Least-squares parameters for the first k planes of given codes (NST-1), rows start to stop; a kernel.
 
-    weight float32 ``[rows, cols]``; codes uint8 ``[rows, >= cols]`` of `bits` planes; scales float32 ``[k, rows,
-    groups]`` and
-    offsets float32 ``[rows, groups]`` are written.
+    Args:
+        weight: float32 ``[rows, cols]``.
+        codes: uint8 ``[rows, >= cols]``, of `bits` planes.
+        scales: float32 ``[k, rows, groups]``, output.
+        offsets: float32 ``[rows, groups]``, output (0 without offset).
+        with_offset: fit an offset for each group.
+        size: columns of a full group.
+        bits: planes of the codes.
     """
     k, _, groups = scales.shape
     gram, rhs = np.zeros((k + 1, k + 1, LANES), np.float32), np.zeros((k + 1, LANES), np.float32)
@@ -167,7 +176,7 @@ def refit(start, stop, weight, codes, scales, offsets, with_offset, size, bits):
 
 @numba.njit(nogil=True, cache=True)
 def _normalise(x, wx, unit):
-    """Scale each lane by a power of two to magnitudes of at most 1: exact, and no sum can overflow."""
+    """Scale each lane by a power of two to magnitudes of at most 1: this is exact, and no sum can overflow."""
     largest = np.zeros(LANES, np.float32)
     factor = np.empty(LANES, np.float32)
     for c in range(x.shape[0]):
@@ -185,7 +194,7 @@ def _normalise(x, wx, unit):
 
 @numba.njit(nogil=True, cache=True)
 def _totals(x, w, wx, total_w, total_s, spread):
-    """Sums of weights and of weighted values of each lane, and whether the lane holds more than one value."""
+    """Sums of importances and of weighted values of each lane, and whether the lane has two different values."""
     total_w[:] = 0
     total_s[:] = 0
     farthest = np.zeros(LANES, np.float32)
@@ -200,7 +209,7 @@ def _totals(x, w, wx, total_w, total_s, spread):
 
 @numba.njit(nogil=True, cache=True)
 def _greedy_start(x, w, total_w, s, with_offset, spread):
-    """First scales: the mean of the group as offset, then mean magnitudes of what is left."""
+    """First start: the mean of the group as offset, then mean magnitudes of the residual as scales."""
     size, bits = x.shape[0], s.shape[0] - 1
     rest = np.empty_like(x)
     mean = np.zeros(LANES, np.float32)
@@ -219,7 +228,7 @@ def _greedy_start(x, w, total_w, s, with_offset, spread):
             s[p, lane] = mean[lane] / total_w[lane] if spread[lane] else rest[0, lane]
         mean[:] = 0
         scale = s[p]
-        for c in range(size):  # only magnitudes are needed: | |r| - s | is what is left of r
+        for c in range(size):  # only magnitudes are needed: | |r| - s | is the residual's
             for lane in range(LANES):
                 left = abs(rest[c, lane] - scale[lane])
                 rest[c, lane] = left
@@ -251,9 +260,8 @@ def _grid_start(x, s, with_offset):
 def _sorted_levels(s, level, code):
     """All levels of each lane in ascending order with their codes.
 
-    s is float32 ``[bits + 1, LANES]``, the offset last. A code and its complement lie the same distance from the
-    offset, on
-    either side: so only the upper half, codes with the top bit set, is computed and sorted.
+    `s` is float32 ``[bits + 1, LANES]``, the offset last. The levels of a code and of its complement have the same
+    distance from the offset, one on each side. Only the upper half (codes with the top bit set) is computed and sorted.
     """
     bits = s.shape[0] - 1
     half = 1 << (bits - 1)
@@ -265,7 +273,7 @@ def _sorted_levels(s, level, code):
         for p in range(1, bits):
             sign = plus if (k >> (bits - 1 - p)) & 1 else minus
             add_product(upper[k], sign, s[p])
-        for lane in range(LANES):  # below the offset: then the complement lies above it
+        for lane in range(LANES):  # a level below the offset: its complement is above
             upper_code[k, lane] = half + k if upper[k, lane] >= 0 else half - 1 - k
             upper[k, lane] = abs(upper[k, lane])
     # Batcher's bitonic network: the same comparisons in every lane.
@@ -291,7 +299,7 @@ def _sorted_levels(s, level, code):
 
 @numba.njit(nogil=True, cache=True)
 def _midpoints(level, levels, mids):
-    """Thresholds between neighbouring levels; infinity behind the last."""
+    """Thresholds between neighbouring levels; infinity after the last."""
     for k in range(mids.shape[0]):
         for lane in range(LANES):
             if k < levels - 1:
@@ -304,7 +312,7 @@ def _midpoints(level, levels, mids):
 def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):
     """Normal equations of scales and offset: ``gram = D'WD + ridge``, ``rhs = D'Wx``, D the signs and a column of ones.
 
-    Levels k and 2^bits - 1 - k have opposite signs, so their sums and differences are all that counts.
+    Levels k and 2^bits - 1 - k have opposite signs, so only their sums and differences matter.
     """
     levels = code.shape[0]
     bits = rhs.shape[0] - 1
@@ -313,7 +321,7 @@ def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):
     both, skew, amount, product = np.empty((4, LANES), np.float32)
     sign = np.empty((bits, LANES), np.float32)
     for k in range(levels // 2, levels):
-        m = levels - 1 - k  # the mirror of k; above_[m] starts behind it
+        m = levels - 1 - k  # the mirror of k; above_[m] starts after it
         for lane in range(LANES):
             upper_w = above_w[k - 1, lane] - (above_w[k, lane] if k < levels - 1 else np.float32(0.0))
             upper_s = above_s[k - 1, lane] - (above_s[k, lane] if k < levels - 1 else np.float32(0.0))
@@ -338,13 +346,13 @@ def _normal_equations(total_w, total_s, above_w, above_s, code, gram, rhs):
 
 @numba.njit(nogil=True, cache=True)
 def _solve(gram, rhs, n):
-    """Solve the leading n equations by LDL' factors, in place: gram is used up, rhs becomes the solution."""
+    """Solve the first n equations by LDL' factors, in place: `gram` is overwritten, `rhs` becomes the solution."""
     for j in range(n):
         for k in range(j):
             for lane in range(LANES):
                 gram[j, j, lane] -= gram[j, k, lane] * gram[j, k, lane] * gram[k, k, lane]
         for lane in range(LANES):
-            # Rounding can leave nothing of a pivot whose plane repeats another; the ridge is its least value.
+            # Rounding can make the pivot of a plane that repeats another zero or negative; it is at least the ridge.
             gram[j, j, lane] = max(gram[j, j, lane], RIDGE)
         for i in range(j + 1, n):
             for k in range(j):
@@ -367,7 +375,7 @@ def _solve(gram, rhs, n):
 
 @numba.njit(nogil=True, cache=True)
 def _canonical(s, bits):
-    """Scales >= 0 and descending (ENC-2); the codes follow at the next assignment."""
+    """Make the scales >= 0 and descending (ENC-2); the next assignment computes codes for them."""
     for p in range(bits):
         for lane in range(LANES):
             s[p, lane] = abs(s[p, lane])

@@ -16,7 +16,8 @@ ROUNDS = 8  # of scale fit and assignment
 def minifloat(exponent_bits: int, mantissa_bits: int) -> list[float]:
     """Values of a sign, exponent and mantissa format without infinities, in the order of its codes.
 
-    Bias 2^(e-1) - 1; exponent 0 is subnormal. Without mantissa (E3M0), code 0 is zero and the rest are powers of two.
+    The bias is 2^(e-1) - 1; exponent 0 is subnormal. Without mantissa (E3M0), code 0 is zero and the other positive
+    values are powers of two.
     """
     bias, positive = 2 ** (exponent_bits - 1) - 1, []
     for code in range(2 ** (exponent_bits + mantissa_bits)):
@@ -38,23 +39,23 @@ TABLES: dict[str, list[float]] = {
     "fp4-e3m0": minifloat(3, 0),
     "fp4-e1m2": minifloat(1, 2),
     "nf4": _NF4,
-    "ternary": [-1.0, 0.0, 1.0, 0.0],  # the fourth code is not written
+    "ternary": [-1.0, 0.0, 1.0, 0.0],  # the fourth code is never used
 }
 
 
 def table_bits(table: list[float] | F32) -> int:
-    """Bits of a code of a table with this many entries (rounded up to a power of two)."""
+    """Bits of a code: the length of the table rounded up to a power of two."""
     return max(1, (len(table) - 1).bit_length())
 
 
 def padded(table: list[float] | F32) -> F32:
-    """The table as float32 ``[2**bits]``; codes that a shorter table lacks repeat its first value."""
+    """The table as float32 ``[2**bits]``; a shorter table is filled up with its first value."""
     values = list(map(float, table))
     return np.array(values + [values[0]] * (2 ** table_bits(values) - len(values)), np.float32)
 
 
 def sorted_table(table: F32) -> tuple[F32, NDArray[np.uint8]]:
-    """Distinct values of the table in ascending order, and a code of each; of equal values the first code is kept."""
+    """Distinct values of the table, ascending, and the first code of each: float32 ``[n]`` and uint8 ``[n]``."""
     values, first = np.unique(table + np.float32(0.0), return_index=True)  # adding 0 joins -0.0 and 0.0
     return values.astype(np.float32), first.astype(np.uint8)
 
@@ -63,15 +64,16 @@ def sorted_table(table: F32) -> tuple[F32, NDArray[np.uint8]]:
 def fit(start, stop, weight, importance, scales, table, size, rounds):
     """Scales of blocks start to stop of LANES groups; a kernel for `parallel_rows`.
 
-    From the scale that puts the largest magnitude on the end of the table, alternate nearest codes and the
-    least-squares
-    scale; ``rounds = 0`` keeps the first.
+    The first scale maps the largest magnitude to the end of the table. Each round then takes the nearest codes and
+    their least-squares scale; ``rounds = 0`` keeps the first scale.
 
     Args:
         weight: float32 ``[rows, cols]``.
         importance: float32 ``[cols]``, or ``[0]``.
-        scales: float32 ``[rows * groups]``, written.
+        scales: float32 ``[rows * groups]``, output.
         table: float32 ``[n]``, distinct and ascending.
+        size: columns of a full group.
+        rounds: of assignment and least squares.
     """
     total = scales.shape[0]
     groups = total // weight.shape[0]
@@ -116,7 +118,12 @@ def fit(start, stop, weight, importance, scales, table, size, rounds):
 def assign(start, stop, weight, scales, table, table_codes, size, codes):
     """Nearest codes for given scales, blocks start to stop; a kernel for `parallel_rows`.
 
-    table float32 ``[n]`` ascending with their codes, uint8 ``[n]``; codes uint8 ``[rows, >= cols]``, written.
+    Args:
+        weight: float32 ``[rows, cols]``.
+        scales: float32 ``[rows * groups]``.
+        table, table_codes: float32 ``[n]``, ascending, and the code of each value, uint8 ``[n]``.
+        size: columns of a full group.
+        codes: uint8 ``[rows, >= cols]``, output.
     """
     total = scales.shape[0]
     groups = total // weight.shape[0]
@@ -128,10 +135,10 @@ def assign(start, stop, weight, scales, table, table_codes, size, codes):
     for k in range(values):
         lane_codes[k] = table_codes[k]
     out = np.empty((size, LANES), np.uint8)
-    nothing = np.empty(0, np.float32)
+    no_importance = np.empty(0, np.float32)
     for block in range(start, stop):
         first, last = block * LANES, min(total, (block + 1) * LANES)
-        load_block(weight, nothing, first, last, groups, size, x, w, wx)
+        load_block(weight, no_importance, first, last, groups, size, x, w, wx)
         for lane in range(LANES):
             scale[lane] = scales[min(first + lane, last - 1)]
         _table_midpoints(table, scale, mids)
@@ -141,7 +148,7 @@ def assign(start, stop, weight, scales, table, table_codes, size, codes):
 
 @numba.njit(nogil=True, cache=True)
 def _table_midpoints(table, scale, mids):
-    """Thresholds between neighbouring levels ``table * scale``; infinity behind the last."""
+    """Thresholds between neighbouring levels ``table * scale``; infinity after the last."""
     for k in range(mids.shape[0]):
         for lane in range(LANES):
             if k < table.shape[0] - 1:

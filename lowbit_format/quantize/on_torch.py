@@ -1,8 +1,8 @@
-"""The same quantizers on torch tensors, on whatever device these are: for a GPU, or a weight that is a tensor already.
+"""The quantizers on torch tensors of any device: for a GPU, or for a weight that is a tensor already.
 
-Batched tensor operations instead of compiled loops, the same mathematics: the two starts and the rounds of
-:mod:`.bcq`, the line fits of :mod:`.uniform`. Results agree with those in quality, not bit for bit: sums are taken in
-another order. The result is the same :class:`StoredMatrix`, on the host.
+They use batched tensor operations instead of compiled loops, with the same mathematics: the two starts and the rounds
+of :mod:`.bcq`, and the line fits of :mod:`.uniform`. The results have the same quality, but are not equal bit for bit:
+sums are computed in another order. The result is a :class:`StoredMatrix` on the host.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .target import Target
 if TYPE_CHECKING:
     from torch import Tensor
 
-_AT_ONCE = 1 << 24  # values of the largest intermediate tensor, [groups, columns, unknowns]
+_AT_ONCE = 1 << 24  # most values of the largest intermediate tensor, [groups, columns, unknowns]
 
 
 def quantize_tensor(
     weight: Tensor, target: Target, *, importance: Tensor | None = None, name: str = "weight"
 ) -> StoredMatrix:
-    """Quantize one matrix where it lies.
+    """Quantize one matrix on its device.
 
     Args:
         weight: float ``[rows, cols]`` on any device.
-        target: codec ``bcq`` or ``uniform``; nothing is recognised here.
-        importance: float ``[cols]`` >= 0, weight of each column's error; None is all alike.
+        target: codec ``bcq`` or ``uniform``; ``recognise`` is ignored.
+        importance: float ``[cols]`` >= 0: how much each column's error counts; None: all columns count the same.
         name: tensor name for messages.
 
     Raises:
         NonFiniteWeightError: the weight holds NaN or an infinity.
-        QuantizationError: a codebook is asked for, or parameters overflow.
+        QuantizationError: the target is a codebook, or parameters overflow.
     """
     if target.codec not in _FITS:
         raise QuantizationError(f"{name}: a {target.codec} is not fitted on torch tensors; use quantize() on an array")
@@ -52,7 +52,9 @@ def quantize_tensor(
     column = torch.ones(cols, device=weight.device) if importance is None else importance.to(weight).float()
     w = torch.nn.functional.pad(column, (0, groups * size - cols)).reshape(1, groups, size)
     present = torch.nn.functional.pad(torch.ones_like(column), (0, groups * size - cols)).reshape(1, groups, size)
-    w = torch.where(w.sum(-1, keepdim=True) > 0, w, present)  # where nothing matters, all columns matter alike
+    w = torch.where(
+        w.sum(-1, keepdim=True) > 0, w, present
+    )  # a group without importance: all its columns count the same
     w = w.expand(rows, -1, -1).reshape(-1, size)
     step = max(1, _AT_ONCE // (size * (target.bits + 1)))
     parts = [_FITS[target.codec](x[i : i + step], w[i : i + step], target) for i in range(0, len(x), step)]
@@ -126,7 +128,7 @@ def _alternate(x: Tensor, w: Tensor, s: Tensor, z: Tensor, offset: bool, rounds:
 
 
 def _fit_uniform(x: Tensor, w: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Steps ``[1, n]`` and zero points ``[n]`` of groups ``[n, size]``; see :func:`uniform.fit`."""
+    """Scales ``[1, n]`` and zero points ``[n]`` of groups ``[n, size]``; see :func:`uniform.fit`."""
     inside = torch.where(w > 0, x, x[:, :1])
     low, high = inside.amin(1), inside.amax(1)
     top = 2**target.bits - 1

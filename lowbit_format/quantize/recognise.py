@@ -1,8 +1,8 @@
-"""Exact recognition: a weight that lies on a grid already is stored on that grid, without loss (ENC-3).
+"""Exact recognition: a weight that is on a grid already is stored on that grid, without loss (ENC-3).
 
-Each recogniser guesses parameters of a group from its distinct values; the reference decoder is the judge: a guess
-counts only if what it decodes to, rounded to the source's dtype, equals the source bit for bit. Ordinary weights have
-too many distinct values in their first group, so looking costs them next to nothing.
+Each recogniser guesses the parameters of a group from its distinct values. The reference decoder judges: a guess is
+accepted only if the decoded matrix, rounded to the source's dtype, equals the source bit for bit. The test costs almost
+no time for ordinary weights: their first group has too many distinct values.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from . import codebook
 from .group_lanes import pack
 from .target import Target
 
-_PROBES = 8  # rows tried before the rest: most weights that look like a grid and are none fail in the first few
-_AT_ONCE = 1 << 20  # weights looked at together
-_MULTIPLES = 4  # the smallest gap seen may be this many steps of the grid
-_REFLECTIONS = 400  # moves of scales until every value lies within its bounds
+_PROBES = 8  # rows tried before the rest: most weights that resemble a grid but are not on it fail in the first few
+_AT_ONCE = 1 << 20  # weights in one block of rows
+_MULTIPLES = 4  # the smallest gap between values may be up to this many steps of the grid
+_REFLECTIONS = 400  # most corrections of scales until every value is within its bounds
 _PRECISION = {"F16": (10, -14), "BF16": (7, -126), "F32": (23, -126)}  # bits of the mantissa, least exponent
-_GROUP_SIZES = (0, 128, 64, 32)  # tried beside the target's; 0 is the whole row, which needs the fewest scales
+_GROUP_SIZES = (0, 128, 64, 32)  # tried besides the target's; 0 is the whole row, which needs the fewest scales
 
 
 def recognise(weight: F32, target: Target, source_dtype: str) -> StoredMatrix | None:
-    """The matrix that stores `weight` exactly in at most the target's bits, or None if it lies on no known grid.
+    """The matrix that stores `weight` exactly in at most the target's bits, or None if no known grid fits.
 
     Args:
         weight: float32 ``[rows, cols]``, finite.
-        target: its bits are the most that may be used; its group size is tried after whole rows.
+        target: its bits are the upper limit; its group size is tried after whole rows.
         source_dtype: dtype to which decoded values are rounded before they are compared.
     """
-    if source_dtype not in FLOATS:  # F64: what float32 has lost cannot be stored without loss
+    if source_dtype not in FLOATS:  # F64: float32 has lost some of its bits already
         return None
-    # Without scales of its own, a matrix serves a nested precision only if it has no more bits than that (NST-3).
+    # A recognised matrix has no nested scales: a nested precision can be read only if it has no more bits (NST-3).
     target = replace(target, bits=min(target.nested, default=target.bits), nested=())
     for size in dict.fromkeys(s for s in (0, target.group_size, *_GROUP_SIZES) if s < weight.shape[1]):
         probe = weight[:_PROBES]
@@ -59,7 +59,14 @@ F64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Grid:
-    """A kind of grid to try: codec, bits, and for a codebook its name and table."""
+    """A kind of grid to try.
+
+    Attributes:
+        codec: of the matrix.
+        bits: of a code.
+        label: name of a codebook's table.
+        table: float32 ``[2**bits]``, of a codebook.
+    """
 
     codec: str
     bits: int
@@ -69,7 +76,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Fit:
-    """A guess: codes uint8 ``[rows, cols]``, scales ``[planes, rows, groups]``, shift ``[rows, groups]`` or None."""
+    """A guess.
+
+    Attributes:
+        codes: uint8 ``[rows, cols]``.
+        scales: float64 ``[planes of scales, rows, groups]``.
+        shift: float64 ``[rows, groups]``, or None.
+    """
 
     codes: NDArray[np.uint8]
     scales: F64
@@ -77,7 +90,7 @@ class Fit:
 
 
 def _grids(target: Target) -> Iterator[Grid]:
-    """Grids to try, cheapest storage first: fewer bits before more, then the codec that was asked for."""
+    """Grids to try, smallest first: by bits, then the target's codec before the others."""
     tables = {name: codebook.padded(table) for name, table in codebook.TABLES.items()}
     if target.codec == "codebook" and not isinstance(target.table, str):
         tables = {"table": codebook.padded(target.values()), **tables}
@@ -90,9 +103,9 @@ def _grids(target: Target) -> Iterator[Grid]:
 
 
 def _on_grid(weight: F32, grid: Grid, size: int, source_dtype: str) -> StoredMatrix | None:
-    """The matrix on this grid with groups of `size` columns (0: the whole row), if there is an exact one.
+    """The exact matrix on this grid with groups of `size` columns (0: the whole row), or None.
 
-    A block of rows at a time: the guesses take many times the memory of what they look at.
+    It guesses one block of rows at a time: a guess takes many times the memory of its rows.
     """
     rows, cols = weight.shape
     codes, fits = np.zeros((rows, 8 * row_bytes(cols)), np.uint8), list[Fit]()
@@ -114,7 +127,7 @@ def _on_grid(weight: F32, grid: Grid, size: int, source_dtype: str) -> StoredMat
         grid.codec, grid.bits, size, "F32", offset=grid.codec == "bcq" and shift is not None, label=grid.label
     )
     planes = pack(codes, grid.bits)
-    for dtype in FLOATS:  # the narrowest parameters that decode to exactly the weight
+    for dtype in FLOATS:  # the narrowest parameters that decode to the weight exactly
         params = Params(round_to(scales, dtype), None if shift is None else round_to(shift, dtype))
         matrix = StoredMatrix(replace(scheme, scale_dtype=dtype), rows, cols, planes, params, {}, grid.table)
         if all(_is_exact(weight[b], matrix.row_slice(b.start, b.stop), source_dtype) for b in blocks):
@@ -123,22 +136,22 @@ def _on_grid(weight: F32, grid: Grid, size: int, source_dtype: str) -> StoredMat
 
 
 def _is_exact(weight: F32, matrix: StoredMatrix, source_dtype: str) -> bool:
-    """Whether the matrix is finite and decodes to `weight`; -0.0 may be 0.0 (ENC-3)."""
+    """Whether the parameters are finite and decode to `weight`; -0.0 may become 0.0 (ENC-3)."""
     params = matrix.params
     finite = np.isfinite(params.scales).all() and (params.shift is None or np.isfinite(params.shift).all())
     return bool(finite) and np.array_equal(round_to(decode(matrix), source_dtype), weight)
 
 
-# --- what a rounded value may have been ------------------------------------------------------------
+# --- bounds of a value before its rounding ---------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Values that round to a group's values in the source's dtype.
+    """For each value of a group, the interval of values that the source's dtype rounds to it.
 
     Attributes:
         low, high: float64 ``[rows, columns]``.
-        epsilon: the dtype's precision.
+        epsilon: relative spacing of the dtype's values.
     """
 
     low: F64
@@ -147,7 +160,7 @@ class Bounds:
 
 
 def _bounds(group: F32, source_dtype: str) -> Bounds:
-    """Half a unit in the last place to either side; below a power of two units are half as large."""
+    """Half a unit in the last place on each side; the unit below a power of two is half as large."""
     mantissa, lowest = _PRECISION[source_dtype]
     magnitude = np.abs(group.astype(np.float64))
     fraction, exponent = np.frexp(magnitude)
@@ -162,9 +175,9 @@ def _bounds(group: F32, source_dtype: str) -> Bounds:
 
 
 def _common_scales(factors: F64, bounds: Bounds) -> F32 | None:
-    """For each row a scale with ``factors * scale`` within the bounds of every column, or None if some row has none.
+    """For each row a scale with ``factors * scale`` within the bounds of every column, or None if a row has none.
 
-    All rows' scales are given in the narrowest dtype that holds such scales.
+    All scales are values of the narrowest dtype in which every row has one.
     """
     magnitude = np.abs(factors)
     flip = factors < 0
@@ -172,7 +185,7 @@ def _common_scales(factors: F64, bounds: Bounds) -> F32 | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         least = np.where(magnitude > 0, low / magnitude, -np.inf).max(axis=1)
         most = np.where(magnitude > 0, high / magnitude, np.inf).min(axis=1)
-    free = ~(magnitude > 0).any(axis=1)  # an all-zero row takes any scale
+    free = ~(magnitude > 0).any(axis=1)  # any scale fits an all-zero row
     least[free], most[free] = 0.5, 1.5
     if (least > most).any():
         return None
@@ -184,7 +197,7 @@ def _common_scales(factors: F64, bounds: Bounds) -> F32 | None:
     return middle
 
 
-# --- tables: FP4, NF4, ternary, and the user's ------------------------------------------------------
+# --- codebooks: FP4, NF4, ternary, and the user's table ---------------------------------------------
 
 
 def _tables(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
@@ -201,7 +214,7 @@ def _tables(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
 
 
 def _table_group(group: F32, bounds: Bounds, table: F32) -> tuple[NDArray[np.uint8], F32] | None:
-    """Codes and scales of a group: the largest magnitude of a row is one of the table's; each is tried."""
+    """Codes and scales of a group: the largest magnitude of a row is one of the table's magnitudes; all are tried."""
     values, codes_of_values = codebook.sorted_table(table)
     mids = (values[1:].astype(np.float64) + values[:-1]) / 2
     largest = np.abs(group).max(axis=1).astype(np.float64)
@@ -223,7 +236,7 @@ def _table_group(group: F32, bounds: Bounds, table: F32) -> tuple[NDArray[np.uin
     return None
 
 
-# --- uniform grids: whole multiples of a step -------------------------------------------------------
+# --- uniform grids: integer multiples of a step -----------------------------------------------------
 
 
 def _uniform(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
@@ -247,9 +260,9 @@ def _uniform(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
 
 
 def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
-    """Whole numbers k with ``row = k * step`` for some step; None if no step gives fewer than 2^bits of them.
+    """Integers k with ``row = k * step`` for some step; None if no step keeps their range below 2^bits.
 
-    Zero is one of the grid's values, whether or not it occurs. The gap of two neighbours is one step, or a few.
+    Zero is a value of the grid, whether or not it occurs. The gap between two neighbours is one step, or a few.
     """
     values = np.unique(np.append(row, np.float32(0.0))).astype(np.float64)
     if len(values) == 1:
@@ -260,7 +273,7 @@ def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
     for start in (smallest, gaps[gaps > slack].min(initial=np.inf)):
         for multiple in range(1, _MULTIPLES + 1):
             step = start / multiple
-            for _ in range(3):  # a gap is a rough measure of a step, all values together a better one
+            for _ in range(3):  # one gap is a rough estimate of the step, all values together a better one
                 k = np.rint(values / step)
                 if not k.any():
                     break
@@ -272,7 +285,7 @@ def _multiples(row: F32, bits: int, epsilon: float) -> F64 | None:
     return None
 
 
-# --- BCQ grids: an offset plus and minus scales -----------------------------------------------------
+# --- BCQ grids: an offset plus or minus scales ------------------------------------------------------
 
 
 def _bcq(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
@@ -289,10 +302,10 @@ def _bcq(groups: list[F32], bounds: list[Bounds], grid: Grid) -> Fit | None:
 
 
 def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[NDArray[np.uint8], F64, float] | None:
-    """Codes, scales and offset of values ``z ± s0 ± s1 …``; all of the levels must occur.
+    """Codes, scales and offset of values ``z ± s0 ± s1 …``; every level must occur.
 
-    Above the smallest level, the others are sums of subsets of the doubled scales: the smallest is itself a doubled
-    scale; with its sums taken out, the smallest that is left is the next.
+    The differences to the smallest level are the sums of subsets of the doubled scales. The smallest difference is a
+    doubled scale; without its sums, the smallest remaining difference is the next.
     """
     values = np.unique(row).astype(np.float64)
     if len(values) > 2**bits:
@@ -309,7 +322,7 @@ def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[
     offset = float((values[0] + values[-1]) / 2)
     signs = 2.0 * ((np.arange(2**bits)[:, None] >> np.arange(bits - 1, -1, -1)) & 1) - 1
     used = scales > 0
-    for centre in (0.0, offset) if abs(offset) <= slack else (offset,):  # a small one may be the values' rounding
+    for centre in (0.0, offset) if abs(offset) <= slack else (offset,):  # a small offset may be an effect of rounding
         levels = centre + signs @ scales
         order = np.argsort(levels, kind="stable")
         mids = (levels[order][1:] + levels[order][:-1]) / 2
@@ -323,11 +336,11 @@ def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[
 
 
 def _within(design: F64, target: F64, low: F64, high: F64) -> F64 | None:
-    """Parameters whose ``design @ parameters`` lies within the bounds, or None if they are not found.
+    """Parameters whose ``design @ parameters`` is within the bounds, or None if none are found.
 
-    From least squares on, move beyond the bound that is most violated, a little further than onto it: where the
-    parameters that fit have an inside, this gets there (Motzkin and Schoenberg 1954, "The relaxation method for linear
-    inequalities").
+    Starting from least squares, each step moves across the bound that is violated most, a little further than onto it.
+    This converges if the set of solutions has an interior (Motzkin and Schoenberg 1954, "The relaxation method for
+    linear inequalities").
     """
     solution = np.linalg.pinv(design) @ target
     rows, first = np.unique(design, axis=0, return_index=True)

@@ -1,4 +1,4 @@
-"""From a float32 matrix and a target to a packed matrix: fit, round the parameters, assign, pack."""
+"""From a float32 matrix and a target to a stored matrix: fit parameters, round them, assign codes, make planes."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from .group_lanes import pack
 from .recognise import recognise
 from .target import Target
 
-_ALL_ALIKE: F32 = np.empty(0, np.float32)
+_NO_IMPORTANCE: F32 = np.empty(0, np.float32)  # to kernels: all columns count the same
 _DECODED_AT_ONCE = 1 << 20  # weights; 4 MB, which stays in the cache
-# Rounding its parameters may move a level by this part of a step; else a wider dtype is taken.
-_SLACK = 2.0**-6
+_SLACK = 2.0**-6  # of a step: a wider dtype is used where rounding the parameters would move a level further
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A packed matrix and how well it fits.
+    """A quantized matrix and its error.
 
     Attributes:
         matrix: the result.
-        squared_error: sum of squared differences to the weight, by the reference decoder.
+        squared_error: sum of squared differences between the weight and the reference decoder's result.
         squared_norm: sum of the squared weights.
-        lossless: the weight lay on a grid and is stored exactly (ENC-3).
-        widened: why parameters are wider than asked for, or None.
+        lossless: the weight was on a grid and is stored exactly (ENC-3).
+        widened: why parameters are wider than the target's, or None.
     """
 
     matrix: StoredMatrix
@@ -57,15 +56,15 @@ def quantize(
 
     Args:
         weight: float32 ``[rows, cols]``.
-        target: what to make of it.
-        importance: float32 ``[cols]``, >= 0: weight of each column's error, such as the mean squared activation; None
-            is all alike.
-        source_dtype: dtype that the weight had; "lossless" means equal after rounding to it (ENC-3).
+        target: codec, bits and other options.
+        importance: float32 ``[cols]``, >= 0: how much each column's error counts, such as the mean squared activation;
+            None: all columns count the same.
+        source_dtype: dtype of the weight in its checkpoint; "lossless" means equal after rounding to it (ENC-3).
         name: tensor name for messages.
 
     Raises:
         NonFiniteWeightError: the weight holds NaN or an infinity (ENC-4).
-        QuantizationError: `importance` does not fit, or the weight's range overflows float32.
+        QuantizationError: `importance` has a wrong shape or value, or the weight's range overflows float32.
     """
     weight = np.ascontiguousarray(weight, np.float32)
     if weight.ndim != 2 or 0 in weight.shape:
@@ -107,7 +106,7 @@ def round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> 
     codes = np.zeros((rows, 8 * row_bytes(cols)), np.uint8)
     solver.assign(weight, params, target, codes)
     nested = {}
-    for k in target.nested:  # fitted to the codes as they are, whose first k planes they read
+    for k in target.nested:  # fitted to the first k planes of the final codes
         exact_k = solver.refit(weight, codes, target, k)
         nested[k] = _rounded(exact_k, dtype)
         if not _close(exact_k, nested[k], target):
@@ -121,7 +120,7 @@ def _rounded(params: Params, dtype: str) -> Params:
 
 
 def _close(exact: Params, rounded: Params, target: Target) -> bool:
-    """Whether rounding moves no level too far: `_SLACK` of a step, or an offset the last place or so that F16 has."""
+    """Whether rounding moves no level further than `_SLACK` of a step; an offset may move by about F16's precision."""
     if not np.isfinite(rounded.scales).all() or (rounded.shift is not None and not np.isfinite(rounded.shift).all()):
         return False
     step = np.abs(exact.scales).max(axis=0)
@@ -140,7 +139,13 @@ def _close(exact: Params, rounded: Params, target: Target) -> bool:
 
 @dataclass(frozen=True)
 class Solver:
-    """`fit` finds parameters, `assign` writes nearest codes, `refit` fits parameters to first planes of given codes."""
+    """The three steps of a codec.
+
+    Attributes:
+        fit: finds the parameters of a weight.
+        assign: writes the nearest codes, uint8 ``[rows, >= cols]``.
+        refit: finds parameters for the first k planes of given codes.
+    """
 
     fit: Callable[[F32, Target, F32 | None], Params]
     assign: Callable[[F32, Params, Target, U8], None]
@@ -148,7 +153,7 @@ class Solver:
 
 
 def _shape(weight: F32, target: Target) -> tuple[int, int, int]:
-    """Groups in a row, columns of a full group, and blocks in all."""
+    """Groups in a row, columns of a full group, and number of blocks of LANES groups."""
     scheme = target.scheme()
     groups = scheme.groups(weight.shape[1])
     return groups, scheme.group_columns(weight.shape[1]), -(-weight.shape[0] * groups // LANES)
@@ -158,8 +163,8 @@ def _fit_bcq(weight: F32, target: Target, importance: F32 | None) -> Params:
     rows, (groups, size, blocks) = weight.shape[0], _shape(weight, target)
     scales, offsets = np.empty((target.bits, rows * groups), np.float32), np.empty(rows * groups, np.float32)
     rounds = bcq.ROUNDS if target.rounds is None else target.rounds
-    alike = _ALL_ALIKE if importance is None else importance
-    parallel_rows(bcq.fit, blocks, weight, alike, scales, offsets, target.offset, size, rounds)
+    column_weights = _NO_IMPORTANCE if importance is None else importance
+    parallel_rows(bcq.fit, blocks, weight, column_weights, scales, offsets, target.offset, size, rounds)
     return Params(scales.reshape(target.bits, rows, groups), offsets.reshape(rows, groups) if target.offset else None)
 
 
@@ -182,9 +187,18 @@ def _fit_uniform(weight: F32, target: Target, importance: F32 | None) -> Params:
     rows, (groups, size, blocks) = weight.shape[0], _shape(weight, target)
     scales, zeros = np.empty((2, rows * groups), np.float32)
     rounds = uniform.ROUNDS if target.rounds is None else target.rounds
-    alike = _ALL_ALIKE if importance is None else importance
+    column_weights = _NO_IMPORTANCE if importance is None else importance
     parallel_rows(
-        uniform.fit, blocks, weight, alike, scales, zeros, target.bits, size, uniform.SOLVERS[target.solver], rounds
+        uniform.fit,
+        blocks,
+        weight,
+        column_weights,
+        scales,
+        zeros,
+        target.bits,
+        size,
+        uniform.SOLVERS[target.solver],
+        rounds,
     )
     return Params(scales.reshape(1, rows, groups), zeros.reshape(rows, groups))
 
@@ -207,8 +221,8 @@ def _fit_codebook(weight: F32, target: Target, importance: F32 | None) -> Params
     scales = np.empty(rows * groups, np.float32)
     table, _ = codebook.sorted_table(codebook.padded(target.values()))
     rounds = codebook.ROUNDS if target.rounds is None else target.rounds
-    alike = _ALL_ALIKE if importance is None else importance
-    parallel_rows(codebook.fit, blocks, weight, alike, scales, table, size, rounds)
+    column_weights = _NO_IMPORTANCE if importance is None else importance
+    parallel_rows(codebook.fit, blocks, weight, column_weights, scales, table, size, rounds)
     return Params(scales.reshape(1, rows, groups))
 
 
@@ -233,9 +247,9 @@ _SOLVERS = {
 
 
 def _squared_error(weight: F32, matrix: StoredMatrix) -> float:
-    """Sum of squared differences between the weight and what the reference decoder makes of the matrix.
+    """Sum of squared differences between the weight and the decoded matrix.
 
-    A few rows at a time, so that no second copy of the matrix is held.
+    It decodes a few rows at a time: the whole decoded matrix is never in memory.
     """
     rows, cols = weight.shape
     step = max(1, _DECODED_AT_ONCE // cols)

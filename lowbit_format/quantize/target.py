@@ -1,4 +1,4 @@
-"""What to make of a weight: the options that a person or a recipe sets."""
+"""The target of a quantization: the options that a person or a recipe sets."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class Target:
 
     Attributes:
         codec: ``"bcq"``, ``"uniform"`` or ``"codebook"``.
-        bits: planes, 1 to 8 (a codebook's table decides for itself).
-        group_size: columns that share parameters; 0 is the whole row.
+        bits: number of planes, 1 to 8 (of a codebook: set by the size of its table).
+        group_size: number of columns that share parameters; 0 is the whole row.
         offset: bcq only: fit an offset for each group.
-        nested: bcq and uniform: lower precisions to fit parameters for as well.
+        nested: bcq and uniform: lower precisions that get their own parameters.
         solver: uniform only: ``"mse"``, ``"minmax"`` or ``"symmetric"``.
         table: codebook only: a name in TABLES, or the values.
-        scale_dtype: dtype to store parameters in; a wider one is taken where it does not fit (ENC-4).
-        recognise: look first whether the weight lies on a grid already, and store it without loss if so.
-        rounds: of the solver; None is its default.
+        scale_dtype: dtype of the stored parameters; F32 is used where this one cannot hold them (ENC-4).
+        recognise: first test whether all weights are on a grid already, and store them without loss if so (ENC-3).
+        rounds: of the solver; None is the solver's default.
     """
 
     codec: str = "bcq"
@@ -85,11 +85,11 @@ class Target:
             object.__setattr__(self, "bits", codebook.table_bits(self.values()))
 
     def values(self) -> list[float]:
-        """The table of a codebook target."""
+        """The values of the table of a codebook target."""
         return codebook.TABLES[self.table] if isinstance(self.table, str) else list(self.table)
 
     def scheme(self, scale_dtype: str | None = None) -> Scheme:
-        """The scheme that a matrix quantized so has, with parameters in `scale_dtype`."""
+        """The scheme of a matrix quantized to this target, with parameters in `scale_dtype`."""
         label = (self.table if isinstance(self.table, str) else "table") if self.codec == "codebook" else None
         return Scheme(
             self.codec,

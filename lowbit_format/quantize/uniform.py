@@ -1,12 +1,11 @@
 """Uniform codes: ``(code - zero) * scale``, by range or by least error.
 
-Three ways to choose step and zero point of a group:
+Three solvers choose scale and zero point of a group:
 
 - ``minmax``: the range of the group, ends included (round-to-nearest, asymmetric); the zero point is a float.
-- ``symmetric``: the largest magnitude either side; zero is a code, so that 0.0 stays 0.0.
-- ``mse``: from clipped ranges, alternate nearest codes with the least-squares line through (code, weight): the start
-that
-  PEQA wants (Kim et al. 2023, arXiv:2305.14152: step sizes of least Frobenius error).
+- ``symmetric``: the largest magnitude is the highest level, and 0.0 is a level.
+- ``mse``: from several clipped ranges, alternate nearest codes with the least-squares line through (code, weight).
+  PEQA starts from this (Kim et al. 2023, arXiv:2305.14152: step sizes of least Frobenius error).
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from ..machine.llvm import LANES
 from .group_lanes import load_block
 
 SOLVERS = {"minmax": 0, "symmetric": 1, "mse": 2}
-ROUNDS = 6  # of line fit and assignment from each clipped range
-CLIPS = (1.0, 0.9, 0.8, 0.7)  # parts of the range that `mse` starts from
+ROUNDS = 6  # of line fit and assignment, from each clipped range
+CLIPS = (1.0, 0.9, 0.8, 0.7)  # fractions of the range that `mse` starts from
 _CLIPS = np.array(CLIPS, np.float32)
-_TINY = np.float32(2.0**-100)  # smaller steps are counted in units of 2^-64: the inverse of a subnormal is infinite
+_TINY = np.float32(2.0**-100)  # smaller scales are multiplied by 2^64 first: the inverse of a subnormal is infinite
 _TINY_UNIT = np.float32(2.0**64)
 
 
 @numba.njit(nogil=True, cache=True)
 def fit(start, stop, weight, importance, scales, zeros, bits, size, solver, rounds):
-    """Steps and zero points of blocks start to stop of LANES groups; a kernel for `parallel_rows`.
+    """Scales and zero points of blocks start to stop of LANES groups; a kernel for `parallel_rows`.
 
     Args:
         weight: float32 ``[rows, cols]``.
-        importance: float32 ``[cols]``, or ``[0]``; only ``mse`` looks at it.
-        scales, zeros: float32 ``[rows * groups]``, written.
+        importance: float32 ``[cols]``, or ``[0]``; only ``mse`` uses it.
+        scales, zeros: float32 ``[rows * groups]``, output.
         bits: of a code.
         size: columns of a full group.
         solver: a value of SOLVERS.
@@ -66,7 +65,14 @@ def fit(start, stop, weight, importance, scales, zeros, bits, size, solver, roun
 def assign(start, stop, weight, scales, zeros, bits, size, codes):
     """Nearest codes for given parameters, blocks start to stop; a kernel for `parallel_rows`.
 
-    scales, zeros float32 ``[rows * groups]``; codes uint8 ``[rows, >= cols]``, written. Halfway goes up (ENC-1).
+    A weight halfway between two levels gets the higher code (ENC-1).
+
+    Args:
+        weight: float32 ``[rows, cols]``.
+        scales, zeros: float32 ``[rows * groups]``.
+        bits: of a code.
+        size: columns of a full group.
+        codes: uint8 ``[rows, >= cols]``, output.
     """
     cols, groups = weight.shape[1], scales.shape[0] // weight.shape[0]
     top = np.float32((1 << bits) - 1)
@@ -85,9 +91,14 @@ def assign(start, stop, weight, scales, zeros, bits, size, codes):
 
 @numba.njit(nogil=True, cache=True)
 def refit(start, stop, weight, codes, scales, zeros, size, drop):
-    """Least-squares step and zero point for codes without their last `drop` bits (NST-1), rows start to stop; a kernel.
+    """Least-squares parameters for codes without their last `drop` bits (NST-1), rows start to stop; a kernel.
 
-    weight float32 ``[rows, cols]``; codes uint8 ``[rows, >= cols]``; scales, zeros float32 ``[rows, groups]``, written.
+    Args:
+        weight: float32 ``[rows, cols]``.
+        codes: uint8 ``[rows, >= cols]``.
+        scales, zeros: float32 ``[rows, groups]``, output.
+        size: columns of a full group.
+        drop: number of bits.
     """
     for r in range(start, stop):
         for g in range(scales.shape[1]):
@@ -104,16 +115,16 @@ def refit(start, stop, weight, codes, scales, zeros, size, drop):
             if slope != 0:
                 scales[r, g] = slope
                 zeros[r, g] = (sq - sx / slope) / n
-            else:  # one code for all: it stands for the mean
+            else:  # one code for all weights: its level is their mean
                 scales[r, g] = sx / n
                 zeros[r, g] = sq / n - 1.0
 
 
 @numba.njit(nogil=True, cache=True)
 def _from_range(low, high, part, bits, scale, zero):
-    """Codes spread evenly over `part` of the range, its middle kept.
+    """Levels spread evenly over the fraction `part` of the range, around its middle.
 
-    A constant group gets scale = the value itself and a zero point that makes code 0 or 1 stand for it.
+    A constant group gets its value's magnitude as scale, and a zero point that makes the value a level.
     """
     steps = np.float32((1 << bits) - 1)
     for lane in range(LANES):
@@ -129,7 +140,7 @@ def _from_range(low, high, part, bits, scale, zero):
 
 @numba.njit(nogil=True, cache=True)
 def _symmetric(low, high, bits, scale, zero):
-    """0.0 has a code of its own; with one bit there are only the two signs."""
+    """The largest magnitude is the highest level, and 0.0 is a level; with one bit the levels are plus and minus it."""
     for lane in range(LANES):
         largest = max(-low[lane], high[lane])
         if bits == 1:
@@ -161,7 +172,7 @@ def _least_error(x, w, low, high, bits, rounds, scale, zero):
                 inverse[lane] = np.float32(1.0) / a[lane] if a[lane] > 0 else np.float32(0.0)
             for c in range(size):
                 for lane in range(LANES):
-                    # In units of the step and relative to the zero point: small numbers, so sums stay exact enough.
+                    # In units of the scale and relative to the zero point: small numbers keep the sums accurate.
                     v = x[c, lane] * inverse[lane] + z[lane]
                     q = min(max(np.floor(v + np.float32(0.5)), np.float32(0.0)), top)
                     weight = w[c, lane]

@@ -1,1 +1,1 @@
-"""The torch runtime: decoding, operators, modules, and loading through transformers."""
+"""Modules over the kernels: ``nn.Module`` classes for quantized matrices, and the active task of a model."""

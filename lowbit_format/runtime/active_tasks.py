@@ -1,7 +1,7 @@
-"""Which task is on, in a model and in a thread.
+"""Which task is active, in a model and in a thread.
 
-Two ways to choose, of which the second wins: a model's own task (``set_task``), kept in its modules, and the tasks of
-a block (``use_tasks``), kept in a context variable, so that threads and asyncio tasks do not see each other's.
+There are two ways to choose, and the second wins: a model's own task (``set_task``), kept in its modules, and the tasks
+of a block (``use_tasks``), kept in a context variable, which each thread and each asyncio task has for itself.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Name = str | None  # of a task; None is the base
 
 @dataclass(eq=False)
 class TaskState:
-    """What all modules of one model share.
+    """The tasks of one model, shared by all its modules.
 
     Attributes:
         active: the model's own task.
-        loaded: what is known of each task that may be chosen, by name.
-        blocks: number of ``use_tasks`` blocks that are open now, in whatever thread. While it is 0 nothing looks
-            at the context variable, which ``torch.compile`` cannot trace.
+        loaded: the facts about each loaded task, by name.
+        blocks: number of open ``use_tasks`` blocks in all threads. While it is 0 the context variable is not read:
+            ``torch.compile`` cannot trace it.
     """
 
     active: Name = None
@@ -37,12 +37,15 @@ class TaskState:
     blocks: int = 0
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
-    def chosen(self) -> Selection | None:
-        """The tasks of the block that this thread is in, if it is in one; TaskError if one was unloaded meanwhile."""
-        chosen = _chosen.get().get(id(self)) if self.blocks else None
-        if chosen is not None:
-            self.check(chosen.names)
-        return chosen
+    def row_tasks(self) -> RowTasks | None:
+        """The tasks of the ``use_tasks`` block around this call, or None outside of one.
+
+        Raises TaskError if one of them has been unloaded since the block began.
+        """
+        tasks = _row_tasks.get().get(id(self)) if self.blocks else None
+        if tasks is not None:
+            self.check(tasks.names)
+        return tasks
 
     def check(self, names: Iterable[Name]) -> None:
         """Raise TaskError for a task that is not loaded."""
@@ -54,7 +57,7 @@ class TaskState:
     @contextlib.contextmanager
     def choose(self, names: Sequence[Name]) -> Iterator[None]:
         """Use tasks `names`, one for each row of a batch, inside the block."""
-        token = _chosen.set({**_chosen.get(), id(self): Selection(names)})
+        token = _row_tasks.set({**_row_tasks.get(), id(self): RowTasks(names)})
         with self._lock:
             self.blocks += 1
         try:
@@ -62,7 +65,7 @@ class TaskState:
         finally:
             with self._lock:
                 self.blocks -= 1
-            _chosen.reset(token)
+            _row_tasks.reset(token)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TaskState:
         twin = TaskState(self.active, dict(self.loaded))
@@ -73,12 +76,16 @@ class TaskState:
         return TaskState, (self.active, self.loaded)
 
 
-class Selection:
-    """Tasks of the rows of one batch.
+class RowTasks:
+    """The task of each row of a batch.
+
+    Args:
+        rows: the task of each row.
 
     Attributes:
         names: the different tasks, in the order of their first rows.
-        kept: what modules keep for the time of the block, by their id: deltas, and these stacked, for every step.
+        kept: by the id of a module, its deltas and the tensor that stacks them; kept until the block ends, so that
+            they are not stacked again at every step.
     """
 
     def __init__(self, rows: Sequence[Name]) -> None:
@@ -90,10 +97,11 @@ class Selection:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def ids(self, rows: int, device: torch.device, path: str) -> Tensor:
-        """Index into ``names`` of each of `rows` rows, int64: beams, tokens and such stand together row by row.
+    def task_ids(self, rows: int, device: torch.device, path: str) -> Tensor:
+        """For each of `rows` rows the index of its task in ``names``: int64 ``[rows]``.
 
-        Raises TaskError if `rows` is not a multiple of the tasks.
+        Where `rows` is a multiple of the batch, as with beams, the rows of one batch row are consecutive.
+        Raises TaskError for any other number.
         """
         self.check_rows(rows, path)
         key = (rows, device)
@@ -102,21 +110,21 @@ class Selection:
         return self._ids[key]
 
     def check_rows(self, rows: int, what: str) -> None:
-        """Raise TaskError if `rows` rows cannot be those of the tasks: each one, or several times each (beams)."""
+        """Raise TaskError unless `rows` is a multiple (1, or the number of beams) of the number of tasks."""
         if rows == 0 or rows % len(self):
             raise TaskError(
                 f"{what} gets {rows} rows, which is no multiple of the {len(self)} tasks given to use_tasks: give one "
                 "task for each row of the batch"
             )
 
-    def fits(self, x: Tensor, path: str) -> Tensor:
-        """`x` with axis 0 going over the rows of the batch; a single row that all share is repeated.
+    def by_rows(self, x: Tensor, path: str) -> Tensor:
+        """`x` with the rows of the batch as axis 0; a single row that the whole batch shares is repeated.
 
-        Which axis is the batch cannot be seen from a tensor alone, so what is doubtful is refused with a TaskError.
+        Raises TaskError where axis 0 may be something else: a tensor alone does not tell which axis is the batch.
         """
         rows, first = batch_rows(), len(x)
         if any(part in _NOT_BY_ROW for part in path.split(".")):
-            raise TaskError(f"{path} does not work row by row, so that tasks which change it {_APART}")
+            raise TaskError(f"{path} does not work row by row: tasks that change it {_APART}")
         if rows is None:
             self.check_rows(first, path)
             return x
@@ -124,20 +132,20 @@ class Selection:
             return x.expand(rows, *x.shape[1:])
         if first % rows or (x.dim() > 2 and first != rows and x.shape[1] == rows):
             raise TaskError(
-                f"{path} gets {list(x.shape)} in a batch of {rows} rows: its first axis is not the batch, so that "
-                f"tasks which change it {_APART}"
+                f"{path} gets {list(x.shape)} in a batch of {rows} rows: its first axis is not the batch, so "
+                f"tasks that change it {_APART}"
             )
         return x
 
 
 def batch_rows() -> int | None:
-    """Rows of the batch that the innermost model call is about; None outside of one."""
+    """Rows of the batch of the innermost :func:`model_call`; None outside of one."""
     return _rows.get()
 
 
 @contextlib.contextmanager
-def batch(rows: int | None) -> Iterator[None]:
-    """Inside the block a model is called with `rows` rows; None leaves it at what is known."""
+def model_call(rows: int | None) -> Iterator[None]:
+    """Inside the block a model is called with a batch of `rows` rows; None (unknown) keeps the outer call's number."""
     token = _rows.set(batch_rows() if rows is None else rows)
     try:
         yield
@@ -145,7 +153,7 @@ def batch(rows: int | None) -> Iterator[None]:
         _rows.reset(token)
 
 
-_APART = "cannot share a batch: run the rows of each task in a batch of their own"
+_APART = "cannot share a batch; run the rows of each task in a separate batch"
 _NOT_BY_ROW = ("experts", "relative_attention_bias")  # tokens picked by a router; tokens by tokens
 _rows: ContextVar[int | None] = ContextVar("lowbit_batch_rows", default=None)
-_chosen: ContextVar[Mapping[int, Selection]] = ContextVar("lowbit_tasks", default={})  # noqa: B039, never changed
+_row_tasks: ContextVar[Mapping[int, RowTasks]] = ContextVar("lowbit_tasks", default={})  # noqa: B039, never changed

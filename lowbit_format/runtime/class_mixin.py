@@ -1,6 +1,6 @@
-"""Classes made at run time: a mixin in front of an object's class, under that class's own name.
+"""Classes made at run time: a mixin in front of an object's class, under that class's name.
 
-torch's FSDP makes its classes in the same way. Copies and pickles go through the class behind.
+torch's FSDP makes its classes in the same way. Copies and pickles name the mixin and the class behind it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ from typing import Any, ClassVar
 
 
 class Mixin:
-    """Base of mixins that :func:`mix_in` puts in front of a class."""
+    """Base of mixins that :func:`mix_in` puts in front of a class.
+
+    Attributes:
+        class_behind: the object's class before.
+    """
 
     class_behind: ClassVar[Any]
 
@@ -21,14 +25,14 @@ class Mixin:
 
 
 def mix_in(mixin: type[Mixin], obj: Any) -> None:
-    """Give `obj` the class that has `mixin` in front of its own."""
+    """Make the class of `obj` a subclass of `mixin` and of its present class, in this order."""
     front: Any = mixin
     behind: Any = type(obj)
     obj.__class__ = _joined(front, behind)
 
 
 def restore_class(obj: Mixin) -> None:
-    """Give `obj` the class that it had before."""
+    """Undo :func:`mix_in`."""
     obj.__class__ = obj.class_behind
 
 

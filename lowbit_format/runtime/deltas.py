@@ -1,4 +1,4 @@
-"""What a task changes in one packed matrix: a float32 delta on its scales, its shift, or both (TSK-6, TSK-8)."""
+"""What a task changes in one matrix: a float32 delta on its scales, its shift, or both (TSK-6, TSK-8)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..kernels.matrix import PlaneMatrix
 
 
 class Delta(NamedTuple):
-    """One task's numbers for one matrix, float32.
+    """The delta of one task in one matrix, float32.
 
     Attributes:
-        scales: ``[p, rows]``: the first p planes' scales are multiplied by ``1 + delta``; ``[p, rows, groups]``: it
-            is added to them; None: they stay.
+        scales: ``[p, rows]``: the first p planes' scales are multiplied by ``1 + delta``; ``[p, rows, groups]``: the
+            delta is added to them; None: they stay.
         shift: ``[rows, groups]``, added to the offsets (bcq) or the zero points (uniform), or None.
     """
 
@@ -25,19 +25,19 @@ class Delta(NamedTuple):
     shift: Tensor | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Delta:
-        """`fn` of every tensor."""
+        """`fn` applied to every tensor."""
         return Delta(*(None if t is None else fn(t) for t in self))
 
     def numel(self) -> int:
-        """Numbers in all."""
+        """Number of values."""
         return sum(t.numel() for t in self if t is not None)
 
 
 class TunedDelta(nn.Module):
-    """A delta that is being trained. It is what the optimizer sees, so that saving it is exact; float32 always.
+    """A delta in training, always float32. The optimizer's parameters are the delta itself, so saving is exact.
 
     Args:
-        start: values to start from; zeros are the base.
+        start: initial values; zeros are the base.
     """
 
     scales: nn.Parameter | None
@@ -50,7 +50,7 @@ class TunedDelta(nn.Module):
             self.register_parameter(name, param)
 
     def delta(self) -> Delta:
-        """The parameters as they are, for gradients to flow into."""
+        """The parameters themselves: gradients flow into them."""
         return Delta(self.scales, self.shift)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -58,7 +58,7 @@ class TunedDelta(nn.Module):
 
 
 def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What ``nn.Module._apply`` is given, with its moves and without its casts."""
+    """The argument of ``nn.Module._apply``, reduced to its moves between devices: no change of dtype."""
 
     def move(tensor: Tensor) -> Tensor:
         moved = fn(tensor)
@@ -68,27 +68,28 @@ def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def shifted(w: PlaneMatrix, delta: Delta) -> PlaneMatrix:
-    """`w` with the delta's shift added (TSK-8); its scales are left to the operators."""
+    """`w` with the delta's shift added (TSK-8); the operators apply its scales."""
     if delta.shift is None:
         return w
     values = w.shift
     if values is None:  # checked when the delta was made or loaded (TSK-7)
         return w
     values = values.to(torch.promote_types(values.dtype, torch.float32)) + delta.shift
-    return w._replace(offsets=values) if w.codec == "bcq" else w._replace(zeros=values)
+    return w.with_shift(values)
 
 
 def stackable(deltas: Sequence[Delta | None]) -> bool:
-    """Whether one call of an operator can serve all of them: scales of one kind only."""
+    """Whether one call of an operator can take all of them: scales only, and all of one shape."""
     some = [d for d in deltas if d is not None]
     kinds = {None if d.scales is None else d.scales.dim() for d in some}
     return len(kinds) == 1 and None not in kinds and all(d.shift is None for d in some)
 
 
 def stack(deltas: Sequence[Delta | None]) -> Tensor:
-    """Deltas ``[tasks, p, rows(, groups)]`` as operators take them; -0.0 (the base) for None and for planes above p.
+    """Deltas ``[tasks, p, rows(, groups)]`` as operators take them.
 
-    A factor of ``1 + -0.0`` and an added ``-0.0`` leave every scale as it is, the sign of a zero too.
+    -0.0 stands for the base (None) and fills planes that a delta lacks: a factor of ``1 + -0.0`` and an added ``-0.0``
+    keep every scale, including the sign of a zero.
     """
     scales = [None if d is None else d.scales for d in deltas]
     some = [s for s in scales if s is not None]

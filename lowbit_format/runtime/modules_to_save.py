@@ -1,7 +1,7 @@
-"""A module that a task brings whole, such as a classifier head: one copy for each task, and one for the base.
+"""A module that a task replaces whole, such as a classifier head: one copy for each task, and one for the base.
 
-The module stays where it is, and under its names; its class becomes a subclass with :class:`SwitchedModule` in front,
-which sends each row of a batch to the copy of its task. Copies are no part of the ``state_dict``.
+The module keeps its place and its parameter names; its class becomes a subclass with :class:`SwitchedModule` in front,
+which sends each row of a batch to the copy of its task. Copies are not part of the ``state_dict``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import TaskError
-from .active_tasks import Name, Selection, TaskState
+from .active_tasks import Name, RowTasks, TaskState
 from .class_mixin import Mixin, mix_in, restore_class
 
 _ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies", "task_now")
@@ -25,10 +25,10 @@ class SwitchedModule(Mixin):
     """Mixin in front of the class of a module that tasks replace.
 
     Attributes:
-        task_state: which task is on in the model.
-        task_path: where the module stands in the model.
-        task_own: whose parameters the module itself holds: the base's, or those of the task that is being trained.
-        task_now: the copy of the model's own task; empty if the module itself serves it.
+        task_state: the active task of the model.
+        task_path: path of the module in the model.
+        task_own: the task whose parameters the module itself holds: the base, or the task in training.
+        task_now: the copy that the model's own task uses; empty if that is the module itself.
         task_copies: the other tasks' modules, by name; under None the base's, while `task_own` is a task.
     """
 
@@ -39,38 +39,41 @@ class SwitchedModule(Mixin):
     task_now: tuple[nn.Module, ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As the class behind, with the parameters of each row's task. (Others replace ``forward``, as accelerate.)"""
-        chosen = self.task_state.chosen()
-        if chosen is None:
+        """As the class behind, with the parameters of each row's task.
+
+        Not ``forward``: accelerate and others replace that.
+        """
+        tasks = self.task_state.row_tasks()
+        if tasks is None:
             return self._run(self.task_now, args, kwargs)
-        if len(chosen.names) == 1:
-            return self._run(self._copies_of(chosen.names[0]), args, kwargs)
-        return self._mixed(chosen, args, kwargs)
+        if len(tasks.names) == 1:
+            return self._run(self._copies_of(tasks.names[0]), args, kwargs)
+        return self._run_mixed(tasks, args, kwargs)
 
     def set_task(self, name: Name) -> None:
-        """From here on compute with task `name` wherever no block says otherwise."""
+        """From now on compute with task `name` outside of ``use_tasks`` blocks."""
         self.__dict__["task_now"] = self._copies_of(name)
 
     def module_of(self, name: Name) -> nn.Module:
-        """The module whose parameters task `name` uses: a copy, or this one."""
+        """The module whose parameters task `name` uses: a copy, or this module."""
         owner = name if name == self.task_own or name in self.task_copies else None
         mine: Any = self
         return mine if owner == self.task_own else self.task_copies[owner]
 
     def forget(self, name: str) -> None:
-        """Drop the task's copy; if the module itself held the task's parameters, it gets the base's again."""
+        """Drop the task's copy; if the module itself holds the task's parameters, it gets the base's again."""
         if name == self.task_own:
-            self._become(None)
+            self._take_parameters_of(None)
         self.task_copies.pop(name, None)
 
-    def settle(self, name: Name) -> None:
-        """Become a plain module with the parameters of task `name` for good."""
-        self._become(name)
+    def become_plain(self, name: Name) -> None:
+        """Take the parameters of task `name` for good, and the module's former class."""
+        self._take_parameters_of(name)
         for attribute in _ATTRIBUTES:
             delattr(self, attribute)
         restore_class(self)
 
-    def _become(self, name: Name) -> None:
+    def _take_parameters_of(self, name: Name) -> None:
         source: Any = self.module_of(name)
         if source is not self:
             self.load_state_dict(source.state_dict())  # type: ignore[attr-defined]
@@ -80,20 +83,21 @@ class SwitchedModule(Mixin):
         self.set_task(self.task_state.active)
 
     def _copies_of(self, name: Name) -> tuple[nn.Module, ...]:
-        """The copy that serves task `name`; nothing if that is the module itself, which must not hold itself."""
+        """The copy that task `name` uses; empty if that is this module, which must not hold itself."""
         module: Any = self.module_of(name)
         return () if module is self else (module,)
 
     def _run(self, copies: tuple[nn.Module, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return copies[0](*args, **kwargs) if copies else super().__call__(*args, **kwargs)  # type: ignore[misc]
 
-    def _mixed(self, chosen: Selection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_mixed(self, tasks: RowTasks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the copy of each task on its rows, and put the results back in the order of the batch."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         rows = next(len(t) for t in flat if isinstance(t, Tensor) and t.dim())
         parts, places = [], []
-        for i, name in enumerate(chosen.names):
+        for i, name in enumerate(tasks.names):
             device = next(t.device for t in flat if isinstance(t, Tensor))
-            mine = (chosen.ids(rows, device, self.task_path) == i).nonzero().flatten()
+            mine = (tasks.task_ids(rows, device, self.task_path) == i).nonzero().flatten()
             picked = [t[mine] if isinstance(t, Tensor) and t.dim() and len(t) == rows else t for t in flat]
             some_args, some_kwargs = pytree.tree_unflatten(picked, spec)
             parts.append(pytree.tree_flatten(self._run(self._copies_of(name), some_args, some_kwargs)))
@@ -122,7 +126,7 @@ class SwitchedModule(Mixin):
 
 
 def switched(module: nn.Module, path: str, state: TaskState) -> SwitchedModule:
-    """Make `module` a :class:`SwitchedModule` if it is none yet."""
+    """Make `module` a :class:`SwitchedModule` unless it is one already."""
     if not isinstance(module, SwitchedModule):
         switching: Any = module  # all attributes first: another thread may be computing with the module
         switching.task_state, switching.task_path, switching.task_own, switching.task_copies = state, path, None, {}
@@ -132,7 +136,7 @@ def switched(module: nn.Module, path: str, state: TaskState) -> SwitchedModule:
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """A copy of the module's own parameters and class, which no task replaces."""
+    """A copy of the module with its own parameters and its former class, without tasks."""
     if not isinstance(module, SwitchedModule):
         return copy.deepcopy(module)
     twin: Any = copy.deepcopy(

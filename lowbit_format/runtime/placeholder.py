@@ -1,7 +1,7 @@
-"""A tensor that has everything but data: what ``module.weight`` is where the weight is packed.
+"""``module.weight`` of a lowbit module: a tensor with shape, dtype and device, but no data.
 
-Model code reads ``weight.dtype``, ``weight.device`` and ``weight.shape``, which work; whoever reads values is told
-what to do. A plain ``meta`` tensor would name a wrong device, and let some code compute nonsense without an error.
+Model code reads ``weight.dtype``, ``weight.device`` and ``weight.shape``, which work; reading values is an error that
+says what to do. A plain ``meta`` tensor would name a wrong device, and let some code compute nonsense without an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class WeightPlaceholder(Tensor):
 
     @staticmethod
     def of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A stand-in, marked as initialised so that transformers' init leaves it alone."""
+        """A placeholder, marked as initialised so that transformers does not initialise it."""
         if torch.compiler.is_compiling():  # a graph cannot hold this class, and needs only shape and dtype
             return torch.empty(shape, dtype=dtype, device="meta")
         weight: Tensor = torch.Tensor._make_wrapper_subclass(WeightPlaceholder, shape, dtype=dtype, device=device)

@@ -39,15 +39,15 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
     config = config_of(model)
     changed = [(m, delta) for m in named_modules(model).values() if (delta := m.delta_of(name)) is not None]
     stored = None if scale_dtype is None else BY_NAME[scale_dtype]
-    folded = [(m, m.folded(delta, stored)) for m, delta in changed]  # all of them, or an error
-    for module, values in folded:
+    merged = [(m, m.merged_parameters(delta, stored)) for m, delta in changed]  # all of them, or an error
+    for module, values in merged:
         others = [m for m in tied_to(module, model) if m is not module]
-        module.fold(values)
+        module.merge(values)
         for other in others:
-            other.share(module)
+            other.tie_to(module)
     for module in list(model.modules()):
         if isinstance(module, SwitchedModule):
-            module.settle(name)
+            module.become_plain(name)
     for info in list_tasks(model):
         unload_task(model, info.name)
     placed = Placement({entry.path: entry for entry in config}, dict(config.tied))

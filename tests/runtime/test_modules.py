@@ -29,7 +29,7 @@ def filled(module: LowbitModule) -> LowbitModule:
             setattr(module, role, nn.Parameter(torch.from_numpy(t.data.copy()), requires_grad=False))
     if module.bias is not None:
         nn.init.normal_(module.bias)
-    module.settle("m")
+    module.finish_loading("m")
     return module
 
 
@@ -104,16 +104,16 @@ def test_lower_precision(scheme: Scheme) -> None:
     assert module.planes.shape[0] == (rows or 2)
 
 
-def test_settle_refuses_forbidden_values() -> None:
+def test_finish_loading_refuses_forbidden_values() -> None:
     module = linear()
     module.scales.data[0, 0, 0] = float("nan")
     with pytest.raises(TensorError, match=r"TEN-3"):
-        module.settle("m")
+        module.finish_loading("m")
     module = linear(RAGGED)
     assert module.row_bits is not None
     module.row_bits.data[0] = 9
     with pytest.raises(TensorError, match=r"m\.row_bits.*MIX-1"):
-        module.settle("m")
+        module.finish_loading("m")
 
 
 def test_copies() -> None:

@@ -479,7 +479,7 @@ def test_what_does_not_work_row_by_row_is_refused(llama: Any, tmp_path: Path) ->
     with lb.use_tasks(llama, ["a", None]):
         with pytest.raises(TaskError, match="one row without a batch"):
             projection(torch.randn(32))
-        with active_tasks.batch(4), pytest.raises(TaskError, match="first axis is not the batch"):
+        with active_tasks.model_call(4), pytest.raises(TaskError, match="first axis is not the batch"):
             projection(torch.randn(8, 4, 32))
         projection.path = "model.layers.0.mlp.experts.3.w1"
         with pytest.raises(TaskError, match="row by row"):

@@ -180,7 +180,7 @@ def some_input(module: LowbitModule) -> Tensor:
 
 
 def is_tiled(module: LowbitModule) -> bool:
-    return module.layout.planes is not None
+    return module.is_tiled
 
 
 def assert_same_tensors(found: dict[str, Any], file: dict[str, Tensor]) -> None:
@@ -301,7 +301,7 @@ def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
 
 def _tensors_of(module: LowbitModule) -> list[Tensor]:
     """What is kept with the planes, and with the form that they are in."""
-    found, seen, queue = list[Tensor](), set[int](), [module._parameters["planes"], module.layout]
+    found, seen, queue = list[Tensor](), set[int](), [module._parameters["planes"], module.tiled]
     while queue:
         thing: Any = queue.pop()
         if id(thing) in seen:
@@ -456,7 +456,7 @@ def test_folding_a_task(scheme: Scheme) -> None:
         before = module(x)
         w = module.plane_matrix
         want = operators.linear(x, w, module.bias, delta.scales[None])  # type: ignore[index]
-        module.fold(module.folded(delta, "F32"))
+        module.merge(module.merged_parameters(delta, "F32"))
         found = module(x)
     assert is_tiled(module)
     assert not torch.allclose(found, before)
@@ -474,7 +474,7 @@ def test_folding_a_task(scheme: Scheme) -> None:
 def test_a_tied_head_stays_tied(scheme: Scheme) -> None:
     """TIE-1: one matrix, whichever of the two packs it or gives its bytes."""
     embedding, head = module_of(scheme, LowbitEmbedding), module_of(scheme)
-    head.share(embedding)
+    head.tie_to(embedding)
     model = nn.ModuleDict({"embedding": embedding, "head": head})
     ids, x = torch.tensor([0, 36, 5]), torch.randn(2, COLS)
     with torch.no_grad():
@@ -525,7 +525,7 @@ def test_the_first_forwards_come_at_once(scheme: Scheme) -> None:
 def test_saving_while_serving(scheme: Scheme) -> None:
     """Threads that compute beside threads that ask for the file's bytes, of one matrix in two places."""
     embedding, head = module_of(scheme, LowbitEmbedding), module_of(scheme)
-    head.share(embedding)
+    head.tie_to(embedding)
     ids, x, file = torch.tensor([0, 36, 5]), torch.randn(2, COLS), file_of(scheme)
     with torch.no_grad():
         rows, y = embedding(ids), head(x)
@@ -546,13 +546,13 @@ def test_a_moved_module_is_packed_again_at_once() -> None:
     """A compiled one has no other time for it: while it runs, nobody may change it."""
     module = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
     module.to(torch.float16)
-    assert module.layout.planes is None
+    assert not module.is_tiled
     module.tile()
     module.to(torch.float32)
-    assert module.layout.planes is not None
+    assert module.is_tiled
     tied = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
     other = LowbitLinear(tied.scheme, 20, 64)
-    other.share(tied)
+    other.tie_to(tied)
     tied.tile()
     x = torch.randn(2, 64)
     want = tied(x)
@@ -571,4 +571,4 @@ def test_only_what_is_offloaded_stays_plain(sequential: bool) -> None:
         hook = AlignDevicesHook(execution_device="cpu", offload=offload)
         module._hf_hook = SequentialHook(hook) if sequential else hook  # type: ignore[assignment]
         module.tile()
-        assert (module.layout.planes is None) == offload
+        assert module.is_tiled != offload

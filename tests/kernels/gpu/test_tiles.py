@@ -227,7 +227,7 @@ def some_input(module: LowbitModule) -> Tensor:
 
 
 def is_tiled(module: LowbitModule) -> bool:
-    return module.layout.planes is not None
+    return module.is_tiled
 
 
 def assert_same_tensors(found: dict[str, Any], scheme: Scheme) -> None:
@@ -327,7 +327,7 @@ def test_copies_are_independent() -> None:
 def test_a_tied_head_stays_tied() -> None:
     """TIE-1: one matrix, whichever of the two packs it or gives its bytes."""
     embedding, head = module_of(SCHEMES[1], LowbitEmbedding), module_of(SCHEMES[1])
-    head.share(embedding)
+    head.tie_to(embedding)
     with torch.no_grad():
         rows = embedding(some_input(embedding))
         assert is_tiled(head)
