@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..codecs import tensor_specs
 from ..errors import LoadError, TaskError, TensorError, UnsupportedOperationError
 from ..kernels import operators
 from ..kernels.batch import is_capturing
 from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
 from ..schema import ModuleEntry, Scheme
+from ..tensors import tensor_specs
 from .active_tasks import Name, Selection, TaskState
 from .deltas import Delta, TunedDelta, keeping_dtype, shifted, stack, stackable
 from .placeholder import WeightPlaceholder
