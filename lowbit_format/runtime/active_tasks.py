@@ -27,7 +27,7 @@ class TaskState:
 
     Attributes:
         active: the model's own task.
-        loaded: what is known of each task that may be chosen, by name.
+        loaded: the tasks that may be chosen, by name; what is known of each is for the tasks package to say.
         blocks: number of ``use_tasks`` blocks that are open now, in whatever thread. While it is 0 nothing looks
             at the context variable, which ``torch.compile`` cannot trace.
     """

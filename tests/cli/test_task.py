@@ -20,8 +20,17 @@ from lowbit_format.cli.main import app
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import HubError
-from lowbit_format.hub import TaskRepository
-from lowbit_format.tasks.bundle import CARD_FILE, SCALES_FILE, TASK_CONFIG_FILE, TaskBundle, read_bundle, write_bundle
+from lowbit_format.tasks.bundle import (
+    CARD_FILE,
+    SCALES_FILE,
+    StoredBundle,
+    TaskBundle,
+    read_bundle,
+    read_stored_bundle,
+    write_bundle,
+)
+from lowbit_format.tasks.bundle_config import TASK_CONFIG_FILE
+from lowbit_format.tasks.repository import TaskRepository
 from lowbit_format.testing.vectors import VECTORS
 
 VALID, INVALID = VECTORS / "bundles" / "valid", VECTORS / "bundles" / "invalid"
@@ -275,10 +284,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, half: Path) -> list[tuple[tuple[Any, 
 
         return call
 
-    def fetch(repo: str) -> Path:
+    def fetch(repo: str) -> StoredBundle:
         if repo != "user/half":
             raise HubError(f"{repo}: there is no such repository")
-        return half
+        return read_stored_bundle(half)
 
     found = (
         TaskRepository(
@@ -286,8 +295,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, half: Path) -> list[tuple[tuple[Any, 
         ),
         TaskRepository("user/other", ("lowbit-task",), False, 1234),
     )
-    monkeypatch.setattr("lowbit_format.hub.fetch_task", watched(fetch))
-    monkeypatch.setattr("lowbit_format.hub.search_tasks", watched(lambda: found))
+    monkeypatch.setattr("lowbit_format.tasks.repository.fetch_task", watched(fetch))
+    monkeypatch.setattr("lowbit_format.tasks.repository.search_tasks", watched(lambda: found))
     monkeypatch.setattr("lowbit_format.tasks.sharing.push_task_to_hub", watched(lambda *_: "https://hub/commit/1"))
     return seen
 
@@ -344,9 +353,11 @@ def test_metrics_are_names_and_numbers(metric: str, calls: list[Any], half: Path
     assert calls == []
 
 
-def test_push_of_what_is_no_bundle_asks_nobody(calls: list[Any], tmp_path: Path) -> None:
-    assert "there is no such file" in refused(task("push", tmp_path, "user/tasks"))
-    assert calls == []
+def test_push_of_what_is_no_bundle_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[object]()
+    monkeypatch.setattr("lowbit_format.hub._api", asked.append)
+    assert "there is no such file" in refused(task("push", tmp_path, "tasks"))
+    assert asked == []
 
 
 def test_pull_copies_the_bundle(calls: list[Any], half: Path, tmp_path: Path) -> None:
