@@ -512,8 +512,22 @@ def test_a_directorys_card_is_kept_or_made(hub: HubServer, make: MakeBundle) -> 
         push_task_to_hub(directory, REPO, name="a")
 
 
-def test_a_models_task_is_saved_and_sent(hub: HubServer, tmp_path: Path) -> None:
-    """From a model to the Hub and back, bit for bit, with a card that says where it is."""
+def test_keys_of_a_later_version_travel(hub: HubServer, make: MakeBundle) -> None:
+    """TSK-5: a reader ignores them; but they are not ours to drop, also where the base gets another name."""
+    directory = make()
+    config = {
+        **json.loads((directory / TASK_CONFIG_FILE).read_bytes()),
+        "format_version": "1.7",
+        "new": [1, {"a": None}],
+    }
+    (directory / TASK_CONFIG_FILE).write_text(json.dumps(config))
+    push_task_to_hub(directory, REPO, base_model="owner/new")
+    found = json.loads(contents(fetch_task(REPO))[TASK_CONFIG_FILE])
+    assert found == {**config, "base_model_name_or_path": "owner/new"}
+
+
+def test_a_models_task_is_saved_and_sent(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a model to the Hub and back, bit for bit, with a card that says where it is. It is read once, at loading."""
     import torch
     from support.building import write_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -530,14 +544,25 @@ def test_a_models_task_is_saved_and_sent(hub: HubServer, tmp_path: Path) -> None
     with torch.no_grad():
         for parameter in (p for p in tuned.parameters() if p.requires_grad):
             parameter.normal_(0, 0.1)
+    reads = list[Path]()
+
+    def counted(directory: Path) -> StoredBundle:
+        reads.append(directory)
+        return read_stored_bundle(directory)
+
+    for module in ("sharing", "repository", "finding"):
+        monkeypatch.setattr(f"lowbit_format.tasks.{module}.read_stored_bundle", counted)
     lb.push_task_to_hub(tuned, REPO, base_model="owner/base", metrics={"f1": 0.25}, license="mit")
+    assert reads == []
     card = (fetch_task(REPO).directory / CARD_FILE).read_text("utf-8")
     for part in ("| f1 | 0.25 |", f'lb.load_task(model, "{REPO}"', "base_model: owner/base", "license: mit"):
         assert part in card
 
     fresh = lb.from_pretrained(base)
     plain = fresh(ids).logits
+    reads.clear()
     lb.load_task(fresh, REPO, name="back")
+    assert len(reads) == 1
     lb.set_task(fresh, "back")
     assert torch.equal(fresh(ids).logits, tuned(ids).logits)
     assert not torch.equal(fresh(ids).logits, plain)
