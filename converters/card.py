@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..integrations.card import base_card, scheme_text, source_facts
 from .journal import Outcome
 from .plan import Plan
 from .source import Source
@@ -13,43 +14,17 @@ from .summary import Totals
 
 def model_card(source: Source, plan: Plan, outcomes: dict[str, Outcome], *, name: str) -> str:
     """``README.md`` in Markdown, with the front matter that the Hub reads."""
-    original = source.repo_id or _original_name(source.directory)
-    license_line = _license(source.directory)
-    totals = Totals.of(plan, outcomes)
-    front = ["---", "library_name: transformers", "tags:", "- lowbit", "- quantized"]
+    original, facts = source.repo_id or _original_name(source.directory), source_facts(source.directory)
+    facts.pop("base_model", None)  # the original is what this base was made from, and not what that one was tuned from
     if original:
-        front += [f"base_model: {original}", "base_model_relation: quantized"]
-    if license_line:
-        front.append(license_line)
-    front.append("---")
-    codecs = ", ".join(sorted({_scheme_text(o) for o in outcomes.values()}))
-    return (
-        "\n".join(front)
-        + f"""
-
-# {name}
-
-{f"[{original}](https://huggingface.co/{original})" if original else "A model"} with its weights in bit-planes, in the
-lowbit format 1.0.
-
-## Loading
-
-```
-pip install lowbit-format
-```
-```python
-import lowbit_format  # registers the format with transformers; without this line the weights would be RANDOM
-
-model = lowbit_format.from_pretrained("PATH_OR_REPO")  # a {plan.architecture}
-```
-
-After the import, `from_pretrained` of transformers' own classes works too.
-
-## What was done
+        facts["base_model"] = original
+    schemes = [o.module.scheme for o in outcomes.values()]
+    totals = Totals.of(plan, outcomes)
+    sections = f"""## What was done
 
 | | |
 |---|---|
-| quantized | {codecs} |
+| quantized | {", ".join(sorted(set(map(scheme_text, schemes))))} |
 | modules | {len(outcomes)} |
 | bits per quantized weight | {totals.bits_per_weight:.2f} |
 | size | {totals.output_bytes / 1e6:.1f} MB ({totals.ratio:.2f} x smaller) |
@@ -58,15 +33,16 @@ After the import, `from_pretrained` of transformers' own classes works too.
 | source revision | {source.revision or "unknown"} |
 | kept in full precision | {_kept_text(plan)} |
 
-Tensors carry SHA-256 digests: `lowbit verify PATH` checks them.
-"""
+Tensors carry SHA-256 digests: `lowbit verify PATH` checks them."""
+    return base_card(
+        name,
+        "PATH_OR_REPO",
+        f"[{original}](https://huggingface.co/{original})" if original else "A model",
+        schemes,
+        source=facts,
+        loaded=plan.architecture,
+        sections=sections,
     )
-
-
-def _scheme_text(o: Outcome) -> str:
-    scheme = o.module.scheme
-    group = f"groups of {scheme.group_size}" if scheme.group_size else "one group a row"
-    return f"{scheme.label or scheme.codec} {scheme.bits} bits, {group}"
 
 
 def _kept_text(plan: Plan) -> str:
@@ -81,14 +57,3 @@ def _original_name(directory: Path) -> str | None:
         if match := re.fullmatch(r"models--([\w.-]+)--([\w.-]+)", part):
             return f"{match[1]}/{match[2]}"
     return None
-
-
-def _license(directory: Path) -> str | None:
-    """The license line of the original card's front matter."""
-    try:
-        text = (directory / "README.md").read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    match = re.match(r"---\n(.*?)\n---", text, re.DOTALL)
-    line = re.search(r"^license: *[\w.-]+ *$", match[1], re.MULTILINE) if match else None
-    return line[0] if line else None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..container.writer import SHARD_BYTES
+from ..dtypes import DTYPES
 from .card import model_card
 from .driver import run
 from .huggingface import open_checkpoint, read_model_config, side_files
@@ -17,9 +19,7 @@ from .plan import Plan, Step, make_plan
 from .recipe import Recipe
 from .source import FLOATS, Source
 
-SHARD_BYTES = 5 << 30
 DEFAULT_RECIPE = Recipe()
-_DTYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True)
@@ -114,4 +114,4 @@ def _main_dtype(source: Source) -> str:
     for t in source.tensors.values():
         if t.dtype in FLOATS:
             counts[t.dtype] = counts.get(t.dtype, 0) + t.numel
-    return _DTYPES[max(counts, key=lambda d: counts[d])] if counts else "float32"
+    return DTYPES[max(counts, key=lambda d: counts[d])].torch or "float32" if counts else "float32"

@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..codecs import stored_bits
 from ..errors import CoverageError, NothingToQuantizeError, SourceError
 from ..quantize import Target
 from ..schema import ModuleEntry
+from ..tensors import stored_bits
 from .names import Destination, Names
 from .recipe import Recipe
 from .source import FLOATS, Source, SourceTensor

@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import DTYPES
 from ..errors import SourceError
 from .source import SourceTensor, check_index, file_identity
 
 SAFE_TORCH = (2, 6)  # an older torch can be made to run code despite weights_only=True: CVE-2025-32434
 
-_DTYPES = {
-    "torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16",
-    "torch.int64": "I64", "torch.int32": "I32", "torch.int16": "I16", "torch.int8": "I8", "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-}  # fmt: skip
+_DTYPES = {f"torch.{d.torch}": d.name for d in DTYPES.values() if d.torch is not None}
 
 
 class PytorchSource:

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..dtypes import stored, to_float32
 from ..errors import SourceError
 from ..matrix import F32
 
@@ -57,18 +58,12 @@ def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
 
     Exact for all but F64, whose values are rounded.
     """
-    if tensor.dtype == "BF16":
-        wide = raw.view(np.dtype("<u2")).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32).reshape(tensor.shape)
-    kinds: dict[str, Any] = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
-    if tensor.dtype not in kinds:
+    if tensor.dtype not in FLOATS:
         raise SourceError(
             f"{tensor.name}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; "
             "a checkpoint that is quantized already must be dequantized first"
         )
-    values: F32 = raw.view(kinds[tensor.dtype]).astype(np.float32, copy=False)
-    return values.reshape(tensor.shape)
+    return to_float32(stored(raw, tensor.dtype, tensor.shape), tensor.dtype, copy=False)
 
 
 def check_index(path: Path, expected: Iterable[str], found: Container[str]) -> None:

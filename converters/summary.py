@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..codecs import stored_bits
+from ..tensors import stored_bits
 from .journal import Outcome
 from .plan import Plan, Step
 

@@ -12,12 +12,9 @@ import numpy as np
 
 from .container.atomic import atomic_directory, write_json
 from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
-from .container.writer import ShardWriter, StoredTensor, shard_name, write_index
-from .dtypes import from_float32
+from .container.writer import SHARD_BYTES, ShardWriter, StoredTensor, shard_name, write_index
+from .dtypes import BY_NAME, from_float32
 from .errors import OutputError
-
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-SHARD_BYTES = 5 << 30
 
 
 def dequantize_directory(
@@ -34,7 +31,7 @@ def dequantize_directory(
     Args:
         reader: the lowbit model.
         out: directory to make; must not exist, or must be empty.
-        dtype: ``"auto"`` (the model's own) or a key of DTYPES.
+        dtype: ``"auto"`` (the model's own) or a key of BY_NAME.
         bits: nested precision to read at (NST-1).
         max_shard_bytes: most bytes of tensors in one file.
         report: called after each decoded module.
@@ -50,8 +47,8 @@ def dequantize_directory(
     """
     own = reader.model_config.get("dtype") or reader.model_config.get("torch_dtype") or "float32"
     chosen = own if dtype == "auto" else dtype
-    if chosen not in DTYPES:
-        raise OutputError(f"dtype is {chosen!r}, expected auto or one of {', '.join(DTYPES)}")
+    if chosen not in BY_NAME:
+        raise OutputError(f"dtype is {chosen!r}, expected auto or one of {', '.join(BY_NAME)}")
     reader.check_precision(bits)
     lowbit = reader.lowbit_names()
     planes = {m.tensor("planes"): m for m in reader.config}
@@ -91,10 +88,10 @@ def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> St
     weight = reader.decode(path, bits)
     if module.kind in ("conv1d", "experts_transposed"):
         weight = np.swapaxes(weight, -1, -2)
-    data = from_float32(np.ascontiguousarray(weight), DTYPES[dtype])
+    data = from_float32(np.ascontiguousarray(weight), BY_NAME[dtype])
     if dtype == "float16" and not np.isfinite(data).all():
         raise OutputError(f"{module.weight}: has values that float16 cannot hold; use --dtype bfloat16 or float32")
-    return StoredTensor(module.weight, DTYPES[dtype], data.shape, data)
+    return StoredTensor(module.weight, BY_NAME[dtype], data.shape, data)
 
 
 def _finish(reader: ModelReader, work: Path, shards: list[list[str]], total: int, dtype: str) -> None:

@@ -59,7 +59,7 @@ def from_pretrained(
         )
     if model_class is None:
         model_class = _class_of(config, path_or_repo)
-    bundle = None if task is None else find_bundle(task, **{k: hub[k] for k in hub if k in _TASK_OPTIONS})
+    bundle = None if task is None else find_bundle(task, **{k: hub[k] for k in hub if k in _TASK_OPTIONS}).bundle
     if bundle is not None and bits is None:
         bits = bundle.config.bits
     with load_options(LoadOptions(bits, verify)):

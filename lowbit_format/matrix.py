@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bits import U8
-from .errors import PrecisionError
 from .schema import Scheme
 
 F32 = NDArray[np.float32]
@@ -71,14 +70,6 @@ class StoredMatrix:
         None, or a number not below the matrix's own bits, is full precision.
         Raises PrecisionError for a precision that is not stored.
         """
-        if bits is None or bits >= self.scheme.bits:
-            return self.params, self.scheme.bits
-        if bits not in self.nested:
-            raise PrecisionError("NST-3", missing_precision(self.scheme, bits))
-        return self.nested[bits], bits
-
-
-def missing_precision(scheme: Scheme, bits: int) -> str:
-    """The message for a precision that a scheme does not have."""
-    have = ", ".join(str(k) for k in (*scheme.nested, scheme.bits))
-    return f"asked for {bits} bits, but the file has scales for {have} only; convert with --nested {bits} to store them"
+        self.scheme.check_precision(bits)
+        planes = self.scheme.planes_at(bits)
+        return (self.params if planes == self.scheme.bits else self.nested[planes]), planes

@@ -8,21 +8,23 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
-from .errors import ConfigError, VersionError
+from .codecs import CODECS
+from .dtypes import FLOATS
+from .errors import ConfigError, PrecisionError, VersionError
 
 QUANT_METHOD = "lowbit"
 FORMAT_VERSION = "1.0"
 MAX_DIMENSION = 2**31 - 1  # CFG-6
 MAX_PATH = 512  # CFG-4
 
-SCALE_DTYPES = ("F16", "BF16", "F32")
+SCALE_DTYPES = FLOATS  # CFG-2
 KINDS = {"linear": 2, "conv1d": 2, "embedding": 2, "experts": 3, "experts_transposed": 3}  # kind -> dimensions
-CODECS = ("bcq", "uniform", "codebook")
 
 _SCHEME_KEYS = {"codec", "bits", "group_size", "scale_dtype", "offset", "row_bits", "nested", "label"}
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # lone surrogates too: no UTF-8 has them
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,32 @@ class Scheme:
         """Columns of a full group: ``group_size``, or `cols` where ``group_size`` is 0 or larger than `cols`."""
         return cols if self.group_size == 0 else min(self.group_size, cols)
 
+    @property
+    def shift(self) -> str | None:
+        """Role of the shift that a matrix of this scheme has: ``"zeros"`` always, ``"offsets"`` on request."""
+        shift = CODECS[self.codec].shift
+        return None if shift == "offsets" and not self.offset else shift
+
+    def scale_planes(self, bits: int) -> int:
+        """First dimension of the scales of a matrix with `bits` planes."""
+        return bits if CODECS[self.codec].scale_per_plane else 1
+
+    def planes_at(self, bits: int | None) -> int:
+        """Planes that are read at precision `bits`; None is the scheme's own."""
+        return self.bits if bits is None else min(bits, self.bits)
+
+    def has_precision(self, bits: int | None) -> bool:
+        """Whether a matrix of this scheme can be read at `bits` (NST-3); None is the scheme's own."""
+        return bits is None or bits >= self.bits or bits in self.nested
+
+    def check_precision(self, bits: int | None, *, file: object = None, tensor: str | None = None) -> None:
+        """Raise PrecisionError, which names `file` and `tensor`, unless :meth:`has_precision`."""
+        if not self.has_precision(bits):
+            have = ", ".join(str(k) for k in (*self.nested, self.bits))
+            message = f"asked for {bits} bits, but the file has scales for {have} only"
+            advice = f"convert with --nested {bits} to store them"
+            raise PrecisionError("NST-3", f"{message}; {advice}", file=file, tensor=tensor)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, without defaults (CFG-2)."""
         out: dict[str, Any] = {
@@ -90,7 +118,7 @@ class Scheme:
             if key not in obj:
                 raise fail(f"key {key!r} is missing")
         codec, bits, group_size = obj["codec"], obj["bits"], obj["group_size"]
-        if codec not in CODECS:
+        if not isinstance(codec, str) or codec not in CODECS:
             raise fail(f"unknown codec {codec!r}, expected one of {', '.join(CODECS)}")
         if not is_int(bits) or not 1 <= bits <= 8:
             raise fail(f"bits is {bits!r}, expected an integer from 1 to 8")
@@ -274,17 +302,21 @@ def check_version(version: object, *, file: object, rule: str) -> None:
 
 def check_path(path: object, *, file: object, rule: str = "CFG-4") -> str:
     """`path`; raises ConfigError if it is empty, too long, or has a separator or control character (CFG-4)."""
-    if (
-        not isinstance(path, str)
-        or not 1 <= len(path) <= MAX_PATH
-        or _CONTROL.search(path)
-        or set(path) & {"/", "\\"}
-        or "" in path.split(".")
-    ):
+    if not is_text(path) or not 1 <= len(path) <= MAX_PATH or set(path) & {"/", "\\"} or "" in path.split("."):
         raise ConfigError(
             rule, f"module path {str(path)[:80]!r} is empty, too long or has a forbidden character", file=file
         )
     return path
+
+
+def is_text(value: object) -> TypeGuard[str]:
+    """Whether `value` is a string without control characters and lone surrogates, which no terminal should be sent."""
+    return isinstance(value, str) and not _CONTROL.search(value)
+
+
+def is_sha256(value: object) -> TypeGuard[str]:
+    """Whether `value` is 64 lower-case hexadecimal digits."""
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
 def is_int(value: object) -> bool:

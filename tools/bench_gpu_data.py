@@ -45,7 +45,7 @@ def random_packed(scheme: Scheme, rows: int, cols: int, device: torch.device) ->
     codec, groups, dtype = CODECS[scheme.codec], scheme.groups(cols), TORCH_DTYPES[scheme.scale_dtype]
     planes = torch.randint(0, 256, (scheme.bits, rows, row_bytes(cols)), dtype=torch.uint8, device=device)
     scales = torch.rand(scheme.bits if codec.scale_per_plane else 1, rows, groups, device=device) * 0.09 + 0.01
-    shift = torch.randn(rows, groups, device=device) * 0.1 if codec.has_shift(scheme) else None
+    shift = torch.randn(rows, groups, device=device) * 0.1 if scheme.shift else None
     if shift is not None and scheme.codec == "uniform":
         shift += (2**scheme.bits - 1) / 2
     shift = None if shift is None else shift.to(dtype)

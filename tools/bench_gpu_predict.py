@@ -69,7 +69,7 @@ class Limits:
 def nbytes(scheme: Scheme, rows: int, cols: int) -> int:
     """Bytes that a product must read: planes, scales, and offsets or zero points, without padding."""
     codec = CODECS[scheme.codec]
-    params = (scheme.bits if codec.scale_per_plane else 1) + codec.has_shift(scheme)
+    params = (scheme.bits if codec.scale_per_plane else 1) + (scheme.shift is not None)
     itemsize = 4 if scheme.scale_dtype == "F32" else 2
     return rows * cols * scheme.bits // 8 + itemsize * params * rows * scheme.groups(cols)
 

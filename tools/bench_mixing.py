@@ -23,7 +23,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit_format as lb
-from lowbit_format.tasks.bundle import TaskBundle, TaskConfig
+from lowbit_format.tasks.bundle import TaskBundle
+from lowbit_format.tasks.bundle_config import TaskConfig
 from lowbit_format.tasks.models import named_modules
 
 

@@ -9,7 +9,8 @@ import typer
 from rich.progress import Progress
 
 from ..container.reader import ModelReader
-from ..export import DTYPES, dequantize_directory
+from ..dtypes import BY_NAME
+from ..export import dequantize_directory
 from . import console
 
 
@@ -17,7 +18,7 @@ def dequantize(
     model: Annotated[Path, typer.Argument(help="A lowbit model directory.")],
     out: Annotated[Path, typer.Argument(help="Directory to make. It appears only when it is complete.")],
     dtype: Annotated[
-        str, typer.Option(help=f"`auto` (the model's own), {', '.join(f'`{d}`' for d in DTYPES)}.")
+        str, typer.Option(help=f"`auto` (the model's own), {', '.join(f'`{d}`' for d in BY_NAME)}.")
     ] = "auto",
     bits: Annotated[int | None, typer.Option(min=1, max=8, help="Read at a nested precision.")] = None,
 ) -> None:

@@ -77,7 +77,7 @@ def _readable(reader: ModelReader, bits: int) -> bool:
     schemes = {m.scheme for m in reader.config}
     if not any(bits <= s.bits for s in schemes):
         return False
-    return all(bits >= s.bits or bits in s.nested for s in schemes)
+    return all(s.has_precision(bits) for s in schemes)
 
 
 def _module_bytes(reader: ModelReader, module: ModuleEntry) -> int:

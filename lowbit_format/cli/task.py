@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,22 +13,17 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from ..container.header import read_header
 from ..container.reader import ModelReader
 from ..dtypes import BY_NAME
+from ..matrix import F32
 from ..tasks.arithmetic import ModuleDifference, compare_bundles, merge_bundles, same_saved, total_difference
-from ..tasks.bundle import (
-    SAVED,
-    SCALES_FILE,
-    TaskBundle,
-    check_applies,
-    read_bundle,
-    rounding_loss,
-    split_delta,
-    write_bundle,
-)
-from ..tasks.finding import bundle_directory, find_bundle
+from ..tasks.bundle import StoredBundle, TaskBundle, rounding_loss, write_bundle
+from ..tasks.finding import find_bundle
+from ..tasks.matching import check_applies
+from ..tasks.operations import SAVED, split_delta
 from . import console, task_hub
+from .console import columns, plain
+from .task_options import Force, Revision, Subfolder, check_out
 
 MOST = 30  # deltas listed by diff, those that differ most first
 
@@ -49,33 +45,37 @@ def inspect(
     base: Annotated[
         Path | None, typer.Option(help="A lowbit model directory; check that the bundle can be applied to it.")
     ] = None,
-    revision: task_hub.Revision = None,
-    subfolder: task_hub.Subfolder = None,
+    revision: Revision = None,
+    subfolder: Subfolder = None,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module, not only kinds of modules.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")] = False,
 ) -> None:
     """Show what a task bundle holds: its base, method, deltas, and modules that it carries whole.
+
+    Modules whose paths differ in numbers alone, as those of a model's layers do, are one kind and one line.
 
     Exits with 2 and a named error if the bundle is ill-formed, or does not fit the model of `--base`.
 
     Example: `lowbit task inspect ./sst2-scales --base ./llama-4bit`
     """
     with console.named_errors():
-        directory = bundle_directory(bundle, revision=revision, subfolder=subfolder)
-        found = read_bundle(directory)
-        facts = describe(directory, found)
+        found = find_bundle(bundle, revision=revision, subfolder=subfolder)
+        facts = describe(found)
         if base is not None:
-            check_applies(found, ModelReader(base))
+            check_applies(found.bundle, ModelReader(base))
             facts["fits_base"] = str(base)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    for table in _tables(facts):
+    for table in _tables(facts, modules):
         console.out.print(table)
     console.out.print(f"base fingerprint {facts['base_fingerprint']}", soft_wrap=True, highlight=False)
     if facts["head_fingerprint"]:
         console.out.print(f"head fingerprint {facts['head_fingerprint']}", soft_wrap=True, highlight=False)
-    if base is not None:
-        console.out.print(f"It fits {base}.", soft_wrap=True, highlight=False, markup=False)
+    verdict = (
+        f"It fits {base}." if base is not None else "Well-formed. With --base DIR it is checked against a base too."
+    )
+    console.out.print(verdict, soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -91,7 +91,7 @@ def merge(
     dtype: Annotated[
         str, typer.Option(help=f"Of the deltas in the file: {', '.join(f'`{d}`' for d in BY_NAME)}.")
     ] = "float32",
-    force: task_hub.Force = False,
+    force: Force = False,
 ) -> None:
     """Write the weighted sum of task bundles as a new one.
 
@@ -102,8 +102,8 @@ def merge(
     if dtype not in BY_NAME:
         raise typer.BadParameter(f"--dtype is {dtype!r}, expected {', '.join(BY_NAME)}")
     with console.named_errors():
-        task_hub.check_out(out, force)
-        parts = [find_bundle(place) for place in bundles]
+        check_out(out, force)
+        parts = [find_bundle(place).bundle for place in bundles]
         merged = merge_bundles(parts, weight or None, saved_from=saved_from)
         loss = rounding_loss(merged, BY_NAME[dtype])
         write_bundle(out, merged, dtype=BY_NAME[dtype], card=_card(bundles, weight, merged))
@@ -127,8 +127,8 @@ def diff(
     Example: `lowbit task diff ./sst2-scales ./imdb-scales`
     """
     with console.named_errors():
-        one = find_bundle(a)
-        two = None if b is None else find_bundle(b)
+        one = find_bundle(a).bundle
+        two = None if b is None else find_bundle(b).bundle
         rows, total = compare_bundles(one, two), total_difference(one, two)
     saved = same_saved(one, two) if two is not None else not one.saved
     alike = two is None or _base(one) == _base(two)
@@ -151,26 +151,19 @@ app.command()(task_hub.pull)
 app.command("list")(task_hub.list_tasks)
 
 
-def describe(directory: Path, bundle: TaskBundle) -> dict[str, Any]:
-    """Facts about a bundle in `directory` as a JSON object."""
-    file = directory / SCALES_FILE
-    dtypes = {t.name: t.dtype for t in read_header(file).tensors.values()}
+def describe(stored: StoredBundle) -> dict[str, Any]:
+    """Facts about a bundle in a directory as a JSON object."""
+    bundle, dtypes = stored.bundle, {t.name: t.dtype for t in stored.header.tensors.values()}
     return {
-        "directory": str(directory),
-        **bundle.config.to_dict(),
-        "file_bytes": file.stat().st_size,
+        **bundle.config.to_dict(),  # first: no key of the file takes the place of one of ours
+        "directory": str(stored.directory),
+        "file_bytes": stored.nbytes,
         "delta_values": bundle.delta_values,
         "saved_values": bundle.saved_values,
         "dtypes": dict(Counter(dtypes[name] for name in sorted(bundle.deltas))),
-        "operations": dict(Counter((split_delta(name) or ("", ""))[1] for name in sorted(bundle.deltas))),
+        "operations": dict(Counter(split_delta(name)[1].name for name in sorted(bundle.deltas))),
         "deltas": {
-            name: {
-                "dtype": dtypes[name],
-                "shape": list(delta.shape),
-                "rms": float(np.sqrt(np.square(delta.astype(np.float64)).mean())) if delta.size else 0.0,
-                "min": float(delta.min()) if delta.size else None,
-                "max": float(delta.max()) if delta.size else None,
-            }
+            name: {"dtype": dtypes[name], "shape": list(delta.shape), **_range(delta)}
             for name, delta in sorted(bundle.deltas.items())
         },
         "saved": {
@@ -180,7 +173,14 @@ def describe(directory: Path, bundle: TaskBundle) -> dict[str, Any]:
     }
 
 
-def _tables(facts: dict[str, Any]) -> list[Table]:
+def _range(delta: F32) -> dict[str, float | None]:
+    if not delta.size:
+        return {"rms": 0.0, "min": None, "max": None}
+    rms = float(np.sqrt(np.square(delta.astype(np.float64)).mean()))
+    return {"rms": rms, "min": float(delta.min()), "max": float(delta.max())}
+
+
+def _tables(facts: dict[str, Any], every_module: bool) -> list[Table]:
     place = facts["base_model_name_or_path"] or "unnamed"
     rows = [
         ("directory", facts["directory"]),
@@ -194,22 +194,37 @@ def _tables(facts: dict[str, Any]) -> list[Table]:
         ("size", f"{facts['file_bytes']:,} bytes"),
         ("whole modules", ", ".join(facts["modules_to_save"]) or "none"),
     ]
-    pairs = Table(*task_hub.columns("", "", numbers=()), title="Task bundle", show_header=False, title_justify="left")
+    pairs = Table(*columns("", "", numbers=()), title="Task bundle", show_header=False, title_justify="left")
     for name, value in rows:
-        pairs.add_row(name, task_hub.plain(value))
+        pairs.add_row(name, plain(value))
     tables = [pairs]
     if facts["saved"]:
-        saved = Table(*task_hub.columns("tensor", numbers=("dtype", "shape", "bytes")), title="Whole modules")
+        saved = Table(*columns("tensor", numbers=("dtype", "shape", "bytes")), title="Whole modules")
         for name, t in facts["saved"].items():
-            saved.add_row(task_hub.plain(name), t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}")
+            saved.add_row(plain(name), t["dtype"], "x".join(map(str, t["shape"])), f"{t['bytes']:,}")
         tables.append(saved)
     if facts["deltas"]:
-        deltas = Table(*task_hub.columns("delta", numbers=("shape", "rms", "min", "max")), title="Deltas")
-        for name, d in facts["deltas"].items():
-            numbers = ("-" if d[key] is None else f"{d[key]:.4g}" for key in ("rms", "min", "max"))
-            deltas.add_row(task_hub.plain(name), "x".join(map(str, d["shape"])), *numbers)
-        tables.append(deltas)
+        tables.append(_deltas_table(facts["deltas"], every_module))
     return tables
+
+
+def _deltas_table(deltas: dict[str, Any], every_module: bool) -> Table:
+    """A line for each delta, or for each kind: one path but for numbers, one operation, one shape."""
+    kinds: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = defaultdict(list)
+    for name, d in deltas.items():
+        kind = name if every_module else ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        kinds[kind, tuple(d["shape"])].append({"name": name, **d})
+    table = Table(*columns("delta", numbers=("modules", "shape", "rms", "min", "max")), title="Deltas")
+    for (kind, shape), members in kinds.items():
+        name = members[0]["name"] if len(members) == 1 else kind
+        sizes = [m for m in members if m["min"] is not None]
+        numbers = ["-"] * 3
+        if sizes:
+            rms = math.sqrt(sum(m["rms"] ** 2 for m in sizes) / len(sizes))
+            low, high = min(m["min"] for m in sizes), max(m["max"] for m in sizes)
+            numbers = [f"{number:.4g}" for number in (rms, low, high)]
+        table.add_row(plain(name), str(len(members)), "x".join(map(str, shape)), *numbers)
+    return table
 
 
 def _base(bundle: TaskBundle) -> tuple[str, str, int | None]:
@@ -220,10 +235,10 @@ def _print_differences(rows: list[ModuleDifference], total: ModuleDifference, ot
     """A table of the deltas that differ most; `other` says whether there is a second bundle."""
     names = ("rms A", "rms B", "rms A - B", "cosine") if other else ("rms",)
     title = "Deltas of A and B" if other else "Deltas"
-    columns = task_hub.columns("delta", numbers=(*names, "largest", "row"))
-    table, ranked = Table(*columns, title=title), sorted(rows, key=lambda r: -r.rms)
+    table = Table(*columns("delta", numbers=(*names, "largest", "row")), title=title)
+    ranked = sorted(rows, key=lambda r: -r.rms)
     for r in ranked[:MOST]:
-        table.add_row(task_hub.plain(f"{r.module}.{r.operation}"), *_cells(r, other))
+        table.add_row(plain(f"{r.module}.{r.operation}"), *_cells(r, other))
     if len(ranked) > MOST:
         table.add_row(f"… and {len(ranked) - MOST} more")
     table.add_section()

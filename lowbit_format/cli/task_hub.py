@@ -1,34 +1,28 @@
-"""``lowbit task push``, ``pull`` and ``list``: task bundles on the Hub, and what all task commands share."""
+"""``lowbit task push``, ``pull`` and ``list``: task bundles on the Hub."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Column, Table
+from rich.table import Table
 
-from ..container.atomic import atomic_directory, check_absent, disk_errors, files_together
+from ..container.atomic import atomic_directory, disk_errors, files_together
 from ..container.reader import ModelReader
-from ..errors import OutputError
-from ..tasks.bundle import CARD_FILE, SCALES_FILE, TASK_CONFIG_FILE, read_bundle
-from ..tasks.finding import check_place
+from ..errors import FormatError
+from ..tasks import repository
+from ..tasks.bundle import CARD_FILE, SCALES_FILE, StoredBundle
+from ..tasks.bundle_config import TASK_CONFIG_FILE
+from ..tasks.finding import local_first
+from ..tasks.repository import TaskInfo, TaskRepository
 from . import console
-
-if TYPE_CHECKING:
-    from ..hub import TaskInfo, TaskRepository
-
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit, if it is on the Hub.")]
-Subfolder = Annotated[str | None, typer.Option(help="Folder of the bundle inside of the repository or directory.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace a task bundle that is at OUT already.")]
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+from .console import columns, plain
+from .task_options import Force, Revision, Subfolder, check_out
 
 
 def push(
@@ -57,7 +51,6 @@ def push(
     Example: `lowbit task push ./sst2-scales user/sst2-scales --metric accuracy=0.91`
     """
     with console.named_errors():
-        read_bundle(directory)
         metrics = _metrics(metric or [])
         facts = {"dataset": dataset, "language": language, "license": license}
         card = {name: value for name, value in facts.items() if value is not None}
@@ -83,13 +76,10 @@ def pull(
     """
     with console.named_errors():
         check_out(out, force)
-        from ..hub import fetch_task
-
-        source = fetch_task(repo, revision=revision, subfolder=subfolder)
-        bundle = read_bundle(source)
-        _copy(source, out)
+        stored = repository.fetch_task(repo, revision=revision, subfolder=subfolder)
+        _copy(stored, out)
     console.out.print(
-        f"Wrote {out}: {len(bundle.deltas)} deltas, {bundle.delta_values:,} values",
+        f"Wrote {out}: {len(stored.bundle.deltas)} deltas, {stored.bundle.delta_values:,} values",
         soft_wrap=True, highlight=False, markup=False,
     )  # fmt: skip
 
@@ -107,41 +97,48 @@ def list_tasks(
 ) -> None:
     """List the tasks in a repository or directory, or search the Hub for repositories with tasks.
 
+    Exits with 2 if a task is ill-formed, after it has listed all of them.
+
     Examples: `lowbit task list user/my-tasks`, `lowbit task list --base user/llama-4bit`
     """
     if (place is None) == (base is None and author is None):
         raise typer.BadParameter("give either a place, or --base or --author to search the Hub")
     if place is None and revision is not None:
         raise typer.BadParameter("--revision is for a repository; a search looks at the newest")
-    from ..hub import find_tasks, search_tasks
-
+    bad = list[tuple[str | None, FormatError]]()
     with console.named_errors():
         if place is not None:
-            check_place(place, revision)
-            tasks = find_tasks(place, revision=revision)
-            facts, table = [_task_facts(t) for t in tasks], _task_table(tasks)
+            with local_first(place, revision):
+                tasks = repository.find_tasks(place, revision=revision, on_error=lambda *found: bad.append(found))
+            facts, table = [_task_facts(t) for t in tasks], _task_table(tasks, bad)
+            facts += [{"source": place, "subfolder": folder, "error": str(error)} for folder, error in bad]
         else:
             if base is not None and Path(base).is_dir():
                 base = ModelReader(base).fingerprint().body
-            found = search_tasks(base=base, author=author, limit=limit)
+            found = repository.search_tasks(base=base, author=author, limit=limit)
             facts, table = [_repository_facts(r) for r in found], _repository_table(found)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
-        return
-    if facts:
-        console.out.print(table)
-    more = " (there may be more: see --limit)" if place is None and len(facts) == limit else ""
-    what = "task" if place is not None else "repository with tasks" if len(facts) == 1 else "repositories with tasks"
-    plural = "s" if place is not None and len(facts) != 1 else ""
-    console.out.print(f"{len(facts) or 'no'} {what}{plural}{more}", highlight=False, markup=False)
+    else:
+        if facts:
+            console.out.print(table)
+        more = " (there may be more: see --limit)" if place is None and len(facts) == limit else ""
+        one, many = ("task", "tasks") if place is not None else ("repository with tasks", "repositories with tasks")
+        what = one if len(facts) == 1 else many
+        ill = f", {len(bad)} of them ill-formed" if bad else ""
+        console.out.print(f"{len(facts) or 'no'} {what}{more}{ill}", highlight=False, markup=False)
+    for _, error in bad:
+        console.print_error(error)
+    if bad:
+        raise typer.Exit(2)
 
 
 def _task_facts(task: TaskInfo) -> dict[str, Any]:
-    config = task.config.to_dict()
-    return {"source": task.source, "commit": task.revision, "subfolder": task.subfolder, "bytes": task.nbytes, **config}
+    where = {"source": task.source, "commit": task.revision, "subfolder": task.subfolder, "bytes": task.nbytes}
+    return {**task.config.to_dict(), **where}  # no key of the file takes the place of one of ours
 
 
-def _task_table(tasks: Sequence[TaskInfo]) -> Table:
+def _task_table(tasks: Sequence[TaskInfo], bad: Sequence[tuple[str | None, FormatError]]) -> Table:
     table = Table(*columns("folder", "base", "method", numbers=("fingerprint", "bits", "bytes")))
     for t in tasks:
         c = t.config
@@ -149,6 +146,8 @@ def _task_table(tasks: Sequence[TaskInfo]) -> Table:
             plain(t.subfolder or "(root)"), plain(c.base_model_name_or_path or "unnamed"),
             plain(c.method), c.base_fingerprint[:16], str(c.bits or "-"), f"{t.nbytes:,}",
         )  # fmt: skip
+    for folder, error in bad:
+        table.add_row(plain(folder or "(root)"), f"ill-formed \\[{error.rule}]", *["-"] * 4)
     return table
 
 
@@ -173,36 +172,13 @@ def _bases(tags: Sequence[str]) -> list[str]:
     return sorted(set(named))
 
 
-# --- what all task commands share ------------------------------------------------------------------
-
-
-def check_out(out: Path, force: bool) -> None:
-    """Raise OutputError if something is at `out`, unless that is a bundle and `force` allows to replace it."""
-    if not (out / TASK_CONFIG_FILE).is_file():
-        check_absent(out)
-    elif not force:
-        raise OutputError(f"{out}: holds a task bundle already; choose another name, or replace it with --force")
-
-
-def plain(text: str) -> str:
-    """`text` from a file for the terminal: no markup, no control characters."""
-    return escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
-
-
-def columns(*names: str, numbers: Sequence[str]) -> list[Column]:
-    """Columns of a table: `names` whose text is folded and never cut, and `numbers` that are kept on one line."""
-    folded = [Column(name, overflow="fold") for name in names]
-    return folded + [Column(number, justify="right", no_wrap=True) for number in numbers]
-
-
-def _copy(source: Path, out: Path) -> None:
-    """Copy the files of a bundle, all of them or none."""
+def _copy(stored: StoredBundle, out: Path) -> None:
+    """Copy the files of a bundle, all of them or none; a card that is there and not among them goes."""
     names = [SCALES_FILE, CARD_FILE, TASK_CONFIG_FILE]
     into = files_together(out, names) if (out / TASK_CONFIG_FILE).is_file() else atomic_directory(out)
     with into as work, disk_errors(out):
-        for name in names:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, work / name)
+        for name, path in stored.files().items():
+            shutil.copyfile(path, work / name)
 
 
 def _metrics(pairs: list[str]) -> dict[str, float]:

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..codecs import tensor_specs
 from ..schema import QuantizationConfig
+from ..tensors import tensor_specs
 
 
 @dataclass(frozen=True)

@@ -9,29 +9,19 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from ..dtypes import DTYPES
 from ..errors import DigestError, HeaderError
-from ..schema import is_int
+from ..schema import is_int, is_sha256, is_text
 from . import strict_json
 
 MAX_HEADER = 1 << 25  # bytes, HDR-1; no model needs the 100 MB of safetensors, and parsed JSON is many times larger
 MAX_NAME = 1024  # characters, HDR-3
 DIGESTS = "lowbit.digests"  # key of __metadata__, DIG-1
-
-ITEM_BYTES = {  # HDR-4
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
-    "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4,
-    "C64": 8, "F64": 8, "I64": 8, "U64": 8,
-}  # fmt: skip
-
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
-_HEX = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -115,19 +105,19 @@ def _tensor_info(name: str, entry: object, base: int, path: object) -> TensorInf
     def fail(rule: str, message: str) -> HeaderError:
         return HeaderError(rule, message, file=path, tensor=name[:80])
 
-    if not 1 <= len(name) <= MAX_NAME or _CONTROL.search(name):
+    if not 1 <= len(name) <= MAX_NAME or not is_text(name):
         raise fail("HDR-3", "a tensor's name is empty, too long or has a control character")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise fail("HDR-3", "the entry does not have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise fail("HDR-4", f"unknown dtype {str(dtype)[:40]!r}")
     if not isinstance(shape, list) or not all(is_int(d) and d >= 0 for d in shape):
         raise fail("HDR-5", f"shape is {str(shape)[:80]}, expected a list of non-negative integers")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(is_int(o) and o >= 0 for o in offsets):
         raise fail("HDR-5", f"data_offsets is {str(offsets)[:80]}, expected two non-negative integers")
     begin, end = offsets
-    if not _takes(shape, ITEM_BYTES[dtype], end - begin):
+    if not _takes(shape, DTYPES[dtype].nbytes, end - begin):
         found = f"data_offsets span {str(end - begin)[:40]} bytes"
         raise fail("HDR-5", f"{found}, which is not what shape {str(shape)[:80]} of {dtype} takes")
     return TensorInfo(name, dtype, tuple(shape), base + begin, base + end)
@@ -157,7 +147,7 @@ def parse_digests(metadata: Mapping[str, str], path: object) -> dict[str, str]:
     if not isinstance(digests, dict):
         raise fail("DIG-1", "not an object from tensor name to SHA-256")
     for name, digest in digests.items():
-        if not isinstance(digest, str) or not _HEX.fullmatch(digest):
+        if not is_sha256(digest):
             raise fail("DIG-1", f"the digest of {name[:80]!r} is not 64 lower-case hexadecimal digits")
     return digests
 
@@ -170,7 +160,7 @@ def build_header(tensors: list[tuple[str, str, tuple[int, ...]]], metadata: Mapp
     obj: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
     for name, dtype, shape in tensors:
-        end = at + math.prod(shape) * ITEM_BYTES[dtype]
+        end = at + math.prod(shape) * DTYPES[dtype].nbytes
         obj[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(obj, separators=(",", ":"), ensure_ascii=False).encode()

@@ -20,11 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..bits import padding_is_zero
-from ..codecs import CODECS, TensorSpec, all_roles, tensor_specs
+from ..codecs import CODECS
 from ..dtypes import stored, to_float32
 from ..errors import ConfigError, DigestError, DirectoryError, PrecisionError, TensorError
-from ..matrix import Params, StoredMatrix, missing_precision
+from ..matrix import Params, StoredMatrix
 from ..schema import ModuleEntry, QuantizationConfig, is_int
+from ..tensors import TensorSpec, all_roles, tensor_specs
 from . import strict_json
 from .fingerprint import Fingerprint, fingerprint
 from .header import Header, TensorInfo, read_header
@@ -128,10 +129,9 @@ class ModelReader:
         codec, scheme = CODECS[module.scheme.codec], module.scheme
 
         def params(suffix: str) -> Params:
-            has_shift = codec.shift is not None and codec.has_shift(scheme)
             return Params(
                 self._finite(module.tensor(f"scales{suffix}"))[at],
-                self._finite(module.tensor(f"{codec.shift}{suffix}"))[at] if has_shift else None,
+                self._finite(module.tensor(f"{scheme.shift}{suffix}"))[at] if scheme.shift else None,
             )
 
         return StoredMatrix(
@@ -161,9 +161,7 @@ class ModelReader:
         if bits is not None and not (is_int(bits) and 1 <= bits <= most):
             raise PrecisionError("NST-3", f"asked for {bits!r} bits, expected 1 to {most}", file=self.directory)
         for module in modules if modules is not None else self.config:
-            if bits is not None and bits < module.scheme.bits and bits not in module.scheme.nested:
-                message = missing_precision(module.scheme, bits)
-                raise PrecisionError("NST-3", message, file=self.directory, tensor=module.path)
+            module.scheme.check_precision(bits, file=self.directory, tensor=module.path)
 
     # --- checks that need data ---
 

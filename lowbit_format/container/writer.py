@@ -21,15 +21,15 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codecs import CODECS
-from ..dtypes import from_float32
+from ..dtypes import DTYPES, from_float32
 from ..errors import OutputError
 from ..matrix import StoredMatrix
 from ..schema import ModuleEntry
 from .atomic import atomic_file, disk_errors, write_json
-from .header import DIGESTS, ITEM_BYTES, build_header, read_header
+from .header import DIGESTS, build_header, read_header
 from .reader import INDEX_FILE, WEIGHTS_FILE
 
+SHARD_BYTES = 5 << 30  # size at which a new file is begun, unless a caller says otherwise
 _COPY = 1 << 24  # bytes at a time when a file is copied
 
 
@@ -55,7 +55,7 @@ def module_tensors(module: ModuleEntry, matrices: StoredMatrix | list[StoredMatr
         matrices: the matrix, or one for each expert.
     """
     stack = matrices if isinstance(matrices, list) else [matrices]
-    codec, scheme, first = CODECS[module.scheme.codec], module.scheme, stack[0]
+    scheme, first = module.scheme, stack[0]
 
     def joined(role: str, arrays: list[NDArray[Any]], dtype: str) -> StoredTensor:
         data = arrays[0] if module.experts is None else np.stack(arrays)
@@ -68,10 +68,9 @@ def module_tensors(module: ModuleEntry, matrices: StoredMatrix | list[StoredMatr
         *((f"_k{k}", [m.nested[k] for m in stack]) for k in scheme.nested),
     ]:
         out.append(joined(f"scales{suffix}", [p.scales for p in of], scheme.scale_dtype))
-        if codec.shift and codec.has_shift(scheme):
-            out.append(
-                joined(f"{codec.shift}{suffix}", [p.shift for p in of if p.shift is not None], scheme.scale_dtype)
-            )
+        if scheme.shift:
+            shifts = [p.shift for p in of if p.shift is not None]
+            out.append(joined(f"{scheme.shift}{suffix}", shifts, scheme.scale_dtype))
     if first.codebook is not None:
         out.append(StoredTensor(module.tensor("codebook"), "F32", first.codebook.shape, first.codebook.astype("<f4")))
     if first.row_bits is not None:
@@ -90,7 +89,7 @@ class Written:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].nbytes
 
 
 class ShardWriter:

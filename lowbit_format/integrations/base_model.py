@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codecs import tensor_specs
 from ..container.fingerprint import Fingerprint, fingerprint
 from ..schema import QuantizationConfig
+from ..tensors import tensor_specs
 
 
 @dataclass(frozen=True)

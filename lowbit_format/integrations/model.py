@@ -23,7 +23,7 @@ from ..runtime.deltas import TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.modules_to_save import SwitchedModule
 from .base_model import Base
-from .card import base_card
+from .card import model_base_card
 from .placement import refuse_missing
 
 log = logging.getLogger(__name__)
@@ -159,7 +159,7 @@ class LowbitModel(Mixin):
             return push_model_directory(
                 directory,
                 repo_id,
-                card=base_card(self, repo_id, tags or ()),
+                card=model_base_card(self, repo_id, tags or ()),
                 commit_message=commit_message or f"Upload {type(self).__name__}",
                 commit_description=commit_description,
                 private=private,

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..codecs import all_roles
 from ..container.reader import ModelReader
 from ..errors import LoadError
 from ..runtime.active_tasks import TaskState
 from ..runtime.modules import MODULES, LowbitModule
 from ..schema import ModuleEntry, QuantizationConfig
+from ..tensors import all_roles
 
 
 @dataclass

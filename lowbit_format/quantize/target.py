@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..codecs import CODECS
 from ..errors import SchemeError
-from ..schema import CODECS, MAX_DIMENSION, SCALE_DTYPES, Scheme, is_int
+from ..schema import MAX_DIMENSION, SCALE_DTYPES, Scheme, is_int
 from . import codebook, uniform
 
 

@@ -14,12 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..codecs import tensor_specs
 from ..errors import LoadError, TensorError, UnsupportedOperationError
 from ..kernels import operators
 from ..kernels.batch import is_capturing
 from ..kernels.matrix import FILE, TILED, PlaneMatrix
 from ..schema import ModuleEntry, Scheme
+from ..tensors import tensor_specs
 from .deltas import keeping_dtype
 from .placeholder import WeightPlaceholder
 from .stored_tensors import TORCH_DTYPES

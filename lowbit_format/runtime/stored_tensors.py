@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from ..container.writer import StoredTensor
+from ..dtypes import DTYPES
 
-TORCH_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # fmt: skip
+TORCH_DTYPES: dict[str, torch.dtype] = {  # by the name in a file
+    d.name: getattr(torch, d.torch) for d in DTYPES.values() if d.torch is not None
+}
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 

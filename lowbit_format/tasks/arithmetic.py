@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from ..container.writer import StoredTensor
 from ..errors import BundleError, FingerprintError
 from ..matrix import F32
-from .bundle import TaskBundle, TaskConfig, split_delta
+from .bundle import TaskBundle
+from .bundle_config import TaskConfig
+from .operations import OPERATIONS, split_delta
 
 F64 = NDArray[np.float64]
 
-PLANE_AXIS = {"scales.mul": -2, "scales.add": -3}  # operation -> axis of planes; the others have none (TSK-6)
-ROW_AXIS = {"scales.mul": -1, "scales.add": -2, "offsets.add": -2, "zeros.add": -2}
 TOTAL = "total"  # stands for module and operation in a sum over all
 
 
@@ -51,7 +51,8 @@ class ModuleDifference:
     @property
     def row(self) -> int | None:
         """Row of the largest difference; None where there is no difference, and in a total."""
-        return self.where[ROW_AXIS[self.operation]] if self.where else None
+        axis = OPERATIONS[self.operation].axis("rows") if self.where else None
+        return None if axis is None else self.where[axis]
 
 
 def merge_bundles(
@@ -105,7 +106,8 @@ def compare_bundles(a: TaskBundle, b: TaskBundle | None = None) -> list[ModuleDi
     Raises:
         BundleError: deltas of one name have shapes that do not go together.
     """
-    return [_difference(*(split_delta(name) or (name, "")), x, y) for name, x, y in _pairs(a, b)]
+    named = [(*split_delta(name), x, y) for name, x, y in _pairs(a, b)]
+    return [_difference(module, operation.name, x, y) for module, operation, x, y in named]
 
 
 def total_difference(a: TaskBundle, b: TaskBundle | None = None) -> ModuleDifference:
@@ -169,8 +171,8 @@ def _common_names(bundles: Sequence[TaskBundle]) -> list[str]:
     """Names of all deltas, sorted; refused where one module's scales are multiplied here and added to there."""
     names = sorted({name for b in bundles for name in b.deltas})
     for name in names:
-        module, operation = split_delta(name) or (name, "")
-        if operation == "scales.add" and (other := f"{module}.scales.mul") in names:
+        module, operation = split_delta(name)
+        if operation.name == "scales.add" and (other := f"{module}.scales.mul") in names:
             add, mul = (next(i for i, b in enumerate(bundles) if n in b.deltas) for n in (name, other))
             message = f"bundle {mul} has scales.mul for this module, bundle {add} has scales.add"
             raise BundleError("TSK-9", f"{message}; a merged bundle cannot have both", tensor=module)
@@ -243,7 +245,7 @@ def _difference(module: str, operation: str, x: F64, y: F64) -> ModuleDifference
 
 def _common_shape(name: str, deltas: Sequence[F32]) -> tuple[int, ...]:
     """The shape with the most planes; refused where the deltas differ in more than their planes (TSK-7)."""
-    axis = PLANE_AXIS.get((split_delta(name) or ("", ""))[1])
+    axis = split_delta(name)[1].axis("planes")
     shapes = [list(delta.shape) for delta in deltas]
     if axis is not None and all(len(shape) >= -axis for shape in shapes):
         most = max(shape[axis] for shape in shapes)

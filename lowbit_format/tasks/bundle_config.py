@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from ..container import strict_json
 from ..errors import BundleError, FormatError, VersionError
-from ..schema import FORMAT_VERSION, check_path, check_version, is_int
+from ..schema import FORMAT_VERSION, check_path, check_version, is_int, is_sha256, is_text
 
 TASK_CONFIG_FILE = "task_config.json"
 FORMAT = "lowbit-task"
-
-_HEX = re.compile(r"[0-9a-f]{64}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -26,10 +22,12 @@ class TaskConfig:
     Attributes:
         base_fingerprint, head_fingerprint: of the base that the deltas were tuned on; the second may be empty.
         method: how they were tuned; informative.
-        base_model_name_or_path, revision: where people may find the base.
+        base_model_name_or_path, revision: where people may find the base; no proof of it.
         bits: nested precision at which they were tuned, or None for the base's own bits.
         modules_to_save: paths of modules that the bundle carries whole.
         format_version: of the bundle.
+        others: keys that this version does not know. A reader ignores them (TSK-5), but what copies a bundle keeps
+            them: they are the owner's, or mean something to a later minor version (VER-2).
     """
 
     base_fingerprint: str
@@ -40,10 +38,13 @@ class TaskConfig:
     bits: int | None = None
     modules_to_save: tuple[str, ...] = ()
     format_version: str = FORMAT_VERSION
+    others: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON object, every key written out."""
-        return {"format": FORMAT, **asdict(self), "modules_to_save": list(self.modules_to_save)}
+        """JSON object: every known key written out, and the others behind them."""
+        known = asdict(self)
+        others = known.pop("others")
+        return {"format": FORMAT, **known, "modules_to_save": list(self.modules_to_save), **others}
 
     @classmethod
     def from_dict(cls, obj: object, *, file: object = None) -> TaskConfig:
@@ -60,23 +61,25 @@ class TaskConfig:
             kind = VersionError if isinstance(e, VersionError) else BundleError
             raise kind("TSK-1", str(e), file=file) from e
         base, head = obj.get("base_fingerprint"), obj.get("head_fingerprint", "")
-        if not isinstance(base, str) or not _HEX.fullmatch(base):
+        if not is_sha256(base):
             raise fail("TSK-2", f"base_fingerprint is {base!r}, expected 64 lower-case hexadecimal digits")
-        if not isinstance(head, str) or not (head == "" or _HEX.fullmatch(head)):
+        if head != "" and not is_sha256(head):
             raise fail("TSK-2", f"head_fingerprint is {head!r}, expected 64 lower-case hexadecimal digits, or none")
         bits = obj.get("bits")
         if bits is not None and not (is_int(bits) and 1 <= bits <= 8):
             raise fail("TSK-3", f"bits is {bits!r}, expected an integer from 1 to 8, or null")
         for key in ("base_model_name_or_path", "revision"):
-            if obj.get(key) is not None and not _is_text(obj[key]):
+            if obj.get(key) is not None and not is_text(obj[key]):
                 raise fail("TSK-4", f"{key} is {obj[key]!r}, expected a string without control characters, or null")
         method, saved = obj.get("method"), obj.get("modules_to_save", [])
-        if not _is_text(method):
+        if not is_text(method):
             raise fail("TSK-5", f"method is {method!r}, expected a string without control characters")
         if not isinstance(saved, list) or not all(map(_is_path, saved)) or len(set(saved)) != len(saved):
             raise fail("TSK-5", f"modules_to_save is {saved!r}, expected a list of module paths, none of them twice")
         place, revision = obj.get("base_model_name_or_path"), obj.get("revision")
-        return cls(base, head, method, place, revision, bits, tuple(saved), obj["format_version"])
+        known = {"format", *(f.name for f in fields(cls))} - {"others"}
+        others = {key: value for key, value in obj.items() if key not in known}
+        return cls(base, str(head), method, place, revision, bits, tuple(saved), obj["format_version"], others)
 
 
 def read_task_config(directory: Path) -> TaskConfig:
@@ -88,15 +91,10 @@ def read_task_config(directory: Path) -> TaskConfig:
 
     if not directory.is_dir():
         what = "is no directory" if directory.exists() else "there is no such directory"
-        raise BundleError("TSK-1", f"{what}; expected a task bundle's", file=directory)
+        raise BundleError("TSK-1", f"{what}; expected one that contains {TASK_CONFIG_FILE}", file=directory)
     if not path.is_file():
-        raise fail("TSK-1", "there is no such file; expected a task bundle's directory")
+        raise fail("TSK-1", "there is no such file; a task bundle has one")
     return TaskConfig.from_dict(strict_json.load_file(path, fail), file=path)
-
-
-def _is_text(value: object) -> TypeGuard[str]:
-    """Whether `value` is a string without control characters and lone surrogates, which no terminal should be sent."""
-    return isinstance(value, str) and not _CONTROL.search(value)
 
 
 def _is_path(value: object) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import TaskError
-from ..hub import TAGS, base_tag, is_hub_id
+from ..hub import is_hub_id
 from .bundle import TaskBundle
+from .repository import TAGS, base_tag
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$&#])")
 _REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)
@@ -110,9 +110,7 @@ A base with another fingerprint is refused, wherever it came from."""
 
 def _facts(bundle: TaskBundle, base: str | None, dataset: str | None, nbytes: int | None) -> str:
     config = bundle.config
-    deltas = sum(delta.size for delta in bundle.deltas.values())
-    saved = sum(math.prod(tensor.shape) for tensor in bundle.saved)
-    size = nbytes if nbytes is not None else 4 * deltas + sum(tensor.nbytes for tensor in bundle.saved)
+    deltas, saved, size = bundle.delta_values, bundle.saved_values, bundle.nbytes if nbytes is None else nbytes
     facts = {
         "base": f"`{base}`" if base else "see the fingerprint",
         "base fingerprint": f"`{config.base_fingerprint}`",

@@ -1,9 +1,10 @@
-"""What the other files here ask of a model: its modules by the names that bundles use, and its state."""
+"""What the other files here ask of a model: its modules by the names that bundles use, and its tasks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,36 @@ from ..integrations.placement import lowbit_modules
 from ..runtime.active_tasks import TaskState
 from ..runtime.modules import LowbitModule
 from ..schema import QuantizationConfig
-from .bundle import modules_by_name
+from .bundle_config import TaskConfig
+from .matching import modules_by_name
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A loaded task.
+
+    Attributes:
+        name: by which it is chosen.
+        config: what its bundle says of it.
+        numbers: how many numbers its deltas have; each takes 4 bytes.
+        saved_numbers: how many numbers its ``modules_to_save`` have.
+        saved_bytes: memory that these take.
+        tuned: it is being trained.
+        active: the model computes with it wherever no ``use_tasks`` block says otherwise.
+    """
+
+    name: str
+    config: TaskConfig
+    numbers: int
+    saved_numbers: int = 0
+    saved_bytes: int = 0
+    tuned: bool = False
+    active: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the task takes."""
+        return 4 * self.numbers + self.saved_bytes
 
 
 def unwrapped(model: Any) -> Any:
@@ -53,13 +83,20 @@ def config_of(model: Any) -> QuantizationConfig:
 
 
 def state_of(model: Any) -> TaskState:
-    """Which tasks are loaded, and which is on."""
-    return next(module for _, module in lowbit_modules(model)).state
+    """Which tasks are loaded, and which is active."""
+    state: TaskState = model.lowbit_state
+    return state
+
+
+def loaded_tasks(model: Any) -> dict[str, LoadedTask]:
+    """What is known of each loaded task, by name, in the order of loading; the model's own dict."""
+    loaded: dict[str, LoadedTask] = state_of(model).loaded
+    return loaded
 
 
 def tuned_task(model: Any) -> str | None:
     """The task that is being trained, if one is."""
-    return next((task.name for task in state_of(model).loaded.values() if task.tuned), None)
+    return next((task.name for task in loaded_tasks(model).values() if task.tuned), None)
 
 
 def refuse_tuned(model: Any) -> None:
@@ -96,5 +133,5 @@ def outermost(paths: Sequence[str]) -> list[str]:
 
 
 def tied_to(module: LowbitModule, model: nn.Module) -> list[LowbitModule]:
-    """All modules with the same packed matrix, this one too (TIE-1)."""
+    """All modules that share the matrix of `module`, this one too (TIE-1)."""
     return [m for _, m in lowbit_modules(model) if m.matrix_id == module.matrix_id]

@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..codecs import CODECS
-from ..container.header import ITEM_BYTES
 from ..container.reader import CONFIG_FILE
-from ..dtypes import BY_NAME
+from ..dtypes import BY_NAME, DTYPES
 from ..errors import TaskError
 from ..runtime.active_tasks import Name
-from ..runtime.modules import LowbitModule
 from ..runtime.stored_tensors import from_torch
-from .bundle import CARD_FILE, TASK_CONFIG_FILE, TaskBundle, rounding_loss, write_bundle
-from .models import model_path, named_modules, state_of, unwrapped
+from .bundle import CARD_FILE, SCALES_FILE, TaskBundle, rounding_loss, write_bundle
+from .bundle_config import TASK_CONFIG_FILE
+from .models import loaded_tasks, model_path, named_modules, state_of, unwrapped
+from .operations import delta_name
 
 
 def save_task(
@@ -30,13 +29,13 @@ def save_task(
     revision: str | None = None,
     metrics: Mapping[str, float] | None = None,
     **card: Any,
-) -> None:
+) -> Path:
     """Write a task of `model` into `directory` as a bundle, with a model card.
 
     Args:
         model: a lowbit model, also inside of DDP or ``torch.compile``.
         directory: made if it is not there; a bundle that it holds is replaced. A ``README.md`` of something else stays.
-        name: which task; by default the one that is on.
+        name: which task; by default the active one.
         dtype: of the deltas in the file. ``"float32"`` keeps them exactly; ``"float16"`` and ``"bfloat16"`` halve the
             file, and the card says what that loses.
         base_model, revision: where people find the base; by default where this model came from.
@@ -44,28 +43,37 @@ def save_task(
         **card: more for the card: ``dataset`` (Hub id), ``language``, ``license``, ``notes`` (Markdown), and
             ``repo_id`` and ``subfolder`` where the bundle is going to be.
 
+    Returns:
+        `directory`.
+
     Raises:
-        TaskError: no task is on, the named one is not loaded, an unknown `dtype`, or a directory with a model.
+        TaskError: no task is active, the named one is not loaded, an unknown `dtype`, or a directory with a model.
         BundleError: a delta is not finite, or does not fit into `dtype`. OutputError: the disk refuses.
     """
+    _check_dtype(dtype)
+    bundle = bundle_of(model, name, base_model=base_model, revision=revision)
+    write_task(model, bundle, Path(directory), dtype, metrics=metrics, **card)
+    return Path(directory)
+
+
+def write_task(model: Any, bundle: TaskBundle, directory: Path, dtype: str, **card: Any) -> dict[str, Path]:
+    """Write a model's bundle with its card; arguments as for :func:`save_task`. Returns the bundle's files by name."""
     from .card import task_card
 
-    if dtype not in BY_NAME:
-        raise TaskError(f"unknown dtype {dtype!r} for deltas: choose one of {', '.join(BY_NAME)}")
-    bundle = bundle_of(model, name, base_model=base_model, revision=revision)
+    _check_dtype(dtype)
     stored = BY_NAME[dtype]
     if stored != "F32":
         card["notes"] = "\n\n".join(filter(None, [card.get("notes"), _loss(bundle, dtype)]))
-    path = Path(directory)
-    if (path / CONFIG_FILE).exists() and not (path / TASK_CONFIG_FILE).exists():
-        raise TaskError(f"{path}: holds a model; give the task a directory of its own")
+    if (directory / CONFIG_FILE).exists() and not (directory / TASK_CONFIG_FILE).exists():
+        raise TaskError(f"{directory}: holds a model; give the task a directory of its own")
     if bundle.config.modules_to_save:
         inner = unwrapped(model)
         card = {"model_class": type(inner).__name__, "num_labels": _labels(inner), **card}
-    nbytes = bundle.nbytes - (4 - ITEM_BYTES[stored]) * bundle.delta_values
-    text = task_card(bundle, metrics=metrics, nbytes=nbytes, **card)
-    foreign = (path / CARD_FILE).exists() and not (path / TASK_CONFIG_FILE).exists()
-    write_bundle(path, bundle, dtype=stored, card=None if foreign else text)
+    nbytes = bundle.nbytes - (DTYPES["F32"].nbytes - DTYPES[stored].nbytes) * bundle.delta_values
+    text = task_card(bundle, nbytes=nbytes, **card)
+    foreign = (directory / CARD_FILE).exists() and not (directory / TASK_CONFIG_FILE).exists()
+    write_bundle(directory, bundle, dtype=stored, card=None if foreign else text)
+    return {name: directory / name for name in (SCALES_FILE, CARD_FILE, TASK_CONFIG_FILE)}
 
 
 def bundle_of(
@@ -76,26 +84,31 @@ def bundle_of(
     state = state_of(model)
     name = state.active if name is None else name
     if name is None:
-        raise TaskError("no task is on: choose one with set_task, or say which with name=")
+        raise TaskError("no task is active: choose one with set_task, or say which with name=")
     state.check([name])
     config = replace(
-        state.loaded[name].config,
+        loaded_tasks(model)[name].config,
         base_model_name_or_path=base_model or model.name_or_path or None,
         revision=revision or (None if base_model else getattr(model.config, "_commit_hash", None)),
     )
     deltas = {}
     for module_name, module in named_modules(model).items():
         delta = module.delta_of(name)
-        for part, tensor in (delta._asdict() if delta is not None else {}).items():
+        for field, tensor in (delta._asdict() if delta is not None else {}).items():
             if tensor is not None:
                 values = tensor.detach().cpu().float().contiguous().numpy().copy()
-                deltas[f"{module_name}.{_operation(module, part, values.ndim)}"] = values
+                deltas[delta_name(module_name, field, values.ndim, module.scheme.shift)] = values
     saved = []
     for listed in config.modules_to_save:
         path = model_path(model, listed)
         head = model.get_submodule(path).module_of(name)
         saved += [from_torch(f"{listed}.{key}", tensor) for key, tensor in head.state_dict().items()]
     return TaskBundle(config, deltas, tuple(saved))
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in BY_NAME:
+        raise TaskError(f"unknown dtype {dtype!r} for deltas: choose one of {', '.join(BY_NAME)}")
 
 
 def _labels(model: Any) -> int | None:
@@ -111,10 +124,3 @@ def _loss(bundle: TaskBundle, dtype: str) -> str:
         f"The deltas are stored in {dtype}: {loss.changed:,} of them are not what was trained, by at most "
         f"{loss.largest:.2g}, and by {loss.relative_rms:.2g} of their root mean square."
     )
-
-
-def _operation(module: LowbitModule, part: str, dims: int) -> str:
-    """How the spec calls it (TSK-6)."""
-    if part == "shift":
-        return f"{CODECS[module.scheme.codec].shift}.add"
-    return "scales.mul" if dims == 2 else "scales.add"

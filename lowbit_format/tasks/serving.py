@@ -9,7 +9,7 @@ import contextlib
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +24,17 @@ from ..runtime.deltas import Delta, shifted
 from ..runtime.modules import LowbitModule
 from ..runtime.modules_to_save import SwitchedModule, plain_copy, switched
 from ..runtime.stored_tensors import TORCH_DTYPES, to_torch
-from .bundle import TaskBundle, TaskConfig, check_bundle, check_matches, split_delta
+from .bundle import TaskBundle, check_bundle
 from .finding import find_bundle
-from .models import model_path, named_modules, outermost, state_of, unwrapped
+from .matching import check_matches
+from .models import LoadedTask, loaded_tasks, model_path, named_modules, outermost, state_of, unwrapped
+from .operations import split_delta
 
 log = logging.getLogger(__name__)
 
 
 # Sequence before batch, or one relative-position table through projections that tasks change.
 NOT_BATCH_FIRST = ("longformer", "led", "xlnet", "fsmt", "deberta", "deberta-v2")
-
-
-@dataclass(frozen=True)
-class LoadedTask:
-    """A loaded task.
-
-    Attributes:
-        name: by which it is chosen.
-        config: what its bundle says of it.
-        numbers: how many numbers its deltas have; each takes 4 bytes.
-        saved_numbers: how many numbers its ``modules_to_save`` have.
-        saved_bytes: memory that these take.
-        tuned: it is being trained.
-        active: the model computes with it wherever no ``use_tasks`` block says otherwise.
-    """
-
-    name: str
-    config: TaskConfig
-    numbers: int
-    saved_numbers: int = 0
-    saved_bytes: int = 0
-    tuned: bool = False
-    active: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the task takes."""
-        return 4 * self.numbers + self.saved_bytes
 
 
 def load_task(
@@ -117,7 +91,7 @@ def load_task(
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             force_download=force_download,
-        )
+        ).bundle
     whole = tuple(outermost(bundle.config.modules_to_save))  # a copy of a module has its parts' tensors too
     bundle = replace(bundle, config=replace(bundle.config, modules_to_save=whole))
     base = model.lowbit_base
@@ -134,7 +108,7 @@ def load_task(
     numbers = sum(d.numel() for d in deltas.values())
     tensors = [t for head in heads.values() for t in head.state_dict().values()]
     size, nbytes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
-    state.loaded[name] = LoadedTask(name, bundle.config, numbers, size, nbytes)
+    loaded_tasks(model)[name] = LoadedTask(name, bundle.config, numbers, size, nbytes)
     return name
 
 
@@ -184,8 +158,9 @@ def use_tasks(model: Any, tasks: Sequence[Name] | Name) -> Iterator[None]:
 
 def list_tasks(model: Any) -> list[LoadedTask]:
     """The loaded tasks, in the order of loading."""
-    state = state_of(unwrapped(model))
-    return [replace(info, active=info.name == state.active) for info in state.loaded.values()]
+    model = unwrapped(model)
+    state = state_of(model)
+    return [replace(info, active=info.name == state.active) for info in loaded_tasks(model).values()]
 
 
 def unload_task(model: Any, name: str) -> None:
@@ -208,17 +183,16 @@ def unload_task(model: Any, name: str) -> None:
 
 
 def _deltas(bundle: TaskBundle, modules: dict[str, Any]) -> dict[str, Delta]:
-    """Deltas by the names of modules; those that the model's class is built without are left out, with a warning."""
+    """Deltas by the names of modules, without those of modules that the model's class lacks, which a warning names."""
     found, missing = dict[str, Delta](), set[str]()
     for name, values in bundle.deltas.items():
-        module, operation = split_delta(name) or ("", "")
+        module, operation = split_delta(name)
         if module not in modules:
             missing.add(module)
             continue
-        part = "scales" if operation.startswith("scales") else "shift"
-        found[module] = found.get(module, Delta())._replace(**{part: torch.tensor(values)})
+        found[module] = found.get(module, Delta())._replace(**{operation.field: torch.tensor(values)})
     if missing:
-        log.warning("the model is built without %s, which the task changes too", ", ".join(sorted(missing)))
+        log.warning("the task also changes %s, which this model class does not have", ", ".join(sorted(missing)))
     return found
 
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TaskError
-from ..hub import check_subfolder, full_repo_id, is_hub_id, push_task_directory
-from .bundle import CARD_FILE, SCALES_FILE, TASK_CONFIG_FILE, read_bundle
+from ..hub import check_subfolder, full_repo_id, is_hub_id
+from .bundle import CARD_FILE, read_stored_bundle
+from .bundle_config import TASK_CONFIG_FILE, TaskConfig
 from .card import task_card
+from .repository import push_task
 
 if TYPE_CHECKING:
     from ..hub import Token
@@ -44,7 +46,7 @@ def push_task_to_hub(
     Args:
         model_or_dir: a model with a task, or the directory of a bundle, which stays as it is.
         repo_id, subfolder, revision, private, token, commit_message, create_pr, tag: see
-            :func:`lowbit_format.hub.push_task_directory`.
+            :func:`lowbit_format.tasks.repository.push_task`.
         name: which of the model's tasks; by default the active one.
         base_model: Hub id of the base, where people will find it; by default what the model or bundle says.
         metrics: what the task reached, by name, for the card.
@@ -62,53 +64,46 @@ def push_task_to_hub(
         FormatError: the directory holds no valid bundle.
     """
     subfolder = check_subfolder(subfolder)
-    from_directory = isinstance(model_or_dir, str | os.PathLike)
-    if from_directory and (name is not None or dtype is not None):
-        raise TaskError("name and dtype choose a model's task; a directory holds one task, as it was saved")
+    card = {"metrics": metrics, "subfolder": subfolder, **card_options}
+    push: dict[str, Any] = {
+        "subfolder": subfolder,
+        "revision": revision,
+        "private": private,
+        "token": token,
+        "commit_message": commit_message,
+        "create_pr": create_pr,
+        "tag": tag,
+    }
+    if isinstance(model_or_dir, str | os.PathLike):
+        if name is not None or dtype is not None:
+            raise TaskError("name and dtype choose a model's task; a directory holds one task, as it was saved")
+        stored = read_stored_bundle(Path(model_or_dir))
+        full_id = full_repo_id(repo_id, token)
+        config = _published(stored.bundle.config, base_model, full_id)
+        files: dict[str, Path | bytes] = {**stored.files()}
+        if config != stored.bundle.config:
+            files[TASK_CONFIG_FILE] = (json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
+        if base_model or metrics or card_options or CARD_FILE not in files:
+            bundle = replace(stored.bundle, config=config)
+            files[CARD_FILE] = task_card(bundle, nbytes=stored.nbytes, repo_id=full_id, **card).encode()
+        return push_task(files, config, full_id, **push)
+
+    from .saving import bundle_of, write_task
+
+    bundle = bundle_of(model_or_dir, name, base_model=base_model)
     full_id = full_repo_id(repo_id, token)
-    card = {"metrics": metrics, "repo_id": full_id, "subfolder": subfolder, **card_options}
+    bundle = replace(bundle, config=_published(bundle.config, None, full_id))
     with tempfile.TemporaryDirectory() as temporary:
-        directory = Path(temporary)
-        if from_directory:
-            _copy(Path(model_or_dir), directory)
-            if base_model is not None:
-                _rename_base(directory / TASK_CONFIG_FILE, base_model)
-            if base_model or metrics or card_options or not (directory / CARD_FILE).is_file():
-                nbytes = (directory / SCALES_FILE).stat().st_size
-                text = task_card(read_bundle(directory), nbytes=nbytes, **card)
-                (directory / CARD_FILE).write_text(text, "utf-8", newline="\n")
-        else:
-            from .saving import save_task
-
-            options = card if dtype is None else {"dtype": dtype, **card}
-            save_task(model_or_dir, directory, name=name, base_model=base_model, **options)
-        base = read_bundle(directory).config.base_model_name_or_path
-        if base is not None and not is_hub_id(base):  # a path here: no business of others, and no use to them
-            log.warning("%s: give the base's id on the Hub (base_model=, --base-model), for people to find it", full_id)
-            _rename_base(directory / TASK_CONFIG_FILE, None)
-        return push_task_directory(
-            directory,
-            full_id,
-            subfolder=subfolder,
-            revision=revision,
-            private=private,
-            token=token,
-            commit_message=commit_message,
-            create_pr=create_pr,
-            tag=tag,
-        )
+        paths = write_task(model_or_dir, bundle, Path(temporary), dtype or "float32", repo_id=full_id, **card)
+        return push_task(paths, bundle.config, full_id, **push)
 
 
-def _copy(source: Path, directory: Path) -> None:
-    """The bundle's files, once they are known to be one."""
-    read_bundle(source)
-    for name in (TASK_CONFIG_FILE, SCALES_FILE, CARD_FILE):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
-
-
-def _rename_base(path: Path, base_model: str | None) -> None:
-    """Say in ``task_config.json`` that the base is `base_model`; all keys stay, but a revision was the old one's."""
-    config = json.loads(path.read_text("utf-8"))
-    config.update(base_model_name_or_path=base_model, revision=None)
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", "utf-8", newline="\n")
+def _published(config: TaskConfig, base_model: str | None, repo_id: str) -> TaskConfig:
+    """`config` with the base's id on the Hub, or with none in place of a path here, which is of no use to others."""
+    base = base_model or config.base_model_name_or_path
+    if base is not None and not is_hub_id(base):
+        log.warning("%s: give the base's id on the Hub (base_model=, --base-model), for people to find it", repo_id)
+        return replace(config, base_model_name_or_path=None, revision=None)
+    if base_model is None:
+        return config
+    return replace(config, base_model_name_or_path=base_model, revision=None)  # the revision was the old one's

@@ -30,9 +30,21 @@ from ..integrations.placement import lowbit_modules
 from ..runtime.deltas import Delta, TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.modules_to_save import plain_copy, switched
-from .bundle import TaskConfig
-from .models import bundle_path, model_path, named_modules, outermost, refuse_tuned, state_of, tied_to, unwrapped
-from .serving import LoadedTask, set_task
+from .bundle_config import TaskConfig
+from .models import (
+    LoadedTask,
+    bundle_path,
+    loaded_tasks,
+    model_path,
+    named_modules,
+    outermost,
+    refuse_tuned,
+    state_of,
+    tied_to,
+    unwrapped,
+)
+from .operations import OPERATIONS
+from .serving import set_task
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +101,7 @@ def prepare_scale_tuning(
     name: str = "default",
     start: str | None = None,
 ) -> Tuning:
-    """Freeze everything but one task's float32 deltas, and turn that task on. Then train in any loop.
+    """Freeze everything but one task's float32 deltas, and make that task the active one. Then train in any loop.
 
     Patterns are paths with ``*`` (``"*.query"``), or the last names of paths (``"query"``), as PEFT has them.
 
@@ -142,7 +154,7 @@ def prepare_scale_tuning(
     whole = sum(p.numel() for path in saved for p in model.get_submodule(path).parameters())
     base, names = model.lowbit_base, tuple(bundle_path(model, path) for path in saved)
     config = TaskConfig(base.fingerprint.body, base.fingerprint.head, method, bits=base.bits, modules_to_save=names)
-    state.loaded[name] = LoadedTask(name, config, trained, tuned=True, saved_numbers=whole)
+    loaded_tasks(model)[name] = LoadedTask(name, config, trained, tuned=True, saved_numbers=whole)
     set_task(model, name)
     return Tuning(name, tuple(modules), trained, tuple(saved), whole)
 
@@ -237,7 +249,7 @@ def _check_covers(model: Any, start: str, modules: dict[str, LowbitModule], save
     trained = {id(module) for module in modules.values()}
     kept = {bundle_path(model, path) for path in saved}
     lost = [n for n, m in named_modules(model).items() if m.delta_of(start) is not None and id(m) not in trained]
-    lost += [n for n in state_of(model).loaded[start].config.modules_to_save if n not in kept]
+    lost += [n for n in loaded_tasks(model)[start].config.modules_to_save if n not in kept]
     if lost:
         raise TuningError(
             f"task {start!r} changes {lost[0]!r} ({len(lost)} in all), which this tuning leaves out: choose with "
@@ -249,7 +261,7 @@ def _start(module: LowbitModule, method: Method, kind: str, offsets: bool) -> De
     """Zeros of the right shapes, on the module's device."""
     planes, rows, groups = module.scales.shape
     p = planes if method.planes is None else min(method.planes, planes)
-    shape = (p, rows) if kind == "mul" else (p, rows, groups)
+    shape = OPERATIONS[f"scales.{kind}"].shape(p, rows, groups)
     shift = module.offsets if module.offsets is not None else module.zeros
     if offsets and shift is None:
         raise TuningError(

@@ -96,9 +96,7 @@ def random_matrix(scheme: Scheme, rows: int, cols: int, seed: int = 0) -> Stored
         scales = random_floats(rng, scheme.scale_dtype, (bits if codec.scale_per_plane else 1, rows, groups))
         if row_bits is not None and codec.scale_per_plane:
             scales[row_bits[None, :] <= np.arange(bits)[:, None]] = 0  # MIX-3
-        return Params(
-            scales, random_floats(rng, scheme.scale_dtype, (rows, groups)) if codec.has_shift(scheme) else None
-        )
+        return Params(scales, random_floats(rng, scheme.scale_dtype, (rows, groups)) if scheme.shift else None)
 
     return StoredMatrix(
         scheme,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,17 @@ from lowbit_format.cli.main import app
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import HubError
-from lowbit_format.hub import TaskRepository
-from lowbit_format.tasks.bundle import CARD_FILE, SCALES_FILE, TASK_CONFIG_FILE, TaskBundle, read_bundle, write_bundle
+from lowbit_format.tasks.bundle import (
+    CARD_FILE,
+    SCALES_FILE,
+    StoredBundle,
+    TaskBundle,
+    read_bundle,
+    read_stored_bundle,
+    write_bundle,
+)
+from lowbit_format.tasks.bundle_config import TASK_CONFIG_FILE
+from lowbit_format.tasks.repository import TaskRepository
 from lowbit_format.testing.vectors import VECTORS
 
 VALID, INVALID = VECTORS / "bundles" / "valid", VECTORS / "bundles" / "invalid"
@@ -40,6 +51,19 @@ def refused(result: Result) -> str:
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     return line
+
+
+@pytest.fixture
+def digested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the tensors that have been read and digested for a bundle."""
+    sizes = list[int]()
+
+    def sha256(content: bytes) -> Any:
+        sizes.append(len(content))
+        return hashlib.sha256(content)
+
+    monkeypatch.setattr("lowbit_format.tasks.bundle.hashlib", SimpleNamespace(sha256=sha256))
+    return sizes
 
 
 def files(directory: Path) -> dict[str, bytes]:
@@ -148,6 +172,18 @@ def test_text_of_a_bundle_cannot_play_tricks_on_the_terminal(tmp_path: Path) -> 
     write_bundle(tmp_path, replace(found, config=evil))
     for result in (task("inspect", tmp_path), task("list", tmp_path)):
         assert "[red]not markup[/red]" in result.output
+
+
+def test_inspect_takes_the_modules_of_all_layers_together(tmp_path: Path) -> None:
+    deltas = {f"layers.{i}.{m}.scales.mul": np.full((1, 2), i, np.float32) for i in range(4) for m in ("up", "down")}
+    write_bundle(tmp_path, TaskBundle(replace(read_bundle(GOOD).config, modules_to_save=()), deltas))
+    lines = task("inspect", tmp_path).stdout.splitlines()
+    kinds = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "scales.mul │" in line]
+    rms = f"{np.sqrt(14 / 4):.4g}"
+    assert kinds == [[f"layers.*.{m}.scales.mul", "4", "1x2", rms, "0", "3"] for m in ("down", "up")]
+    assert lines[-1].startswith("It is well-formed")
+    every = task("inspect", tmp_path, "--modules").stdout
+    assert all(name in every for name in deltas)
 
 
 # --- merge and diff --------------------------------------------------------------------------------
@@ -275,10 +311,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, half: Path) -> list[tuple[tuple[Any, 
 
         return call
 
-    def fetch(repo: str) -> Path:
+    def fetch(repo: str) -> StoredBundle:
         if repo != "user/half":
             raise HubError(f"{repo}: there is no such repository")
-        return half
+        return read_stored_bundle(half)
 
     found = (
         TaskRepository(
@@ -286,8 +322,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, half: Path) -> list[tuple[tuple[Any, 
         ),
         TaskRepository("user/other", ("lowbit-task",), False, 1234),
     )
-    monkeypatch.setattr("lowbit_format.hub.fetch_task", watched(fetch))
-    monkeypatch.setattr("lowbit_format.hub.search_tasks", watched(lambda: found))
+    monkeypatch.setattr("lowbit_format.tasks.repository.fetch_task", watched(fetch))
+    monkeypatch.setattr("lowbit_format.tasks.repository.search_tasks", watched(lambda: found))
     monkeypatch.setattr("lowbit_format.tasks.sharing.push_task_to_hub", watched(lambda *_: "https://hub/commit/1"))
     return seen
 
@@ -344,9 +380,11 @@ def test_metrics_are_names_and_numbers(metric: str, calls: list[Any], half: Path
     assert calls == []
 
 
-def test_push_of_what_is_no_bundle_asks_nobody(calls: list[Any], tmp_path: Path) -> None:
-    assert "there is no such file" in refused(task("push", tmp_path, "user/tasks"))
-    assert calls == []
+def test_push_of_what_is_no_bundle_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[object]()
+    monkeypatch.setattr("lowbit_format.hub._api", asked.append)
+    assert "there is no such file" in refused(task("push", tmp_path, "tasks"))
+    assert asked == []
 
 
 def test_pull_copies_the_bundle(calls: list[Any], half: Path, tmp_path: Path) -> None:
@@ -410,6 +448,37 @@ def test_list_of_an_empty_directory(tmp_path: Path) -> None:
     assert json.loads(task("list", tmp_path, "--json").stdout) == []
 
 
+def test_list_goes_on_past_an_ill_formed_bundle(half: Path, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "bad", read_bundle(GOOD))
+    (tmp_path / "bad" / TASK_CONFIG_FILE).write_text("{}")
+    write_bundle(tmp_path / "zzz", read_bundle(GOOD))
+    result = task("list", tmp_path)
+    assert result.exit_code == 2
+    assert [name in result.stdout for name in ("half", "bad", "zzz")] == [True] * 3
+    assert "3 tasks, 1 of them ill-formed" in result.stdout
+    assert f"BundleError: {tmp_path / 'bad'}" in result.stderr
+    listed = task("list", tmp_path, "--json")
+    assert listed.exit_code == 2
+    facts = {f["subfolder"]: f for f in json.loads(listed.stdout)}
+    assert "TSK-1" in facts["bad"]["error"]
+    assert facts["zzz"]["method"] == read_bundle(GOOD).config.method
+
+
+def test_a_typo_is_looked_for_here_first(half: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``bundles/e2`` could be an id too: that there is no such directory is said first."""
+    with running_hub(tmp_path / "server", monkeypatch):
+        for args in (
+            ("merge", tmp_path / "out", half, "bundles/e2"),
+            ("inspect", "bundles/e2"),
+            ("list", "bundles/e2"),
+        ):
+            result = task(*args)
+            assert result.exit_code == 2
+            line = result.stderr.splitlines()[-1]
+            assert line.startswith("HubError: bundles/e2: there is no such directory here. On the Hub: ")
+            assert "no such repository" in line
+
+
 def test_list_searches_the_hub(calls: list[Any]) -> None:
     result = task("list", "--base", "user/base", "--author", "user", "--limit", 2)
     assert calls == [((), {"base": "user/base", "author": "user", "limit": 2})]
@@ -459,3 +528,21 @@ def test_there_and_back_through_a_hub(half: Path, tmp_path: Path, monkeypatch: p
             assert said in result.stderr.splitlines()[-1]  # above it, the client may show its progress
     assert {**files(tmp_path / "out"), CARD_FILE: b""} == {**files(half), CARD_FILE: b""}
     assert "0.91" in (tmp_path / "out" / CARD_FILE).read_text("utf-8")
+
+
+def test_each_trip_reads_a_bundle_once(
+    half: Path, tmp_path: Path, digested: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = len(read_bundle(half).deltas) + 1
+    trips = {
+        "push": ("push", half, "owner/tasks", "--base-model", "owner/base", "--metric", "f1=0.5"),
+        "pull": ("pull", "owner/tasks", tmp_path / "out"),
+        "inspect": ("inspect", "owner/tasks"),
+        "merge": ("merge", tmp_path / "merged", "owner/tasks"),
+    }
+    with running_hub(tmp_path / "server", monkeypatch):
+        for name, args in trips.items():
+            digested.clear()
+            result = task(*args)
+            assert result.exit_code == 0, result.output
+            assert (name, len(digested)) == (name, tensors)

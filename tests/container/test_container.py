@@ -24,16 +24,16 @@ from support.directories import (
     write_model,
 )
 
-from lowbit_format.codecs import tensor_specs
 from lowbit_format.container import writer as writing
 from lowbit_format.container.atomic import atomic_directory, atomic_file
-from lowbit_format.container.header import ITEM_BYTES, build_header, read_header
+from lowbit_format.container.header import build_header, read_header
 from lowbit_format.container.reader import INDEX_FILE, ModelReader
 from lowbit_format.container.writer import ShardWriter, StoredTensor, file_metadata, seal, shard_name, write_safetensors
-from lowbit_format.dtypes import from_float32, round_to, to_float32
+from lowbit_format.dtypes import DTYPES, from_float32, round_to, to_float32
 from lowbit_format.errors import ConfigError, DirectoryError, OutputError, PrecisionError, TensorError
 from lowbit_format.reference import decode_numpy
 from lowbit_format.schema import ModuleEntry, QuantizationConfig
+from lowbit_format.tensors import tensor_specs
 from lowbit_format.testing.strategies import modules
 from lowbit_format.testing.vectors import assert_same_bits
 
@@ -149,7 +149,7 @@ NAMES = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), m
 @given(
     st.dictionaries(
         NAMES.filter(lambda n: n != "__metadata__"),
-        st.tuples(st.sampled_from(sorted(ITEM_BYTES)), st.lists(st.integers(0, 3), max_size=5)),
+        st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 3), max_size=5)),
         max_size=5,
     )
 )
@@ -160,7 +160,7 @@ def test_any_tensors_round_trip(
     rng, path = np.random.default_rng(0), tmp_path_factory.getbasetemp() / "any.safetensors"
     tensors = [
         StoredTensor(
-            name, dtype, tuple(shape), rng.integers(0, 256, int(np.prod(shape)) * ITEM_BYTES[dtype]).astype(np.uint8)
+            name, dtype, tuple(shape), rng.integers(0, 256, int(np.prod(shape)) * DTYPES[dtype].nbytes).astype(np.uint8)
         )
         for name, (dtype, shape) in specs.items()
     ]

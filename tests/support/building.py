@@ -36,7 +36,7 @@ def random_matrix(scheme: Scheme, rows: int, cols: int, seed: int = 0) -> Stored
         scales = rng.uniform(0.01, 0.1, (bits if codec.scale_per_plane else 1, rows, groups)).astype(np.float32)
         if row_bits is not None and codec.scale_per_plane:
             scales[row_bits[None, :] <= np.arange(bits)[:, None]] = 0
-        shift = rng.normal(0, 0.1, (rows, groups)).astype(np.float32) if codec.has_shift(scheme) else None
+        shift = rng.normal(0, 0.1, (rows, groups)).astype(np.float32) if scheme.shift else None
         shift = None if shift is None else round_to(shift, scheme.scale_dtype)
         return Params(round_to(scales, scheme.scale_dtype), shift)
 

@@ -17,7 +17,10 @@ from lowbit_format.container.reader import ModelReader
 from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import BundleError, FingerprintError
 from lowbit_format.tasks.arithmetic import compare_bundles, merge_bundles, same_saved, total_difference
-from lowbit_format.tasks.bundle import OPERATIONS, TaskBundle, TaskConfig, check_applies, read_bundle, write_bundle
+from lowbit_format.tasks.bundle import TaskBundle, read_bundle, write_bundle
+from lowbit_format.tasks.bundle_config import TaskConfig
+from lowbit_format.tasks.matching import check_applies
+from lowbit_format.tasks.operations import OPERATIONS
 from lowbit_format.testing.vectors import VECTORS, assert_same_bits
 
 ALL_DELTAS = VECTORS / "bundles" / "valid" / "all-deltas" / "bundle"

@@ -24,21 +24,10 @@ from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import BundleError, FingerprintError, FormatError, LowbitError, OutputError, VersionError
 from lowbit_format.matrix import Params
 from lowbit_format.tasks import bundle as bundles
-from lowbit_format.tasks.bundle import (
-    OPERATIONS,
-    TaskBundle,
-    TaskConfig,
-    base_params,
-    check_applies,
-    check_matches,
-    effective_params,
-    modules_by_name,
-    read_bundle,
-    rounding_loss,
-    saved_module,
-    split_delta,
-    write_bundle,
-)
+from lowbit_format.tasks.bundle import TaskBundle, read_bundle, rounding_loss, saved_module, write_bundle
+from lowbit_format.tasks.bundle_config import TaskConfig
+from lowbit_format.tasks.matching import base_params, check_applies, check_matches, effective_params, modules_by_name
+from lowbit_format.tasks.operations import OPERATIONS, split_delta
 from lowbit_format.testing.vectors import VECTORS, assert_same_bits, cases, expected_tensors, facts
 
 VALID, INVALID = VECTORS / "bundles" / "valid", VECTORS / "bundles" / "invalid"
@@ -50,7 +39,7 @@ def apply(bundle: TaskBundle, reader: ModelReader, bits: int | None) -> dict[str
     """Effective parameters of every module with a delta, named as in the golden files."""
     check_matches(bundle, reader.config, reader.fingerprint(), bits)
     modules, out = modules_by_name(reader.config), {}
-    for name in sorted({(split_delta(d) or ("", ""))[0] for d in bundle.deltas}):
+    for name in sorted({split_delta(d)[0] for d in bundle.deltas}):
         module = modules[name][0]
         params = effective_params(bundle, name, base_params(reader, module.path, bits))
         out[f"{name}.scales"] = params.scales
@@ -92,7 +81,7 @@ def test_invalid_bundle_is_refused_by_rule(name: str) -> None:
 
 
 def test_every_kind_of_delta_is_in_a_golden_file() -> None:
-    deltas = {(split_delta(d) or ("", ""))[1] for name in cases("bundles/valid") for d in _deltas(VALID / name)}
+    deltas = {split_delta(d)[1].name for name in cases("bundles/valid") for d in _deltas(VALID / name)}
     assert deltas == set(OPERATIONS)
 
 

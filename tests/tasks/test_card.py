@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import TaskError
-from lowbit_format.hub import base_tag
-from lowbit_format.tasks.bundle import TaskBundle, TaskConfig
+from lowbit_format.tasks.bundle import TaskBundle
+from lowbit_format.tasks.bundle_config import TaskConfig
 from lowbit_format.tasks.card import task_card
+from lowbit_format.tasks.repository import base_tag
 
 BASE = "0123456789abcdef" * 4
 CONFIG = TaskConfig(

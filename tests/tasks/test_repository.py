@@ -18,25 +18,19 @@ from support.hub_server import OTHER_TOKEN, HubServer, running_hub
 
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import BundleError, DigestError, HeaderError, HubError, TaskError
-from lowbit_format.hub import (
-    base_tag,
-    check_subfolder,
-    fetch_task,
-    find_tasks,
-    is_hub_id,
-    push_task_directory,
-    search_tasks,
-)
+from lowbit_format.hub import check_subfolder, is_hub_id
 from lowbit_format.tasks.bundle import (
     CARD_FILE,
     SCALES_FILE,
-    TASK_CONFIG_FILE,
+    StoredBundle,
     TaskBundle,
-    TaskConfig,
-    check_matches,
+    read_stored_bundle,
     write_bundle,
 )
+from lowbit_format.tasks.bundle_config import TASK_CONFIG_FILE, TaskConfig
 from lowbit_format.tasks.card import task_card
+from lowbit_format.tasks.matching import check_matches
+from lowbit_format.tasks.repository import base_tag, fetch_task, find_tasks, push_task, search_tasks
 from lowbit_format.tasks.sharing import push_task_to_hub
 
 REPO, BASE, FILES = "owner/task", "ab" * 32, (TASK_CONFIG_FILE, SCALES_FILE, CARD_FILE)
@@ -72,7 +66,13 @@ def make(tmp_path: Path) -> MakeBundle:
     return make_bundle
 
 
-def contents(directory: Path) -> Contents:
+def push(directory: Path, repo_id: str, **options: Any) -> str:
+    stored = read_stored_bundle(directory)
+    return push_task(stored.files(), stored.bundle.config, repo_id, **options)
+
+
+def contents(bundle: Path | StoredBundle) -> Contents:
+    directory = bundle if isinstance(bundle, Path) else bundle.directory
     return {name: (directory / name).read_bytes() for name in FILES}
 
 
@@ -84,7 +84,7 @@ def requests(hub: HubServer, method: str, part: str) -> int:
 
 
 def test_round_trip(hub: HubServer, make: MakeBundle) -> None:
-    url = push_task_directory(make(), REPO)
+    url = push(make(), REPO)
     assert url.endswith(f"/{REPO}/commit/{hub.head(REPO)}")
     assert contents(fetch_task(REPO)) == contents(make())
     assert requests(hub, "POST", "/commit/") == 1
@@ -92,59 +92,59 @@ def test_round_trip(hub: HubServer, make: MakeBundle) -> None:
 
 
 def test_a_name_alone_is_in_the_namespace_of_the_token(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(), "task")
+    push(make(), "task")
     assert contents(fetch_task(REPO)) == contents(make())
 
 
 def test_branch_tag_and_commit(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO, tag="v1")
-    push_task_directory(make(2), REPO, revision="next/step")
-    push_task_directory(make(3), REPO)
+    push(make(1), REPO, tag="v1")
+    push(make(2), REPO, revision="next/step")
+    push(make(3), REPO)
     first = hub.refs(REPO)["tags"]["v1"]
     for revision, seed in (("v1", 1), (first, 1), ("next/step", 2), (None, 3), ("main", 3)):
         assert contents(fetch_task(REPO, revision=revision)) == contents(make(seed))
-    push_task_directory(make(4), REPO, revision="next/step")  # which exists now
+    push(make(4), REPO, revision="next/step")  # which exists now
     assert contents(fetch_task(REPO, revision="next/step")) == contents(make(4))
 
 
 def test_private_repository(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(), REPO, private=True)
+    push(make(), REPO, private=True)
     assert hub.refs(REPO)["private"]
     for token in (OTHER_TOKEN, False):
         with pytest.raises(HubError, match=r"owner/task: there is no such repository, or this token may not see it"):
             fetch_task(REPO, token=token)
     assert contents(fetch_task(REPO)) == contents(make())
-    push_task_directory(make(1), REPO, private=True)
+    push(make(1), REPO, private=True)
     assert contents(fetch_task(REPO)) == contents(make(1))
 
 
 def test_private_is_not_published_in_a_public_repository(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO)
+    push(make(1), REPO)
     head = hub.head(REPO)
     with pytest.raises(HubError, match="is public already"):
-        push_task_directory(make(2), REPO, private=True)
+        push(make(2), REPO, private=True)
     assert hub.head(REPO) == head
 
 
 def test_pull_request(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO)
+    push(make(1), REPO)
     head = hub.head(REPO)
-    url = push_task_directory(make(2), REPO, create_pr=True, token=OTHER_TOKEN)
+    url = push(make(2), REPO, create_pr=True, token=OTHER_TOKEN)
     assert url.endswith("/discussions/1")
     assert hub.head(REPO) == head
     assert contents(fetch_task(REPO, revision="refs/pr/1")) == contents(make(2))
-    push_task_directory(make(3), REPO, revision="refs/pr/1")
+    push(make(3), REPO, revision="refs/pr/1")
     assert contents(fetch_task(REPO, revision="refs/pr/1")) == contents(make(3))
     assert hub.head(REPO) == head
     with pytest.raises(HubError, match="cannot be tagged"):
-        push_task_directory(make(2), REPO, create_pr=True, tag="v1")
+        push(make(2), REPO, create_pr=True, tag="v1")
 
 
 def test_pushing_again(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO)
+    push(make(1), REPO)
     first = hub.head(REPO)
-    assert push_task_directory(make(1), REPO).endswith(first)  # nothing new, no commit
-    push_task_directory(make(2), REPO)
+    assert push(make(1), REPO).endswith(first)  # nothing new, no commit
+    push(make(2), REPO)
     assert requests(hub, "POST", "/commit/") == 2
     assert contents(fetch_task(REPO)) == contents(make(2))
     assert contents(fetch_task(REPO, revision=first)) == contents(make(1))
@@ -154,7 +154,7 @@ def test_a_directory_that_is_no_bundle_is_not_sent(hub: HubServer, make: MakeBun
     directory = make()
     (directory / SCALES_FILE).write_bytes(b"short")
     with pytest.raises(HeaderError):
-        push_task_directory(directory, REPO)
+        push(directory, REPO)
     assert hub.log == []
 
 
@@ -162,10 +162,10 @@ def test_a_directory_that_is_no_bundle_is_not_sent(hub: HubServer, make: MakeBun
 
 
 def test_tasks_in_subfolders(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO, subfolder="glue/sst2")
-    push_task_directory(make(2, base_fingerprint="cd" * 32), REPO, subfolder="e2e/")
+    push(make(1), REPO, subfolder="glue/sst2")
+    push(make(2, base_fingerprint="cd" * 32), REPO, subfolder="e2e/")
     for subfolder, seed in (("glue/sst2", 1), ("e2e", 2)):
-        directory = fetch_task(REPO, subfolder=subfolder)
+        directory = fetch_task(REPO, subfolder=subfolder).directory
         assert {name: (directory / name).read_bytes() for name in FILES} == contents_of(hub, subfolder)
         assert json.loads((directory / TASK_CONFIG_FILE).read_bytes())["method"] == f"method {seed}"
     assert {base_tag(BASE), base_tag("cd" * 32), "lowbit-task", "base_model:owner/base"} <= set(hub.tags(REPO))
@@ -182,13 +182,13 @@ def contents_of(hub: HubServer, subfolder: str) -> Contents:
 def test_the_owners_card_stays(hub: HubServer, make: MakeBundle) -> None:
     hub.create(REPO)
     hub.commit(REPO, {CARD_FILE: b"# Mine\n"})
-    push_task_directory(make(), REPO, subfolder="a")
+    push(make(), REPO, subfolder="a")
     assert hub.files(REPO)[CARD_FILE] == b"# Mine\n"
 
 
 def test_find_tasks(hub: HubServer, make: MakeBundle, tmp_path: Path) -> None:
-    push_task_directory(make(1), REPO)
-    push_task_directory(make(2, bits=3), REPO, subfolder="b")
+    push(make(1), REPO)
+    push(make(2, bits=3), REPO, subfolder="b")
     hub.commit(REPO, {"config-alone/task_config.json": b"{}", ".hidden/task_config.json": b"{}"})
     found = find_tasks(REPO)
     assert [(t.source, t.revision, t.subfolder, t.config.method, t.config.bits) for t in found] == [
@@ -205,9 +205,9 @@ def test_find_tasks(hub: HubServer, make: MakeBundle, tmp_path: Path) -> None:
 
 
 def test_search(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO)
-    push_task_directory(make(2, base_fingerprint="cd" * 32), "owner/hidden", private=True)
-    push_task_directory(make(3, base_model_name_or_path="/home/me/base"), "other/local", token=OTHER_TOKEN)
+    push(make(1), REPO)
+    push(make(2, base_fingerprint="cd" * 32), "owner/hidden", private=True)
+    push(make(3, base_model_name_or_path="/home/me/base"), "other/local", token=OTHER_TOKEN)
     hub.create("other/model")
 
     def ids(**options: Any) -> list[str]:
@@ -228,29 +228,29 @@ def test_search(hub: HubServer, make: MakeBundle) -> None:
 
 
 def test_fetched_once(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO)
-    first = fetch_task(REPO)
+    push(make(1), REPO)
+    first = fetch_task(REPO).directory
     asked = requests(hub, "GET", "/resolve/")
     assert asked == len(FILES)
-    assert fetch_task(REPO) == first
+    assert fetch_task(REPO).directory == first
     assert requests(hub, "GET", "/resolve/") == asked
-    push_task_directory(make(2), REPO)
+    push(make(2), REPO)
     assert contents(fetch_task(REPO)) == contents(make(2))
 
 
 def test_without_a_connection(hub: HubServer, make: MakeBundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    push_task_directory(make(), REPO, subfolder="a")
+    push(make(), REPO, subfolder="a")
     with pytest.raises(HubError, match=r"owner/task in 'a': the cache .*Nothing was loaded"):
         fetch_task(REPO, subfolder="a", local_files_only=True)
-    directory = fetch_task(REPO, subfolder="a")
+    directory = fetch_task(REPO, subfolder="a").directory
     asked = len(hub.log)
-    assert fetch_task(REPO, subfolder="a", local_files_only=True) == directory
+    assert fetch_task(REPO, subfolder="a", local_files_only=True).directory == directory
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert fetch_task(REPO, subfolder="a") == directory
+    assert fetch_task(REPO, subfolder="a").directory == directory
     with pytest.raises(HubError):
         fetch_task(REPO, subfolder="b")
     with pytest.raises(HubError, match="unset HF_HUB_OFFLINE"):
-        push_task_directory(make(), REPO)
+        push(make(), REPO)
     with pytest.raises(HubError, match=r"switched off|not asked"):
         fetch_task("owner/never-seen")
     assert len(hub.log) == asked
@@ -258,15 +258,15 @@ def test_without_a_connection(hub: HubServer, make: MakeBundle, monkeypatch: pyt
 
 def test_a_cache_of_another_folder_is_no_bundle(hub: HubServer, make: MakeBundle) -> None:
     for subfolder in ("a", "b"):
-        push_task_directory(make(), REPO, subfolder=subfolder)
+        push(make(), REPO, subfolder=subfolder)
     fetch_task(REPO, subfolder="a")
     with pytest.raises(HubError, match=r"in 'b': the cache"):
         fetch_task(REPO, subfolder="b", local_files_only=True)
 
 
 def test_force_download(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(), REPO)
-    scales = (fetch_task(REPO) / SCALES_FILE).resolve()
+    push(make(), REPO)
+    scales = (fetch_task(REPO).directory / SCALES_FILE).resolve()
     scales.write_bytes(scales.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DigestError, match=SCALES_FILE):
         fetch_task(REPO)
@@ -301,19 +301,19 @@ PUSH_FAILURES: dict[str, tuple[str, str, dict[str, Any], str]] = {
 @pytest.mark.parametrize("subfolder", [None, "a"])
 def test_a_failed_push_publishes_nothing(case: str, subfolder: str | None, hub: HubServer, make: MakeBundle) -> None:
     method, path, fault, message = PUSH_FAILURES[case]
-    push_task_directory(make(1), REPO, subfolder=subfolder)
+    push(make(1), REPO, subfolder=subfolder)
     head, files = hub.head(REPO), hub.files(REPO)
     hub.fail(method, path, **fault)
     if case == "no right to create":
         hub.fail("GET", "/api/models/", status=401, times=1)
     with pytest.raises(HubError, match=message) as caught:
-        push_task_directory(make(2), REPO, subfolder=subfolder)
+        push(make(2), REPO, subfolder=subfolder)
     assert str(caught.value).startswith(f"{REPO}{f' in {subfolder!r}' if subfolder else ''}: ")
     assert "Nothing was published" in str(caught.value)
     assert caught.value.__cause__ is not None
     assert (hub.head(REPO), hub.files(REPO)) == (head, files)
     hub.faults.clear()
-    push_task_directory(make(2), REPO, subfolder=subfolder)
+    push(make(2), REPO, subfolder=subfolder)
     assert contents(fetch_task(REPO, subfolder=subfolder)) == contents(make(2))
 
 
@@ -331,19 +331,19 @@ def test_passing_trouble_is_sat_out(
     method: str, path: str, fault: dict[str, Any], hub: HubServer, make: MakeBundle
 ) -> None:
     hub.fail(method, path, **fault)
-    push_task_directory(make(), REPO)
+    push(make(), REPO)
     assert hub.faults[0].times == 0
     assert contents(fetch_task(REPO)) == contents(make())
 
 
 def test_a_race_is_lost_as_a_whole(hub: HubServer, make: MakeBundle) -> None:
     """Our configuration is the published one, theirs is not: without a parent commit, theirs would meet our scales."""
-    push_task_directory(make(1), REPO)
+    push(make(1), REPO)
     ours, theirs = make(1), contents(make(2))
     write_bundle(ours, replace(bundle_of(3), config=bundle_of(1).config))
     hub.fail("POST", "/commit/", call=lambda: hub.commit(REPO, dict(theirs)))
     with pytest.raises(HubError, match="somebody else pushed in the meantime"):
-        push_task_directory(ours, REPO)
+        push(ours, REPO)
     assert contents(fetch_task(REPO)) == theirs
 
 
@@ -351,30 +351,30 @@ def test_a_lost_answer(hub: HubServer, make: MakeBundle) -> None:
     """The commit was made, but nobody heard of it: pushing again makes no second one."""
     hub.fail("POST", "/commit/", status=500, after=True)
     with pytest.raises(HubError):
-        push_task_directory(make(), REPO)
+        push(make(), REPO)
     head = hub.head(REPO)
-    push_task_directory(make(), REPO)
+    push(make(), REPO)
     assert hub.head(REPO) == head
     assert contents(fetch_task(REPO)) == contents(make())
 
 
 def test_tokens(hub: HubServer, make: MakeBundle) -> None:
     with pytest.raises(HubError, match="token is missing or not valid"):
-        push_task_directory(make(), REPO, token="hf_wrong")
+        push(make(), REPO, token="hf_wrong")
     with pytest.raises(HubError, match=r"this token may not do that"):
-        push_task_directory(make(), REPO, token=OTHER_TOKEN)
+        push(make(), REPO, token=OTHER_TOKEN)
     assert not hub.exists(REPO)
 
 
 def test_tags(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO, tag="v1")
+    push(make(1), REPO, tag="v1")
     head = hub.head(REPO)
     with pytest.raises(HubError, match="has the tag 'v1' already"):
-        push_task_directory(make(2), REPO, tag="v1")
+        push(make(2), REPO, tag="v1")
     assert hub.head(REPO) == head
     hub.fail("POST", "/tag/", status=403)
-    with pytest.raises(HubError, match="The task itself was published as http"):
-        push_task_directory(make(2), REPO, tag="v2")
+    with pytest.raises(HubError, match="The files were published as http"):
+        push(make(2), REPO, tag="v2")
     assert contents(fetch_task(REPO)) == contents(make(2))
 
 
@@ -392,7 +392,7 @@ def test_tags(hub: HubServer, make: MakeBundle) -> None:
     ],
 )
 def test_what_is_not_there(options: dict[str, Any], message: str, hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(), REPO)
+    push(make(), REPO)
     hub.create("owner/empty")
     with pytest.raises(HubError, match=message):
         fetch_task(**options)
@@ -410,7 +410,7 @@ def test_what_is_not_there(options: dict[str, Any], message: str, hub: HubServer
 def test_a_failed_fetch_loads_nothing(
     method: str, path: str, fault: dict[str, Any], message: str, hub: HubServer, make: MakeBundle
 ) -> None:
-    push_task_directory(make(), REPO)
+    push(make(), REPO)
     hub.fail(method, path, **fault, times=999)
     with pytest.raises(HubError, match=message):
         fetch_task(REPO)
@@ -422,21 +422,21 @@ def test_a_failed_fetch_loads_nothing(
 
 @patient_client
 def test_a_cut_download_is_resumed(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(), REPO)
+    push(make(), REPO)
     hub.fail("GET", f"/resolve/.*{SCALES_FILE}", cut=True)
     assert contents(fetch_task(REPO)) == contents(make())
     assert hub.faults[0].times == 0
 
 
 def test_all_files_are_of_one_commit(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(1), REPO)
+    push(make(1), REPO)
     hub.fail("GET", "/resolve/", call=lambda: hub.commit(REPO, dict(contents(make(2)))))
     assert contents(fetch_task(REPO)) == contents(make(1))
     assert contents(fetch_task(REPO)) == contents(make(2))
 
 
 def test_a_bundle_that_is_damaged_on_the_hub(hub: HubServer, make: MakeBundle) -> None:
-    push_task_directory(make(), REPO)
+    push(make(), REPO)
     scales = contents(make())[SCALES_FILE]
     hub.commit(REPO, {SCALES_FILE: scales[:-1] + bytes([scales[-1] ^ 1])})
     with pytest.raises(DigestError):
@@ -479,11 +479,9 @@ def test_a_base_that_travelled_is_still_the_bundles(hub: HubServer, tmp_path: Pa
 
     from huggingface_hub import snapshot_download
 
-    from lowbit_format.tasks.bundle import read_bundle
-
     travelled = ModelReader(snapshot_download("owner/renamed"))
     assert len(travelled.headers) > len(mine.headers)
-    check_matches(read_bundle(fetch_task(REPO)), travelled.config, travelled.fingerprint())
+    check_matches(fetch_task(REPO).bundle, travelled.config, travelled.fingerprint())
 
 
 # --- push_task_to_hub ------------------------------------------------------------------------------
@@ -514,8 +512,22 @@ def test_a_directorys_card_is_kept_or_made(hub: HubServer, make: MakeBundle) -> 
         push_task_to_hub(directory, REPO, name="a")
 
 
-def test_a_models_task_is_saved_and_sent(hub: HubServer, tmp_path: Path) -> None:
-    """From a model to the Hub and back, bit for bit, with a card that says where it is."""
+def test_keys_of_a_later_version_travel(hub: HubServer, make: MakeBundle) -> None:
+    """TSK-5: a reader ignores them; but they are not ours to drop, also where the base gets another name."""
+    directory = make()
+    config = {
+        **json.loads((directory / TASK_CONFIG_FILE).read_bytes()),
+        "format_version": "1.7",
+        "new": [1, {"a": None}],
+    }
+    (directory / TASK_CONFIG_FILE).write_text(json.dumps(config))
+    push_task_to_hub(directory, REPO, base_model="owner/new")
+    found = json.loads(contents(fetch_task(REPO))[TASK_CONFIG_FILE])
+    assert found == {**config, "base_model_name_or_path": "owner/new"}
+
+
+def test_a_models_task_is_saved_and_sent(hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a model to the Hub and back, bit for bit, with a card that says where it is. It is read once, at loading."""
     import torch
     from support.building import write_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -532,14 +544,25 @@ def test_a_models_task_is_saved_and_sent(hub: HubServer, tmp_path: Path) -> None
     with torch.no_grad():
         for parameter in (p for p in tuned.parameters() if p.requires_grad):
             parameter.normal_(0, 0.1)
+    reads = list[Path]()
+
+    def counted(directory: Path) -> StoredBundle:
+        reads.append(directory)
+        return read_stored_bundle(directory)
+
+    for module in ("sharing", "repository", "finding"):
+        monkeypatch.setattr(f"lowbit_format.tasks.{module}.read_stored_bundle", counted)
     lb.push_task_to_hub(tuned, REPO, base_model="owner/base", metrics={"f1": 0.25}, license="mit")
-    card = (fetch_task(REPO) / CARD_FILE).read_text("utf-8")
+    assert reads == []
+    card = (fetch_task(REPO).directory / CARD_FILE).read_text("utf-8")
     for part in ("| f1 | 0.25 |", f'lb.load_task(model, "{REPO}"', "base_model: owner/base", "license: mit"):
         assert part in card
 
     fresh = lb.from_pretrained(base)
     plain = fresh(ids).logits
+    reads.clear()
     lb.load_task(fresh, REPO, name="back")
+    assert len(reads) == 1
     lb.set_task(fresh, "back")
     assert torch.equal(fresh(ids).logits, tuned(ids).logits)
     assert not torch.equal(fresh(ids).logits, plain)
@@ -553,7 +576,7 @@ def test_a_models_task_is_saved_and_sent(hub: HubServer, tmp_path: Path) -> None
     ["", "/", "..", "a/../b", "/a", "a//b", ".git", "a\\b", "a*", "[a]", "a?", "a\n", "a\x00", "C:/x", "x" * 201],
 )
 def test_subfolders_that_are_refused(subfolder: str, hub: HubServer, make: MakeBundle) -> None:
-    for act in (push_task_directory, lambda _, repo, subfolder: fetch_task(repo, subfolder=subfolder)):
+    for act in (push, lambda _, repo, subfolder: fetch_task(repo, subfolder=subfolder)):
         with pytest.raises(HubError, match="is not a plain path"):
             act(make(), REPO, subfolder=subfolder)
     assert hub.log == []
@@ -573,7 +596,7 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_imports_are_light() -> None:
     code = (
-        "import sys, lowbit_format.hub, lowbit_format.tasks.sharing\n"
+        "import sys, lowbit_format.hub, lowbit_format.tasks.sharing, lowbit_format.tasks.repository\n"
         "print(sorted({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
