@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.building import write_model
+from support.models import IDS, bert_config, gpt2, llama_config, t5
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -39,7 +40,6 @@ from lowbit_format.schema import Scheme
 from lowbit_format.tasks.bundle import OPERATIONS, TaskBundle, TaskConfig, effective_params, read_bundle, write_bundle
 from lowbit_format.tasks.models import named_modules
 from lowbit_format.tasks.saving import bundle_of
-from tests.integrations.test_models import IDS, bert_config, gpt2, llama_config, t5
 
 BCQ = Scheme("bcq", 3, 8, "F16", offset=True, nested=(2,))
 UNIFORM = Scheme("uniform", 4, 16, "F16")

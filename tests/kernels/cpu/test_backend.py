@@ -11,8 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.building import random_matrix
-from support.products import Call, absolute, assert_near, drawn, exact, magnitude, random_call, same_bits, stored
+from support.concurrency import at_once, forks, in_child
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,8 +21,20 @@ from lowbit_format.kernels.matrix import PlaneMatrix
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import SCALE_DTYPES, Scheme
 from lowbit_format.testing.decoding import F32, DecoderConformance
-from tests.kernels.test_operators import KINDS, NAMES
-from tests.machine.test_threads import at_once, forks, in_child
+from lowbit_format.testing.matrices import random_matrix
+from lowbit_format.testing.products import (
+    KINDS,
+    NAMES,
+    Call,
+    absolute,
+    assert_near,
+    drawn,
+    exact,
+    magnitude,
+    plane_matrix,
+    random_call,
+    same_bits,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
 
@@ -109,7 +120,7 @@ class TestPackedForm(DecoderConformance):
     """Decoding by way of the packed form, where there is one."""
 
     def decode(self, matrix: StoredMatrix, bits: int | None) -> F32:
-        w = stored(matrix, bits)
+        w = plane_matrix(matrix, bits)
         out: F32 = backend.decode(backend.tile(w) if backend.can_tile(w) else w).numpy()
         return out
 
@@ -122,9 +133,9 @@ class TestPackedForm(DecoderConformance):
             matrix = random_matrix(
                 replace(kind, bits=bits, group_size=group_size, scale_dtype=dtype), rows, cols, seed=rows
             )
-            assert backend.can_tile(stored(matrix))
+            assert backend.can_tile(plane_matrix(matrix))
             self.check(matrix) if rows * cols < 3000 else None
-            w = stored(matrix)
+            w = plane_matrix(matrix)
             assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
 
     @pytest.mark.parametrize("threads", ["1", "2", "5"])
@@ -157,7 +168,7 @@ def test_ragged_rows_at_a_lower_precision() -> None:
     """MIX-4, NST-1: ``row_bits`` may say more than there is to read."""
     for name, group_size in (("bcq", 0), ("uniform", 0), ("bcq", 32)):
         scheme = Scheme(name, 4, group_size, "F32", row_bits=True, nested=(2,))
-        w = stored(random_matrix(scheme, 40, 100), 2)
+        w = plane_matrix(random_matrix(scheme, 40, 100), 2)
         assert w.row_bits is not None
         assert int(w.row_bits.max()) > w.bits
         tiled = backend.tile(w)
@@ -478,7 +489,7 @@ def test_rows_with_other_bits() -> None:
     for seed, row_bits in enumerate((torch.cat([many, few]), torch.cat([few, many]))):
         matrix = random_matrix(replace(kind, bits=4), 32, 64, seed=seed)
         planes = torch.randint(0, 256, (int(row_bits.sum()), 8), dtype=torch.uint8)
-        pair.append(stored(matrix)._replace(planes=planes, row_bits=row_bits))
+        pair.append(plane_matrix(matrix)._replace(planes=planes, row_bits=row_bits))
     w, other = backend.tile(pair[0]), backend.tile(pair[1])
     x = torch.randn(2, 64)
     operators.linear(x, w)

@@ -14,8 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.building import random_matrix
-from support.products import drawn, random_call, same_bits, stored
+from support.concurrency import at_once
+from support.modules import filled
 from torch import Tensor, nn
 
 from lowbit_format.kernels import matrix, naive, operators
@@ -25,9 +25,8 @@ from lowbit_format.kernels.parameter_order import group_major
 from lowbit_format.runtime.deltas import Delta, TunedDelta
 from lowbit_format.runtime.modules import LowbitConv1D, LowbitEmbedding, LowbitLinear, LowbitModule
 from lowbit_format.schema import SCALE_DTYPES, Scheme
-from tests.kernels.test_operators import KINDS, NAMES
-from tests.machine.test_threads import at_once
-from tests.runtime.test_modules import filled
+from lowbit_format.testing.matrices import random_matrix
+from lowbit_format.testing.products import KINDS, NAMES, drawn, plane_matrix, random_call, same_bits
 
 ROWS, COLS = 37, 100  # three tiles, the last one short; four words, the last one short
 SCHEMES = [replace(kind, bits=3, group_size=32, scale_dtype="F16") for kind in KINDS]
@@ -43,7 +42,7 @@ def packable(draw: st.DrawFn) -> PlaneMatrix:
     kind = replace(draw(st.sampled_from(KINDS)), bits=draw(st.integers(1, 8)))
     group = draw(st.sampled_from([0, 32, 64, 96, 128, 1024]))
     rows, cols, seed = draw(st.integers(1, 100)), draw(st.integers(1, 300)), draw(st.integers(0, 1000))
-    w = stored(random_matrix(replace(kind, group_size=group), rows, cols, seed))
+    w = plane_matrix(random_matrix(replace(kind, group_size=group), rows, cols, seed))
     dirty = torch.randint(0, 256, w.planes.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return w._replace(planes=dirty) if draw(st.booleans()) else w
 
@@ -167,12 +166,12 @@ def module_of(scheme: Scheme, kind: type[LowbitModule] = LowbitLinear) -> Lowbit
 
 def file_of(scheme: Scheme, seed: int = 0) -> dict[str, Tensor]:
     """The tensors of the file, by role."""
-    w = stored(random_matrix(scheme, ROWS, COLS, seed))
+    w = plane_matrix(random_matrix(scheme, ROWS, COLS, seed))
     return {role: t for role in LOADED if (t := getattr(w, role)) is not None}
 
 
 def of_file(scheme: Scheme, seed: int = 0) -> PlaneMatrix:
-    return stored(random_matrix(scheme, ROWS, COLS, seed))
+    return plane_matrix(random_matrix(scheme, ROWS, COLS, seed))
 
 
 def some_input(module: LowbitModule) -> Tensor:

@@ -13,18 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.gpu_device import DEVICE, FLOATS, on_device
-from support.products import (
-    ROUNDINGS,
-    Call,
-    absolute,
-    assert_near,
-    drawn,
-    exact,
-    magnitude,
-    random_call,
-    same_bits,
-    stored,
-)
 from torch import Tensor
 
 from lowbit_format.kernels import naive, operators
@@ -35,7 +23,19 @@ from lowbit_format.kernels.matrix import PlaneMatrix
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import SCALE_DTYPES, Scheme
 from lowbit_format.testing.decoding import F32, DecoderConformance
-from tests.kernels.test_operators import KINDS
+from lowbit_format.testing.products import (
+    KINDS,
+    ROUNDINGS,
+    Call,
+    absolute,
+    assert_near,
+    drawn,
+    exact,
+    magnitude,
+    plane_matrix,
+    random_call,
+    same_bits,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -149,7 +149,7 @@ class TestPackedForm(DecoderConformance):
     """Decoding by way of the packed form, where there is one."""
 
     def decode(self, matrix: StoredMatrix, bits: int | None) -> F32:
-        w = on_device(stored(matrix, bits))
+        w = on_device(plane_matrix(matrix, bits))
         w = backend.tile(w) if backend.can_tile(w) else w
         out: F32 = backend.dequantize(w, None, torch.float32).cpu().numpy()
         return out

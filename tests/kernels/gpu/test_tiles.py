@@ -12,9 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.building import random_matrix
 from support.gpu_device import DEVICE, FLOATS, on_device
-from support.products import drawn, random_call, stored
+from support.modules import filled
 from torch import Tensor, nn
 
 from lowbit_format.kernels import naive, operators
@@ -25,8 +24,8 @@ from lowbit_format.kernels.parameter_order import is_group_major
 from lowbit_format.runtime.deltas import Delta
 from lowbit_format.runtime.modules import LowbitEmbedding, LowbitLinear, LowbitModule
 from lowbit_format.schema import SCALE_DTYPES, Scheme
-from tests.kernels.test_operators import KINDS
-from tests.runtime.test_modules import filled
+from lowbit_format.testing.matrices import random_matrix
+from lowbit_format.testing.products import KINDS, drawn, plane_matrix, random_call
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -51,7 +50,7 @@ def packable(draw: st.DrawFn) -> PlaneMatrix:
         scale_dtype=draw(st.sampled_from(SCALE_DTYPES)),
     )
     rows, cols, seed = draw(st.integers(1, 100)), draw(st.integers(1, 600)), draw(st.integers(0, 1000))
-    w = stored(random_matrix(scheme, rows, cols, seed))
+    w = plane_matrix(random_matrix(scheme, rows, cols, seed))
     dirty = torch.randint(0, 256, w.planes.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     return on_device(w._replace(planes=dirty) if draw(st.booleans()) else w)
 
@@ -218,7 +217,7 @@ def module_of(scheme: Scheme, kind: type[LowbitModule] = LowbitLinear) -> Lowbit
 
 
 def of_file(scheme: Scheme) -> PlaneMatrix:
-    return stored(random_matrix(scheme, ROWS, COLS))
+    return plane_matrix(random_matrix(scheme, ROWS, COLS))
 
 
 def some_input(module: LowbitModule) -> Tensor:
@@ -455,7 +454,7 @@ def test_compiled_modules() -> None:
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize(("name", "scheme"), list(zip(("linear", "embedding", "dequantize"), CODECS, strict=True)))
 def test_opcheck(name: str, scheme: Scheme) -> None:
-    w = backend.tile(on_device(stored(random_matrix(replace(scheme, bits=1, scale_dtype="F32"), 4, 40))))
+    w = backend.tile(on_device(plane_matrix(random_matrix(replace(scheme, bits=1, scale_dtype="F32"), 4, 40))))
     w = w._replace(scales=w.scales.requires_grad_())
     deltas = torch.randn(2, 1, 4, device=DEVICE, requires_grad=True)
     task_ids = torch.tensor([0, 1, -1], device=DEVICE)
