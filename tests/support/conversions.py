@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from lowbit_format.converters.journal import work_directory
+from lowbit_format.converters.driver import work_directory
 
 
 def content(directory: Path) -> dict[str, str]:
