@@ -182,7 +182,7 @@ class OperatorConformance:
 
     def test_dequantize(self, kind: Scheme, tasks: str | None) -> None:
         """Bit for bit in float32, one rounding to any other dtype (DEC-5); of task 0 where there are deltas."""
-        w = drawn(kind, 4, 64, 37, 130, dtype="BF16")
+        w = self.draw(kind, 4, 64, dtype="BF16")
         deltas = random_call(w, 1, tasks=tasks).deltas
         want = truth.dequantize(w, deltas)
         for dtype in (torch.float32, *self.dtypes, torch.float64):
@@ -433,10 +433,10 @@ class OperatorConformance:
         assert_grads(found, want, terms, self.tolerance)
 
     def test_gradient_of_the_input(self, kind: Scheme, dtype: torch.dtype, tasks: str | None) -> None:
-        w = drawn(kind, 3, 32, 37, 70, dtype="F16")
+        w = self.draw(kind)
         for batch, ids in ((2, False), (6, True)):
             _, _, _, deltas, task_ids = random_call(w, batch, tasks=tasks, ids=ids)
-            grad = torch.randn(2, batch // 2, 37).to(dtype)
+            grad = torch.randn(2, batch // 2, w.rows).to(dtype)
             want = truth.linear_input_grad(grad.double(), exact(w), deltas, task_ids)
             terms = truth.linear_input_grad(grad.double().abs(), absolute(w), magnitude(deltas), task_ids)
             found = self.run("linear_input_grad", grad, w, deltas, task_ids)
@@ -456,16 +456,16 @@ class OperatorConformance:
     def test_gradients_of_a_product(self, kind: Scheme, tasks: str | None, dtype: torch.dtype) -> None:
         """Of all rows' tasks, and of each row's."""
         for bits, group_size, batch, ids in ((3, 32, 5, True), (2, 64, 40, False)):
-            w = drawn(kind, bits, group_size, 20, 70, dtype="F16")
+            w = self.draw(kind, bits, group_size)
             call = random_call(w, batch, dtype=dtype, layout="columns", tasks=tasks, ids=ids)
-            self.check_product_grads(torch.randn(20, batch).to(dtype).t(), call)
+            self.check_product_grads(torch.randn(w.rows, batch).to(dtype).t(), call)
 
     def test_gradients_of_groups(self, kind: Scheme, group_size: int) -> None:
         """Groups of several blocks; a last group that is short; a sum of nothing."""
-        w = drawn(kind, 1, group_size, 37, 300)
+        w = drawn(kind, 1, group_size, self.shape[0], 300)
         call = random_call(w, 3)
-        self.check_product_grads(torch.randn(3, 37), call)
-        nothing = self.run("linear_param_grads", torch.randn(0, 37), torch.randn(0, 300), w, None, None)
+        self.check_product_grads(torch.randn(3, w.rows), call)
+        nothing = self.run("linear_param_grads", torch.randn(0, w.rows), torch.randn(0, 300), w, None, None)
         assert not nothing[0].any()
         assert nothing[0].shape == w.scales.shape
 

@@ -181,7 +181,7 @@ def dequantize(w: PlaneMatrix, deltas: Tensor | None = None) -> Tensor:
     return decode(w if deltas is None else with_task(w, deltas[0]))
 
 
-def _each_task(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, n: int) -> list[tuple[Tensor, Tensor]]:
+def each_task(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, n: int) -> list[tuple[Tensor, Tensor]]:
     """Rows of the flattened input, bool ``[n]``, and the weight that they are multiplied by."""
     if deltas is None or task_ids is None:
         return [(torch.ones(n, dtype=torch.bool), dequantize(w, deltas))]
@@ -198,7 +198,7 @@ def linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` in the dtype of the weight, each row with the weight of its task."""
     flat, out = x.reshape(-1, w.cols), None
-    for rows, weight in _each_task(w, deltas, task_ids, len(flat)):
+    for rows, weight in each_task(w, deltas, task_ids, len(flat)):
         product = torch.where(rows[:, None], flat, torch.zeros(())).to(weight.dtype) @ weight.T
         out = product if out is None else torch.where(rows[:, None], product, out)
     assert out is not None
@@ -212,7 +212,7 @@ def linear_input_grad(
     """Gradient of `x` in :func:`linear`."""
     flat = grad.reshape(-1, w.rows)
     out = flat.new_zeros(len(flat), w.cols, dtype=torch.float64)
-    for rows, weight in _each_task(w, deltas, task_ids, len(flat)):
+    for rows, weight in each_task(w, deltas, task_ids, len(flat)):
         out[rows] = flat[rows].double() @ weight.double()
     return out.reshape(*grad.shape[:-1], w.cols)
 
@@ -220,7 +220,7 @@ def linear_input_grad(
 def embedding(ids: Tensor, w: PlaneMatrix, deltas: Tensor | None = None, task_ids: Tensor | None = None) -> Tensor:
     """Rows `ids` of the weight, each of its task."""
     flat, out = ids.reshape(-1).long(), None
-    for rows, weight in _each_task(w, deltas, task_ids, len(flat)):
+    for rows, weight in each_task(w, deltas, task_ids, len(flat)):
         mine = weight[torch.where(rows, flat, 0)]
         out = mine if out is None else torch.where(rows[:, None], mine, out)
     assert out is not None
