@@ -8,6 +8,7 @@ from lowbit_format.kernels import naive
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.testing import products
 from lowbit_format.testing.decoding import F32, DecoderConformance
+from lowbit_format.testing.layouts import LayoutConformance
 from lowbit_format.testing.operators import OperatorConformance
 
 
@@ -27,3 +28,8 @@ class TestDecoding(DecoderConformance):
 
 class TestOperators(OperatorConformance):
     backend = naive
+
+
+class TestLayout(LayoutConformance):
+    backend = naive
+    tiles = False
