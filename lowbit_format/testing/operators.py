@@ -137,13 +137,15 @@ class OperatorConformance:
         out: Tensor = self.run("linear", *call, tiled=tiled)
         return out
 
-    def judge(self, call: Call, found: Tensor) -> None:
-        """`found` is the product of `call`, within what is allowed."""
+    def judge(self, call: Call, *found: Tensor) -> None:
+        """Each of `found` is the product of `call`, within what is allowed."""
         x, w, bias, deltas, task_ids = call
         want = truth.linear(x.double(), exact(w), bias, deltas, task_ids)
         terms = truth.linear(x.double().abs(), absolute(w), magnitude(bias), magnitude(deltas), task_ids)
-        assert (found.dtype, found.shape) == (x.dtype, want.shape)
-        assert_within(found, want, self.allowed(call, want, terms))
+        at_most = self.allowed(call, want, terms)
+        for product in found:
+            assert (product.dtype, product.shape) == (x.dtype, want.shape)
+            assert_within(product, want, at_most)
 
     def draw(self, kind: Scheme, bits: int = 3, group_size: int = 32, *, dtype: str = "F16") -> truth.PlaneMatrix:
         return drawn(kind, bits, group_size, *self.shape, seed=bits, dtype=dtype)
