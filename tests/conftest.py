@@ -8,8 +8,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# Workers share the cores: threads of torch would wait for each other far longer than tiny products take.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("ci", deadline=None, max_examples=60)
+settings.register_profile("exhaustive", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=exhaustive
+settings.load_profile("ci")
 
 # Kernels of Triton run in its interpreter where there is no GPU; that is decided when they are imported.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))

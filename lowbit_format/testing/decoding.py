@@ -11,18 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
-from numpy.typing import NDArray
 
-from lowbit_format.bits import pack_codes
-from lowbit_format.codecs import CODECS
-from lowbit_format.errors import PrecisionError
-from lowbit_format.schema import Scheme
-
+from ..bits import pack_codes
+from ..codecs import CODECS
+from ..errors import PrecisionError
 from ..matrix import Params, StoredMatrix
-from .strategies import random_matrix, splits, stored_matrices
+from ..schema import Scheme
+from .matrices import F32, extreme_matrix
+from .strategies import splits, stored_matrices
 from .vectors import assert_same_bits
-
-F32 = NDArray[np.float32]
 
 
 def scalar_bit(matrix: StoredMatrix, p: int, r: int, c: int) -> int:
@@ -92,7 +89,7 @@ class DecoderConformance:
         """Every code of every codec, in two rows of groups that do not divide the row (DEC-2 to DEC-4)."""
         codes = np.arange(2**bits, dtype=np.uint8)
         both = np.stack([codes, codes[::-1]])
-        matrix = replace(random_matrix(scheme_for(codec, bits, 3), 2, 2**bits), planes=pack_codes(both, bits))
+        matrix = replace(extreme_matrix(scheme_for(codec, bits, 3), 2, 2**bits), planes=pack_codes(both, bits))
         self.check(matrix)
 
     @pytest.mark.parametrize("codec", CODECS)
@@ -100,14 +97,14 @@ class DecoderConformance:
     @pytest.mark.parametrize("group_size", [0, 1, 5, 64, 1000])
     def test_every_width_and_group(self, codec: str, cols: int, group_size: int) -> None:
         """Odd columns, short last groups, groups larger than the row, one row (section 4)."""
-        self.check(random_matrix(scheme_for(codec, 3, group_size), 1, cols, seed=cols))
+        self.check(extreme_matrix(scheme_for(codec, 3, group_size), 1, cols, seed=cols))
 
     @pytest.mark.parametrize("codec", SPLIT_CODECS)
     @pytest.mark.parametrize("ragged", [False, True])
     def test_every_precision(self, codec: str, ragged: bool) -> None:
         """Each nested precision alone, with and without row_bits (NST-1, NST-2, MIX-4)."""
         scheme = scheme_for(codec, 8, 7, row_bits=ragged, nested=tuple(range(1, 8)))
-        matrix = random_matrix(scheme, 6, 19)
+        matrix = extreme_matrix(scheme, 6, 19)
         for bits in (*range(1, 10), None):
             self.check(matrix, bits)
 
@@ -117,7 +114,7 @@ class DecoderConformance:
         scheme = scheme_for(codec, 3, row_bits=True)
         for ways in np.ndindex(3, 3, 3):
             row_bits = np.array(ways, np.uint8) + np.uint8(1)
-            matrix = random_matrix(scheme, 3, 5)
+            matrix = extreme_matrix(scheme, 3, 5)
             planes = np.random.default_rng(1).integers(0, 32, (int(row_bits.sum()), 8)).astype(np.uint8)
             planes[:, 1:] = 0
             self.check(replace(matrix, planes=planes, row_bits=row_bits))
@@ -131,7 +128,7 @@ class DecoderConformance:
     @pytest.mark.parametrize("codec", CODECS)
     def test_padding_is_not_read(self, codec: str) -> None:
         """Bits behind the last column make no difference (BIT-3)."""
-        matrix = random_matrix(scheme_for(codec, 4, 4), 3, 13)
+        matrix = extreme_matrix(scheme_for(codec, 4, 4), 3, 13)
         dirty = matrix.planes.copy()
         dirty[..., 1] |= 0b11100000
         dirty[..., 2:] = 255
@@ -139,7 +136,7 @@ class DecoderConformance:
 
     def test_unused_scales_are_not_read(self) -> None:
         """Scales of planes that a row does not have make no difference (MIX-3)."""
-        matrix = random_matrix(scheme_for("bcq", 3, row_bits=True), 4, 6)
+        matrix = extreme_matrix(scheme_for("bcq", 3, row_bits=True), 4, 6)
         assert matrix.row_bits is not None
         scales = matrix.params.scales.copy()
         scales[matrix.row_bits[None, :] <= np.arange(3)[:, None]] = np.nan
@@ -166,7 +163,7 @@ class DecoderConformance:
     @pytest.mark.parametrize("codec", CODECS)
     def test_subnormals_are_kept(self, codec: str) -> None:
         """No flush to zero (DEC-1)."""
-        matrix = random_matrix(scheme_for(codec, 2), 2, 9)
+        matrix = extreme_matrix(scheme_for(codec, 2), 2, 9)
         tiny = np.full_like(matrix.params.scales, 2.0**-149)
         shift = None if matrix.params.shift is None else np.full_like(matrix.params.shift, 3 * 2.0**-149)
         table = None if matrix.codebook is None else np.ones(4, np.float32)
@@ -184,7 +181,7 @@ class DecoderConformance:
 
     def test_a_precision_that_is_not_stored_is_refused(self) -> None:
         """NST-3; a precision not below the matrix's own is its own."""
-        matrix = random_matrix(scheme_for("bcq", 4, nested=(2,)), 2, 5)
+        matrix = extreme_matrix(scheme_for("bcq", 4, nested=(2,)), 2, 5)
         for bits in (1, 3):
             with pytest.raises(PrecisionError, match=r"NST-3"):
                 self.decode(matrix, bits)
@@ -192,7 +189,7 @@ class DecoderConformance:
 
     def test_planes_may_be_read_only_and_unaligned(self) -> None:
         """A memory-mapped file gives views at any address (HDR-8)."""
-        matrix = random_matrix(scheme_for("bcq", 3, 4), 3, 70)
+        matrix = extreme_matrix(scheme_for("bcq", 3, 4), 3, 70)
         buffer = np.frombuffer(b"\0" + matrix.planes.tobytes(), np.uint8)[1:]
         assert not buffer.flags.writeable
         self.check(replace(matrix, planes=buffer.reshape(matrix.planes.shape)))
@@ -200,5 +197,5 @@ class DecoderConformance:
     @pytest.mark.parametrize("codec", CODECS)
     def test_a_slice_of_rows(self, codec: str) -> None:
         """Views that are not contiguous decode as the rows that they are."""
-        matrix = random_matrix(scheme_for(codec, 4, 8), 7, 21)
+        matrix = extreme_matrix(scheme_for(codec, 4, 8), 7, 21)
         assert_same_bits(self.decode(matrix.row_slice(2, 5), None), scalar_decode(matrix)[2:5])

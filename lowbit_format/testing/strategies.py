@@ -1,4 +1,4 @@
-"""Hypothesis strategies for schemes, modules and packed matrices, drawn from the registry of codecs.
+"""Hypothesis strategies for schemes, module entries, configs and stored matrices, drawn from the table of codecs.
 
 What a codec may have is asked of :data:`lowbit_format.codecs.CODECS`, so a new codec is tested by entering it there.
 Rule ids are those of spec/FORMAT.md.
@@ -6,18 +6,12 @@ Rule ids are those of spec/FORMAT.md.
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from lowbit_format.bits import pack_codes, to_ragged
-from lowbit_format.codecs import CODECS, Codec
-from lowbit_format.schema import KINDS, MAX_DIMENSION, SCALE_DTYPES, ModuleEntry, QuantizationConfig, Scheme
-
-from ..dtypes import to_float32
-from ..matrix import Params, StoredMatrix
+from ..codecs import CODECS, Codec
+from ..matrix import StoredMatrix
+from ..schema import KINDS, MAX_DIMENSION, SCALE_DTYPES, ModuleEntry, QuantizationConfig, Scheme
+from .matrices import extreme_matrix
 
 BITS = st.integers(1, 8)  # CFG-2
 GROUP_SIZES = st.just(0) | st.integers(1, 9) | st.sampled_from([64, 128, MAX_DIMENSION])  # CFG-2; 0 is the whole row
@@ -30,12 +24,6 @@ _PARTS = st.text(
     st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"], exclude_characters="./\\"), min_size=1, max_size=6
 )
 PATHS = st.lists(_PARTS, min_size=1, max_size=4).map(".".join)
-
-_WORDS: dict[str, tuple[Any, int, int]] = {  # dtype -> word, exponent bits, mantissa bits
-    "F16": (np.uint16, 5, 10),
-    "BF16": (np.uint16, 8, 7),
-    "F32": (np.uint32, 8, 23),
-}
 
 
 def splits(codec: Codec) -> bool:
@@ -83,40 +71,4 @@ def configs(draw: st.DrawFn) -> QuantizationConfig:
 @st.composite
 def stored_matrices(draw: st.DrawFn, scheme: Scheme | None = None) -> StoredMatrix:
     """A matrix of random codes and parameters of any valid scheme, small and of an awkward shape."""
-    return random_matrix(scheme or draw(schemes()), draw(ROWS), draw(COLS), draw(SEEDS))
-
-
-def random_matrix(scheme: Scheme, rows: int, cols: int, seed: int = 0) -> StoredMatrix:
-    """A matrix of random codes; parameters are any finite values of the scheme's dtype (TEN-3), subnormal ones too."""
-    rng, codec, groups = np.random.default_rng(seed), CODECS[scheme.codec], scheme.groups(cols)
-    planes = pack_codes(rng.integers(0, 2**scheme.bits, (rows, cols)).astype(np.uint8), scheme.bits)
-    row_bits = rng.integers(1, scheme.bits + 1, rows).astype(np.uint8) if scheme.row_bits else None  # MIX-1
-
-    def params(bits: int) -> Params:
-        scales = random_floats(rng, scheme.scale_dtype, (bits if codec.scale_per_plane else 1, rows, groups))
-        if row_bits is not None and codec.scale_per_plane:
-            scales[row_bits[None, :] <= np.arange(bits)[:, None]] = 0  # MIX-3
-        return Params(scales, random_floats(rng, scheme.scale_dtype, (rows, groups)) if scheme.shift else None)
-
-    return StoredMatrix(
-        scheme,
-        rows,
-        cols,
-        planes if row_bits is None else to_ragged(planes, row_bits),
-        params(scheme.bits),
-        {k: params(k) for k in scheme.nested},
-        random_floats(rng, "F32", (2**scheme.bits,)) if codec.codebook else None,
-        row_bits,
-    )
-
-
-def random_floats(rng: np.random.Generator, dtype: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Finite values of `dtype` in float32: one in eight of any exponent, subnormal ones too, the rest near 1."""
-    word, exponent_bits, mantissa_bits = _WORDS[dtype]
-    bias = 2 ** (exponent_bits - 1) - 1
-    anywhere = rng.integers(0, 2 * bias + 1, shape)
-    exponent = np.where(rng.integers(0, 8, shape) == 0, anywhere, rng.integers(bias - 4, bias + 3, shape))
-    sign, mantissa = rng.integers(0, 2, shape), rng.integers(0, 2**mantissa_bits, shape)
-    raw = (sign << (exponent_bits + mantissa_bits)) | (exponent << mantissa_bits) | mantissa
-    values = raw.astype(word)
-    return to_float32(values.view({"F16": "<f2", "BF16": "<u2", "F32": "<f4"}[dtype]), dtype)
+    return extreme_matrix(scheme or draw(schemes()), draw(ROWS), draw(COLS), draw(SEEDS))

@@ -21,7 +21,7 @@ from support.directories import (
     tensors_of,
     tiny_model,
     weights,
-    write_model,
+    write_directory,
 )
 
 from lowbit_format.container import writer as writing
@@ -67,7 +67,7 @@ def test_any_module_round_trips(tmp_path_factory: pytest.TempPathFactory, module
     directory = tmp_path_factory.getbasetemp() / "any-module"
     shutil.rmtree(directory, ignore_errors=True)
     matrices = random_matrices([module], seed)
-    write_model(directory, QuantizationConfig({module.path: module}), tensors_of([module], matrices))
+    write_directory(directory, QuantizationConfig({module.path: module}), tensors_of([module], matrices))
     reader = ModelReader(directory)
     assert reader.verify() == 0
     assert {n: reader.info(n).dtype for n in reader.names()} == {s.name: s.dtype for s in tensor_specs(module)}
@@ -128,7 +128,7 @@ def test_the_same_bytes_whatever_the_order(tmp_path: Path) -> None:
     matrices = random_matrices(found)
     for name, order in (("a", found), ("b", found[::-1])):
         config = QuantizationConfig({m.path: m for m in order})
-        write_model(tmp_path / name, config, tensors_of(found, matrices), 2)
+        write_directory(tmp_path / name, config, tensors_of(found, matrices), 2)
     assert names_in(tmp_path / "a") == names_in(tmp_path / "b")
     for file in names_in(tmp_path / "a"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import builtins
 import errno
-import hashlib
 import io
 import json
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.converters.driver import work_directory
 from support.checkpoints import DENSE, edit_weights, weights
+from support.conversions import assert_nothing_looks_finished, content
 
 from lowbit_format.container import writer
 from lowbit_format.container.reader import ModelReader
@@ -29,12 +29,6 @@ Checkpoint = Callable[..., Path]
 TARGET = Target(bits=2, group_size=32)
 RECIPE = Recipe(TARGET)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def content(directory: Path) -> dict[str, str]:
-    """SHA-256 of every file, hidden ones too, by relative path."""
-    files = [p for p in directory.rglob("*") if p.is_file()]
-    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -287,16 +281,6 @@ def test_a_lowbit_source_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> N
 
 
 # --- helpers ----------------------------------------------------------------------------------------
-
-
-def assert_nothing_looks_finished(out: Path, *, killed: bool = False) -> None:
-    """DIR-7: neither `out` nor what an unfinished conversion leaves beside it is for use; no scraps, unless killed."""
-    assert not out.exists()
-    work = work_directory(out)
-    assert work.name.startswith(".")
-    if not killed:
-        assert not (work / "config.json").exists()
-        assert not list(work.glob("*.tmp"))
 
 
 def _counting_open(left: list[int]) -> Callable[..., Any]:

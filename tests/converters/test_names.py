@@ -11,7 +11,8 @@ import torch
 import transformers
 from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.converters.names import Names, map_names
-from support.checkpoints import ARCHITECTURES, build, edit_config, edit_weights, weights
+from support.checkpoints import ARCHITECTURES, build, edit_weights, weights
+from support.config_files import edit_config
 
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import SourceError

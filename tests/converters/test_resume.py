@@ -12,13 +12,14 @@ from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, driver
 from lowbit_format.converters.driver import work_directory
 from lowbit_format.converters.journal import JOURNAL
 from lowbit_format.converters.plan import Step
-from support.checkpoints import edit_config, edit_weights
+from support.checkpoints import edit_weights
+from support.config_files import edit_config
+from support.conversions import assert_nothing_looks_finished, content
 from support.killed import OPTIONS, convert_until
 
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import OutputError
 from lowbit_format.quantize import Target
-from tests.converters.test_convert import assert_nothing_looks_finished, content
 
 Checkpoint = Callable[..., Path]
 

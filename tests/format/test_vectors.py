@@ -8,14 +8,24 @@ import sys
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from lowbit_format.codecs import CODECS
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import FormatError
 from lowbit_format.reference import decode_numpy
 from lowbit_format.schema import KINDS
-from lowbit_format.testing.vectors import VECTORS, assert_same_bits, cases, expected_tensors, facts
+from lowbit_format.testing.vectors import (
+    VECTORS,
+    assert_same_bits,
+    cases,
+    check_reader,
+    command,
+    expected_tensors,
+    facts,
+)
 
 MAKER = VECTORS.parent.parent / "tools" / "make_vectors.py"
 
@@ -110,3 +120,45 @@ def test_the_vectors_cover_the_format() -> None:
     assert {m.kind for m in modules} == set(KINDS)
     assert any(m.scheme.nested and m.scheme.row_bits for m in modules)
     assert any(len(reader.headers) > 1 for reader in readers)
+
+
+def decode_everything(model: Path) -> dict[str, NDArray[np.float32]]:
+    reader = ModelReader(model)
+    reader.verify()
+    found = {m.path: reader.decode(m.path) for m in reader.config}
+    return found | {f"{m.path}@k{k}": reader.decode(m.path, k) for m in reader.config for k in m.scheme.nested}
+
+
+def test_a_reader_that_is_right_passes() -> None:
+    assert check_reader(decode_everything) == len(cases("valid")) + len(cases("invalid"))
+
+
+def test_a_reader_that_is_wrong_does_not() -> None:
+    def wrong(model: Path) -> dict[str, NDArray[np.float32]]:
+        return {name: values + np.float32(1) for name, values in decode_everything(model).items()}
+
+    with pytest.raises(AssertionError, match="differs"):
+        check_reader(wrong)
+
+
+def test_a_reader_that_refuses_nothing_does_not_pass(tmp_path: Path) -> None:
+    for kind in ("valid", "invalid"):
+        name = cases(kind)[0]
+        shutil.copytree(VECTORS / kind / name, tmp_path / kind / name)
+    only = expected_tensors(tmp_path / "valid" / cases("valid")[0])
+    with pytest.raises(AssertionError, match="breaks the rule"):
+        check_reader(lambda model: only, tmp_path)
+
+
+def test_a_program_is_a_reader(tmp_path: Path) -> None:
+    """It gets the paths of a model and of the file to write."""
+    case = VECTORS / "valid" / cases("valid")[0]
+    script = tmp_path / "reader.py"
+    script.write_text(
+        "import shutil, sys; from pathlib import Path\n"
+        "shutil.copy(Path(sys.argv[1]).parent / 'expected.safetensors', sys.argv[2])\n"
+    )
+    found = command(f"{sys.executable} {script}")(case / "model")
+    assert found.keys() == expected_tensors(case).keys()
+    with pytest.raises(subprocess.CalledProcessError):
+        command(f"{sys.executable} {script}")(tmp_path)

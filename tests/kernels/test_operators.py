@@ -5,54 +5,18 @@ from __future__ import annotations
 import importlib
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from support.building import random_matrix
 
 from lowbit_format.kernels import naive, operators
-from lowbit_format.kernels.matrix import PlaneMatrix, with_delta
-from lowbit_format.matrix import StoredMatrix
+from lowbit_format.kernels.matrix import with_delta
 from lowbit_format.reference import decode_numpy
 from lowbit_format.schema import Scheme
+from lowbit_format.testing import products as truth
+from lowbit_format.testing.matrices import random_matrix
+from lowbit_format.testing.products import KINDS, NAMES, plane_matrix
 
 SHAPES = [(1, 1, 0), (3, 5, 0), (4, 130, 64), (7, 70, 16), (5, 64, 7)]  # rows, cols, group size
-KINDS = [  # scheme without bits and group size
-    Scheme("bcq"),
-    Scheme("bcq", offset=True),
-    Scheme("bcq", offset=True, row_bits=True),
-    Scheme("uniform"),
-    Scheme("uniform", row_bits=True),
-    Scheme("codebook"),
-]
-NAMES = ["bcq", "bcq-offset", "bcq-ragged", "uniform", "uniform-ragged", "codebook"]
-
-
-def packed(matrix: StoredMatrix, bits: int | None = None, dtype: torch.dtype = torch.float32) -> PlaneMatrix:
-    params, n = matrix.at(bits)
-    scheme = matrix.scheme
-
-    def tensor(array: np.ndarray | None) -> torch.Tensor | None:
-        if array is None:
-            return None
-        out = torch.from_numpy(np.array(array))
-        return out.to(dtype) if out.is_floating_point() else out
-
-    offsets, zeros = (params.shift, None) if scheme.codec == "bcq" else (None, params.shift)
-    tensors = (matrix.planes, params.scales, offsets, zeros, matrix.codebook, matrix.row_bits)
-    return PlaneMatrix(*(tensor(t) for t in tensors), scheme.codec, n, scheme.group_size, matrix.cols)
-
-
-def plain_decode(w: PlaneMatrix) -> torch.Tensor:
-    """Decoding written a second time, differentiable by autograd; for matrices whose rows all have all planes."""
-    bits = ((w.planes[..., None] >> torch.arange(8)) & 1).reshape(*w.planes.shape[:2], -1)[..., : w.cols]
-    group = torch.arange(w.cols) // (w.group_size or w.cols)
-    if w.codec == "bcq":
-        out = ((bits * 2 - 1) * w.scales[..., group]).sum(0)
-        return out if w.offsets is None else out + w.offsets[:, group]
-    code = sum(bits[p].long() << (w.bits - 1 - p) for p in range(w.bits))
-    level = code if w.codebook is None else w.codebook[code]
-    return (level if w.zeros is None else level - w.zeros[:, group]) * w.scales[0][:, group]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
@@ -63,7 +27,7 @@ def test_decodes_as_the_reference(kind: Scheme, bits: int) -> None:
         matrix = random_matrix(replace(kind, bits=bits, group_size=group_size, nested=nested), rows, cols)
         for k in (None, *nested):
             want = decode_numpy(matrix, k)
-            w = packed(matrix, k)
+            w = plane_matrix(matrix, k)
             assert operators.dequantize(w).numpy().tobytes() == want.tobytes()
             ids = torch.tensor([[rows - 1, 0], [0, rows - 1]])
             assert operators.embedding(ids, w).numpy().tobytes() == want[ids.numpy()].tobytes()
@@ -77,7 +41,7 @@ def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module:
     """Weights bit for bit; products to rounding: a library's product may depend on where its operands lie."""
     kernels = importlib.import_module(f"lowbit_format.kernels.{module}")
     for rows, cols, group_size in SHAPES:
-        w = packed(random_matrix(replace(kind, bits=3, group_size=group_size), rows, cols))
+        w = plane_matrix(random_matrix(replace(kind, bits=3, group_size=group_size), rows, cols))
         x, grad = torch.randn(4, cols), torch.randn(4, rows)
         deltas, tasks, ids = torch.randn(2, 1, rows), torch.tensor([1, -1, 0, 1]), torch.randint(0, rows, (4,))
         for name, args in {
@@ -93,7 +57,7 @@ def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module:
 
 def test_padding_bits_do_not_matter() -> None:
     matrix = random_matrix(Scheme("bcq", 3, 4), 3, 11)
-    w = packed(matrix)
+    w = plane_matrix(matrix)
     dirty = w.planes.clone()
     dirty[..., 1] |= 0b11111000
     dirty[..., 2:] = 255
@@ -104,7 +68,7 @@ def test_padding_bits_do_not_matter() -> None:
 @pytest.mark.parametrize("tasks", [None, "mul", "add"])
 def test_gradients(kind: Scheme, tasks: str | None) -> None:
     matrix = random_matrix(replace(kind, bits=3, group_size=4), 5, 11)
-    w = packed(matrix, dtype=torch.float64)
+    w = plane_matrix(matrix, dtype=torch.float64)
     p, rows, groups = w.scales.shape
     shape = {"mul": (2, min(p, 2), rows), "add": (2, p, rows, groups)}
     deltas = torch.randn(shape[tasks], dtype=torch.float64).mul(0.1).requires_grad_() if tasks else None
@@ -123,11 +87,11 @@ def test_gradients(kind: Scheme, tasks: str | None) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.row_bits], ids=str)
 def test_gradients_are_those_of_a_plain_decode(kind: Scheme) -> None:
     matrix = random_matrix(replace(kind, bits=4, group_size=16), 6, 40)
-    names = [n for n in ("scales", "offsets", "zeros") if getattr(packed(matrix), n) is not None]
+    names = [n for n in ("scales", "offsets", "zeros") if getattr(plane_matrix(matrix), n) is not None]
     x = torch.randn(3, 40)
     grads = []
-    for decode in (lambda w: operators.linear(x, w), lambda w: x @ plain_decode(w).T):
-        w = packed(matrix)
+    for decode in (lambda w: operators.linear(x, w), lambda w: x @ truth.decode(w).T):
+        w = plane_matrix(matrix)
         w = w._replace(**{n: getattr(w, n).requires_grad_() for n in names})
         decode(w).square().sum().backward()
         grads.append([getattr(w, n).grad for n in names])
@@ -140,7 +104,7 @@ def test_gradients_are_those_of_a_plain_decode(kind: Scheme) -> None:
 def test_gradients_of_parameters_are_contiguous(kind: Scheme, module: str) -> None:
     """As the operators' fakes say, though packed parameters have other strides: compiled graphs rely on it."""
     kernels = importlib.import_module(f"lowbit_format.kernels.{module}")
-    w = packed(random_matrix(replace(kind, bits=3, group_size=32), 32, 64))
+    w = plane_matrix(random_matrix(replace(kind, bits=3, group_size=32), 32, 64))
     w = kernels.tile(w)
     assert module == "naive" or not w.scales.is_contiguous()
     grad, x, deltas, ids = torch.randn(4, 32), torch.randn(4, 64), torch.randn(2, 1, 32), torch.randint(0, 32, (4,))
@@ -153,13 +117,13 @@ def test_gradients_of_parameters_are_contiguous(kind: Scheme, module: str) -> No
 
 
 def test_tensors_without_data() -> None:
-    w = packed(random_matrix(Scheme("bcq", 2, 32), 4, 64))
+    w = plane_matrix(random_matrix(Scheme("bcq", 2, 32), 4, 64))
     w = w._replace(**{name: t.to("meta") for name, t in w._asdict().items() if isinstance(t, torch.Tensor)})
     assert operators.linear(torch.empty(3, 64, device="meta"), w).shape == (3, 4)
 
 
 def test_planes_and_codebook_get_no_gradient() -> None:
-    w = packed(random_matrix(Scheme("codebook", 2, 0), 3, 8))
+    w = plane_matrix(random_matrix(Scheme("codebook", 2, 0), 3, 8))
     w = w._replace(scales=w.scales.requires_grad_(), codebook=w.codebook.requires_grad_())  # type: ignore[union-attr]
     operators.linear(torch.randn(2, 8), w).sum().backward()
     assert w.planes.grad is None
@@ -169,7 +133,7 @@ def test_planes_and_codebook_get_no_gradient() -> None:
 
 
 def test_frozen_scales_keep_no_activations() -> None:
-    w = packed(random_matrix(Scheme("bcq", 2, 0), 3, 8))
+    w = plane_matrix(random_matrix(Scheme("bcq", 2, 0), 3, 8))
     x = torch.randn(2, 8, requires_grad=True)
     y = operators.linear(x, w)
     assert not any(t is not None and t.shape == x.shape and t.dtype == x.dtype for t in y.grad_fn.saved_tensors)
@@ -177,7 +141,7 @@ def test_frozen_scales_keep_no_activations() -> None:
 
 def test_tasks() -> None:
     """TSK-8: factors 1 + delta on the first planes; -1 is the base (MAT-5); no ids: task 0."""
-    w = packed(random_matrix(Scheme("bcq", 3, 8), 4, 20))
+    w = plane_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
     x = torch.randn(5, 20)
     deltas = torch.randn(2, 1, 4) * 0.1
     tuned = [torch.cat([w.scales[:1] * (1 + d)[..., None], w.scales[1:]]) for d in deltas]
@@ -196,13 +160,13 @@ def test_tasks() -> None:
 
 def test_worked_example_of_the_bundle_spec() -> None:
     scales = torch.tensor([[[1.0], [2.0]], [[0.5], [0.25]]])
-    w = packed(random_matrix(Scheme("bcq", 2, 0), 2, 3))._replace(scales=scales)
+    w = plane_matrix(random_matrix(Scheme("bcq", 2, 0), 2, 3))._replace(scales=scales)
     assert with_delta(w, torch.tensor([[0.125, -0.25]])).scales[0].flatten().tolist() == [1.125, 1.5]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_opcheck(kind: Scheme) -> None:
-    w = packed(random_matrix(replace(kind, bits=2, group_size=8), 4, 20))
+    w = plane_matrix(random_matrix(replace(kind, bits=2, group_size=8), 4, 20))
     w = w._replace(scales=w.scales.requires_grad_())
     deltas, task_ids = torch.randn(2, 1, 4, requires_grad=True), torch.tensor([0, 1, -1, 1, 0, 0])
     x, ids = torch.randn(2, 3, 20, requires_grad=True), torch.tensor([[0, 1, 3], [3, 2, 2]])
@@ -214,7 +178,7 @@ def test_opcheck(kind: Scheme) -> None:
 
 
 def test_shapes_and_layouts() -> None:
-    w = packed(random_matrix(Scheme("uniform", 4, 8), 6, 20))
+    w = plane_matrix(random_matrix(Scheme("uniform", 4, 8), 6, 20))
     weight = operators.dequantize(w)
     assert operators.linear(torch.empty(0, 3, 20), w).shape == (0, 3, 6)
     assert operators.embedding(torch.empty(2, 0, dtype=torch.int32), w).shape == (2, 0, 20)
@@ -225,14 +189,14 @@ def test_shapes_and_layouts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_result_has_the_dtype_of_x(dtype: torch.dtype) -> None:
-    w = packed(random_matrix(Scheme("bcq", 3, 8), 4, 20))
+    w = plane_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
     x = torch.randn(2, 20, dtype=dtype)
     want = torch.nn.functional.linear(x, operators.dequantize(w, dtype=dtype))
     assert torch.equal(operators.linear(x, w), want)
 
 
 def test_autocast() -> None:
-    w = packed(random_matrix(Scheme("bcq", 3, 8), 4, 20))
+    w = plane_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
     w = w._replace(scales=w.scales.requires_grad_())
     x = torch.randn(2, 20, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,11 +1,12 @@
-"""Compiled kernels are cached on disk: a second process compiles nothing."""
+"""Compiled kernels are cached on disk: a second process compiles nothing.
+
+The first process compiles what no other test has compiled yet: all share one cache, so that no kernel is made twice.
+"""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -56,22 +57,19 @@ for module in (backend, decoding, products, tiles):
 Counts = dict[str, tuple[int, int]]  # kernel -> cache hits, cache misses
 
 
-def run(cache: Path, script: str = SCRIPT) -> Counts:
+def run(script: str) -> Counts:
     """Cache hits and misses of every kernel that one process used."""
-    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     return {name: (int(hits), int(misses)) for name, hits, misses in lines}
 
 
 @pytest.mark.slow
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
-    first, second = run(tmp_path), run(tmp_path)
-    entries = {name for name, (_, misses) in first.items() if misses}
-    assert {name.rsplit(".", 2)[-2] for name in entries} == {"reference", "bcq", "codebook", "uniform", "group_lanes"}
-    assert {"lowbit_format.reference._decode_bcq", "lowbit_format.reference._decode_levels"} <= entries
-    assert all(hits == 0 for hits, _ in first.values())
+def test_a_second_process_compiles_nothing() -> None:
+    first, second = run(SCRIPT), run(SCRIPT)
+    used = {name for name, counts in first.items() if any(counts)}
+    assert {name.rsplit(".", 2)[-2] for name in used} == {"reference", "bcq", "codebook", "uniform", "group_lanes"}
     assert {name: misses for name, (_, misses) in second.items() if misses} == {}
     # What is called from Python only is loaded from its file; what it calls comes with it.
     called = {name for name, (hits, _) in second.items() if hits}
@@ -82,11 +80,10 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_process_loads_the_kernels_of_the_operators(tmp_path: Path) -> None:
+def test_a_second_process_loads_the_kernels_of_the_operators() -> None:
     """C functions, which no dispatcher counts, and what is called from Python."""
-    first, second = run(tmp_path, CPU_SCRIPT), run(tmp_path, CPU_SCRIPT)
+    first, second = run(CPU_SCRIPT), run(CPU_SCRIPT)
     functions = {"products._multiply", "decoding._decode"}
     rows = {"tiles._pack", "tiles._unpack", "backend._signed_sums"}
     assert {f"lowbit_format.kernels.cpu.{name}" for name in functions | rows} <= first.keys()
-    assert all(hits == 0 and misses == 1 for hits, misses in first.values()), first
     assert second == dict.fromkeys(first, (1, 0))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import threading
-import time
-from collections.abc import Callable
 
 import numpy as np
 import pytest
+from support.concurrency import PATIENCE, at_once, forks, in_child
 
 from lowbit_format.machine import threads
 from lowbit_format.machine.threads import num_threads, parallel_rows
@@ -18,14 +15,12 @@ from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode, decode_numpy
 from lowbit_format.schema import Scheme
 from lowbit_format.testing.decoding import F32
-from lowbit_format.testing.strategies import random_matrix
+from lowbit_format.testing.matrices import extreme_matrix
 from lowbit_format.testing.vectors import assert_same_bits
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:overflow encountered", "ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning"
 )
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-PATIENCE = 60.0  # seconds after which something that should end is held to be stuck
 
 
 @pytest.fixture(autouse=True)
@@ -36,52 +31,12 @@ def four_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def matrix() -> StoredMatrix:
-    return random_matrix(Scheme("bcq", 4, 32, "F16", True), 200, 512)
+    return extreme_matrix(Scheme("bcq", 4, 32, "F16", True), 200, 512)
 
 
 @pytest.fixture(scope="module")
 def expected(matrix: StoredMatrix) -> F32:
     return decode_numpy(matrix)
-
-
-def in_child(work: Callable[[], bool]) -> bool:
-    """What `work` says in a forked child; False if it raises, True only if it ends in time."""
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(2)
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            return os.waitstatus_to_exitcode(status) == 0
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return False
-
-
-def at_once(*work: Callable[[], object]) -> None:
-    """Run all in threads of their own that start together; what one raises is raised here."""
-    barrier, errors = threading.Barrier(len(work)), list[BaseException]()
-
-    def run(act: Callable[[], object]) -> None:
-        barrier.wait(PATIENCE)
-        try:
-            act()
-        except BaseException as e:
-            errors.append(e)
-
-    running = [threading.Thread(target=run, args=(act,), daemon=True) for act in work]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join(PATIENCE)
-    assert not any(thread.is_alive() for thread in running), "stuck"
-    if errors:
-        raise errors[0]
 
 
 # --- the number of threads -------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.modules import filled
 from torch import nn
 
 import lowbit_format as lb
@@ -20,7 +21,6 @@ from lowbit_format.kernels.gpu.launch import Config
 from lowbit_format.runtime.autotune import STEP
 from lowbit_format.runtime.modules import LowbitEmbedding, LowbitLinear
 from lowbit_format.schema import Scheme
-from tests.runtime.test_modules import filled
 
 
 @pytest.fixture(autouse=True)

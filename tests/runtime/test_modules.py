@@ -7,30 +7,17 @@ import pickle
 
 import pytest
 import torch
-from support.building import random_matrix
+from support.modules import filled
 from torch import nn
 
-from lowbit_format.container.writer import module_tensors
 from lowbit_format.errors import TensorError, UnsupportedOperationError
 from lowbit_format.reference import decode_numpy
 from lowbit_format.runtime.modules import LowbitConv1D, LowbitEmbedding, LowbitLinear, LowbitModule
-from lowbit_format.schema import ModuleEntry, Scheme
+from lowbit_format.schema import Scheme
+from lowbit_format.testing.matrices import random_matrix
 
 SCHEME = Scheme("bcq", 3, 8, "F16", offset=True, nested=(2,))
 RAGGED = Scheme("uniform", 4, 0, "F32", row_bits=True, nested=(2,))
-
-
-def filled(module: LowbitModule) -> LowbitModule:
-    """`module` with a random matrix in it, as a file would fill it."""
-    matrix = random_matrix(module.scheme, module.rows, module.cols)
-    for t in module_tensors(ModuleEntry("m", module.scheme, module.kind, (module.rows, module.cols)), matrix):
-        role = t.name.removeprefix("m.")
-        if role in module.matrix_parameters():
-            setattr(module, role, nn.Parameter(torch.from_numpy(t.data.copy()), requires_grad=False))
-    if module.bias is not None:
-        nn.init.normal_(module.bias)
-    module.finish_loading("m")
-    return module
 
 
 def linear(scheme: Scheme = SCHEME) -> LowbitModule:

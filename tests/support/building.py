@@ -6,51 +6,20 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
+from support.directories import write_directory
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowbit_format.bits import pack_codes, to_ragged
-from lowbit_format.codecs import CODECS
-from lowbit_format.container.atomic import write_json
-from lowbit_format.container.writer import StoredTensor, module_tensors, shard_name, write_index, write_safetensors
-from lowbit_format.dtypes import round_to
-from lowbit_format.matrix import Params, StoredMatrix
+from lowbit_format.container.writer import StoredTensor, module_tensors
 from lowbit_format.schema import ModuleEntry, QuantizationConfig, Scheme
+from lowbit_format.testing.matrices import random_matrix
 
 KINDS: dict[type, str] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
 FLOATS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
 Choice = Callable[[str, nn.Module], Scheme | None]
-
-
-def random_matrix(scheme: Scheme, rows: int, cols: int, seed: int = 0) -> StoredMatrix:
-    """A matrix of random codes and parameters of about the size that real ones have."""
-    rng, codec, groups = np.random.default_rng(seed), CODECS[scheme.codec], scheme.groups(cols)
-    codes = rng.integers(0, 2**scheme.bits, (rows, cols)).astype(np.uint8)
-    row_bits = rng.integers(1, scheme.bits + 1, rows).astype(np.uint8) if scheme.row_bits else None
-
-    def params(bits: int) -> Params:
-        scales = rng.uniform(0.01, 0.1, (bits if codec.scale_per_plane else 1, rows, groups)).astype(np.float32)
-        if row_bits is not None and codec.scale_per_plane:
-            scales[row_bits[None, :] <= np.arange(bits)[:, None]] = 0
-        shift = rng.normal(0, 0.1, (rows, groups)).astype(np.float32) if scheme.shift else None
-        shift = None if shift is None else round_to(shift, scheme.scale_dtype)
-        return Params(round_to(scales, scheme.scale_dtype), shift)
-
-    planes = pack_codes(codes, scheme.bits)
-    return StoredMatrix(
-        scheme,
-        rows,
-        cols,
-        planes if row_bits is None else to_ragged(planes, row_bits),
-        params(scheme.bits),
-        {k: params(k) for k in scheme.nested},
-        rng.normal(0, 1, 2**scheme.bits).astype(np.float32) if codec.codebook else None,
-        row_bits,
-    )
 
 
 def write_model(model: PreTrainedModel, directory: Path, choose: Choice, *, shards: int = 1) -> Path:
@@ -71,14 +40,8 @@ def write_model(model: PreTrainedModel, directory: Path, choose: Choice, *, shar
     model.config.save_pretrained(directory)
     config = json.loads((directory / "config.json").read_text())
     config["architectures"], config["dtype"] = [type(model).__name__], str(model.dtype).removeprefix("torch.")
-    config["quantization_config"] = QuantizationConfig(modules, tied, model.base_model_prefix).to_dict()
-    write_json(directory / "config.json", config)
-    tensors = lowbit + plain
-    files = {shard_name(i + 1, shards): tensors[i::shards] for i in range(shards)}
-    for name, part in files.items():
-        write_safetensors(directory / name, part)
-    if shards > 1:
-        write_index(directory, {n: [t.name for t in p] for n, p in files.items()}, sum(t.nbytes for t in tensors))
+    quantization = QuantizationConfig(modules, tied, model.base_model_prefix)
+    write_directory(directory, quantization, [[t] for t in lowbit + plain], shards, config)
     return directory
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -69,12 +68,4 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], No
     tensors = weights(directory)
     change(tensors)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    return directory
-
-
-def edit_config(directory: Path, **changes: Any) -> Path:
-    """Set keys of ``config.json``; None removes one."""
-    path = directory / "config.json"
-    config = {**json.loads(path.read_text()), **changes}
-    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     return directory

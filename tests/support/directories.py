@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from lowbit_format.container.reader import CONFIG_FILE, WEIGHTS_FILE
 from lowbit_format.container.writer import StoredTensor, module_tensors, shard_name, write_index, write_safetensors
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import ModuleEntry, QuantizationConfig, Scheme
-from lowbit_format.testing.strategies import random_matrix
+from lowbit_format.testing.matrices import extreme_matrix
 
 Matrices = dict[str, list[StoredMatrix]]  # by path of the module: one, or one for each expert
 
@@ -36,7 +36,7 @@ def random_matrices(modules: Iterable[ModuleEntry], seed: int = 0) -> Matrices:
     """Random content of modules; experts share one codebook (EXP-1)."""
     out: Matrices = {}
     for i, m in enumerate(modules):
-        stack = [random_matrix(m.scheme, m.rows, m.cols, seed + 100 * i + e) for e in range(m.experts or 1)]
+        stack = [extreme_matrix(m.scheme, m.rows, m.cols, seed + 100 * i + e) for e in range(m.experts or 1)]
         out[m.path] = [replace(matrix, codebook=stack[0].codebook) for matrix in stack]
     return out
 
@@ -46,7 +46,13 @@ def tensors_of(modules: Iterable[ModuleEntry], matrices: Matrices) -> list[list[
     return [module_tensors(m, matrices[m.path] if m.experts else matrices[m.path][0]) for m in modules]
 
 
-def write_model(directory: Path, config: QuantizationConfig, groups: list[list[StoredTensor]], shards: int = 1) -> None:
+def write_directory(
+    directory: Path,
+    config: QuantizationConfig,
+    groups: list[list[StoredTensor]],
+    shards: int = 1,
+    model_config: Mapping[str, Any] = MappingProxyType({"model_type": "example"}),
+) -> None:
     """A model directory; groups of tensors are dealt out to `shards` files."""
     directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, list[str]] = {}
@@ -56,7 +62,7 @@ def write_model(directory: Path, config: QuantizationConfig, groups: list[list[S
         files[shard_name(i + 1, shards)] = [t.name for t in tensors]
     if shards > 1:
         write_index(directory, files, sum(t.nbytes for group in groups for t in group))
-    write_json(directory / CONFIG_FILE, {"model_type": "example", "quantization_config": config.to_dict()})
+    write_json(directory / CONFIG_FILE, {**model_config, "quantization_config": config.to_dict()})
 
 
 def sample_model(directory: Path, shards: int = 1) -> tuple[QuantizationConfig, Matrices]:
@@ -70,7 +76,7 @@ def sample_model(directory: Path, shards: int = 1) -> tuple[QuantizationConfig, 
         StoredTensor("model.step", "I64", (), np.array(7, "<i8")),
         StoredTensor("model.nothing", "F32", (0, 4), np.empty((0, 4), "<f4")),
     ]
-    write_model(directory, config, [*tensors_of(modules, matrices), plain], shards)
+    write_directory(directory, config, [*tensors_of(modules, matrices), plain], shards)
     return config, matrices
 
 
@@ -82,14 +88,7 @@ def tiny_model(directory: Path) -> None:
     ]
     config = QuantizationConfig({m.path: m for m in modules})
     groups = tensors_of(modules, random_matrices(modules))
-    write_model(directory, config, [*groups, [StoredTensor("norm", "F32", (2,), np.ones(2, "<f4"))]])
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    """Change keys of ``quantization_config``."""
-    config = json.loads((directory / CONFIG_FILE).read_text())
-    config["quantization_config"].update(changes)
-    (directory / CONFIG_FILE).write_text(json.dumps(config))
+    write_directory(directory, config, [*groups, [StoredTensor("norm", "F32", (2,), np.ones(2, "<f4"))]])
 
 
 def weights(directory: Path) -> Path:

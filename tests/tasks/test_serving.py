@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from support.building import write_model
+from support.models import IDS, bert_config, gpt2, llama_config, t5
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
@@ -42,7 +43,6 @@ from lowbit_format.tasks.matching import effective_params
 from lowbit_format.tasks.models import named_modules
 from lowbit_format.tasks.operations import OPERATIONS
 from lowbit_format.tasks.saving import bundle_of
-from tests.integrations.test_models import IDS, bert_config, gpt2, llama_config, t5
 
 BCQ = Scheme("bcq", 3, 8, "F16", offset=True, nested=(2,))
 UNIFORM = Scheme("uniform", 4, 16, "F16")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.building import random_matrix
+from support.modules import filled
 from support.tuning_models import (
     MODELS,
     SCHEMES,
@@ -39,7 +39,7 @@ from lowbit_format.kernels.matrix import with_delta
 from lowbit_format.runtime.deltas import Delta, TunedDelta
 from lowbit_format.runtime.modules import LowbitLinear, LowbitModule
 from lowbit_format.schema import Scheme
-from tests.runtime.test_modules import filled
+from lowbit_format.testing.matrices import random_matrix
 
 FITTING = {"bcq": ["alphatuning", "scales"], "uniform": ["peqa", "scales"], "codebook": ["scales"]}
 CASES = [(scheme, method) for scheme in SCHEMES for method in FITTING[SCHEMES[scheme].codec]]

@@ -1,115 +1,52 @@
-"""The kernels of a CPU: weights bit for bit, products as the naive way gives them in float64, but for rounding."""
+"""The kernels of a CPU: what every backend must do, and what is particular to a CPU."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.building import random_matrix
-from support.products import Call, absolute, assert_near, drawn, exact, magnitude, random_call, same_bits, stored
+from support.concurrency import at_once, forks, in_child
+from support.cpu_kernels import WHOLE, CpuOperators, check_linear, fixed_calls, from_planes
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_format.kernels import naive, operators
 from lowbit_format.kernels.cpu import backend, decoding, parallel, products
-from lowbit_format.kernels.matrix import PlaneMatrix
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import SCALE_DTYPES, Scheme
 from lowbit_format.testing.decoding import F32, DecoderConformance
-from tests.kernels.test_operators import KINDS, NAMES
-from tests.machine.test_threads import at_once, forks, in_child
+from lowbit_format.testing.matrices import random_matrix
+from lowbit_format.testing.products import (
+    KINDS,
+    NAMES,
+    Call,
+    absolute,
+    assert_near,
+    drawn,
+    exact,
+    magnitude,
+    plane_matrix,
+    random_call,
+    same_bits,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks:DeprecationWarning")
 
-WHOLE, ODD = [0, 32, 64, 96, 128], [5, 24, 100]  # group sizes that have a packed form, and that have none
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
-
-
-def from_planes(x: Tensor, w: PlaneMatrix) -> bool:
-    """Whether the product is computed without decoding the weight."""
-    plan = products.plan(w)
-    return plan is not None and x.numel() // w.cols <= plan.most_rows
-
-
-def check_linear(call: Call) -> Tensor:
-    """The product is right; computed from planes, it has the same bits whatever form they are in."""
-    x, w, bias, deltas, task_ids = call
-    with torch.no_grad():
-        want = naive.linear(x.double(), exact(w), bias, deltas, task_ids)
-        terms = naive.linear(x.double().abs(), absolute(w), magnitude(bias), magnitude(deltas), task_ids)
-        found = operators.linear(*call)
-        assert found.dtype == x.dtype
-        assert_near(found, want, terms, from_planes(x, w))
-        if backend.can_tile(w):
-            again = operators.linear(x, backend.tile(w), bias, deltas, task_ids)
-            assert_near(again, want, terms, from_planes(x, w))
-            assert not from_planes(x, w) or same_bits(again, found)
-    return found
-
-
-@st.composite
-def calls(draw: st.DrawFn) -> Call:
-    """Any product."""
-    w = drawn(
-        draw(st.sampled_from(KINDS)),
-        draw(st.integers(1, 8)),
-        draw(st.sampled_from(WHOLE) | st.sampled_from(WHOLE + ODD)),
-        draw(st.integers(1, 200)),
-        draw(st.integers(1, 400)),
-        draw(st.integers(0, 2**32 - 1)),
-        draw(st.sampled_from(SCALE_DTYPES)),
-    )
-    dtype = draw(st.sampled_from(FLOATS))
-    return random_call(
-        w,
-        draw(st.integers(1, 16) | st.sampled_from([1, 17, 50, 130])),
-        dtype=dtype,
-        layout=draw(st.sampled_from(["rows", "columns", "every second", "leading"])),
-        bias=draw(st.sampled_from([None, torch.float32, dtype])),
-        tasks=draw(st.sampled_from([None, "mul", "add"])),
-        count=draw(st.integers(1, 4)),
-        ids=draw(st.booleans()),
-        seed=draw(st.integers(0, 1000)),
-    )
-
-
-def fixed_calls() -> Iterator[Call]:
-    """A few of every kind, large enough for several strips, chunks and threads."""
-    for i, kind in enumerate(KINDS):
-        for j, (bits, group, dtype) in enumerate([(4, 64, "F16"), (2, 0, "BF16"), (3, 96, "F32")]):
-            w = drawn(kind, bits, group, 300 + 7 * i, 330, seed=i, dtype=dtype)
-            for batch, tasks in ((1, None), (7, ("mul", "add", None)[(i + j) % 3])):
-                yield random_call(w, batch, tasks=tasks, seed=batch)
-
-
-def check_everything() -> None:
-    """A compact set of all this for other machines (see test_cpu_isa.py)."""
-    rng = random.Random(0)
-    for kind in KINDS:
-        for bits in range(1, 9):
-            for dtype in SCALE_DTYPES:
-                w = drawn(kind, bits, rng.choice(WHOLE), rng.randint(1, 90), rng.randint(1, 300), bits, dtype)
-                assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
-                for batch, tasks in ((1, None), (rng.randint(2, 16), rng.choice(["mul", "add"])), (20, None)):
-                    check_linear(random_call(w, batch, dtype=rng.choice(FLOATS), tasks=tasks, seed=bits))
-    for call in fixed_calls():
-        check_linear(call)
 
 
 # --- weights ---------------------------------------------------------------------------------------
 
 
-class TestPackedForm(DecoderConformance):
-    """Decoding by way of the packed form, where there is one."""
+class TestDecoding(DecoderConformance):
+    """Decoding from tiles, where there is a tiled layout."""
 
     def decode(self, matrix: StoredMatrix, bits: int | None) -> F32:
-        w = stored(matrix, bits)
+        w = plane_matrix(matrix, bits)
         out: F32 = backend.decode(backend.tile(w) if backend.can_tile(w) else w).numpy()
         return out
 
@@ -122,9 +59,9 @@ class TestPackedForm(DecoderConformance):
             matrix = random_matrix(
                 replace(kind, bits=bits, group_size=group_size, scale_dtype=dtype), rows, cols, seed=rows
             )
-            assert backend.can_tile(stored(matrix))
+            assert backend.can_tile(plane_matrix(matrix))
             self.check(matrix) if rows * cols < 3000 else None
-            w = stored(matrix)
+            w = plane_matrix(matrix)
             assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
 
     @pytest.mark.parametrize("threads", ["1", "2", "5"])
@@ -144,34 +81,11 @@ class TestPackedForm(DecoderConformance):
             assert same_bits(decoding.decode_rows(tiled, first, stop, 1), whole[first:stop])
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
-def test_dequantize_from_the_packed_form(kind: Scheme) -> None:
-    w = drawn(kind, 4, 64, 50, 130, dtype="BF16")
-    deltas = random_call(w, 1, tasks="mul").deltas
-    for dtype in (*FLOATS, torch.float64):
-        for of in (None, deltas):
-            assert torch.equal(operators.dequantize(backend.tile(w), of, dtype=dtype), naive.dequantize(w, of, dtype))
-
-
-def test_ragged_rows_at_a_lower_precision() -> None:
-    """MIX-4, NST-1: ``row_bits`` may say more than there is to read."""
-    for name, group_size in (("bcq", 0), ("uniform", 0), ("bcq", 32)):
-        scheme = Scheme(name, 4, group_size, "F32", row_bits=True, nested=(2,))
-        w = stored(random_matrix(scheme, 40, 100), 2)
-        assert w.row_bits is not None
-        assert int(w.row_bits.max()) > w.bits
-        tiled = backend.tile(w)
-        assert same_bits(backend.decode(tiled), naive.decode(w))
-        check_linear(random_call(w, 3))
-
-
 # --- products --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
-@given(calls())
-def test_any_product(call: Call) -> None:
-    check_linear(call)
+class TestOperators(CpuOperators):
+    """What every backend must do."""
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
@@ -212,21 +126,6 @@ def test_tasks(kind: Scheme, tasks: str, batch: int) -> None:
         assert not torch.allclose(found, check_linear(Call(*call[:3])))
 
 
-def test_empty_batches() -> None:
-    w = drawn(KINDS[1], 4, 32, 33, 100)
-    for form in (w, backend.tile(w)):
-        for shape in ((0, 100), (2, 0, 100), (0, 0, 100)):
-            for dtype in FLOATS:
-                found = operators.linear(torch.empty(shape, dtype=dtype), form, torch.randn(33))
-                assert (found.shape, found.dtype) == ((*shape[:-1], 33), dtype)
-
-
-def test_one_row_without_a_batch() -> None:
-    w = drawn(KINDS[1], 4, 32, 33, 100)
-    x = torch.randn(100)
-    assert same_bits(operators.linear(x, backend.tile(w)), operators.linear(x[None], w)[0])
-
-
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_a_row_does_not_depend_on_the_others(kind: Scheme) -> None:
     w = backend.tile(drawn(kind, 4, 64, 90, 200))
@@ -241,52 +140,6 @@ def test_a_bias_with_strides(batch: int) -> None:
     w = drawn(KINDS[1], 4, 32, 33, 100)
     for bias in (torch.randn(66)[::2], torch.randn(1).expand(33), torch.randn(33, 4)[:, 1]):
         check_linear(random_call(w, batch)._replace(bias=bias))
-
-
-def test_deltas_and_ids_with_strides() -> None:
-    w = drawn(KINDS[1], 3, 32, 33, 100)
-    call = random_call(w, 6)
-    ids = torch.tensor([0, 9, 1, 9, -1, 9, 0, 9, 0, 9, 1, 9])[::2]
-    check_linear(call._replace(deltas=torch.randn(33, 2, 2).permute(1, 2, 0), task_ids=ids))
-    check_linear(call._replace(deltas=torch.randn(2, 4, 3, 33).permute(0, 2, 3, 1), task_ids=ids))
-
-
-def test_values_of_missing_planes_do_not_matter() -> None:
-    """MIX-3: scales of planes that a row does not have."""
-    w = drawn(Scheme("bcq", offset=True, row_bits=True), 4, 32, 50, 100)
-    assert w.row_bits is not None
-    scales = w.scales.clone()
-    scales[w.row_bits[None, :] <= torch.arange(4)[:, None]] = 1e30
-    assert (scales == 1e30).any()
-    call = random_call(w, 3)
-    for form in (w, backend.tile(w)):
-        assert same_bits(operators.linear(call.x, form._replace(scales=scales)), operators.linear(call.x, w))
-
-
-def test_padding_bits_do_not_matter() -> None:
-    """BIT-3, in products."""
-    for kind in KINDS:
-        w = drawn(kind, 3, 32, 20, 37)
-        dirty = w.planes.clone()
-        dirty[..., 5:] = 255
-        dirty[..., 4] |= 0b11100000
-        for batch in (1, 30):
-            x = torch.randn(batch, 37)
-            assert torch.equal(operators.linear(x, w), operators.linear(x, w._replace(planes=dirty)))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_is_not_hidden(kind: Scheme, value: float) -> None:
-    for group, column, tasks in ((32, 0, None), (64, 99, "mul"), (0, 50, "add")):
-        w = backend.tile(drawn(kind, 4, group, 37, 100))
-        call = random_call(w, 4, tasks=tasks)
-        call.x[2, column] = value
-        found, want = operators.linear(*call), naive.linear(call.x, backend.untile(w), *call[2:])
-        finite = torch.isfinite(want)
-        assert torch.equal(torch.isfinite(found), finite)
-        assert (~finite).sum() == 37
-        assert bool(found[want.isnan()].isnan().all())
 
 
 # --- threads and pieces ----------------------------------------------------------------------------
@@ -478,7 +331,7 @@ def test_rows_with_other_bits() -> None:
     for seed, row_bits in enumerate((torch.cat([many, few]), torch.cat([few, many]))):
         matrix = random_matrix(replace(kind, bits=4), 32, 64, seed=seed)
         planes = torch.randint(0, 256, (int(row_bits.sum()), 8), dtype=torch.uint8)
-        pair.append(stored(matrix)._replace(planes=planes, row_bits=row_bits))
+        pair.append(plane_matrix(matrix)._replace(planes=planes, row_bits=row_bits))
     w, other = backend.tile(pair[0]), backend.tile(pair[1])
     x = torch.randn(2, 64)
     operators.linear(x, w)
@@ -524,40 +377,6 @@ def test_gradient_of_the_input(kind: Scheme, dtype: torch.dtype, tasks: str | No
             found = backend.linear_input_grad(grad, form, deltas, task_ids)
             assert found.dtype == dtype
             assert_near(found, want, terms, one_rounding=False)
-
-
-# --- rows ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
-@pytest.mark.parametrize("group_size", [0, 32])
-def test_embedding(kind: Scheme, group_size: int) -> None:
-    """Bit for bit, in any order and number, with tasks and without."""
-    w = drawn(kind, 5, group_size, 37, 100, dtype="F16")
-    tiled = backend.tile(w)
-    for ids in (
-        torch.tensor([0, 36, 36, 5, 0]),
-        torch.randint(0, 37, (3, 1, 40), dtype=torch.int32),
-        torch.randint(0, 37, (4, 6)).t(),
-        torch.tensor(17),
-        torch.empty(2, 0, dtype=torch.int64),
-    ):
-        for dtype in FLOATS:
-            assert same_bits(operators.embedding(ids, tiled, dtype=dtype), naive.embedding(ids, w, None, None, dtype))
-        for tasks in ("mul", "add"):
-            call = random_call(w, ids.numel(), tasks=tasks)
-            found = operators.embedding(ids, tiled, call.deltas, call.task_ids)
-            assert same_bits(found, naive.embedding(ids, w, call.deltas, call.task_ids, torch.float32))
-
-
-@pytest.mark.parametrize("kind", KINDS, ids=NAMES)
-@pytest.mark.parametrize("bad", [37, 48, 1 << 40, -38])
-def test_embedding_of_no_row(kind: Scheme, bad: int) -> None:
-    """Also of rows that only pad a tile."""
-    w = drawn(kind, 5, 32, 37, 100)
-    for form in (w, backend.tile(w)):
-        with pytest.raises(IndexError):
-            operators.embedding(torch.tensor([0, bad]), form)
 
 
 # --- with torch ------------------------------------------------------------------------------------
@@ -638,22 +457,6 @@ def test_a_functional_transform_is_not_passed_by() -> None:
 # --- what kernels do not look at is refused before ------------------------------------------------
 
 
-WRONG_TASKS = {
-    "an id that is too large": (torch.zeros(2, 1, 33), torch.tensor([0, 2]), IndexError),
-    "too few ids": (torch.zeros(2, 1, 33), torch.tensor([1]), ValueError),
-    "too few rows": (torch.zeros(2, 1, 32), torch.tensor([0, 1]), ValueError),
-    "too many planes": (torch.zeros(2, 4, 33), torch.tensor([0, 1]), ValueError),
-    "too few groups": (torch.zeros(2, 1, 33, 3), torch.tensor([0, 1]), ValueError),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG_TASKS)
-def test_wrong_tasks(wrong: str) -> None:
-    deltas, task_ids, error = WRONG_TASKS[wrong]
-    with pytest.raises(error):
-        operators.linear(torch.randn(2, 100), backend.tile(drawn(KINDS[1], 3, 32, 33, 100)), None, deltas, task_ids)
-
-
 def test_a_bias_of_another_length() -> None:
     with pytest.raises(ValueError, match="33"):
         operators.linear(torch.randn(2, 100), backend.tile(drawn(KINDS[1], 3, 32, 33, 100)), torch.zeros(20))
@@ -672,17 +475,3 @@ def test_every_negative_id_is_the_base() -> None:
     ids = torch.arange(40) % 11 - 2
     found = operators.linear(x, w, None, torch.randn(9, 1, 33), ids)
     torch.testing.assert_close(found[ids < 0], operators.linear(x, w)[ids < 0], rtol=1e-4, atol=1e-4)
-
-
-def test_uniform_codes_without_zeros() -> None:
-    w = drawn(Scheme("uniform"), 4, 32, 33, 100)._replace(zeros=None)
-    x = torch.randn(3, 100)
-    torch.testing.assert_close(operators.linear(x, w), x @ naive.decode(w).T, rtol=1e-4, atol=1e-3)
-
-
-def test_a_task_that_is_not_there() -> None:
-    """Few rows are multiplied from planes, many by the library."""
-    for rows in (2, 2000):
-        call = random_call(drawn(KINDS[0], 3, 32, 33, 100), rows, tasks="mul", count=3)
-        with pytest.raises(IndexError):
-            operators.linear(*call._replace(task_ids=torch.full((rows,), 3)))

@@ -32,7 +32,7 @@ SCRIPT = """
 import json, re
 from lowbit_format.kernels.cpu import products
 from lowbit_format.machine.llvm import features
-from tests.kernels.cpu.test_backend import check_everything
+from support.cpu_kernels import check_everything
 
 check_everything()
 text = products._multiply.compiled._library.get_asm_str()

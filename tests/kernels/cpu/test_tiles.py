@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from support.building import random_matrix
-from support.products import drawn, random_call, same_bits, stored
+from support.concurrency import at_once
+from support.modules import filled
 from torch import Tensor, nn
 
 from lowbit_format.kernels import matrix, naive, operators
@@ -25,9 +25,9 @@ from lowbit_format.kernels.parameter_order import group_major
 from lowbit_format.runtime.deltas import Delta, TunedDelta
 from lowbit_format.runtime.modules import LowbitConv1D, LowbitEmbedding, LowbitLinear, LowbitModule
 from lowbit_format.schema import SCALE_DTYPES, Scheme
-from tests.kernels.test_operators import KINDS, NAMES
-from tests.machine.test_threads import at_once
-from tests.runtime.test_modules import filled
+from lowbit_format.testing.layouts import LayoutConformance
+from lowbit_format.testing.matrices import random_matrix
+from lowbit_format.testing.products import KINDS, NAMES, drawn, plane_matrix, random_call, same_bits
 
 ROWS, COLS = 37, 100  # three tiles, the last one short; four words, the last one short
 SCHEMES = [replace(kind, bits=3, group_size=32, scale_dtype="F16") for kind in KINDS]
@@ -37,15 +37,10 @@ LOADED = "planes", "scales", "offsets", "zeros", "codebook", "row_bits"
 # --- planes ----------------------------------------------------------------------------------------
 
 
-@st.composite
-def packable(draw: st.DrawFn) -> PlaneMatrix:
-    """Any matrix that has a packed form, with anything in the bits behind its last column."""
-    kind = replace(draw(st.sampled_from(KINDS)), bits=draw(st.integers(1, 8)))
-    group = draw(st.sampled_from([0, 32, 64, 96, 128, 1024]))
-    rows, cols, seed = draw(st.integers(1, 100)), draw(st.integers(1, 300)), draw(st.integers(0, 1000))
-    w = stored(random_matrix(replace(kind, group_size=group), rows, cols, seed))
-    dirty = torch.randint(0, 256, w.planes.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return w._replace(planes=dirty) if draw(st.booleans()) else w
+class TestLayout(LayoutConformance):
+    """What every tiled layout must do."""
+
+    backend = backend
 
 
 def whole_planes(w: PlaneMatrix) -> Tensor:
@@ -56,10 +51,9 @@ def whole_planes(w: PlaneMatrix) -> Tensor:
     return planes
 
 
-@settings(max_examples=200, deadline=None)
-@given(packable(), st.data())
-def test_exact_inverse(w: PlaneMatrix, data: st.DataObject) -> None:
-    """Of all rows, and of any rows in any order."""
+@given(TestLayout().matrices(), st.data())
+def test_some_rows_of_tiles(w: PlaneMatrix, data: st.DataObject) -> None:
+    """Any rows in any order."""
     assert tiles.can_tile(w)
     packed = tiles.tile(w)
     assert packed.is_tiled
@@ -77,22 +71,6 @@ def test_exact_inverse(w: PlaneMatrix, data: st.DataObject) -> None:
     if len(rows):  # picked rows have all planes, ragged or not, and are a matrix of their own
         again = tiles.untile(tiles.tile(some), torch.arange(len(rows)))
         assert torch.equal(again.planes, some.planes)
-
-
-@settings(max_examples=50, deadline=None)
-@given(packable())
-def test_everything_comes_back(w: PlaneMatrix) -> None:
-    """Parameters too, and from what is packed already."""
-    packed = backend.tile(backend.tile(w))
-    back = backend.untile(backend.untile(packed))
-    for name in LOADED:
-        was, of, now = getattr(w, name), getattr(packed, name), getattr(back, name)
-        assert (was is None) == (now is None)
-        if was is not None:
-            assert now.dtype == was.dtype
-            assert torch.equal(now, was)
-            assert now.is_contiguous()
-            assert name == "planes" or torch.equal(of, was)
 
 
 def test_where_each_word_lies() -> None:
@@ -147,13 +125,6 @@ def test_a_view_at_the_end_of_its_memory_is_not_in_lanes() -> None:
     assert lanes.untyped_storage().nbytes() >= 16 * 4
 
 
-@pytest.mark.parametrize("group_size", [5, 24, 100])
-def test_odd_groups_have_no_packed_form(group_size: int) -> None:
-    w = drawn(KINDS[0], 3, group_size, 10, 200)
-    assert not operators.can_tile(w)
-    assert operators.can_tile(w._replace(cols=group_size, scales=w.scales[..., :1]))  # one group: all of the row
-
-
 # --- modules ---------------------------------------------------------------------------------------
 
 
@@ -167,12 +138,12 @@ def module_of(scheme: Scheme, kind: type[LowbitModule] = LowbitLinear) -> Lowbit
 
 def file_of(scheme: Scheme, seed: int = 0) -> dict[str, Tensor]:
     """The tensors of the file, by role."""
-    w = stored(random_matrix(scheme, ROWS, COLS, seed))
+    w = plane_matrix(random_matrix(scheme, ROWS, COLS, seed))
     return {role: t for role in LOADED if (t := getattr(w, role)) is not None}
 
 
 def of_file(scheme: Scheme, seed: int = 0) -> PlaneMatrix:
-    return stored(random_matrix(scheme, ROWS, COLS, seed))
+    return plane_matrix(random_matrix(scheme, ROWS, COLS, seed))
 
 
 def some_input(module: LowbitModule) -> Tensor:

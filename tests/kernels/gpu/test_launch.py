@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.gpu_device import on_device
-from support.products import drawn
 
 from lowbit_format.kernels.gpu import launch, tiles
 from lowbit_format.kernels.gpu.launch import FAMILIES, WARPS, Config
 from lowbit_format.kernels.matrix import PlaneMatrix
-from tests.kernels.test_operators import KINDS
+from lowbit_format.testing.products import KINDS, drawn
 
 CODECS = ["bcq", "uniform", "codebook"]
 

@@ -10,23 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from support.building import random_matrix
 from support.gpu_device import DEVICE, FLOATS, on_device
-from support.products import drawn, random_call, stored
+from support.modules import filled
 from torch import Tensor, nn
 
 from lowbit_format.kernels import naive, operators
 from lowbit_format.kernels.gpu import backend, tiles
 from lowbit_format.kernels.gpu.activations import to_slices
 from lowbit_format.kernels.matrix import PlaneMatrix
-from lowbit_format.kernels.parameter_order import is_group_major
 from lowbit_format.runtime.deltas import Delta
 from lowbit_format.runtime.modules import LowbitEmbedding, LowbitLinear, LowbitModule
-from lowbit_format.schema import SCALE_DTYPES, Scheme
-from tests.kernels.test_operators import KINDS
-from tests.runtime.test_modules import filled
+from lowbit_format.schema import Scheme
+from lowbit_format.testing.layouts import LayoutConformance
+from lowbit_format.testing.matrices import random_matrix
+from lowbit_format.testing.products import KINDS, drawn, plane_matrix, random_call
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -40,44 +37,12 @@ LOADED = "planes", "scales", "offsets", "zeros", "codebook"
 # --- planes ----------------------------------------------------------------------------------------
 
 
-@st.composite
-def packable(draw: st.DrawFn) -> PlaneMatrix:
-    """Any matrix that has a packed form, with anything in the bits behind its last column."""
-    kind = draw(st.sampled_from([k for k in KINDS if not k.row_bits]))
-    scheme = replace(
-        kind,
-        bits=draw(st.integers(1, 8)),
-        group_size=draw(st.sampled_from([0, 32, 64, 96, 128, 256, 1024])),
-        scale_dtype=draw(st.sampled_from(SCALE_DTYPES)),
-    )
-    rows, cols, seed = draw(st.integers(1, 100)), draw(st.integers(1, 600)), draw(st.integers(0, 1000))
-    w = stored(random_matrix(scheme, rows, cols, seed))
-    dirty = torch.randint(0, 256, w.planes.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
-    return on_device(w._replace(planes=dirty) if draw(st.booleans()) else w)
+class TestLayout(LayoutConformance):
+    """What every tiled layout must do."""
 
-
-@settings(max_examples=100, deadline=None)
-@given(packable())
-def test_everything_comes_back(w: PlaneMatrix) -> None:
-    """Planes and parameters, exactly; parameters are the same numbers all the time, only in lanes."""
-    assert backend.can_tile(w)
-    packed = backend.tile(w)
-    assert packed.is_tiled
-    assert backend.tile(packed) is packed
-    back = backend.untile(packed)
-    assert backend.untile(back) is back
-    for name in LOADED:
-        was, of, now = getattr(w, name), getattr(packed, name), getattr(back, name)
-        assert (was is None) == (of is None) == (now is None)
-        if was is None:
-            continue
-        assert now.dtype == was.dtype == of.dtype
-        assert torch.equal(now, was)
-        assert now.is_contiguous()
-        assert name == "planes" or torch.equal(of, was)
-        assert name in ("planes", "codebook") or is_group_major(of)
-    assert packed[6:-1] == w[6:-1]
-    assert back[6:] == w[6:]
+    backend = backend
+    device = DEVICE
+    kinds = tuple(k for k in KINDS if not k.row_bits)
 
 
 @pytest.mark.parametrize(
@@ -144,15 +109,6 @@ def test_large_matrices_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.undo()
 
 
-def test_planes_with_strides() -> None:
-    """Rows of a larger matrix, and planes of which only some are there."""
-    w = drawn(KINDS[0], 4, 32, 40, 100)
-    for planes in (w.planes[:, 3:23], w.planes.transpose(0, 1).contiguous().transpose(0, 1)[:, 20:]):
-        rows = w._replace(planes=planes, scales=w.scales[:, :20])
-        assert torch.equal(tiles.tile(rows).planes, tiles.tile(rows._replace(planes=planes.contiguous())).planes)
-        assert torch.equal(tiles.untile(tiles.tile(rows)).planes, planes)
-
-
 def without_a_form() -> dict[str, PlaneMatrix]:
     more = drawn(Scheme("bcq", offset=True), 4, 32, 20, 70)
     double = drawn(KINDS[1], 3, 32, 20, 70)
@@ -195,12 +151,6 @@ def test_what_has_no_packed_form(which: str) -> None:
                 torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4, msg=name)
 
 
-def test_one_odd_group_is_all_of_the_row() -> None:
-    w = drawn(KINDS[0], 3, 100, 10, 100)
-    assert backend.can_tile(w)
-    assert torch.equal(backend.dequantize(on_device(w), None, torch.float32).cpu(), naive.decode(w))
-
-
 # --- modules ---------------------------------------------------------------------------------------
 
 
@@ -218,7 +168,7 @@ def module_of(scheme: Scheme, kind: type[LowbitModule] = LowbitLinear) -> Lowbit
 
 
 def of_file(scheme: Scheme) -> PlaneMatrix:
-    return stored(random_matrix(scheme, ROWS, COLS))
+    return plane_matrix(random_matrix(scheme, ROWS, COLS))
 
 
 def some_input(module: LowbitModule) -> Tensor:
@@ -455,7 +405,7 @@ def test_compiled_modules() -> None:
 @pytest.mark.usefixtures("served")
 @pytest.mark.parametrize(("name", "scheme"), list(zip(("linear", "embedding", "dequantize"), CODECS, strict=True)))
 def test_opcheck(name: str, scheme: Scheme) -> None:
-    w = backend.tile(on_device(stored(random_matrix(replace(scheme, bits=1, scale_dtype="F32"), 4, 40))))
+    w = backend.tile(on_device(plane_matrix(random_matrix(replace(scheme, bits=1, scale_dtype="F32"), 4, 40))))
     w = w._replace(scales=w.scales.requires_grad_())
     deltas = torch.randn(2, 1, 4, device=DEVICE, requires_grad=True)
     task_ids = torch.tensor([0, 1, -1], device=DEVICE)

@@ -1,0 +1,68 @@
+"""The operators of a CPU under the conformance tests, and a compact set of checks for other machines."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from lowbit_format.kernels.cpu import backend, products
+from lowbit_format.kernels.matrix import PlaneMatrix
+from lowbit_format.schema import SCALE_DTYPES
+from lowbit_format.testing import products as truth
+from lowbit_format.testing.operators import OperatorConformance
+from lowbit_format.testing.products import KINDS, Call, drawn, random_call, rounding_error, same_bits
+
+WHOLE, ODD = [0, 32, 64, 96, 128], [5, 24, 100]  # group sizes that have a tiled layout, and that have none
+
+
+def from_planes(x: Tensor, w: PlaneMatrix) -> bool:
+    """Whether the product is computed without decoding the weight."""
+    plan = products.plan(w)
+    return plan is not None and x.numel() // w.cols <= plan.most_rows
+
+
+class CpuOperators(OperatorConformance):
+    backend = backend
+    group_sizes = (*WHOLE, *ODD)
+    many = 2000
+    examples = 100
+    errors = (ValueError, IndexError)
+
+    def allowed(self, call: Call, want: Tensor, terms: Tensor) -> Tensor:
+        """From planes, products are float32 sums, rounded once."""
+        return rounding_error(want, terms, call.x.dtype, one_rounding=from_planes(call.x, call.w))
+
+    def check_linear(self, call: Call) -> Tensor:
+        """Computed from planes, a product has the same bits whatever layout they are in."""
+        found, plain = self.linear(call), self.linear(call, tiled=False)
+        self.judge(call, found, plain)
+        assert not from_planes(call.x, call.w) or same_bits(found, plain)
+        return found
+
+
+check_linear = CpuOperators().check_linear
+
+
+def fixed_calls() -> Iterator[Call]:
+    """A few of every kind, large enough for several strips, chunks and threads."""
+    for i, kind in enumerate(KINDS):
+        for j, (bits, group, dtype) in enumerate([(4, 64, "F16"), (2, 0, "BF16"), (3, 96, "F32")]):
+            w = drawn(kind, bits, group, 300 + 7 * i, 330, seed=i, dtype=dtype)
+            for batch, tasks in ((1, None), (7, ("mul", "add", None)[(i + j) % 3])):
+                yield random_call(w, batch, tasks=tasks, seed=batch)
+
+
+def check_everything() -> None:
+    """A compact set of checks of all kernels."""
+    rng = random.Random(0)
+    for kind in KINDS:
+        for bits in range(1, 9):
+            dtype = rng.choice(SCALE_DTYPES)
+            w = drawn(kind, bits, rng.choice(WHOLE), rng.randint(1, 90), rng.randint(1, 300), bits, dtype)
+            assert same_bits(backend.decode(backend.tile(w)), truth.decode(w))
+            for batch, tasks in ((1, None), (rng.randint(2, 16), rng.choice(["mul", "add"])), (20, None)):
+                check_linear(random_call(w, batch, dtype=rng.choice(CpuOperators.dtypes), tasks=tasks, seed=bits))
+    for call in fixed_calls():
+        check_linear(call)
