@@ -309,7 +309,7 @@ def test_more_rows_than_planes_are_for(kind: Scheme, dtype: torch.dtype, monkeyp
     monkeypatch.setattr(products, "multiply", None)
     w = drawn(kind, 2, 32, 20, 50, dtype="F16")
     for tile, tasks, ids in ((1, None, False), (1, "mul", True), (1 << 27, "add", True), (1 << 27, "mul", False)):
-        monkeypatch.setattr(backend, "TILE", tile)
+        monkeypatch.setattr(backend, "CHUNK", tile)
         bias = None if ids else torch.float32
         check_linear(random_call(w, 5, dtype=dtype, tasks=tasks, ids=ids, count=5, bias=bias))
 
@@ -639,7 +639,7 @@ def test_gradient_of_the_input(
     """With the weight decoded at once, and 16 rows at a time."""
     w = drawn(kind, 3, 32, 37, 70, dtype="F16")
     for tile, ids in ((1 << 27, False), (1, True)):
-        monkeypatch.setattr(backend, "TILE", tile)
+        monkeypatch.setattr(backend, "CHUNK", tile)
         _, _, _, deltas, task_ids = random_call(w, 6, tasks=tasks, ids=ids)
         grad = torch.randn(2, 3, 37).to(dtype)
         want = naive.linear_input_grad(grad.double(), exact(w), deltas, task_ids)
