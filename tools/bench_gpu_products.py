@@ -125,8 +125,8 @@ def _warps_row(bench: Bench, size: tuple[int, int]) -> list[str]:
 
 def _slicing(bench: Bench, n: int, cols: int) -> list[float]:
     x = made_input(bench, n, cols)
-    chunk = products.chunk_rows(n, activations.SLICES[x.dtype])
-    steps = tiles.steps(random_packed(bcq(4), tiles.ROWS, cols, bench.device))
+    chunk = products.panel_rows(n, activations.SLICES[x.dtype])
+    steps = tiles.steps(random_packed(bcq(4), tiles.TILE_ROWS, cols, bench.device))
     return bench.measure(lambda _: activations.to_slices(x, steps, chunk), 1 if bench.tiny else 50)
 
 

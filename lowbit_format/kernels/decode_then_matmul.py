@@ -1,7 +1,8 @@
-"""Products of many rows: a tile of the weight is decoded at a time, for the library's own matrix product.
+"""Products of many rows of x: the weight is decoded one chunk of rows at a time, for the library's matrix product.
 
-Devices differ in how they decode and in how large a tile they like; they give that as `tiles`: rows from, to, and the
-weight ``[rows of the tile, cols]`` in a dtype, in memory that the next tile may reuse.
+A backend decides how to decode and how large a chunk is. It passes a function `chunks`, which yields the first row of
+each chunk, the row after its last, and its weight ``[rows of the chunk, cols]`` in a dtype. The next chunk may reuse
+the memory of the weight.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from .batch import each_task
 from .matrix import PlaneMatrix
 from .parameter_order import group_major
 
-Tiles = Callable[[PlaneMatrix, torch.dtype], Iterable[tuple[int, int, Tensor]]]
+Chunks = Callable[[PlaneMatrix, torch.dtype], Iterable[tuple[int, int, Tensor]]]
 
 
-def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, tiles: Tiles) -> Tensor:
+def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, chunks: Chunks) -> Tensor:
     """As :meth:`.operators.Backend.linear`, for `x` ``[n, cols]`` and without the bias.
 
-    A batch of many tasks multiplies by the parts of the weight that they share; one of few, on a CPU, by each task's.
-    On a GPU, to find out which tasks are in a batch would wait for the device.
-
-    With planes' parts ``z[p] = x @ (scale[p] * sign[p]).T`` of the result, a factor ``1 + delta[p]`` on a scale adds
-    ``delta[p] * z[p]``; with one scale for all of the weight, ``z`` is the result itself.
+    With deltas of groups, every task in the batch takes a product with its own weight. With deltas of rows, products
+    with the base's planes are shared by all tasks: where ``z[p] = x @ (scale[p] * sign[p]).T`` is what plane p adds to
+    the result, a factor ``1 + delta[p]`` on its scales adds ``delta[p] * z[p]``. With one scale for the whole code,
+    ``z`` is the result itself. If there are no more tasks than shared products, a CPU computes a product per task after
+    all. A GPU never does: to find out which tasks are in a batch, it would have to wait for the device.
     """
     out = x.new_empty(len(x), w.rows)
     shared = 1 if w.codec != "bcq" else 1 + (0 if deltas is None else deltas.shape[1])
@@ -34,19 +35,19 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
     if deltas is None or task_ids is None or deltas.dim() == 4 or few:
         for rows, mine in each_task(w, deltas, task_ids):
             part = out if isinstance(rows, slice) else x.new_empty(int(rows.sum()), out.shape[1])
-            for start, stop, weight in tiles(mine, x.dtype):
+            for start, stop, weight in chunks(mine, x.dtype):
                 torch.mm(x[rows], weight.t(), out=part[:, start:stop])
             if part is not out:
                 out[rows] = part
         return out
     with_base = F.pad(deltas, (0, 0, 0, 0, 0, 1))  # zeros last, where the base's -1 points
-    for start, stop, weight in tiles(w, x.dtype):
+    for start, stop, weight in chunks(w, x.dtype):
         torch.mm(x, weight.t(), out=out[:, start:stop])
     base = out.clone() if w.codec != "bcq" else out
     for p in range(deltas.shape[1]):
         factor = with_base[task_ids.clamp(-1, len(deltas) - 1), p]
-        factor = torch.where((task_ids < len(deltas))[:, None], factor, float("nan"))  # of a task that is not there
-        for start, stop, weight in tiles(_plane(w, p), x.dtype) if w.codec == "bcq" else ():
+        factor = torch.where((task_ids < len(deltas))[:, None], factor, float("nan"))  # of a task that does not exist
+        for start, stop, weight in chunks(_plane(w, p), x.dtype) if w.codec == "bcq" else ():
             out[:, start:stop].addcmul_(factor[:, start:stop].to(x.dtype), x @ weight.t())
         if w.codec != "bcq":
             out.addcmul_(factor.to(x.dtype), base)
@@ -54,18 +55,18 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
 
 
 def _plane(w: PlaneMatrix, p: int) -> PlaneMatrix:
-    """The part of plane `p`: the other planes and the offset are nothing."""
+    """`w` without what is not of plane `p`: the other scales are zero, and there is no offset."""
     scales = torch.zeros_like(w.scales)
     scales[p] = w.scales[p]
     return w._replace(scales=group_major(scales), offsets=None)
 
 
-def input_grad(grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, tiles: Tiles) -> Tensor:
-    """As :meth:`.operators.Backend.linear_input_grad`, for `grad` ``[n, rows]``; tiles are added up in float32."""
+def input_grad(grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, chunks: Chunks) -> Tensor:
+    """As :meth:`.operators.Backend.linear_input_grad`, for `grad` ``[n, rows]``; chunks are summed in float32."""
     out = grad.new_empty(0)
     for rows, mine in each_task(w, deltas, task_ids):
         given, part = grad[rows], grad.new_empty(0)
-        for start, stop, weight in tiles(mine, grad.dtype):
+        for start, stop, weight in chunks(mine, grad.dtype):
             if start == 0:
                 part = given[:, :stop] @ weight
                 part = part if stop == w.rows else part.float()

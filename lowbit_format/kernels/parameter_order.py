@@ -1,7 +1,7 @@
-"""Scales, offsets and zeros in the order in which kernels read them: the rows of a group stand together.
+"""Scales, offsets and zeros in the order in which kernels read them: *group-major*, the rows of a group together.
 
-Only strides change, so that everything else goes on with the same shapes. Rows are padded to whole tiles of 16, so that
-a tile reads a vector of them.
+Only strides change; shapes stay ``[..., rows, groups]``, so other code need not know. In memory the rows are padded
+to whole tiles, so that a tile's parameters of one group are one contiguous vector.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch import Tensor
 
 from .matrix import PlaneMatrix
 
-TILE = 16  # rows
+TILE_ROWS = 16  # rows of a tile, in the tiled layout of every backend
 
 
 def group_major(values: Tensor) -> Tensor:
-    """`values` ``[..., rows, groups]`` with the rows of a group together, padded to whole tiles; itself if they are."""
+    """`values` ``[..., rows, groups]``, group-major: a copy in padded memory, or itself if it is so already."""
     rows, padded = values.shape[-2], _padded(values)
     if is_group_major(values):
         return values
@@ -26,7 +26,7 @@ def group_major(values: Tensor) -> Tensor:
 
 
 def is_group_major(values: Tensor) -> bool:
-    """Whether they stand so already."""
+    """Whether `values` ``[..., rows, groups]`` are group-major, with the padding in their memory."""
     *_, rows, groups = values.shape
     padded = _padded(values)
     leading, expected = values.shape[:-2], padded * groups
@@ -39,10 +39,10 @@ def is_group_major(values: Tensor) -> bool:
 
 
 def map_parameters(w: PlaneMatrix, fn: Callable[[Tensor], Tensor]) -> PlaneMatrix:
-    """`w` with ``fn`` of its scales, offsets and zeros."""
+    """`w` with its scales, offsets and zeros replaced by ``fn`` of them."""
     offsets, zeros = (None if t is None else fn(t) for t in (w.offsets, w.zeros))
     return w._replace(scales=fn(w.scales), offsets=offsets, zeros=zeros)
 
 
 def _padded(values: Tensor) -> int:
-    return -(-values.shape[-2] // TILE) * TILE
+    return -(-values.shape[-2] // TILE_ROWS) * TILE_ROWS

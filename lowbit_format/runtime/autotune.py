@@ -1,7 +1,7 @@
-"""Measuring, on the GPU at hand, how products with a model's matrices are best launched: on request, kept in a file.
+"""Measures on request how products with a model's matrices are launched best on this GPU, and keeps it in a file.
 
-For each matrix of another shape: the number of warps with the least time for one row and for eight, then the number of
-rows of x from which decoding the weight for the library's product takes less time.
+For each shape of matrix it finds the number of warps with the least time for one row of x and for eight together, then
+the most rows of x for which the product straight from planes is as fast as decoding the weight for the library's.
 """
 
 from __future__ import annotations
@@ -15,33 +15,33 @@ from torch import Tensor, nn
 from ..container.atomic import write_json
 from ..errors import UnsupportedOperationError
 from ..kernels.gpu import backend, launch, products
-from ..kernels.gpu.launch import Config
+from ..kernels.gpu.launch import ROW_STEP, Config
 from ..kernels.matrix import PlaneMatrix
 from .modules import LowbitModule
 
-BATCHES = (1, 8)  # rows of x that warps are chosen for
-STEP = 16  # rows of x between the sizes at which both ways are compared
-MOST = 512
+WARPS_BATCHES = (1, 8)  # rows of x that warps are chosen for
+LARGEST_BATCH = 512  # rows of x up to which both code paths are compared, every ROW_STEP rows
 
 Timer = Callable[[Callable[[], Any]], float]
 
 
 def autotune(model: nn.Module, *, dtype: torch.dtype | None = None, timer: Timer | None = None) -> dict[str, Config]:
-    """Measure the products of a model on its GPU, and use what was found from now on, in later processes too.
+    """Measure the products of a model on its GPU, and use the result from now on, in later processes too.
 
     Takes some seconds for each shape of matrix, after Triton's compilation. The file is
-    :func:`.configs.cache_file`; what it holds of other models and devices stays.
+    :func:`..kernels.gpu.launch.cache_file`; entries of other matrices and devices stay in it.
 
     Args:
-        model: with lowbit modules on a GPU.
-        dtype: of activations; None: what each module computes in.
-        timer: milliseconds that a function takes; None: ``triton.testing.do_bench``, median, with a cold cache.
+        model: a model with lowbit modules on a GPU.
+        dtype: of activations; None for the dtype that each module computes in.
+        timer: gives the milliseconds that a function takes; None for ``triton.testing.do_bench``, median, with a cold
+            cache.
 
     Returns:
-        What was found, by device and matrix.
+        The configurations that were found, by device and matrix (:func:`..kernels.gpu.launch.key`).
 
     Raises:
-        UnsupportedOperationError: no module is on a GPU in a form that kernels multiply by.
+        UnsupportedOperationError: no module is on a GPU with a matrix that kernels multiply straight from planes.
     """
     time = timer or _bench
     found: dict[str, Config] = {}
@@ -68,18 +68,18 @@ def autotune(model: nn.Module, *, dtype: torch.dtype | None = None, timer: Timer
 
 
 def _measure(w: PlaneMatrix, dtype: torch.dtype, time: Timer) -> Config:
-    def planes(rows: int, warps: int) -> float:
+    def from_planes(rows: int, warps: int) -> float:
         x = _activations(rows, w, dtype)
         return time(lambda: products.multiply(x, w, None, None, None, Config(warps, rows)))
 
-    def library(rows: int) -> float:
+    def decoded(rows: int) -> float:
         x = _activations(rows, w, dtype)
         return time(lambda: backend.decoded_linear(x, w, None, None))
 
-    warps = min(launch.WARPS, key=lambda n: sum(planes(rows, n) for rows in BATCHES))
+    warps = min(launch.WARPS, key=lambda n: sum(from_planes(rows, n) for rows in WARPS_BATCHES))
     most = 0
-    for rows in range(STEP, MOST + 1, STEP):
-        if planes(rows, warps) > library(rows):
+    for rows in range(ROW_STEP, LARGEST_BATCH + 1, ROW_STEP):
+        if from_planes(rows, warps) > decoded(rows):
             break
         most = rows
     return Config(warps, most)

@@ -1,12 +1,13 @@
-"""What the compilers make of the GPU kernels, for GPUs that need not be there: registers, spills, instructions.
+"""The machine code of the GPU kernels, compiled ahead of time without a GPU: registers, spills, instructions.
 
-Each variant is launched by the library itself, on small tensors of the CPU; what it would have launched is compiled
-instead, specialised as a real launch of those arguments is. By hand::
+The library itself launches each variant, on small tensors of the CPU. Instead of the launch, the kernel is compiled,
+specialised as for a real launch of these arguments. By hand::
 
-    python tests/compiled.py                        # all targets, a table
-    python tests/compiled.py --target sm_90 --kernel product
+    python tests/support/compiled.py                # all targets, all variants, a table
+    python tests/support/compiled.py --target sm_90 --kernel product
+    python tests/support/compiled.py --few          # only what every test run compiles
 
-The interpreter must be off where Triton is imported, which is why tests run this as a process of its own.
+Triton's interpreter must be off when Triton is imported, so tests run this in a process of its own.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ class Machine:
     """What is in the machine code of a kernel.
 
     Attributes:
-        registers: of a lane; on AMD vector and accumulation registers together.
+        registers: registers of a lane; on AMD vector and accumulation registers together.
         spills: on NVIDIA, loads and stores of local memory; on AMD, registers that the compiler says it spilled.
-        stack: bytes of local memory of a lane, of calls' stacks and other uses too.
+        stack: bytes of local memory of a lane, stacks of calls included.
         shared: bytes of shared memory (LDS) of a program.
-        instructions: of the whole kernel, by name without suffixes.
-        loop: of one pass of the loop with matrix instructions, or without such a loop of the longest one; by name.
+        instructions: instructions of the whole kernel, by name without suffixes.
+        loop: instructions of one pass of the loop with matrix instructions (if there is none, of the longest loop).
         matrix_loops: loops with matrix instructions.
         in_order: on NVIDIA, matrix instructions whose left operand is a vector that the lane loaded, masked, and whose
             right operand is two words next to each other of another, both in the order of memory.
@@ -81,12 +82,12 @@ class Report:
     """One variant on one target.
 
     Attributes:
-        target, kernel: which.
-        choices: that make the variant, for a product among them ``codec``, ``steps``, ``columns`` and ``warps``.
-        error: what the compiler said where it refused.
-        machine: the code, where it did not.
-        bits: for a product, bits of planes that a lane multiplies in one pass of the loop; else 0.
-        seconds: that compiling took; next to none where Triton had it in its cache.
+        target, kernel: keys of :data:`TARGETS` and :data:`KERNELS`.
+        choices: what makes the variant; for a product also ``steps`` and ``columns``.
+        error: the compiler's error, or "".
+        machine: the machine code, if there was no error.
+        bits: for a product, bits of planes that a lane multiplies in one pass of the loop; otherwise 0.
+        seconds: time that compiling took; next to none where Triton had it in its cache.
     """
 
     target: str
@@ -99,7 +100,7 @@ class Report:
 
     @property
     def name(self) -> str:
-        """For people: products by what is not plain about them."""
+        """For people: the choices; of a product only those that are not the plain ones."""
         common = CHOICES if self.kernel == "product" else {}
         named = {k: v for k, v in self.choices.items() if k not in ("columns", "steps") or not common}
         return " ".join(f"{k}={v}" for k, v in named.items() if k not in common or common[k][0] != v) or "plain"
@@ -121,7 +122,7 @@ def of_json(given: dict[str, Any]) -> Report:
 
 
 class Variant(NamedTuple):
-    """A kernel as the library launches it: which, the choices it stands for, and the call that launches it."""
+    """A kernel as the library launches it: its name, the choices, and the call that launches it."""
 
     kernel: str
     choices: dict[str, Any]
@@ -133,7 +134,7 @@ class Variant(NamedTuple):
 STEPS = {32: 1, 64: 2, 128: 4, 256: 4, 0: 4}  # by group size; 0 is one group a row
 ROWS, COLS, TASKS = 256, 8192, 4
 
-# The first of each is the plain one. Rows of x: one, as many as fill so many columns, or several chunks.
+# The first of each is the plain one. Rows of x: one, as many as fill so many columns, or several panels.
 CHOICES: dict[str, tuple[Any, ...]] = {
     "codec": ("bcq+offset", "bcq", "uniform", "uniform+zero", "codebook"),
     "group": (128, 32, 64, 256, 0),
@@ -147,7 +148,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "bias": (True, False),
 }
 PAIRED = (("deltas", "rows"), ("deltas", "codec"), ("x", "rows"), ("warps", "rows"))
-# What takes the most registers, or was seen to spill.
+# Those that take the most registers, or were seen to spill.
 HEAVY: tuple[dict[str, Any], ...] = (
     {"codec": "uniform", "rows": "many", "deltas": "group", "warps": 8, "scales": "fp32", "bits": 2},
     {"codec": "uniform", "rows": "16", "deltas": "row", "x": "fp32", "warps": 8, "scales": "fp32", "bias": False},
@@ -172,9 +173,36 @@ COUNTED: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def variants(target: str) -> Iterator[Variant]:
-    """What is compiled for a target: the products whose instructions are counted, and more so that there is each
-    choice, and on sm_90 each pair of choices that change each other's code."""
+# What every test run compiles: each kernel, codec and kind of deltas, with a shift and without, small and large
+# batches, mostly with short blocks, which compile several times faster. The first is compiled once more, to spill.
+FEW: dict[str, tuple[dict[str, Any], ...]] = {
+    "sm_90": (
+        {"group": 64, "rows": "16"},
+        {},
+        {"codec": "uniform"},
+        {"codec": "codebook"},
+        {"codec": "bcq", "group": 32, "rows": "one", "deltas": "row", "x": "fp32", "scales": "fp32", "warps": 2},
+        {"codec": "uniform+zero", "group": 64, "rows": "many", "deltas": "group", "ids": True, "x": "bf16", "warps": 8},
+        {"codec": "codebook", "group": 32, "deltas": "row", "ids": True, "scales": "bf16", "bits": 4, "bias": False},
+    ),
+    "sm_80": ({"group": 64},),
+    "gfx942": (
+        {"group": 32, "rows": "16"},
+        {"codec": "codebook", "group": 32, "rows": "many", "deltas": "group", "ids": True},
+    ),
+}
+
+
+def variants(target: str, few: bool = False) -> Iterator[Variant]:
+    """What is compiled for a target: :data:`FEW`, or the full set.
+
+    The full set has the products whose instructions are counted, and more products so that each choice is there, on
+    sm_90 also each pair of choices that change each other's code; and all variants of the other kernels.
+    """
+    if few:
+        yield from map(product, (plain(**given) for given in FEW[target]))
+        yield from (*FEW_OTHERS, *(FEW_ONES if target == "sm_90" else ()))
+        return
     choices = CHOICES if target != "gfx942" else {**CHOICES, "rows": ("one", "16", "many")}
     made = [plain(**given) for given in (*COUNTED[target], *HEAVY)]
     yield from map(product, cover(choices, made, PAIRED if target == "sm_90" else ()))
@@ -189,7 +217,7 @@ def plain(**given: Any) -> dict[str, Any]:
 def cover(
     choices: dict[str, tuple[Any, ...]], made: list[dict[str, Any]], paired: Iterable[tuple[str, str]]
 ) -> list[dict[str, Any]]:
-    """`made` and more, few if not the fewest, so that there is each value of each choice and each pair of `paired`."""
+    """`made` and as few more as found, so that each value of each choice and each pair of `paired` choices is there."""
     missing = {((k, v),) for k, values in choices.items() for v in values}
     for a, b in paired:
         missing |= {((a, v), (b, w)) for v in choices[a] for w in choices[b]}
@@ -227,13 +255,13 @@ def product(one: dict[str, Any], **shape: int) -> Variant:
 
 
 def rows_of_x(one: dict[str, Any]) -> int:
-    """How many rows of x that are."""
+    """How many rows of x the choice stands for."""
     count = activations.SLICES[FLOATS[one["x"]]]
     return {"one": 1, "many": 80 // count}.get(one["rows"]) or int(one["rows"]) // count
 
 
 def matrix(codec: str, bits: int, group: int, scales: str = "fp16", rows: int = ROWS, cols: int = COLS) -> PlaneMatrix:
-    """A packed matrix of zeros."""
+    """A tiled matrix of zeros."""
     kind, groups, dtype = codec.split("+")[0], -(-cols // (group or cols)), FLOATS[scales]
     shift = torch.zeros(rows, groups, dtype=dtype) if "+" in codec else None
     w = PlaneMatrix(
@@ -327,7 +355,7 @@ SLICED = (
     sliced(2, 16, "bf16"),
     sliced(4, 32, "fp32"),
 )
-# What is 1 is a constant in the kernel, not a number of its own: another kind of value to the compiler.
+# An argument that is 1 is a constant in the kernel, another kind of value to the compiler than an argument.
 ONE = {"rows": 1, "cols": 128}
 ONES = (
     *(
@@ -342,6 +370,8 @@ ONES = (
     summed("codebook", 1, 32, "fp16", 1, **ONE),
     sliced(4, 8, "fp16", cols=128),
 )
+FEW_OTHERS = (DECODED[1], DECODED[5], DECODED[6], SUMMED[0], SUMMED[2], SUMMED[4], SLICED[0], SLICED[2])
+FEW_ONES = (ONES[2], ONES[3], ONES[7], ONES[-1])
 KERNELS = {
     "product": products._multiply,
     "decode": decoding._decode,
@@ -400,8 +430,8 @@ def report(variant: Variant, target: str, **forced: int) -> Report:
     if variant.kernel == "product":
         with mock.patch.object(torch.version, "hip", None if target.startswith("sm") else "7.0"):
             count = activations.SLICES[FLOATS[choices["x"]]]
-            choices["columns"] = count * products.chunk_rows(rows_of_x(choices), count)
-        bits = tiles.ROWS * 8 * tiles.STEP * choices["steps"] // TARGETS[target].warp_size
+            choices["columns"] = count * products.panel_rows(rows_of_x(choices), count)
+        bits = tiles.TILE_ROWS * 8 * tiles.STEP * choices["steps"] // TARGETS[target].warp_size
     read = of_nvidia if target.startswith("sm") else of_amd
     machine = Machine() if kernel is None else read(kernel)
     return Report(target, variant.kernel, choices, error, machine, bits, round(seconds, 2))
@@ -514,6 +544,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=TARGETS, action="append", help="may come more than once; default: all")
     parser.add_argument("--kernel", choices=KERNELS, help="only this one")
+    parser.add_argument("--few", action="store_true", help="only the variants that every test run compiles")
     parser.add_argument("--json", action="store_true", help="one report a line, for programs")
     parser.add_argument("--first", type=int, help="only so many")
     parser.add_argument("--registers", type=int, help="no more than these for a lane (NVIDIA): not what ships")
@@ -522,7 +553,7 @@ def main() -> None:
     wanted = [
         (variant, target)
         for target in options.target or TARGETS
-        for variant in variants(target)
+        for variant in variants(target, options.few)
         if options.kernel in (None, variant.kernel)
     ]
     reports = (report(*each, **forced) for each in wanted[: options.first])

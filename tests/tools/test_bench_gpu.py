@@ -65,10 +65,10 @@ def test_predictions_know_how_the_kernel_divides_rows(monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     from bench_gpu_predict import SLICES, chunks
 
-    from lowbit_format.kernels.gpu.products import chunk_rows
+    from lowbit_format.kernels.gpu.products import panel_rows
 
     for n in range(1, 200):
-        rows = chunk_rows(n, SLICES)
+        rows = panel_rows(n, SLICES)
         assert chunks(n) == (rows, -(-n // rows))
 
 

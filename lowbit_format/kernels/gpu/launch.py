@@ -1,7 +1,7 @@
 """How products are launched on which GPU: what ships, and what was measured on request.
 
-A first call never tries variants. What ships is a rule per family of GPUs; :mod:`.autotuning` measures it for a model's
-matrices on the device at hand, and keeps what it finds in a file that every later process reads.
+A first call never tries variants. What ships is a rule for each family of GPUs. :mod:`...runtime.autotune` measures a
+model's matrices on the device at hand, and keeps what it finds in a file that every later process reads.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import NamedTuple
 import torch
 
 from ..matrix import PlaneMatrix
+from ..parameter_order import TILE_ROWS
 
 
 class Config(NamedTuple):
     """How products with one matrix are launched.
 
     Attributes:
-        warps: of a program; each has a part of the columns.
-        most_rows: rows of x up to which they are multiplied straight from planes; beyond, the weight is decoded for
-            the library's product.
+        warps: warps of a program; each has a part of the columns.
+        most_rows: the most rows of x that are multiplied straight from planes. For more, the weight is decoded for the
+            library's matrix product.
     """
 
     warps: int
@@ -34,9 +35,9 @@ class Family(NamedTuple):
     """What the rule knows of a family of GPUs.
 
     Attributes:
-        warps: that one multiprocessor holds, with the registers that the product kernel takes.
-        row_planes: rows of x times planes, up to which a product straight from planes takes less time; 0: Triton does
-            not compile these products for it.
+        warps: warps that one multiprocessor holds, with the registers that the product kernel takes.
+        row_planes: rows of x times planes up to which a product straight from planes takes less time than decoding;
+            0 where Triton does not compile these products.
     """
 
     warps: int
@@ -46,11 +47,12 @@ class Family(NamedTuple):
 # Predicted from instruction counts and bandwidths (README.md); row_planes is what measurements should correct first.
 FAMILIES = {"turing": Family(24, 0), "ampere": Family(24, 440), "hopper": Family(24, 280), "amd": Family(16, 200)}
 WARPS = (8, 4, 2)
-_CODEBOOK = 1.3  # a combination of planes takes that many times as long as a plane (instructions counted)
+_CODEBOOK = 1.3  # time of a combination of planes over that of a plane (instructions counted)
+ROW_STEP = 16  # most_rows is a multiple of this
 
 
 def choose(w: PlaneMatrix) -> Config:
-    """The configuration for packed `w` on its device."""
+    """The configuration for tiled `w` on its device."""
     return _choose(w.planes.device, w.rows, w.cols, w.group_size, w.planes.shape[1], w.codec, w.bits)
 
 
@@ -61,16 +63,24 @@ def _choose(device: torch.device, rows: int, cols: int, group_size: int, macros:
 
 
 def predicted(family: Family, multiprocessors: int, rows: int, macros: int, codec: str, bits: int) -> Config:
-    """What ships: as many warps as find room at once, each with work; many rows go in several rounds anyway."""
-    tiles, room = -(-rows // 16), family.warps * multiprocessors
+    """What the rule gives: the most warps that have room at once and work each; many rows take several rounds anyway.
+
+    Args:
+        family: of the GPU.
+        multiprocessors: of the GPU.
+        rows: of the weight.
+        macros: macro blocks of a row of the weight.
+        codec, bits: of the weight.
+    """
+    tiles, room = -(-rows // TILE_ROWS), family.warps * multiprocessors
     fitting = [n for n in WARPS if n <= macros and (tiles * n <= room or tiles * n >= 4 * room)]
     planes = bits if codec != "codebook" else _CODEBOOK * (2**bits - 1)
-    most_rows = max(16, int(family.row_planes / planes) // 16 * 16) if family.row_planes else 0
+    most_rows = max(ROW_STEP, int(family.row_planes / planes) // ROW_STEP * ROW_STEP) if family.row_planes else 0
     return Config(fitting[0] if fitting else WARPS[-1], most_rows)
 
 
 def family(device: torch.device) -> Family:
-    """The family of a device; newer ones than any known are taken for the newest."""
+    """The family of a device; one newer than all known counts as the newest."""
     if device.type != "cuda":
         return FAMILIES["hopper"]  # the interpreter, which has no speed
     if torch.version.hip is not None:
@@ -85,7 +95,7 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def key(device: torch.device, codec: str, bits: int, rows: int, cols: int, group_size: int) -> str:
-    """What a measured configuration is kept under."""
+    """The key of a measured configuration in the file: device, scheme and shape."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return f"{name} {codec} {bits} {rows}x{cols}/{group_size}"
 
@@ -97,7 +107,7 @@ def cache_file() -> Path:
 
 @functools.cache
 def measured() -> dict[str, Config]:
-    """Measured configurations; none if there is no file. Entries that are none of ours do not count."""
+    """Measured configurations by :func:`key`; none if there is no file. Entries of another kind are ignored."""
     try:
         found = json.loads(cache_file().read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -112,6 +122,6 @@ def _is_config(entry: object) -> bool:
 
 
 def forget() -> None:
-    """Look at the file again."""
+    """Read the file again at the next call."""
     measured.cache_clear()
     _choose.cache_clear()

@@ -226,7 +226,7 @@ def test_more_rows_than_planes_are_for(kind: Scheme, dtype: torch.dtype, monkeyp
     monkeypatch.setattr(products, "multiply", None)
     w = drawn(kind, 2, 32, 20, 50, dtype="F16")
     for tile, tasks, ids in ((1, None, False), (1, "mul", True), (1 << 27, "add", True), (1 << 27, "mul", False)):
-        monkeypatch.setattr(backend, "TILE", tile)
+        monkeypatch.setattr(backend, "CHUNK", tile)
         bias = None if ids else torch.float32
         check_linear(random_call(w, 5, dtype=dtype, tasks=tasks, ids=ids, count=5, bias=bias))
 

@@ -1,6 +1,10 @@
-"""The GPU kernels compiled ahead of time for three GPUs: none spills, all fit, and the product is as short as it is.
+"""The GPU kernels compiled ahead of time for three GPUs: none spills, all fit, and no product gets longer.
 
-``compiled.py`` compiles and reads, in a process of its own for each target: here kernels run in Triton's interpreter.
+``support/compiled.py`` compiles and reads them, in a process of its own for each target, since kernels run in Triton's
+interpreter here. Every test run takes a few variants (``compiled.FEW``). The full set takes eight minutes of one core,
+almost all of it in Triton's passes over its GPU dialect; whoever changes a kernel runs it::
+
+    pytest -m exhaustive tests/kernels/gpu/test_compiled.py
 """
 
 from __future__ import annotations
@@ -33,38 +37,45 @@ every_target = pytest.mark.parametrize("target", compiled.TARGETS)
 nvidia = pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 
 Reports = Callable[[str], list[Report]]
+SETS = {"few": ["--few"], "all": []}  # options of compiled.py
 
 
 def run(*args: str) -> list[Report]:
-    """What ``compiled.py`` prints."""
+    """The reports that ``compiled.py`` prints."""
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     command = [sys.executable, compiled.__file__, "--json", *args]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
     return [compiled.of_json(json.loads(line)) for line in done.stdout.splitlines()]
 
 
+@pytest.fixture(scope="session", params=["few", pytest.param("all", marks=pytest.mark.exhaustive)])
+def chosen(request: pytest.FixtureRequest) -> str:
+    """Which set of variants the tests are about."""
+    return str(request.param)
+
+
 @pytest.fixture(scope="session")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Reports:
-    """Reports of all variants on a target, compiled once for all workers of pytest-xdist."""
+def reports(chosen: str, tmp_path_factory: pytest.TempPathFactory) -> Reports:
+    """Reports of the chosen variants on a target, compiled once for all workers of pytest-xdist."""
     own = tmp_path_factory.getbasetemp()
     shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
     known: dict[str, list[Report]] = {}
 
     def get(target: str) -> list[Report]:
         if target not in known:
-            known[target] = compiled_once(shared / f"compiled-{target}.json", target)
+            known[target] = compiled_once(shared / f"compiled-{chosen}-{target}.json", target, *SETS[chosen])
         return known[target]
 
     return get
 
 
-def compiled_once(file: Path, target: str) -> list[Report]:
+def compiled_once(file: Path, target: str, *options: str) -> list[Report]:
     with file.open("a+") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.seek(0)
         text = f.read()
         if not text:
-            text = json.dumps([compiled.asdict(r) for r in run("--target", target)])
+            text = json.dumps([compiled.asdict(r) for r in run("--target", target, *options)])
             f.write(text)
     return [compiled.of_json(each) for each in json.loads(text)]
 
@@ -89,7 +100,7 @@ def test_nothing_spills(reports: Reports, target: str) -> None:
 
 @every_target
 def test_shared_memory_fits(reports: Reports, target: str) -> None:
-    most = 64 * 1024 if target == "gfx942" else 48 * 1024  # what needs no leave of the driver
+    most = 64 * 1024 if target == "gfx942" else 48 * 1024  # what a kernel may have without asking the driver
     assert named([r for r in reports(target) if r.machine.shared > most], lambda r: r.machine.shared) == {}
 
 
@@ -116,7 +127,7 @@ def warps(target: str, registers: int) -> int:
 
 
 def is_short(r: Report) -> bool:
-    """Whether it is a product of few rows without combinations of planes: what the rule for warps is made for."""
+    """Whether it is a product of few rows without combinations of planes: the rule for warps is made for these."""
     return r.choices["columns"] == 8 and r.choices["codec"] != "codebook"
 
 
@@ -130,13 +141,13 @@ def is_plain(r: Report) -> bool:
 def test_products_are_of_tensor_cores(reports: Reports, target: str) -> None:
     """Eight blocks of so many steps, each times eight columns at once; one loop, so that each plane is read once."""
     products = real_products(reports(target))
-    assert len(products) >= 10
+    assert products
     for r in products:
         wanted, found = 8 * r.choices["steps"] * (r.choices["columns"] // 8), r.machine.loop["IMMA"]
-        # Deltas of groups make a loop with two ways, which the compiler may part.
-        one_way = r.choices["deltas"] != "group"
-        assert r.machine.matrix_loops == 1 or not one_way, r.name
-        assert found == wanted if one_way else found > 0, r.name
+        # Deltas of groups make a loop with two branches, of which the compiler may make two loops.
+        one_loop = r.choices["deltas"] != "group"
+        assert r.machine.matrix_loops == 1 or not one_loop, r.name
+        assert found == wanted if one_loop else found > 0, r.name
 
 
 def test_products_are_of_matrix_cores_on_amd(reports: Reports) -> None:
@@ -163,9 +174,9 @@ def test_lanes_load_what_they_multiply(reports: Reports, target: str) -> None:
 
 @nvidia
 def test_lanes_multiply_what_they_load_in_order(reports: Reports, target: str) -> None:
-    """What a lane finds in memory is its operand (test_gpu_packing.py does it by hand); nothing comes in between."""
+    """What a lane finds in memory is its operand (test_tiles.py does it by hand); nothing comes in between."""
     checked = [r for r in real_products(reports(target)) if is_plain(r) and r.choices["codec"] != "codebook"]
-    assert len(checked) >= 5
+    assert checked
     assert {r.name: r.machine.in_order for r in checked} == {r.name: r.machine.loop["IMMA"] for r in checked}
 
 
@@ -188,7 +199,7 @@ PER_BIT = {
 
 
 @nvidia
-def test_instructions_for_each_bit_of_a_plane(reports: Reports, target: str) -> None:
+def test_instructions_for_each_bit_of_a_plane(reports: Reports, chosen: str, target: str) -> None:
     counted = {
         (r.choices["codec"], r.choices["group"], r.choices["columns"]): r.per_bit
         for r in reports(target)
@@ -196,22 +207,24 @@ def test_instructions_for_each_bit_of_a_plane(reports: Reports, target: str) -> 
     }
     limits = {key: limit[target == "sm_90"] for key, limit in PER_BIT.items()}
     limits = {key: limit for key, limit in limits.items() if limit is not None}
-    assert {k: counted.get(k, 0) for k in limits if not 0 < counted.get(k, 0) <= limits[k]} == {}
+    checked = limits.keys() & counted.keys()
+    assert checked if chosen == "few" else checked == limits.keys()
+    assert {k: counted[k] for k in checked if not 0 < counted[k] <= limits[k]} == {}
 
 
 @every_target
 def test_decoding_rounds_every_operation(reports: Reports, target: str) -> None:
-    """DEC-1: no multiplication is joined with an addition. Decoding from scales and offsets multiplies nothing."""
+    """DEC-1: no multiplication is fused with an addition."""
     fused = {"FFMA", "FFMA32I", "v_fma_f32", "v_fmac_f32_e32", "v_pk_fma_f32", "v_mad_f32", "v_fmac_f32_e64"}
     decoding = [r for r in reports(target) if r.kernel == "decode"]
-    assert len(decoding) > 5
+    assert len(decoding) >= 3
     for r in decoding:
         assert fused.isdisjoint(r.machine.instructions), r.name
 
 
 def test_spills_are_seen() -> None:
     """With too few registers, a product spills, and the report says so."""
-    (report,) = run("--target", "sm_90", "--kernel", "product", "--first", "1", "--registers", "40")
+    (report,) = run("--few", "--target", "sm_90", "--kernel", "product", "--first", "1", "--registers", "40")
     assert report.machine.registers <= 40
     assert report.machine.spills > 0
     assert report.machine.stack > 0
