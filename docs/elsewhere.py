@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import posixpath
 import re
-import tomllib
 from pathlib import Path
 
+import tomllib
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -27,10 +27,13 @@ PAGES = {  # file or folder in the repository -> its place in the site
     "spec/vectors/README.md": "spec/vectors/README.md",
     "lowbit_format/kernels/cpu/README.md": "kernels/cpu.md",
     "lowbit_format/kernels/gpu/README.md": "kernels/gpu.md",
+    "examples": "examples",
     "tools/benchmarks": "benchmarks",
 }
 FROM_FOLDERS = {".md", ".svg"}
-LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")  # a relative link: text, target, anchor; all others have a colon
+LINK = re.compile(
+    r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)"
+)  # a relative link: text, target, anchor; all others have a colon
 FENCE = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
 
 
