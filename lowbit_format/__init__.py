@@ -73,7 +73,6 @@ _LAZY = {  # public name -> module that defines it
 }
 
 
-
 def _register() -> None:
     """Register with transformers and PEFT; the entry point that torch calls. Never raises: it must not break torch."""
     try:
@@ -84,8 +83,8 @@ def _register() -> None:
         import warnings
 
         warnings.warn(
-            f"lowbit_format {__version__} could not register with transformers ({type(error).__name__}: {error}): lowbit "
-            "models would load with RANDOM weights in this process. Its installation is damaged; repair it with: pip "
+            f"lowbit_format {__version__} could not register with transformers ({type(error).__name__}: {error}): "
+            "lowbit models would load with RANDOM weights in this process. Its installation is damaged; repair it with: pip "
             "install --force-reinstall --no-deps lowbit-format",
             RuntimeWarning,
             stacklevel=1,

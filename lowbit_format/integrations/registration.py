@@ -5,8 +5,8 @@ imported, and when torch is: torch loads the entry points of the group ``torch.b
 (``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns this off). Both must cost next to nothing and must never fail. Nothing
 heavy is imported here: our side of transformers and PEFT is imported right behind theirs.
 
-There are three moments for that. A module that is not imported yet gets a step behind its execution (:class:`_Watcher`).
-One that is imported already is joined at once. One that is being imported *now* is joined when it is complete
+There are three cases. A module that is not imported yet gets a step behind its execution (:class:`_Watcher`). One that
+is imported already is joined at once. One that is being imported *now* is joined when it is complete
 (:class:`_Announcing`): ``transformers.quantizers.auto`` imports torch, and torch then calls :func:`register`, in the
 middle of both.
 """
@@ -61,8 +61,8 @@ def _join(name: str) -> None:
         package = name.partition(".")[0]
         version = getattr(sys.modules.get(package), "__version__", "of unknown version")
         message = (
-            f"lowbit_format could not register with {package} {version} ({type(error).__name__}: {error}). Models in the "
-            f"lowbit format do not work with {package} in this process, all others do. Install versions that fit: "
+            f"lowbit_format could not register with {package} {version} ({type(error).__name__}: {error}). Models in "
+            f"the lowbit format do not work with {package} in this process, all others do. Install versions that fit: "
             f"pip install -U lowbit-format {package}"
         )
         if name == TRANSFORMERS:
