@@ -1,23 +1,26 @@
-"""The command ``convert_hf_to_lowbit``."""
+"""The command ``convert_hf_to_lowbit``, which is ``lowbit convert`` too."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..container.atomic import check_absent
 from ..errors import LowbitError, RecipeError, SchemeError
 from ..quantize import Target
 from .convert import convert_hf_to_lowbit, plan_conversion
 from .driver import work_directory
-from .recipe import Recipe, load_recipe
-from .summary import plan_tables, result_tables
+from .plan import Plan
+from .recipe import Recipe, load_recipe, make_target
+from .summary import module_lines, plan_tables, result_tables
 
+# Options that make a target, and those of a recipe beside them. What is not given is left to the recipe's file.
+_OF_TARGET = ("codec", "bits", "group_size", "nested", "offset", "solver", "table", "scale_dtype")
+_OF_RECIPE = ("embeddings", "lm_head")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -25,15 +28,22 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exce
 
 @app.command()
 def convert(
+    context: typer.Context,
     source: Annotated[str, typer.Argument(help="Model directory, or repository on the Hub such as `user/model`.")],
-    out: Annotated[Path, typer.Argument(help="Directory to make. It appears only when it is complete.")],
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Directory to make. It appears only when it is complete. A dry run needs none."),
+    ] = None,
     codec: Annotated[
         str, typer.Option(help="`bcq` (best at low bits), `uniform` (integers, for PEQA) or `codebook`.")
     ] = "bcq",
-    bits: Annotated[int, typer.Option(min=1, max=8, help="Planes of each matrix.")] = 4,
+    bits: Annotated[
+        int, typer.Option(min=1, max=8, help="bcq and uniform: planes of each matrix. A codebook's table decides.")
+    ] = 4,
     group_size: Annotated[int, typer.Option(min=0, help="Columns that share a scale; 0 is the whole row.")] = 128,
     nested: Annotated[
-        str, typer.Option(help="Also store scales for fewer planes, such as `2,3`: one file, many precisions.")
+        str,
+        typer.Option(help="bcq, uniform: store scales for fewer planes too, such as `2,3`: one file, many precisions."),
     ] = "",
     offset: Annotated[bool, typer.Option(help="bcq: fit an offset for each group.")] = True,
     solver: Annotated[str, typer.Option(help="uniform: `mse`, `minmax` (round to nearest) or `symmetric`.")] = "mse",
@@ -55,13 +65,20 @@ def convert(
             help="Leave modules in full precision whose path matches this pattern, such as `*.q_proj`; repeatable."
         ),
     ] = None,
-    recipe: Annotated[Path | None, typer.Option(help="JSON file with a default and rules by pattern.")] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with a default and rules by pattern, see docs/recipes.md. Options given beside it override "
+            "its default, not its rules."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
     ] = 0.9,
     max_shard_size: Annotated[str, typer.Option(help="Begin a new file at this size, such as `2GB`.")] = "5GiB",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module, not only their kinds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Complete an interrupted conversion.")] = False,
 ) -> None:
     """Convert a Hugging Face checkpoint to low-bit planes.
@@ -76,22 +93,33 @@ def convert(
 
         convert_hf_to_lowbit user/model out --bits 3 --nested 2 --lm-head
 
-        convert_hf_to_lowbit ./model out --codec uniform --bits 4 --group-size 0 --dry-run
+        convert_hf_to_lowbit ./model --codec uniform --bits 4 --group-size 0 --dry-run
     """
+    if dry_run and resume:
+        raise typer.BadParameter("--resume has no meaning in a dry run, which writes nothing; leave one of them out")
+    if out is None and not dry_run:
+        raise typer.BadParameter("OUT is missing: the directory to make (only --dry-run needs none)")
     console = Console(stderr=False)
     try:
-        target = Target(codec, bits, group_size, offset, _numbers(nested), solver, table, scale_dtype.upper())
-        plan_recipe = Recipe(target, (), embeddings, lm_head)
-        if recipe is not None:
-            plan_recipe = load_recipe(recipe, plan_recipe)
-        plan_recipe = plan_recipe.keeping(keep or [])
+        values = {
+            "codec": codec, "bits": bits, "group_size": group_size, "offset": offset, "nested": _numbers(nested),
+            "solver": solver, "table": table, "scale_dtype": scale_dtype.upper(), "embeddings": embeddings,
+            "lm_head": lm_head,
+        }  # fmt: skip
+        given = {name: value for name, value in values.items() if _is_given(context, name)}
+        plan_recipe = _recipe(recipe, given).keeping(keep or [])
         shard_bytes = _size(max_shard_size)
-        if dry_run:
+        if out is None or dry_run:
             _, plan, _ = plan_conversion(source, plan_recipe, revision=revision, min_coverage=min_coverage)
-            check_absent(out)
+            _check_used(plan, given)
+            _print_modules(plan, console, modules)
             for one in plan_tables(plan):
                 console.print(one)
+            if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+                console.print(f"Note: {escape(str(out))} exists already; the conversion will need another name.")
             return
+        if given.keys() & set(_OF_RECIPE):
+            _check_used(plan_conversion(source, plan_recipe, revision=revision, min_coverage=min_coverage)[1], given)
         with _progress(console) as progress:
             task = progress.add_task("reading", total=None)
             done = convert_hf_to_lowbit(
@@ -100,12 +128,15 @@ def convert(
                     task, advance=1, total=total, description=step.destination.path[-40:]
                 ),
             )  # fmt: skip
+        _print_modules(done.plan, console, modules)
         for one in result_tables(done.plan, done.outcomes, done.seconds):
             console.print(one)
-        where = escape(str(done.directory))
-        console.print(f"Wrote {where}. Load it with `import lowbit_format`, then transformers' from_pretrained.")
+        console.print(
+            f"Wrote {escape(str(done.directory))}. Load it with transformers' from_pretrained, as any model "
+            "(`import lowbit_format` first where TORCH_DEVICE_BACKEND_AUTOLOAD=0)."
+        )
     except KeyboardInterrupt:
-        kept = work_directory(out).exists()
+        kept = out is not None and work_directory(out).exists()
         how = "run the same command with --resume to go on" if kept else "nothing was done yet"
         Console(stderr=True).print(f"Interrupted: {how}.", highlight=False)
         raise typer.Exit(130) from None
@@ -124,6 +155,36 @@ def fail(error: LowbitError) -> None:
         f"[red]{type(error).__name__}[/red]:", escape(str(error)), highlight=False, markup=True, soft_wrap=True
     )
     raise typer.Exit(2)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether the option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _recipe(file: Path | None, given: dict[str, Any]) -> Recipe:
+    """The recipe that the file and the options given beside it make."""
+    if file is not None:
+        return load_recipe(file, options=given)
+    target = make_target({name: given[name] for name in _OF_TARGET if name in given}, Target())
+    return Recipe(target, (), **{name: given[name] for name in _OF_RECIPE if name in given})
+
+
+def _check_used(plan: Plan, given: dict[str, Any]) -> None:
+    """Raise RecipeError for --embeddings or --lm-head where the model has no such matrix."""
+    embeddings = any(s.destination.kind == "embedding" for s in plan.steps)
+    head = any(s.destination.head and s.destination.kind in ("linear", "conv1d") for s in plan.steps)
+    tied = bool(plan.tied)  # a head that shares the embedding's matrix
+    for option, found, what in (("embeddings", embeddings, "embedding"), ("lm_head", head or tied, "output head")):
+        if given.get(option) and not found:
+            raise RecipeError(f"--{option.replace('_', '-')}: {plan.architecture} has no {what}; leave the option out")
+
+
+def _print_modules(plan: Plan, console: Console, wanted: bool) -> None:
+    """One line for each module, never broken by us: a path can be copied."""
+    for line in module_lines(plan) if wanted else ():
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def _progress(console: Console) -> Progress:

@@ -1,23 +1,42 @@
-"""A recipe: which modules to quantize, and how. Defaults, then rules by pattern, from options or a JSON file.
+"""A recipe: which modules to quantize, and how. A default, then rules by pattern, from options or a JSON file.
 
-```json
-{"default": {"codec": "bcq", "bits": 4, "group_size": 128},
- "rules": [{"match": "*.down_proj", "bits": 5},
-           {"match": "lm_head", "codec": "uniform", "bits": 8},
-           {"match": "model.layers.0.*", "keep": true}]}
-```
+Every key that a file can have::
 
-A pattern is matched against the module's path (``*`` and ``?`` as in file names; ``*`` crosses dots). The first rule
-that
-matches decides. A rule's keys override the default; ``"keep": true`` leaves the module in full precision. A rule that
-matches an embedding or the output head quantizes it, which the default does not.
+    {
+      "default": {              // for all Linear and Conv1D modules that no rule matches; each key may be left out
+        "codec": "bcq",         // "bcq", "uniform" or "codebook"
+        "bits": 4,              // bcq, uniform: planes of a matrix, 1 to 8; a codebook's table decides for itself
+        "group_size": 128,      // columns that share parameters; 0 is the whole row
+        "offset": true,         // bcq: fit an offset for each group
+        "nested": [2, 3],       // bcq, uniform: lower precisions to store parameters for as well
+        "scale_dtype": "F16",   // "F16", "BF16" or "F32"; a wider one is taken where it does not fit
+        "recognise": true,      // store a weight that lies on a grid already without loss
+        "rounds": null          // rounds of the solver; null is its default
+      },
+      "rules": [                // the first rule that matches a module's path decides
+        {"match": "model.layers.0.*", "keep": true},                                       // full precision
+        {"match": "*.down_proj", "bits": 5},                                               // the rest as the default
+        {"match": "*.o_proj", "codec": "uniform", "bits": 8, "solver": "minmax"},          // mse, minmax, symmetric
+        {"match": "*.up_proj", "codec": "codebook", "table": "nf4"},                       // or the values: [-1, 0, 1]
+        {"match": "lm_head", "bits": 6, "nested": []}                                      // the output head too
+      ],
+      "embeddings": false,      // quantize embeddings that no rule matches
+      "lm_head": false          // quantize an output head that no rule matches
+    }
+
+(A file is plain JSON, without the comments.) A pattern is matched against the module's path; ``*`` and ``?`` as in
+file names, and ``*`` crosses dots. A rule inherits from the default what it does not say. A rule that matches an
+embedding or the output head quantizes it, which the default does not. A key that means nothing for its codec is an
+error, and so is a pattern that matches no module.
+
+A rule's keys come before the command's options, these before the file's default, and that before what is built in.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +47,13 @@ from ..quantize import Target
 
 _TARGET_KEYS = {f.name for f in fields(Target)}
 _KEYS = ", ".join(sorted(_TARGET_KEYS))
+_MEANT_FOR = {  # key of a target -> the codecs that it means something for; keys that are not here mean it for all
+    "bits": ("bcq", "uniform"),
+    "nested": ("bcq", "uniform"),
+    "offset": ("bcq",),
+    "solver": ("uniform",),
+    "table": ("codebook",),
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +85,7 @@ class Recipe:
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(path, rule.match)), None)
 
     def check_matches(self, paths: Iterable[str]) -> None:
-        """Raise RecipeError for a pattern that no module's path fits: it is a slip of the pen."""
+        """Raise RecipeError for a pattern that no module's path fits: it is a misprint."""
         known = list(paths)
         for rule in self.rules:
             if not any(fnmatch.fnmatchcase(path, rule.match) for path in known):
@@ -71,8 +97,17 @@ class Recipe:
         return replace(self, rules=(*(Rule(p, None) for p in patterns), *self.rules))
 
 
-def load_recipe(path: Path, base: Recipe) -> Recipe:
-    """Read a recipe file; what it leaves open comes from `base`.
+_BUILT_IN = Recipe()
+_NO_OPTIONS: Mapping[str, Any] = {}
+
+
+def load_recipe(path: Path, base: Recipe = _BUILT_IN, options: Mapping[str, Any] = _NO_OPTIONS) -> Recipe:
+    """Read a recipe file.
+
+    Args:
+        path: the file.
+        base: for what the file leaves open.
+        options: keys of :class:`Target`, and ``embeddings`` and ``lm_head``, that come before the file's default.
 
     Raises:
         RecipeError: the file cannot be read, or has an unknown key or a bad value.
@@ -94,16 +129,39 @@ def load_recipe(path: Path, base: Recipe) -> Recipe:
     for key in ("embeddings", "lm_head"):
         if not isinstance(obj.get(key, False), bool):
             raise fail("", f"{key} must be true or false")
-    default = _target(obj.get("default", {}), base.default, f"{path}: default")
+    settings = obj.get("default", {})
+    if isinstance(settings, dict):
+        settings = {**settings, **{key: value for key, value in options.items() if key in _TARGET_KEYS}}
+    default = _target(settings, base.default, f"{path}: default")
     rules = obj.get("rules", [])
     if not isinstance(rules, list):
         raise fail("", "rules is not a list")
     return Recipe(
         default,
         (*base.rules, *(_rule(rule, default, f"{path}: rule {i + 1}") for i, rule in enumerate(rules))),
-        obj.get("embeddings", base.embeddings),
-        obj.get("lm_head", base.lm_head),
+        options.get("embeddings", obj.get("embeddings", base.embeddings)),
+        options.get("lm_head", obj.get("lm_head", base.lm_head)),
     )
+
+
+def make_target(settings: Mapping[str, Any], base: Target) -> Target:
+    """`base` with `settings`; raises SchemeError for a bad value, and for a setting that the codec would ignore."""
+    codec = settings.get("codec", base.codec)
+    settings = dict(settings)
+    if codec == "codebook":  # which has none; the default's are not meant for it
+        settings.setdefault("nested", ())
+    target = replace(base, **settings)
+    for key, codecs in _MEANT_FOR.items():
+        if key not in settings or codec in codecs or _says_the_same(key, settings[key], target):
+            continue
+        found = f"a codebook has the bits of its table, {target.bits}" if key == "bits" else f"codec is {codec!r}"
+        raise SchemeError(f"{key} is for {' and '.join(codecs)}, and {found}: leave {key} out, or choose another codec")
+    return target
+
+
+def _says_the_same(key: str, value: Any, target: Target) -> bool:
+    """Whether a codebook has the value anyway: no nested precisions, or the bits of its table."""
+    return target.codec == "codebook" and key in ("bits", "nested") and value == getattr(target, key)
 
 
 def _rule(obj: Any, default: Target, where: str) -> Rule:
@@ -134,9 +192,7 @@ def _target(obj: Any, base: Target, where: str) -> Target:
     for key in ("nested", "table"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(settings[key])
-    if settings.get("codec", base.codec) == "codebook":  # which has none; the default's are not meant for it
-        settings.setdefault("nested", ())
     try:
-        return replace(base, **settings)
+        return make_target(settings, base)
     except (SchemeError, TypeError, ValueError) as e:
         raise RecipeError(f"{where}: {e}") from e

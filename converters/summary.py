@@ -53,16 +53,30 @@ class Totals:
         )
 
 
+def module_lines(plan: Plan) -> list[str]:
+    """One line for each module to quantize: path, kind, shape, scheme, bits for each weight."""
+    rows = []
+    for step in plan.quantized:
+        m = step.module()
+        bits = f"{stored_bits(m) / m.numel:.2f} bits/weight"
+        rows.append((step.path, m.kind, "x".join(map(str, m.shape)), _scheme(step), bits))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def plan_tables(plan: Plan) -> list[Table]:
-    """Tables of ``--dry-run``: each module's scheme, and the totals."""
+    """Tables of ``--dry-run``: the modules by kind, what is kept, and last what it comes to."""
     from rich.table import Column, Table
 
-    modules = Table(Column("module", overflow="fold"), "kind", "shape", "scheme", "bits/weight", title="Plan")
-    for step in plan.steps:
-        if step.target is not None:
-            m = step.module()
-            bits = stored_bits(m) / m.numel
-            modules.add_row(step.path, m.kind, "x".join(map(str, m.shape)), _scheme(step), f"{bits:.2f}")
+    groups: dict[tuple[str, str, str], list[Step]] = defaultdict(list)
+    for step in plan.quantized:
+        shape = "x".join(map(str, step.module().shape))
+        groups[_module_kind(step.path), shape, _scheme(step)].append(step)
+    modules = Table(Column("kind", no_wrap=True), "modules", "shape", "scheme", "bits/weight", title="Plan")
+    for (kind, shape, scheme), steps in sorted(groups.items()):
+        entries = [step.module() for step in steps]
+        bits = sum(map(stored_bits, entries)) / sum(m.numel for m in entries)
+        modules.add_row(kind, str(len(steps)), shape, scheme, f"{bits:.2f}")
     source = sum(s.tensor.nbytes for s in plan.steps)
     bits = sum(stored_bits(s.module()) for s in plan.quantized) / sum(s.tensor.numel for s in plan.quantized)
     totals = _pairs(
@@ -70,31 +84,32 @@ def plan_tables(plan: Plan) -> list[Table]:
         [
             ("architecture", plan.architecture),
             ("quantized modules", str(len(plan.quantized))),
+            *_coverage(plan),
             ("bits per quantized weight", f"{bits:.2f}"),
+            ("expected peak memory", _mb(plan.peak_memory())),
             ("size now", _mb(source)),
             ("size then", f"{_mb(plan.output_bytes())} ({source / plan.output_bytes():.2f} x smaller)"),
-            *_coverage(plan),
-            ("expected peak memory", _mb(plan.peak_memory())),
         ],
     )
-    return [modules, totals, *_kept_table(plan)]
+    return [modules, *_kept_table(plan), totals]
 
 
 def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> list[Table]:
-    """Tables at the end of a conversion."""
-    from rich.table import Table
+    """Tables at the end of a conversion; what it comes to is the last."""
+    from rich.table import Column, Table
 
     kinds: dict[str, list[Outcome]] = defaultdict(list)
     for o in outcomes.values():
         kinds[_module_kind(o.module.path)].append(o)
-    errors = Table("module kind", "modules", "weights", "bits/weight", "relative error", title="Error by module kind")
+    columns = (Column("kind", no_wrap=True), "modules", "weights", "bits/weight", "relative error")
+    errors = Table(*columns, title="Error by module kind")
     for kind, group in sorted(kinds.items()):
         weights = sum(o.module.numel for o in group)
         norm = sum(o.squared_norm for o in group)
         error = (sum(o.squared_error for o in group) / norm) ** 0.5 if norm else 0.0
         bits = 8 * sum(o.nbytes for o in group) / weights
         errors.add_row(kind, str(len(group)), f"{weights:,}", f"{bits:.2f}", f"{error:.4f}")
-    worst = Table("module", "relative error", title="Worst modules")
+    worst = Table(Column("module", no_wrap=True), "relative error", title="Worst modules")
     for o in sorted(outcomes.values(), key=lambda o: -o.relative_error)[:WORST]:
         worst.add_row(o.module.path, f"{o.relative_error:.4f}")
     totals, rows = Totals.of(plan, outcomes), []
@@ -110,7 +125,7 @@ def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> l
         rows.append(("stored without loss", f"{len(lossless)} modules lay on a grid already"))
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
-    return [errors, worst, _pairs("Result", rows), *_kept_table(plan)]
+    return [errors, worst, *_kept_table(plan), _pairs("Result", rows)]
 
 
 def _coverage(plan: Plan) -> list[tuple[str, str]]:
@@ -132,16 +147,17 @@ def _coverage(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _kept_table(plan: Plan) -> list[Table]:
-    """Matrices left in full precision, and why; no table if there are none."""
-    from rich.table import Table
+    """Matrices left in full precision by kind, and why; no table if there are none."""
+    from rich.table import Column, Table
 
     if not plan.kept():
         return []
-    table = Table("module", "weights", "reason", title="Kept in full precision")
-    for step in plan.kept()[:20]:
-        table.add_row(step.destination.path, f"{step.tensor.numel:,}", step.reason)
-    if len(plan.kept()) > 20:
-        table.add_row(f"… and {len(plan.kept()) - 20} more", "", "")
+    groups: dict[tuple[str, str], list[Step]] = defaultdict(list)
+    for step in plan.kept():
+        groups[_module_kind(step.destination.path), step.reason].append(step)
+    table = Table(Column("kind", no_wrap=True), "modules", "weights", "reason", title="Kept in full precision")
+    for (kind, reason), steps in groups.items():
+        table.add_row(kind, str(len(steps)), f"{sum(s.tensor.numel for s in steps):,}", reason)
     return [table]
 
 

@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lowbit_format.converters import Rule
-
 import lowbit_format as lb
+from lowbit_format.converters import Rule
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

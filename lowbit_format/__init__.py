@@ -1,7 +1,11 @@
 """One low-bit model, many tasks: a bit-plane format for Hugging Face models.
 
 Importing this package registers the format with transformers and costs next to nothing: torch, transformers
-and numba are imported by the names below when these are first used.
+and numba are imported by the names below when these are first used. Importing torch does the same, where this package
+is installed (see :mod:`.integrations.registration`).
+
+Public are the names in ``__all__`` and the modules that the pages in ``docs/`` describe: a public name that is to go
+gives a DeprecationWarning, which says what takes its place, for two minor releases before it does.
 """
 
 from __future__ import annotations
@@ -9,12 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import LowbitError
-from .integrations.registration import register
-
 if TYPE_CHECKING:
     from .container.reader import ModelReader
+    from .converters import Recipe, Rule, convert_hf_to_lowbit
+    from .errors import LowbitError
     from .loading import from_pretrained
+    from .quantize import Target
     from .runtime.autotune import autotune
     from .tasks.merging import merge_task
     from .tasks.saving import save_task
@@ -28,6 +32,9 @@ __version__ = "0.1.0"
 __all__ = [
     "LowbitError",
     "ModelReader",
+    "Recipe",
+    "Rule",
+    "Target",
     "TaskCallback",
     "__version__",
     "autotune",
@@ -45,7 +52,11 @@ __all__ = [
 ]
 
 _LAZY = {  # public name -> module that defines it
+    "LowbitError": "lowbit_format.errors",
     "ModelReader": "lowbit_format.container.reader",
+    "Recipe": "lowbit_format.converters",
+    "Rule": "lowbit_format.converters",
+    "Target": "lowbit_format.quantize",
     "TaskCallback": "lowbit_format.tasks.trainer",
     "autotune": "lowbit_format.runtime.autotune",
     "convert_hf_to_lowbit": "lowbit_format.converters",
@@ -61,7 +72,26 @@ _LAZY = {  # public name -> module that defines it
     "use_tasks": "lowbit_format.tasks.serving",
 }
 
-register()
+
+def _register() -> None:
+    """Register with transformers and PEFT; the entry point that torch calls. Never raises: it must not break torch."""
+    try:
+        from .integrations.registration import register
+
+        register()
+    except Exception as error:
+        import warnings
+
+        warnings.warn(
+            f"lowbit_format {__version__} could not register with transformers ({type(error).__name__}: {error}): "
+            "lowbit models would load with RANDOM weights in this process. Its installation is damaged; repair it with: pip "
+            "install --force-reinstall --no-deps lowbit-format",
+            RuntimeWarning,
+            stacklevel=1,
+        )
+
+
+_register()
 
 
 def __getattr__(name: str) -> Any:

@@ -48,7 +48,6 @@ def convert(source: str, out: str, settings: str) -> None:
     """Runs in a process of its own: convert once and print what it took as JSON."""
     from lowbit_format.converters import Recipe, convert_hf_to_lowbit, plan_conversion
     from lowbit_format.converters.summary import Totals
-
     from lowbit_format.quantize import Target
 
     recipe = Recipe(Target(**json.loads(settings)), lm_head=True)

@@ -34,7 +34,6 @@ def convert(folder: Path, layers: int, bits: int | None) -> None:
     if bits is None or (folder / f"bcq-{bits}").exists():
         return
     from lowbit_format.converters import Recipe, convert_hf_to_lowbit
-
     from lowbit_format.quantize import Target
 
     convert_hf_to_lowbit(source, folder / f"bcq-{bits}", Recipe(Target(bits=bits), lm_head=True))

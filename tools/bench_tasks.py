@@ -37,12 +37,12 @@ from typing import Any
 import torch
 from bench_tasks_data import Batch, Data, Sizes, sst2_data, text_data
 from bench_tasks_report import write_report
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import lowbit_format as lb
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target
 
 WARM_UP = 0.06  # part of the steps

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import lowbit_format  # noqa: F401 - registers the format
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -1,7 +1,14 @@
-"""Registers the format with transformers (and its LoRA layers with PEFT), whichever is imported first.
+"""Registers the format with transformers, and its LoRA layers with PEFT, whichever is imported first.
 
-Without registration transformers loads *random* weights with a mere warning. So ``import lowbit_format`` must
-suffice, but must not import transformers: what is loaded already is served at once, the rest when it gets imported.
+Without registration transformers warns and loads *random* weights. So :func:`register` runs when ``lowbit_format`` is
+imported, and when torch is: torch loads the entry points of the group ``torch.backends`` at the end of its own import
+(``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns this off). Both must cost next to nothing and must never fail. Nothing
+heavy is imported here: our side of transformers and PEFT is imported right behind theirs.
+
+There are three cases. A module that is not imported yet gets a step behind its execution (:class:`_Watcher`). One that
+is imported already is joined at once. One that is being imported *now* is joined when it is complete
+(:class:`_Announcing`): ``transformers.quantizers.auto`` imports torch, and torch then calls :func:`register`, in the
+middle of both.
 """
 
 from __future__ import annotations
@@ -10,24 +17,71 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+TRANSFORMERS = "transformers.quantizers.auto"
 AFTER_IMPORT = {  # module to wait for -> our module that registers itself there when imported
-    "transformers.quantizers.auto": "lowbit_format.integrations.quantizer",
+    TRANSFORMERS: "lowbit_format.integrations.quantizer",
     "peft.tuners.lora.config": "lowbit_format.integrations.peft",
 }
 
 
 def register() -> None:
-    """Import our side of every module of :data:`AFTER_IMPORT` that is loaded, and wait for the others. Idempotent."""
-    for name, ours in AFTER_IMPORT.items():
-        if name in sys.modules:
-            importlib.import_module(ours)
+    """Join every module of :data:`AFTER_IMPORT` that is imported already, and wait for the others. Idempotent.
+
+    Never raises: where our side cannot be imported, a RuntimeWarning says so, and loading a lowbit model raises.
+    """
     if not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
+    for name in AFTER_IMPORT:
+        _join_when_complete(name, (name, "torch"))
+
+
+def _join_when_complete(name: str, waiting_for: Sequence[str]) -> None:
+    """Join the module `name`, if it is imported, as soon as none of `waiting_for` is in the middle of its import."""
+    if name not in sys.modules:  # not imported, or its import has failed
+        return
+    for other in waiting_for:
+        spec = getattr(sys.modules.get(other), "__spec__", None)
+        if getattr(spec, "_initializing", False):
+            _Announcing.watch(spec, lambda: _join_when_complete(name, waiting_for))
+            return
+    _join(name)
+
+
+def _join(name: str) -> None:
+    """Import our side of the module `name`; warn where that fails."""
+    try:
+        importlib.import_module(AFTER_IMPORT[name])
+    except Exception as error:
+        package = name.partition(".")[0]
+        version = getattr(sys.modules.get(package), "__version__", "of unknown version")
+        message = (
+            f"lowbit_format could not register with {package} {version} ({type(error).__name__}: {error}). Models in "
+            f"the lowbit format do not work with {package} in this process, all others do. Install versions that fit: "
+            f"pip install -U lowbit-format {package}"
+        )
+        if name == TRANSFORMERS:
+            _refuse_models(sys.modules[name], message, error)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _refuse_models(auto: ModuleType, message: str, cause: Exception) -> None:
+    """Make transformers raise a LoadError for a lowbit model, which it would fill with random weights otherwise."""
+    from ..errors import LoadError
+
+    class Unavailable:
+        """Stands in the place of our config class."""
+
+        @classmethod
+        def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
+            raise LoadError(message) from cause
+
+    getattr(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", {})["lowbit"] = Unavailable
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
@@ -50,7 +104,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    """The real loader, and then the import of our side. An error there fails the import: better than random weights."""
+    """The real loader, and then the import of our side."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -64,4 +118,35 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._real.exec_module(module)
-        importlib.import_module(AFTER_IMPORT[module.__name__])
+        _join_when_complete(module.__name__, ("torch",))  # the module itself is complete, though still marked
+
+
+class _Announcing(ModuleSpec):
+    """The spec of a module that is being imported; it calls back when the import system marks that as done.
+
+    Python sets ``spec._initializing`` to False behind every import, successful or not. There is no public sign of
+    that moment for a module whose execution has begun already.
+    """
+
+    _callbacks: list[Callable[[], None]]
+
+    @classmethod
+    def watch(cls, spec: Any, callback: Callable[[], None]) -> None:
+        """Call `callback` once, when the module of `spec` is complete."""
+        if not isinstance(spec, cls):
+            spec.__class__ = cls
+            spec._callbacks = []
+        spec._callbacks.append(callback)
+
+    @property
+    def _initializing(self) -> bool:
+        return bool(self.__dict__["_initializing"])
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        self.__dict__["_initializing"] = value
+        if not value:
+            callbacks = self.__dict__.pop("_callbacks")
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            for callback in callbacks:
+                callback()

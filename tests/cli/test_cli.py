@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from support.checkpoints import weights
 from typer.testing import CliRunner, Result
 
@@ -17,6 +16,7 @@ from lowbit_format import ModelReader
 from lowbit_format.cli.main import app
 from lowbit_format.container.header import read_header
 from lowbit_format.container.writer import seal
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target
 
 Checkpoint = Callable[..., Path]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 
 import lowbit_format
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.export import dequantize_directory
 from lowbit_format.quantize import Target
 

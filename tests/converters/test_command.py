@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
-from lowbit_format.converters.command import app
 from support.conversions import content
 from typer.testing import CliRunner, Result
 
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters.command import app
 from lowbit_format.quantize import Target
 
 Checkpoint = Callable[..., Path]

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
-from lowbit_format.converters.driver import work_directory
 from support.checkpoints import DENSE, edit_weights, weights
 from support.conversions import assert_nothing_looks_finished, content
 
 from lowbit_format.container import writer
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
+from lowbit_format.converters.driver import work_directory
 from lowbit_format.errors import CoverageError, NonFiniteWeightError, NothingToQuantizeError, OutputError, SourceError
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
-from lowbit_format.converters.names import Names, map_names
 from support.checkpoints import ARCHITECTURES, build, edit_weights, weights
 from support.config_files import edit_config
 
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters.names import Names, map_names
 from lowbit_format.errors import SourceError
 from lowbit_format.quantize import Target
 

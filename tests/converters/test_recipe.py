@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from lowbit_format.converters import Recipe, Rule
 from lowbit_format.converters.recipe import load_recipe
-
 from lowbit_format.errors import RecipeError
 from lowbit_format.quantize import Target
 

@@ -8,16 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, driver
-from lowbit_format.converters.driver import work_directory
-from lowbit_format.converters.journal import JOURNAL
-from lowbit_format.converters.plan import Step
 from support.checkpoints import edit_weights
 from support.config_files import edit_config
 from support.conversions import assert_nothing_looks_finished, content
 from support.killed import OPTIONS, convert_until
 
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, driver
+from lowbit_format.converters.driver import work_directory
+from lowbit_format.converters.journal import JOURNAL
+from lowbit_format.converters.plan import Step
 from lowbit_format.errors import OutputError
 from lowbit_format.quantize import Target
 

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from support.checkpoints import edit_weights, weights
 from support.config_files import edit_config
 from support.conversions import content
 
 from lowbit_format.container.fingerprint import Fingerprint
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.errors import NothingToQuantizeError, SourceError
 from lowbit_format.quantize import Target
 

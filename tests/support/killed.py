@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import transformers
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from transformers import conversion_mapping, core_model_loading, pytorch_utils  # noqa: F401 - imported ahead of time
 
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target, quantize
 
 OPTIONS: dict[str, Any] = {"recipe": Recipe(Target(bits=2, group_size=32)), "max_shard_bytes": 25_000}
