@@ -3,8 +3,8 @@
 Each variant is launched by the library itself, on small tensors of the CPU; what it would have launched is compiled
 instead, specialised as a real launch of those arguments is. By hand::
 
-    python tests/compiled.py                        # all targets, a table
-    python tests/compiled.py --target sm_90 --kernel product
+    python tests/support/compiled.py                        # all targets, a table
+    python tests/support/compiled.py --target sm_90 --kernel product
 
 The interpreter must be off where Triton is imported, which is why tests run this as a process of its own.
 """
