@@ -27,26 +27,28 @@ from lowbit_format.testing.vectors import (
     facts,
 )
 
-MAKER = VECTORS.parent.parent / "tools" / "make_vectors.py"
+ROOT = VECTORS.parents[1]
 
 
-def test_files_are_what_the_script_makes() -> None:
-    done = subprocess.run([sys.executable, str(MAKER), "--check"], capture_output=True, text=True)
+def check(root: Path) -> subprocess.CompletedProcess[str]:
+    """Run the maker of the golden files in the repository at `root`."""
+    return subprocess.run([sys.executable, "-m", "tools.golden", "--check"], cwd=root, capture_output=True, text=True)
+
+
+def test_files_are_what_the_maker_makes() -> None:
+    done = check(ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "files are current" in done.stdout
 
 
 def test_check_sees_a_changed_file(tmp_path: Path) -> None:
-    (tmp_path / "tools").mkdir()
-    shutil.copy(MAKER, tmp_path / "tools")
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
     shutil.copytree(VECTORS, tmp_path / "spec" / "vectors")
     victim = tmp_path / "spec" / "vectors" / "valid" / "bcq-example" / "model" / "model.safetensors"
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(content)
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "tools" / MAKER.name), "--check"], capture_output=True, text=True
-    )
+    done = check(tmp_path)
     assert done.returncode == 1
     assert done.stdout.splitlines() == ["differs: valid/bcq-example/model/model.safetensors"]
 

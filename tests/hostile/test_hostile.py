@@ -1,7 +1,7 @@
 """Damaged and hostile files: a named error or the right content, no other exception, no large allocation.
 
 The golden files of spec/vectors/invalid hold one file for each rule; here files are cut, flipped and made up by the
-thousand. ``tools/fuzz_reader.py`` does the same for hours.
+thousand. ``tests/hostile/fuzz.py`` does the same for hours.
 """
 
 from __future__ import annotations

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "tools" / "bench_gpu.py"
+ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> str:
-    """What the script prints; its exit status must be 0."""
+    """What the benchmark prints; its exit status must be 0."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        [sys.executable, "-m", "tools.benchmarks.gpu", *arguments],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=300,
@@ -62,10 +63,9 @@ def test_predictions() -> None:
 
 
 def test_predictions_know_how_the_kernel_divides_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    from bench_gpu_predict import SLICES, chunks
-
+    monkeypatch.syspath_prepend(str(ROOT))
     from lowbit_format.kernels.gpu.products import panel_rows
+    from tools.benchmarks.gpu.predict import SLICES, chunks
 
     for n in range(1, 200):
         rows = panel_rows(n, SLICES)
@@ -73,9 +73,10 @@ def test_predictions_know_how_the_kernel_divides_rows(monkeypatch: pytest.Monkey
 
 
 def test_a_wrong_result_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(ROOT))
     import torch
-    from bench_gpu_common import Bench, poisoned
+
+    from tools.benchmarks.gpu.bench import Bench, poisoned
 
     bench, right = Bench(torch.device("cpu")), torch.randn(4, 8)
     assert bench.check("right", right, right.double(), 1e-6) == "0.0e+00"

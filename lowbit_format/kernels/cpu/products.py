@@ -174,7 +174,7 @@ def forget_plan(planes: Tensor) -> None:
 def most_rows(bits: int) -> float:
     """Rows of x up to which lookups are faster than decoding the weight for the library's product.
 
-    A row costs as many lookups as there are bits, and the library's row always the same; tools/BENCHMARKS.md has the
+    A row costs as many lookups as there are bits, and the library's row always the same; tools/benchmarks/README.md has the
     measurements.
     """
     if "avx512f" in features():
