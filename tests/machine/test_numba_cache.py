@@ -86,7 +86,7 @@ def test_a_second_process_loads_the_kernels_of_the_operators(tmp_path: Path) -> 
     """C functions, which no dispatcher counts, and what is called from Python."""
     first, second = run(tmp_path, CPU_SCRIPT), run(tmp_path, CPU_SCRIPT)
     functions = {"products._multiply", "decoding._decode"}
-    rows = {"tiles._pack", "tiles._unpack", "backend._signed_sums"}
+    rows = {"tiles._set_tiles", "tiles._set_rows", "backend._signed_sums"}
     assert {f"lowbit_format.kernels.cpu.{name}" for name in functions | rows} <= first.keys()
     assert all(hits == 0 and misses == 1 for hits, misses in first.values()), first
     assert second == dict.fromkeys(first, (1, 0))
