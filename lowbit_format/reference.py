@@ -36,17 +36,54 @@ def decode(matrix: StoredMatrix, bits: int | None = None, out: F32 | None = None
     params, n = matrix.at(bits)
     if out is None:
         out = np.empty((matrix.rows, matrix.cols), np.float32)
-    width = matrix.planes.shape[-1]
-    flat = np.ascontiguousarray(matrix.planes).reshape(-1, width)
-    index = _NO_INDEX if matrix.row_bits is None else plane_rows(matrix.row_bits, matrix.scheme.bits)
-    group = matrix.scheme.group_columns(matrix.cols)
-    shift = _NO_SHIFT if params.shift is None else params.shift
-    if matrix.scheme.codec == "bcq":
-        parallel_rows(_decode_bcq, matrix.rows, out, flat, index, params.scales, shift, n, group)
-    else:
-        table = np.arange(2**n, dtype=np.float32) if matrix.codebook is None else matrix.codebook
-        parallel_rows(_decode_levels, matrix.rows, out, flat, index, params.scales[0], shift, table, n, group)
+    decode_arrays(
+        out,
+        matrix.planes,
+        params.scales,
+        params.shift,
+        matrix.codebook,
+        matrix.row_bits,
+        codec=matrix.scheme.codec,
+        bits=n,
+        group_columns=matrix.scheme.group_columns(matrix.cols),
+    )
     return out
+
+
+def decode_arrays(
+    out: F32,
+    planes: U8,
+    scales: F32,
+    shift: F32 | None,
+    codebook: F32 | None,
+    row_bits: U8 | None,
+    *,
+    codec: str,
+    bits: int,
+    group_columns: int,
+) -> None:
+    """The same for a matrix given as arrays (spec/FORMAT.md section 4).
+
+    Args:
+        out: float32 ``[rows, cols]``, C-contiguous, to write into.
+        planes: uint8 ``[>= bits, rows, bytes]``, or ragged ``[>= sum of the planes to read, bytes]`` (MIX-2).
+        scales: float32 ``[>= bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
+        shift: float32 ``[rows, groups]``: offsets (bcq) or zeros (uniform), or None.
+        codebook: float32 ``[2**bits]`` (codebook), or None.
+        row_bits: uint8 ``[rows]`` if the planes are ragged, or None.
+        codec: id of the codec.
+        bits: planes to read.
+        group_columns: columns of a whole group.
+    """
+    rows = len(out)
+    flat = np.ascontiguousarray(planes).reshape(-1, planes.shape[-1])
+    index = _NO_INDEX if row_bits is None else plane_rows(row_bits, bits)
+    shift = _NO_SHIFT if shift is None else shift
+    if codec == "bcq":
+        parallel_rows(_decode_bcq, rows, out, flat, index, scales, shift, bits, group_columns)
+    else:
+        table = np.arange(2**bits, dtype=np.float32) if codebook is None else codebook
+        parallel_rows(_decode_levels, rows, out, flat, index, scales[0], shift, table, bits, group_columns)
 
 
 def decode_numpy(matrix: StoredMatrix, bits: int | None = None) -> F32:

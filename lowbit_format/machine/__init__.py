@@ -1,1 +1,1 @@
-"""Ground of all compiled code: vector code in LLVM, and threads."""
+"""What all compiled code shares: SIMD code written in LLVM, and threads."""

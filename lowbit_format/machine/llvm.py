@@ -1,7 +1,7 @@
-"""What intrinsics share: LLVM vector code of sixteen lanes, written out through llvmlite.
+"""SIMD code of sixteen lanes in LLVM, written through llvmlite: what all Numba intrinsics of this package are made of.
 
 Numba keeps no array in registers, so innermost loops are emitted as LLVM code. It names no instruction set: LLVM lowers
-``<16 x float>`` to what the machine has. Pointers are addresses, int64, with byte offsets.
+``<16 x float>`` to what the machine has. A place in memory is always an int64 address, an offset a number of bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core.registry import cpu_target
 
-LANES = 16
+LANES = 16  # elements of a vector, whatever their type
 
 I8, I16, I32, I64, F16, F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType())
 VECTOR_I8, VECTOR_I16, VECTOR_I32, VECTOR_F16, VECTOR_F32 = (ir.VectorType(t, LANES) for t in (I8, I16, I32, F16, F32))
@@ -20,7 +20,13 @@ ZERO = ir.Constant(VECTOR_F32, [0.0] * LANES)
 
 
 def loop(builder: Any, count: Any, body: Callable[[Any, list[Any]], Sequence[Any]], carried: Sequence[Any]) -> Any:
-    """Emit ``for i in range(count)``; `body(i, values)` gives the next carried values. count >= 1."""
+    """Emit ``for i in range(count)`` and return the carried values after it.
+
+    Args:
+        count: int64, at least 1.
+        body: of ``(i, values)``; emits one iteration and returns the next `values`.
+        carried: the first `values`.
+    """
     entry = builder.block
     inside, after = builder.append_basic_block("loop"), builder.append_basic_block("after")
     builder.branch(inside)
@@ -42,7 +48,7 @@ def loop(builder: Any, count: Any, body: Callable[[Any, list[Any]], Sequence[Any
 
 
 def at(builder: Any, address: Any, *parts: Any) -> Any:
-    """`address` plus the products of the pairs in `parts`; ints stand for constants."""
+    """`address` plus ``a * b`` for each pair ``(a, b)`` in `parts`; a and b are int64 values or Python ints."""
     for a, b in parts:
         if isinstance(a, int) and isinstance(b, int):
             offset = I64(a * b)
@@ -53,19 +59,24 @@ def at(builder: Any, address: Any, *parts: Any) -> Any:
 
 
 def load(builder: Any, address: Any, kind: Any, align: int = 4) -> Any:
-    """The value of type `kind` at `address`."""
+    """The value of type `kind` at `address`, a multiple of `align`."""
     value = builder.load(builder.inttoptr(address, kind.as_pointer()))
     value.align = align
     return value
 
 
 def store(builder: Any, value: Any, address: Any, align: int = 4) -> None:
-    """`value` to `address`."""
+    """Write `value` to `address`, a multiple of `align`."""
     builder.store(value, builder.inttoptr(address, value.type.as_pointer())).align = align
 
 
+def array_address(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """Address of the first element of `array`, an argument of Numba's array type `kind`."""
+    return builder.ptrtoint(context.make_array(kind)(context, builder, array).data, I64)
+
+
 def prefetch(builder: Any, address: Any) -> None:
-    """Ask for the cache line at `address`, which need not be readable, to be brought into the second-level cache."""
+    """Fetch the cache line at `address` into the second-level cache. The address need not be readable."""
     pointer = builder.inttoptr(address, I8.as_pointer())
     name = "llvm.prefetch.p0"
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
@@ -81,14 +92,14 @@ def splat(builder: Any, value: Any) -> Any:
 
 
 def ints(value: int) -> Any:
-    """A constant vector of `value`, int32."""
+    """A constant int32 vector with `value` in every lane."""
     return ir.Constant(VECTOR_I32, [value] * LANES)
 
 
 def half_to_float(builder: Any, half: Any) -> Any:
-    """float16 bits (int16 lanes) to float32 by integer operations, exactly, for finite values.
+    """The bits of float16 (int16 lanes) to float32 by integer operations; exact for finite values.
 
-    Moved up by 13 bits, the exponent is 112 too small; the product with 2**112 is exact, of subnormals too.
+    After a shift by 13 bits the exponent is 112 too small. The product with 2**112 is exact, also for subnormals.
     """
     wide = builder.zext(half, VECTOR_I32)
     magnitude = builder.shl(builder.and_(wide, ints(0x7FFF)), ints(13))
@@ -98,21 +109,21 @@ def half_to_float(builder: Any, half: Any) -> Any:
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """``a * b + c``; in one rounding where the machine can."""
+    """``a * b + c``, with a single rounding on machines that have the instruction."""
     return call(builder, "llvm.fmuladd.v16f32", VECTOR_F32, a, b, c)
 
 
 def call(builder: Any, name: str, result: Any, *args: Any) -> Any:
-    """Call LLVM's intrinsic function `name`."""
+    """Call the intrinsic function of LLVM called `name`."""
     module = builder.module
     known = module.globals.get(name) or ir.Function(module, ir.FunctionType(result, [a.type for a in args]), name)
     return builder.call(known, args)
 
 
 def features(context: Any | None = None) -> frozenset[str]:
-    """Instruction sets of the machine that code is made for, by LLVM's names: ``avx2``, ``avx512f``, …
+    """Instruction sets of the machine that code is made for, by their names in LLVM: ``avx2``, ``avx512f``, …
 
-    Numba's cache on disk keeps code by them, so that one directory serves several machines.
+    They are part of the key of Numba's cache on disk, so several machines can share its directory.
     """
     context = cpu_target.target_context if context is None else context
     listed: str = context.codegen().magic_tuple()[2]

@@ -1,10 +1,18 @@
-"""The one way this package runs Numba code on several cores.
+"""Threads for loops over rows, and how many threads this package uses.
 
-Kernels are ``nogil`` and take a half-open range of rows; this module cuts the rows into chunks and runs
-them on a thread pool of its own. Numba's own layers were weighed and left out: ``workqueue`` aborts when
-two Python threads call it at once, GNU OpenMP does not survive ``fork`` and fights with torch's pool.
-A pool of Python threads has none of these troubles, costs some tens of microseconds for a call, and
-gives the same result whatever the number of threads, since no chunk depends on another.
+There are two pools, each for one kind of compiled code:
+
+* :func:`parallel_rows` runs a loop over rows (quantizing, the reference decoder, changes of layout) on a pool of Python
+  threads, this module's own. Loops release the GIL (``nogil``).
+* :mod:`lowbit_format.kernels.cpu.parallel` runs kernels on torch's OpenMP threads, since they alternate with torch's
+  operations within one forward pass. It uses the pool here where it cannot enter torch's.
+
+:func:`num_threads` decides the number of threads of both. No result depends on it, since no range of rows depends on
+another.
+
+Numba's own threading layers are not used: ``workqueue`` aborts when two Python threads call it at once; GNU OpenMP does
+not survive ``fork`` and competes with torch's pool. A pool of Python threads has none of these troubles, and costs some
+tens of microseconds a call.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-CHUNKS_PER_THREAD = 4  # chunks are handed out as threads come free: evens out a busy core
+CHUNKS_PER_THREAD = 4  # threads take chunks as they come free, so a busy core delays the rest less
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -23,26 +31,22 @@ _pool_size = 0
 _inside = threading.local()
 
 
-def num_threads() -> int:
-    """Threads that kernels use: ``LOWBIT_NUM_THREADS``, or the cores this process may run on."""
-    if wanted := wanted_threads():
-        return wanted
+def num_threads(otherwise: int = 0) -> int:
+    """Threads to use: ``LOWBIT_NUM_THREADS``, or `otherwise`, or as many as cores that this process may run on."""
+    wanted = os.environ.get("LOWBIT_NUM_THREADS", "")
+    number = int(wanted) if wanted.isdecimal() else 0
+    if number or otherwise:
+        return number or otherwise
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def wanted_threads() -> int:
-    """What ``LOWBIT_NUM_THREADS`` says; 0 if it says nothing."""
-    wanted = os.environ.get("LOWBIT_NUM_THREADS", "")
-    return int(wanted) if wanted.isdecimal() else 0
-
-
 def parallel_rows(kernel: Callable[..., Any], rows: int, *args: Any, grain: int = 1) -> None:
     """Run ``kernel(start, stop, *args)`` over disjoint ranges that cover ``range(rows)``; return when all are done.
 
-    Safe to call from several Python threads at once, after ``fork``, and from inside a kernel's own
-    thread (it then runs inline, so that the pool cannot wait for itself).
+    Safe to call from several Python threads at once, after ``fork``, and from a thread of the pool (the kernel then
+    runs in that thread, so that the pool cannot wait for itself).
 
     Args:
         kernel: releases the GIL (``nogil=True``), and writes only rows ``start`` to ``stop``.
@@ -67,7 +71,7 @@ def _run(kernel: Callable[..., Any], start: int, stop: int, args: tuple[Any, ...
 
 
 def thread_pool(threads: int) -> ThreadPoolExecutor:
-    """The pool of this package, of at least `threads` threads."""
+    """The pool of Python threads, of at least `threads` threads."""
     global _pool, _pool_size
     with _lock:
         if _pool is None or _pool_size < threads:  # a smaller pool finishes what it has and is collected

@@ -84,6 +84,6 @@ def test_a_second_process_loads_the_kernels_of_the_operators() -> None:
     """C functions, which no dispatcher counts, and what is called from Python."""
     first, second = run(CPU_SCRIPT), run(CPU_SCRIPT)
     functions = {"products._multiply", "decoding._decode"}
-    rows = {"tiles._pack", "tiles._unpack", "backend._signed_sums"}
+    rows = {"tiles._set_tiles", "tiles._set_rows", "backend._signed_sums"}
     assert {f"lowbit_format.kernels.cpu.{name}" for name in functions | rows} <= first.keys()
     assert second == dict.fromkeys(first, (1, 0))

@@ -194,7 +194,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     def tile(cols: int) -> None:
         if rows:
-            monkeypatch.setattr(cpu_kernels, "GRAD_TILE", 2 * cols + 1 if rows == "2 rows" else 1)
+            monkeypatch.setattr(cpu_kernels, "GRAD_CHUNK", 2 * cols + 1 if rows == "2 rows" else 1)
 
     return tile
 
@@ -266,7 +266,7 @@ def test_the_compiled_kernel_sums_where_it_can(monkeypatch: pytest.MonkeyPatch) 
         ("bcq", (7, 24, 7), 1, [(0, 7)]),  # naive: no groups of whole bytes
         ("codebook", (4, 70, 16), 1, [(0, 4)]),  # naive
     ]:
-        monkeypatch.setattr(cpu_kernels, "GRAD_TILE", tile)
+        monkeypatch.setattr(cpu_kernels, "GRAD_CHUNK", tile)
         asked.clear()
         module = tuned_linear(kind, shape, "mul", 1)
         module(torch.randn(2, shape[1])).sum().backward()

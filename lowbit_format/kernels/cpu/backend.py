@@ -1,9 +1,9 @@
-"""The operators on a CPU: the same functions as :mod:`..naive`, over plain planes and over the packed form alike.
+"""The operators on a CPU: the same functions as in :mod:`..naive`, for the file's layout and the tiled layout.
 
-Few rows of x are multiplied straight from the packed form (:mod:`.products`), many by decoding a tile of the weight at
-a time, which stays in cache, for the library's own product. The weight is never whole in memory but where it is the
-result. What the packed form does not hold (groups that are no multiple of 32 columns, float64) is decoded by the
-reference.
+Few rows of x are multiplied straight from the tiled layout (:mod:`.products`). For many rows the weight is decoded chunk by
+chunk, each small enough for the cache, and multiplied by ``torch.mm``. The whole weight is in memory only where it is the
+result. Matrices that cannot be tiled (float64, or groups that are no multiple of 32 columns) are decoded by
+:mod:`lowbit_format.reference`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from ... import reference
 from ...bits import to_ragged
+from ...machine.llvm import LANES
 from ...machine.threads import parallel_rows
-from ...matrix import Params, StoredMatrix
-from ...schema import Scheme
 from .. import by_decoding, decode_then_matmul, naive
 from ..batch import check_task_ids, grads_of_sums, no_autocast
 from ..by_decoding import RowGrads
@@ -30,22 +29,22 @@ from ..matrix import PlaneMatrix, select_rows
 from ..parameter_order import group_major, map_parameters
 from . import decoding, parallel, products, tiles
 
-ROWS = 64  # of x that are multiplied at a time straight from planes
-TILE = 1 << 20  # weights decoded at a time for the library's product: 4 MiB
-GRAD_TILE = 1 << 20  # weights whose gradient is in memory at a time: 4 MiB, a cache's size
+ROWS_AT_ONCE = 64  # of x in one product from the tiled layout: the tables of more rows (4 KiB each) leave the cache
+CHUNK = 1 << 20  # weights that are decoded at a time for torch.mm: 4 MiB, the size of a cache
+GRAD_CHUNK = 1 << 20  # weights whose gradient is in memory at a time: 4 MiB, the size of a cache
+SIGNS = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 1, -1).astype(np.float32)  # [byte, column]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-SIGNS = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 1, -1).astype(np.float32)  # of a byte's columns
 
 can_tile = tiles.can_tile
 
 
 def tile(w: PlaneMatrix) -> PlaneMatrix:
-    """`w` in tiles, with group-major parameters. What is so already is left as it is."""
+    """`w` in the tiled layout, with group-major parameters. Tensors that are so already are kept."""
     return map_parameters(w if w.is_tiled else tiles.tile(w), group_major)
 
 
 def untile(w: PlaneMatrix) -> PlaneMatrix:
-    """`w` as the file has it."""
+    """`w` in the file's layout."""
     if not w.is_tiled:
         return w
     products.forget_plan(w.planes)
@@ -53,39 +52,39 @@ def untile(w: PlaneMatrix) -> PlaneMatrix:
 
 
 def decode(w: PlaneMatrix) -> Tensor:
-    """Weights ``[rows, cols]`` in float32; float64 parameters, which only tests have, go the naive way."""
+    """Weights, float32 ``[rows, cols]``. With float64 parameters, which only tests have, as :func:`..naive.decode`."""
     if w.scales.dtype == torch.float64:
         return naive.decode(untile(w))
     if w.is_tiled and w.row_bits is None:
-        return decoding.decode_rows(w, 0, w.rows, parallel.threads())
-    return _decode_plain(untile(w))
+        return decoding.decode_rows(w, 0, w.rows, parallel.num_threads())
+    return _decode_from_file_layout(untile(w))
 
 
-def _decode_plain(w: PlaneMatrix) -> Tensor:
-    shift = w.shift
+def _decode_from_file_layout(w: PlaneMatrix) -> Tensor:
     planes = w.planes.detach().contiguous().numpy()
     row_bits = None if w.row_bits is None else w.row_bits.detach().contiguous().numpy()
-    if row_bits is not None and planes.ndim == 3:  # rows picked out of ragged planes come with all planes
+    if row_bits is not None and planes.ndim == 3:  # selected rows of ragged planes come with all planes
         planes = to_ragged(planes[: w.bits], row_bits)
-    scheme = Scheme(w.codec, w.bits, w.group_size, "F32", row_bits=w.row_bits is not None)
-    matrix = StoredMatrix(
-        scheme,
-        w.rows,
-        w.cols,
+    weight = np.empty((w.rows, w.cols), np.float32)
+    reference.decode_arrays(
+        weight,
         planes,
-        Params(_floats(w.scales), None if shift is None else _floats(shift)),
-        {},
+        _floats(w.scales),
+        None if w.shift is None else _floats(w.shift),
         None if w.codebook is None else _floats(w.codebook),
         row_bits,
+        codec=w.codec,
+        bits=w.bits,
+        group_columns=w.group_columns,
     )
-    return torch.from_numpy(reference.decode(matrix))
+    return torch.from_numpy(weight)
 
 
 # --- products --------------------------------------------------------------------------------------
 
 
 def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    """As :func:`..naive.linear`; a few rows are multiplied in float32 whatever the dtype of `x`, and rounded once."""
+    """As :func:`..naive.linear`. Few rows are multiplied in float32, whatever the dtype of `x`, and rounded once."""
     plan, rows = products.plan(w) if x.dtype in _DTYPES else None, x.numel() // w.cols
     if plan is not None and 0 < rows <= plan.most_rows:
         return _few(x, plan, bias, deltas, task_ids)
@@ -94,7 +93,7 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
             return by_decoding.linear(x, untile(w), bias, deltas, task_ids, decode=decode)
         if deltas is not None and task_ids is not None:
             check_task_ids(deltas, task_ids)
-        out = decode_then_matmul.linear(x.reshape(-1, w.cols), tile(w), deltas, task_ids, _weight_tiles)
+        out = decode_then_matmul.linear(x.reshape(-1, w.cols), tile(w), deltas, task_ids, _weight_chunks)
         out = out if bias is None else out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
@@ -103,37 +102,38 @@ def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | N
     if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
         bias = bias.detach().float().contiguous()
     flat = x.reshape(-1, plan.cols)
-    if len(flat) <= ROWS:
+    if len(flat) <= ROWS_AT_ONCE:
         out = plan.multiply(flat, bias, deltas, task_ids)
     else:
         out = torch.empty(len(flat), plan.rows)
-        for at in range(0, len(flat), ROWS):
-            ids = None if task_ids is None else task_ids[at : at + ROWS]
-            out[at : at + ROWS] = plan.multiply(flat[at : at + ROWS], bias, deltas, ids)
+        for start in range(0, len(flat), ROWS_AT_ONCE):
+            rows = slice(start, start + ROWS_AT_ONCE)
+            ids = None if task_ids is None else task_ids[rows]
+            out[rows] = plan.multiply(flat[rows], bias, deltas, ids)
     out = out.view(*x.shape[:-1], plan.rows)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
 class _Kept(threading.local):
-    """Memory of each thread for a tile of weights."""
+    """Memory of each thread for a chunk of weights."""
 
-    room: Tensor = torch.empty(0)
+    memory: Tensor = torch.empty(0)
 
 
 _kept = _Kept()
 
 
-def _weight_tiles(w: PlaneMatrix, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """Rows from, to, and the weight ``[rows of the tile, cols]`` in `dtype`, in memory that the next tile reuses.
+def _weight_chunks(w: PlaneMatrix, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """First row, end, and weights ``[rows of the chunk, cols]`` in `dtype`, in memory that the next chunk reuses.
 
-    The memory is kept, since the system clears what it gives anew, in more time than decoding takes.
+    The memory is kept between calls: the system would clear new memory, which takes longer than decoding.
     """
-    rows, threads = w.rows, parallel.threads()
+    rows, threads = w.rows, parallel.num_threads()
     w = w._replace(scales=group_major(w.scales))
-    step = max(16, TILE // w.cols // 16 * 16)
-    if _kept.room.numel() < min(step, rows) * w.cols:
-        _kept.room = torch.empty(max(TILE, step * w.cols))
-    room = _kept.room[: min(step, rows) * w.cols].view(-1, w.cols)
+    step = max(LANES, CHUNK // w.cols // LANES * LANES)
+    if _kept.memory.numel() < min(step, rows) * w.cols:
+        _kept.memory = torch.empty(max(CHUNK, step * w.cols))
+    room = _kept.memory[: min(step, rows) * w.cols].view(-1, w.cols)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         yield start, stop, decoding.decode_rows(w, start, stop, threads, room[: stop - start]).to(dtype)
@@ -141,11 +141,11 @@ def _weight_tiles(w: PlaneMatrix, dtype: torch.dtype) -> Iterator[tuple[int, int
 
 def linear_input_grad(grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
     """As :func:`..naive.linear_input_grad`, summed in float32."""
-    packed = tile(w) if can_tile(w) and grad.dtype != torch.float64 else None
-    if packed is None or packed.row_bits is not None:
+    tiled = tile(w) if can_tile(w) and grad.dtype != torch.float64 else None
+    if tiled is None or tiled.row_bits is not None:
         return by_decoding.linear_input_grad(grad, untile(w), deltas, task_ids, decode=decode)
     with torch.no_grad(), no_autocast(grad):
-        out = decode_then_matmul.input_grad(grad.reshape(-1, grad.shape[-1]), packed, deltas, task_ids, _weight_tiles)
+        out = decode_then_matmul.input_grad(grad.reshape(-1, grad.shape[-1]), tiled, deltas, task_ids, _weight_chunks)
     return out.reshape(*grad.shape[:-1], w.cols)
 
 
@@ -167,14 +167,14 @@ def _select(w: PlaneMatrix, rows: Tensor) -> PlaneMatrix:
 
 
 def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
-    """As :func:`..naive.decode_grads`; ragged planes, codebooks and odd groups go that way."""
+    """As :func:`..naive.decode_grads`, which computes those of ragged planes, codebooks and odd groups."""
     rows, groups = w.rows, w.groups
     size = w.group_columns
     odd = groups > 1 and size % 8 != 0
     if w.scales.dtype == torch.float64 or w.row_bits is not None or w.codebook is not None or odd:
         return naive.decode_grads(untile(w), weight_grad)
     sums, totals = np.empty((w.bits, rows, groups), np.float32), np.empty((rows, groups), np.float32)
-    step = max(1, GRAD_TILE // w.cols)
+    step = max(1, GRAD_CHUNK // w.cols)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         grad = weight_grad(start, stop).contiguous().numpy()
@@ -186,11 +186,18 @@ def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
 def _signed_sums(start, stop, sums, totals, grads, planes, signs, first, group):
-    """Of rows start to stop of `grads` (rows from `first` on of the matrix), the sums over each group of +grad where
-    the plane has a 1 and -grad where it has a 0, and the plain sums. Gradients may be summed in any order.
+    """Sums over each group, for rows start to stop of `grads`: of +grad where a plane has a 1 and -grad where it has
+    a 0, and of grad. The order of sums is free.
+
+    Args:
+        sums, totals: float32 ``[bits, all rows, groups]`` and ``[all rows, groups]``, to fill.
+        grads: float32 ``[rows, cols]``, for rows `first` and on of the matrix.
+        planes: uint8 ``[bits, rows, bytes]``, of the same rows.
+        signs: :data:`SIGNS`.
+        group: columns of a group.
     """
     bits, cols = planes.shape[0], grads.shape[1]
-    lanes = np.empty(8, np.float32)
+    partial = np.empty(8, np.float32)  # sums of every eighth column
     for r in range(start, stop):
         row = first + r
         for g in range(sums.shape[2]):
@@ -201,15 +208,15 @@ def _signed_sums(start, stop, sums, totals, grads, planes, signs, first, group):
                 total += grads[r, c]
             totals[row, g] = total
             for p in range(bits):
-                lanes[:] = 0
+                partial[:] = 0
                 for c in range(begin, whole, 8):
                     sign = signs[planes[p, r, c >> 3]]
                     grad = grads[r, c : c + 8]
                     for j in range(8):
-                        lanes[j] += grad[j] * sign[j]
+                        partial[j] += grad[j] * sign[j]
                 acc = np.float32(0.0)
                 for j in range(8):
-                    acc += lanes[j]
+                    acc += partial[j]
                 for c in range(whole, end):
                     acc += grads[r, c] * signs[planes[p, r, c >> 3], c & 7]
                 sums[p, row, g] = acc

@@ -1,121 +1,164 @@
-"""Weights in float32 from the packed form, bit for bit as the reference gives them (DEC-1 to DEC-4), rows by rows."""
+"""Weights in float32 from the tiled layout, with the same bits as the reference decoder (DEC-1 to DEC-4)."""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
 import torch
-from numba import carray  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...machine.llvm import LANES
 from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
 from . import tiles
-from .intrinsics import F16_KIND, F32_KIND, address_of, decode_word, floats_at, take, widen
-from .jobs import BCQ, CODEBOOK, CODECS, KINDS, UNIFORM
-from .parallel import Kernel
+from .intrinsics import (
+    BCQ,
+    CODEBOOK,
+    CODEC_NUMBERS,
+    DTYPE_NUMBERS,
+    UNIFORM,
+    VECTOR,
+    WORD_X,
+    decode_word,
+    floats_at,
+    read_parameters,
+)
+from .parallel import Job, job, kernel, take
+from .tiles import MOST_PLANES, WORD
 
-ALONE = 1 << 16  # weights below which one thread decodes
+ONE_THREAD_BELOW = 1 << 16  # weights: to decode fewer takes less time than to wake other threads
 
-(
-    _PIECES, _FIRST, _ROWS, _ALL, _COLS, _BITS, _WORDS, _WHOLE, _GROUPS, _CODEC,
-    _PLANES, _SCALES, _SCALES_KIND, _SHIFT, _SHIFT_KIND, _CODEBOOK, _OUT,
-) = range(1, 18)  # fmt: skip
+
+@job
+class DecodeJob(Job):
+    """Decoding some rows of a matrix, tile by tile. Addresses are 0 where there is no such tensor."""
+
+    # what to decode
+    first_tile: int
+    tiles: int  # number of tiles: the pieces of this job
+    rows: int  # number of rows
+    # the matrix
+    padded_rows: int  # of the whole matrix, rounded up to whole tiles
+    cols: int
+    bits: int  # planes to read
+    words: int  # in a row of a plane
+    group_words: int  # in a whole group
+    groups: int  # in a row
+    codec: int  # BCQ, UNIFORM or CODEBOOK
+    # addresses
+    planes: int  # uint32 [tiles, words * bits, LANES]: the tiled layout
+    scales: int  # [bits or 1, groups, padded_rows]
+    scales_dtype: int  # one of DTYPE_NUMBERS
+    shift: int  # [groups, padded_rows]
+    shift_dtype: int  # one of DTYPE_NUMBERS
+    codebook: int  # float32 [2**bits]
+    out: int  # float32 [rows, cols]
 
 
 def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor | None = None) -> Tensor:
     """Rows `first` to `stop` of the weight, float32 ``[stop - first, cols]``.
 
     Args:
-        w: in the packed form, not ragged.
+        w: in the tiled layout, not ragged.
         first: a multiple of 16.
+        threads: how many may work on it.
         out: contiguous memory to write to.
     """
-    rows, groups = w.rows, w.groups
     out = torch.empty(stop - first, w.cols) if out is None else out
     scales, shift = group_major(w.scales), w.shift
-    shift = None if shift is None else group_major(shift)
-    codebook = None if w.codebook is None else w.codebook.contiguous()
-    job = np.array([
-        0, -(-(stop - first) // LANES), first // LANES, stop - first, rows, w.cols, w.bits, tiles.words(w),
-        tiles.group_words(w), groups, CODECS[w.codec], w.planes.data_ptr(),
-        scales.data_ptr(), KINDS[scales.dtype],
-        0 if shift is None else shift.data_ptr(), 0 if shift is None else KINDS[shift.dtype],
-        0 if codebook is None else codebook.data_ptr(), out.data_ptr(),
-    ], np.int64)  # fmt: skip
-    _decode(job, 1 if out.numel() < ALONE else threads)
+    work = DecodeJob(
+        first_tile=first // LANES,
+        tiles=-(-(stop - first) // LANES),
+        rows=stop - first,
+        padded_rows=-(-w.rows // LANES) * LANES,
+        cols=w.cols,
+        bits=w.bits,
+        words=tiles.words(w),
+        group_words=tiles.group_words(w),
+        groups=w.groups,
+        codec=CODEC_NUMBERS[w.codec],
+        planes=w.planes.data_ptr(),
+        scales=scales.data_ptr(),
+        scales_dtype=DTYPE_NUMBERS[scales.dtype],
+        out=out.data_ptr(),
+    )
+    if shift is not None:
+        shift = group_major(shift)
+        work.shift, work.shift_dtype = shift.data_ptr(), DTYPE_NUMBERS[shift.dtype]
+    if w.codebook is not None:
+        codebook = w.codebook.contiguous()
+        work.codebook = codebook.data_ptr()
+    _decode(work, 1 if out.numel() < ONE_THREAD_BELOW else threads)
     return out
 
 
-@Kernel
-def _decode(pointer):
-    """One tile after another of a job (see :func:`decode_rows`)."""
-    job = carray(pointer, 18)
-    bits, words, whole, groups, codec = job[_BITS], job[_WORDS], job[_WHOLE], job[_GROUPS], job[_CODEC]
-    cols, rows, padded = job[_COLS], job[_ROWS], (job[_ALL] + 15) // 16 * 16
-    signed = np.zeros((8, 16), np.float32)
-    start, scale, shift = np.zeros(16, np.float32), np.zeros(16, np.float32), np.zeros(16, np.float32)
-    block = np.empty((16, 32), np.float32)
-    if codec != BCQ:
+@kernel(DecodeJob)
+def _decode(job):
+    """Decode one tile after another of `job`, word by word."""
+    bits, groups, codec = job.bits, job.groups, job.codec
+    cols, rows, words, whole, padded = job.cols, job.rows, job.words, job.group_words, job.padded_rows
+    signed = np.zeros((MOST_PLANES, LANES), np.float32)
+    start, scale, shift = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    block = np.empty((LANES, WORD), np.float32)  # a word's weights where not all of them are wanted
+    if codec != BCQ:  # the sum is the code: (2**n - 1) / 2 plus or minus half of what each bit counts
         start[:] = np.float32((1 << bits) - 1) * np.float32(0.5)
         for p in range(bits):
             signed[p] = np.float32(-0.5) * np.float32(1 << (bits - 1 - p))
     while True:
-        piece: int = take(address_of(pointer))
-        if piece >= job[_PIECES]:
+        piece: int = take(job)
+        if piece >= job.tiles:
             return
-        tile = job[_FIRST] + piece
-        here_rows = min(16, rows - piece * 16)
-        out = job[_OUT] + piece * 16 * cols * 4
+        tile = job.first_tile + piece
+        tile_rows = min(LANES, rows - piece * LANES)
+        out = job.out + piece * LANES * cols * 4
         for g in range(groups):
-            index = g * padded + tile * 16
+            index = g * padded + tile * LANES
             if codec == BCQ:
-                _parameters(job[_SCALES], job[_SCALES_KIND], index, groups * padded, bits, signed)
+                _read_tile(job.scales, signed, bits, index, groups * padded, job.scales_dtype)
                 for p in range(bits):
-                    for lane in range(16):
+                    for lane in range(LANES):
                         signed[p, lane] = -signed[p, lane]
-                if job[_SHIFT] != 0:
-                    _parameters(job[_SHIFT], job[_SHIFT_KIND], index, 0, 1, start)
+                if job.shift != 0:
+                    _read_tile(job.shift, start, 1, index, 0, job.shift_dtype)
             else:
-                _parameters(job[_SCALES], job[_SCALES_KIND], index, 0, 1, scale)
-                if job[_SHIFT] != 0:
-                    _parameters(job[_SHIFT], job[_SHIFT_KIND], index, 0, 1, shift)
-            here = min(whole, words - g * whole)
-            at = job[_PLANES] + (tile * words + g * whole) * bits * 64
+                _read_tile(job.scales, scale, 1, index, 0, job.scales_dtype)
+                if job.shift != 0:
+                    _read_tile(job.shift, shift, 1, index, 0, job.shift_dtype)
+            here = min(whole, words - g * whole)  # words of this group
+            group = job.planes + (tile * words + g * whole) * bits * VECTOR
             for j in range(here):
-                column = (g * whole + j) * 32
+                column = (g * whole + j) * WORD
                 if column >= cols:
                     break
-                if here_rows == 16 and column + 32 <= cols:
-                    _word(codec, at + j * 64, here * 64, bits, signed, start, scale, shift, job[_CODEBOOK],
-                          out + column * 4, cols * 4)  # fmt: skip
+                inside = tile_rows == LANES and column + WORD <= cols
+                to, to_stride = block.ctypes.data, WORD_X
+                if inside:
+                    to, to_stride = out + column * 4, cols * 4
+                _decode_word(
+                    group + j * VECTOR, signed, start, scale, shift, job.codebook, to,
+                    bits, here * VECTOR, to_stride, codec,
+                )  # fmt: skip
+                if inside:
                     continue
-                _word(codec, at + j * 64, here * 64, bits, signed, start, scale, shift, job[_CODEBOOK],
-                      block.ctypes.data, 128)  # fmt: skip
-                for row in range(here_rows):
-                    line = carray(floats_at(out + (row * cols + column) * 4), 32)
-                    for c in range(min(32, cols - column)):
+                for row in range(tile_rows):
+                    line = floats_at(out + (row * cols + column) * 4)
+                    for c in range(min(WORD, cols - column)):
                         line[c] = block[row, c]
 
 
 @numba.njit
-def _parameters(address, kind, index, stride, count, out):
-    """Parameters of one tile for `count` planes, `stride` numbers apart, in float32."""
-    if kind == F32_KIND:
-        widen(address + 4 * index, 4 * stride, count, 0, out.ctypes.data, 1, 0)
-    elif kind == F16_KIND:
-        widen(address + 2 * index, 2 * stride, count, 0, out.ctypes.data, 1, 1)
-    else:
-        widen(address + 2 * index, 2 * stride, count, 0, out.ctypes.data, 1, 2)
+def _read_tile(source, target, count, index, stride, dtype):
+    """Parameters of one tile for `count` planes, see :func:`.intrinsics.read_parameters`."""
+    read_parameters(source, target.ctypes.data, count, index, stride, 0, dtype, 1)
 
 
 @numba.njit
-def _word(codec, words, plane_stride, bits, signed, start, scale, shift, codebook, out, stride):
-    a, b, c, d = signed.ctypes.data, start.ctypes.data, scale.ctypes.data, shift.ctypes.data
+def _decode_word(words, signed, start, scale, zero, codebook, out, planes, plane_stride, out_stride, codec):
+    """:func:`.intrinsics.decode_word` with the code of `codec`."""
+    a, b, c, d = signed.ctypes.data, start.ctypes.data, scale.ctypes.data, zero.ctypes.data
     if codec == BCQ:
-        decode_word(words, plane_stride, bits, a, b, c, d, codebook, out, stride, 0)
+        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, BCQ)
     elif codec == UNIFORM:
-        decode_word(words, plane_stride, bits, a, b, c, d, codebook, out, stride, 1)
+        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, UNIFORM)
     elif codec == CODEBOOK:
-        decode_word(words, plane_stride, bits, a, b, c, d, codebook, out, stride, 2)
+        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, CODEBOOK)

@@ -1,22 +1,26 @@
-"""The innermost loops, as LLVM vector code: sums looked up by plane bits, and weights decoded from them.
+"""The innermost loops in LLVM: sums looked up by the bits of planes, and weights decoded from them.
 
-Every intrinsic works on *tiles*: 16 rows of the matrix in the 16 lanes of a vector, a *word* of 32 columns in each lane
-(see :mod:`.tiles`). One source serves all machines. Where AVX-512 or AVX2 permute a table held in registers, other
-machines add and subtract activations by the sign that a bit gives. Addresses are int64, strides are bytes.
+Every intrinsic works on *tiles*: 16 rows of the matrix in the 16 lanes of a vector, with a *word* of 32 columns in each
+lane (see :mod:`.tiles`). One source serves all machines. AVX-512 and AVX2 permute a table that is in registers. Other
+machines add or subtract activations by the sign that a bit gives.
 
-Arguments in capitals are literal ints, by which code is made.
+Addresses are int64, strides are bytes. Arguments in capitals are literal ints: each value has code of its own.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numba
+import torch
 from llvmlite import ir
-from numba import types
+from numba import literally, types  # type: ignore[attr-defined]
 from numba.extending import intrinsic
 
+from ...codecs import CODECS
 from ...machine.llvm import (
     F32,
+    I32,
     I64,
     LANES,
     VECTOR_F16,
@@ -36,16 +40,27 @@ from ...machine.llvm import (
     splat,
     store,
 )
+from .tiles import WORD
 
-VECTOR = 64  # bytes: 16 words, or 16 floats
-TABLE = 64  # bytes of the table of 4 columns
-F32_KIND, F16_KIND, BF16_KIND = 0, 1, 2  # how parameters are stored
+# Sizes in bytes.
+VECTOR = 4 * LANES  # a vector of words, or of floats
+TABLE = 4 * 16  # the signed sums of four columns
+WORD_TABLES = WORD // 4 * TABLE  # the tables of a word's columns
+WORD_X = 4 * WORD  # the activations of a word's columns
+CACHE_LINE = 64
 
-_HALF_F32, _HALF_I32 = ir.VectorType(F32, 8), ir.VectorType(ir.IntType(32), 8)
+# Kernels know codecs and dtypes of parameters by number.
+CODEC_NUMBERS = {name: number for number, name in enumerate(CODECS)}
+BCQ, UNIFORM, CODEBOOK = (CODEC_NUMBERS[name] for name in ("bcq", "uniform", "codebook"))
+FLOAT32, FLOAT16, BFLOAT16 = range(3)
+DTYPE_NUMBERS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
+
+_HALF = LANES // 2
+_HALF_F32, _HALF_I32 = ir.VectorType(F32, _HALF), ir.VectorType(I32, _HALF)
 
 
 def has_codebook_lookup(instruction_sets: frozenset[str]) -> bool:
-    """Whether :func:`add_levels` has code for a machine with these instruction sets."""
+    """Whether a machine with these instruction sets can run :func:`add_levels`."""
     return "avx512f" in instruction_sets
 
 
@@ -54,27 +69,50 @@ def _isa(context: Any) -> str:
 
 
 @intrinsic(prefer_literal=True)
-def add_planes(typingctx, words, tile_stride, plane_stride, count, planes, ahead, tables, table_stride, x, x_stride,
-               scales, y, y_stride, TILES, ROWS):  # fmt: skip
+def add_planes(
+    typingctx,
+    # addresses
+    words,
+    tables,
+    x,
+    scales,
+    y,
+    # sizes
+    count,
+    planes,
+    # strides
+    tile_stride,
+    plane_stride,
+    table_stride,
+    x_stride,
+    y_stride,
+    ahead,
+    # constants
+    TILES,
+    ROWS,
+):
     """``y += scale * (sum of +x where the plane has a 1 and -x where it has a 0)`` over some planes of one group.
 
     Args:
-        words: of the first tile and plane, int32 ``[count, LANES]``; those of the next tile and plane lie
-            `tile_stride` and `plane_stride` further on.
-        ahead: how much further on lies what is wanted next, and is fetched from memory meanwhile.
-        tables: of the first row of x, float32 ``[8 * count, 16]`` (see :func:`set_tables`).
-        x: float32 ``[32 * count]`` of the first row.
+        words: int32 ``[TILES (tile_stride), planes (plane_stride), count, LANES]``.
+        tables: float32 ``[ROWS (table_stride), 8 * count, 16]``, see :func:`set_tables`.
+        x: float32 ``[ROWS (x_stride), 32 * count]``.
         scales: float32 ``[planes, TILES, LANES]``.
-        y: float32 ``[ROWS (y_stride apart), TILES, LANES]``.
+        y: float32 ``[ROWS (y_stride), TILES, LANES]``.
+        count: words of a row, at least 1.
+        planes: number of planes, at least 1.
+        ahead: distance in bytes from a word to the one that is needed next, and is prefetched.
+        TILES, ROWS: numbers of tiles and of rows of x.
     """
     tiles, rows = TILES.literal_value, ROWS.literal_value
     signature = types.void(*[types.int64] * 13, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        words, tile_stride, plane_stride, count, planes, ahead, tables, table_stride, x, x_stride = args[:10]
-        scales, y, y_stride = args[10:13]
+        words, tables, x, scales, y = args[:5]
+        count, planes = args[5:7]
+        tile_stride, plane_stride, table_stride, x_stride, y_stride, ahead = args[7:13]
         isa = _isa(context)
-        # What stays in registers at a time: 32 of them, 16, and 16 or 32 of a quarter of the size.
+        # Tiles and rows whose sums stay in registers: there are 32 (AVX-512) or 16 (AVX2), else 16 or 32 of 4 lanes.
         t_step, r_step = {"avx512f": (tiles, rows), "avx2": (min(2, tiles), 1), "": (1, 1)}[isa]
         emit = {"avx512f": _lookup_512, "avx2": _lookup_256, "": _add_signed}[isa]
 
@@ -91,8 +129,8 @@ def add_planes(typingctx, words, tile_stride, plane_stride, count, planes, ahead
                         w = {t: at(builder, a, (i, VECTOR)) for t, a in at_words.items()}
                         for address in w.values():
                             prefetch(builder, builder.add(address, ahead))
-                        tb = {r: at(builder, a, (i, 8 * TABLE)) for r, a in at_tables.items()}
-                        xs = {r: at(builder, a, (i, 32 * 4)) for r, a in at_x.items()}
+                        tb = {r: at(builder, a, (i, WORD_TABLES)) for r, a in at_tables.items()}
+                        xs = {r: at(builder, a, (i, WORD_X)) for r, a in at_x.items()}
                         new = emit(builder, w, tb, xs, dict(zip(places, sums, strict=True)))
                         return [new[place] for place in places]
 
@@ -110,9 +148,9 @@ def add_planes(typingctx, words, tile_stride, plane_stride, count, planes, ahead
 
 
 def _lookup_512(builder, words, tables, x, sums):
-    """``vpermps`` looks 16 nibbles up in a table of 16 at once, and ignores the higher bits: shift, permute, add.
+    """``vpermps`` looks up 16 nibbles at once in a table of 16 and ignores the higher bits: shift, permute, add.
 
-    Every second shift is saved: loaded from one byte further on, a word's next byte is its lowest.
+    Every second shift is saved: in a word loaded from one byte further on, the next byte is the lowest.
     """
     for byte in range(4):
         w = {t: load(builder, at(builder, a, (byte, 1)), VECTOR_I32, 1 if byte else 4) for t, a in words.items()}
@@ -129,22 +167,22 @@ def _permute(builder, table, index):
 
 
 def _lookup_256(builder, words, tables, x, sums):
-    """As with AVX-512, with the table in two halves: the nibble's highest bit, moved to the sign, chooses."""
-    halves = {(p, h): builder.shuffle_vector(s, s, _first(8 * h)) for p, s in sums.items() for h in range(2)}
-    zero = ir.Constant(_HALF_I32, [0] * 8)
+    """As with AVX-512, with the table in two halves. The highest bit of a nibble, moved to the sign, selects one."""
+    halves = {(p, h): builder.shuffle_vector(s, s, _half(h)) for p, s in sums.items() for h in range(2)}
+    zero = ir.Constant(_HALF_I32, [0] * _HALF)
     for byte in range(4):
         w = {
-            (t, h): load(builder, at(builder, a, (h, 32), (byte, 1)), _HALF_I32, 1 if byte else 4)
+            (t, h): load(builder, at(builder, a, (h, VECTOR // 2), (byte, 1)), _HALF_I32, 1 if byte else 4)
             for t, a in words.items()
             for h in range(2)
         }
         for nibble in range(2):
             for r, a in tables.items():
                 table = at(builder, a, (2 * byte + nibble, TABLE))
-                low, high = (load(builder, at(builder, table, (h, 32)), _HALF_F32) for h in range(2))
+                low, high = (load(builder, at(builder, table, (h, TABLE // 2)), _HALF_F32) for h in range(2))
                 for (t, h), v in w.items():
-                    index = builder.lshr(v, ir.Constant(_HALF_I32, [4 * nibble] * 8))
-                    sign = builder.shl(v, ir.Constant(_HALF_I32, [28 - 4 * nibble] * 8))
+                    index = builder.lshr(v, ir.Constant(_HALF_I32, [4 * nibble] * _HALF))
+                    sign = builder.shl(v, ir.Constant(_HALF_I32, [28 - 4 * nibble] * _HALF))
                     below, above = (
                         call(builder, "llvm.x86.avx2.permps", _HALF_F32, part, index) for part in (low, high)
                     )
@@ -154,14 +192,15 @@ def _lookup_256(builder, words, tables, x, sums):
     return {p: builder.shuffle_vector(halves[p, 0], halves[p, 1], both) for p in sums}
 
 
-def _first(lane: int) -> Any:
-    return ir.Constant(_HALF_I32, list(range(lane, lane + 8)))
+def _half(h: int) -> Any:
+    """Mask that picks the lanes of half `h` of a vector."""
+    return ir.Constant(_HALF_I32, list(range(h * _HALF, (h + 1) * _HALF)))
 
 
 def _add_signed(builder, words, tables, x, sums):
-    """Without a permutation of floats: a bit becomes the sign of the activation, column by column."""
+    """For machines that cannot permute floats: a bit becomes the sign of the activation, column by column."""
     flipped = {t: builder.not_(load(builder, a, VECTOR_I32)) for t, a in words.items()}
-    for column in range(32):
+    for column in range(WORD):
         value = {r: builder.bitcast(splat(builder, load(builder, at(builder, a, (column, 4)), F32)), VECTOR_I32)
                  for r, a in x.items()}  # fmt: skip
         sign = {t: _sign_of(builder, v, column) for t, v in flipped.items()}
@@ -178,25 +217,49 @@ def _sign_of(builder, word, column):
 
 
 @intrinsic(prefer_literal=True)
-def add_levels(typingctx, words, tile_stride, plane_stride, count, planes, ahead, x, x_stride, table, scales, y,
-               y_stride, TILES, ROWS):  # fmt: skip
-    """``y += scale * sum of codebook[code] * x``; only for machines that :func:`has_codebook_lookup` names.
+def add_levels(
+    typingctx,
+    # addresses
+    words,
+    x,
+    codebook,
+    scales,
+    y,
+    # sizes
+    count,
+    planes,
+    # strides
+    tile_stride,
+    plane_stride,
+    x_stride,
+    y_stride,
+    ahead,
+    # constants
+    TILES,
+    ROWS,
+):
+    """``y += scale * sum of codebook[code] * x``; only for machines with :func:`has_codebook_lookup`.
 
-    A step puts the codes of every fourth column together, in nibbles, which index the codebook in a register.
+    A step gathers the codes of every fourth column in nibbles. They index the codebook, which is in a register.
 
     Args:
-        words, ahead, x, scales, y: as in :func:`add_planes`.
-        table: float32 ``[16]``, the codebook, padded to 16.
+        words, x, y, count, tile_stride, plane_stride, x_stride, y_stride, ahead: as in :func:`add_planes`.
+        codebook: float32 ``[16]``, padded with zeros.
+        scales: float32 ``[TILES, LANES]``.
+        planes: number of planes, 1 to 4.
+        TILES, ROWS: numbers of tiles and of rows of x.
     """
     tiles, rows = TILES.literal_value, ROWS.literal_value
     signature = types.void(*[types.int64] * 12, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        words, tile_stride, plane_stride, count, planes, ahead, x, x_stride, table, scales, y, y_stride = args[:12]
+        words, x, codebook, scales, y = args[:5]
+        count, planes = args[5:7]
+        tile_stride, plane_stride, x_stride, y_stride, ahead = args[7:12]
         if not has_codebook_lookup(features(context)):
             return context.get_dummy_value()
         places = [(r, t) for r in range(rows) for t in range(tiles)]
-        levels = load(builder, table, VECTOR_F32)
+        levels = load(builder, codebook, VECTOR_F32)
 
         def word(i, sums):
             total = dict(zip(places, sums, strict=True))
@@ -217,7 +280,7 @@ def add_levels(typingctx, words, tile_stride, plane_stride, count, planes, ahead
                 for nibble in range(8):
                     column = 4 * nibble + quarter
                     values = [
-                        splat(builder, load(builder, at(builder, x, (x_stride, r), (i, 32 * 4), (column, 4)), F32))
+                        splat(builder, load(builder, at(builder, x, (x_stride, r), (i, WORD_X), (column, 4)), F32))
                         for r in range(rows)
                     ]
                     for t in range(tiles):
@@ -237,15 +300,22 @@ def add_levels(typingctx, words, tile_stride, plane_stride, count, planes, ahead
 
 
 @intrinsic(prefer_literal=True)
-def add_shift(typingctx, sums, sums_stride, shift, y, y_stride, TILES, ROWS):
-    """``y += sum * shift``: a number for each row of x, float32 ``[TILES, LANES]``."""
+def add_shift(typingctx, sums, shift, y, y_stride, TILES, ROWS):
+    """``y += sum * shift``.
+
+    Args:
+        sums: float32 ``[ROWS]``, sums of x over the columns.
+        shift: float32 ``[TILES, LANES]``.
+        y: float32 ``[ROWS (y_stride), TILES, LANES]``.
+        TILES, ROWS: numbers of tiles and of rows of x.
+    """
     tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 5, TILES, ROWS)
+    signature = types.void(*[types.int64] * 4, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        sums, sums_stride, shift, y, y_stride = args[:5]
+        sums, shift, y, y_stride = args[:4]
         for r in range(rows):
-            number = splat(builder, load(builder, at(builder, sums, (sums_stride, r)), F32))
+            number = splat(builder, load(builder, at(builder, sums, (r, 4)), F32))
             for t in range(tiles):
                 to = at(builder, y, (y_stride, r), (t, VECTOR))
                 value = load(builder, at(builder, shift, (t, VECTOR)), VECTOR_F32)
@@ -255,24 +325,54 @@ def add_shift(typingctx, sums, sums_stride, shift, y, y_stride, TILES, ROWS):
     return signature, codegen
 
 
-@intrinsic(prefer_literal=True)
-def widen(typingctx, source, stride, count, ahead, target, TILES, KIND):
-    """`count` times ``TILES * LANES`` parameters, `stride` apart and stored as KIND, to float32 in a row.
+@numba.njit(forceinline=True)
+def read_parameters(
+    # addresses
+    source,
+    target,
+    # sizes
+    count,
+    # positions and strides, in parameters
+    index,
+    stride,
+    ahead,
+    # constants
+    dtype,
+    TILES,
+):
+    """Copy parameters of TILES tiles for `count` planes, as float32.
 
-    What lies `ahead` bytes further on is wanted next.
+    Args:
+        source: of the parameters, stored as `dtype` (:data:`DTYPE_NUMBERS`).
+        target: float32 ``[count, TILES * LANES]``.
+        index: of the first parameter in `source`.
+        stride: from the parameters of one plane to those of the next.
+        ahead: from a parameter to the one that is needed next, and is prefetched.
     """
-    tiles, kind = TILES.literal_value, KIND.literal_value
-    signature = types.void(*[types.int64] * 5, TILES, KIND)
+    literally(TILES)
+    if dtype == FLOAT32:
+        _widen(source + 4 * index, target, count, 4 * stride, 4 * ahead, TILES, FLOAT32)
+    elif dtype == FLOAT16:
+        _widen(source + 2 * index, target, count, 2 * stride, 2 * ahead, TILES, FLOAT16)
+    else:
+        _widen(source + 2 * index, target, count, 2 * stride, 2 * ahead, TILES, BFLOAT16)
+
+
+@intrinsic(prefer_literal=True)
+def _widen(typingctx, source, target, count, stride, ahead, TILES, DTYPE):
+    """See :func:`read_parameters`; `source` is where the first parameter is, `stride` and `ahead` are bytes."""
+    tiles, dtype = TILES.literal_value, DTYPE.literal_value
+    signature = types.void(*[types.int64] * 5, TILES, DTYPE)
 
     def codegen(context, builder, signature, args):
-        source, stride, count, ahead, target = args[:5]
+        source, target, count, stride, ahead = args[:5]
 
         def row(i, _):
             first = builder.add(at(builder, source, (i, stride)), ahead)
-            for line in range(0, tiles * LANES * (4 if kind == F32_KIND else 2), 64):
+            for line in range(0, tiles * LANES * (4 if dtype == FLOAT32 else 2), CACHE_LINE):
                 prefetch(builder, at(builder, first, (line, 1)))
             for t in range(tiles):
-                value = _as_float(context, builder, at(builder, source, (i, stride)), t, kind)
+                value = _as_float(context, builder, at(builder, source, (i, stride)), t, dtype)
                 store(builder, value, at(builder, target, (i, tiles * VECTOR), (t, VECTOR)))
             return []
 
@@ -282,23 +382,28 @@ def widen(typingctx, source, stride, count, ahead, target, TILES, KIND):
     return signature, codegen
 
 
-def _as_float(context, builder, source, tile, kind):
-    if kind == F32_KIND:
+def _as_float(context, builder, source, tile, dtype):
+    """The parameters of tile `tile` of those at `source`."""
+    if dtype == FLOAT32:
         return load(builder, at(builder, source, (tile, 4 * LANES)), VECTOR_F32)
     address = at(builder, source, (tile, 2 * LANES))
-    if kind == F16_KIND and features(context) & {"f16c", "fullfp16"}:
+    if dtype == FLOAT16 and features(context) & {"f16c", "fullfp16"}:
         return builder.fpext(load(builder, address, VECTOR_F16, 2), VECTOR_F32)
     raw = load(builder, address, VECTOR_I16, 2)
-    if kind == F16_KIND:
+    if dtype == FLOAT16:
         return half_to_float(builder, raw)
     return builder.bitcast(builder.shl(builder.zext(raw, VECTOR_I32), ints(16)), VECTOR_F32)
 
 
 @intrinsic
 def set_tables(typingctx, x, tables, count):
-    """For every four activations their 16 signed sums: bit j of an index says whether column j is added (1) or taken.
+    """Fill `tables` with the 16 signed sums of every four activations; returns the sum of x.
 
-    x is float32 ``[4 * count]``, `tables` float32 ``[count, 16]``. Returns the sum of x.
+    Entry i adds the activation of column j where bit j of i is 1 and subtracts it where the bit is 0.
+
+    Args:
+        x: float32 ``[4 * count]``.
+        tables: float32 ``[count, 16]``.
     """
     signature = types.float32(types.int64, types.int64, types.int64)
     signs = [ir.Constant(VECTOR_F32, [1.0 if c >> j & 1 else -1.0 for c in range(16)]) for j in range(4)]
@@ -315,42 +420,64 @@ def set_tables(typingctx, x, tables, count):
             return [builder.fadd(total[0], table)]
 
         (total,) = loop(builder, count, four, [ZERO])
-        return builder.extract_element(total, ir.IntType(32)(15))  # index 15 adds all columns
+        return builder.extract_element(total, I32(15))  # entry 15 adds all columns
 
     return signature, codegen
 
 
 @intrinsic(prefer_literal=True)
-def decode_word(typingctx, words, plane_stride, planes, signed, start, scale, zero, codebook, out, out_stride, MODE):
-    """Weights of 32 columns of a tile, in the order of operations of DEC-2 to DEC-4, as 16 rows of `out`.
+def decode_word(
+    typingctx,
+    # addresses
+    words,
+    signed,
+    start,
+    scale,
+    zero,
+    codebook,
+    out,
+    # sizes
+    planes,
+    # strides
+    plane_stride,
+    out_stride,
+    # constants
+    CODEC,
+):
+    """Weights of 32 columns of a tile, with the operations of DEC-2 to DEC-4 in their order.
+
+    A weight is computed from ``sum = start + (-signed where the bit is 1, +signed where it is 0, for each plane)``:
+    BCQ: ``sum``. UNIFORM: ``(sum - zero) * scale``. CODEBOOK: ``codebook[sum] * scale``.
 
     Args:
-        words: of plane 0, int32 ``[LANES]``; of the next plane `plane_stride` further on; `planes` in all.
-        signed: float32 ``[planes, LANES]``, what a 0 adds; a 1 takes it away.
-        start: float32 ``[LANES]``, what sums start from.
-        scale, zero: float32 ``[LANES]``: for ``(sum - zero) * scale`` (MODE 1), or ``codebook[sum] * scale`` (MODE 2);
-            MODE 0 is the sum alone.
-        out: float32, rows `out_stride` apart.
+        words: int32 ``[planes (plane_stride), LANES]``.
+        signed: float32 ``[planes, LANES]``.
+        start, scale, zero: float32 ``[LANES]``.
+        codebook: float32 ``[2**planes]``.
+        out: float32 ``[LANES (out_stride), 32]``.
+        planes: number of planes, at least 1.
+        CODEC: BCQ, UNIFORM or CODEBOOK.
     """
-    mode = MODE.literal_value
-    signature = types.void(*[types.int64] * 10, MODE)
+    codec = CODEC.literal_value
+    signature = types.void(*[types.int64] * 10, CODEC)
 
     def codegen(context, builder, signature, args):
-        words, plane_stride, planes, signed, start, scale, zero, codebook, out, out_stride = args[:10]
+        words, signed, start, scale, zero, codebook, out = args[:7]
+        planes, plane_stride, out_stride = args[7:10]
         for half in range(2):
 
             def plane(p, sums, half=half):
                 word = load(builder, at(builder, words, (plane_stride, p)), VECTOR_I32)
                 value = load(builder, at(builder, signed, (p, VECTOR)), VECTOR_I32)
-                steps = [builder.xor(value, _sign_of(builder, word, 16 * half + c)) for c in range(16)]
+                steps = [builder.xor(value, _sign_of(builder, word, LANES * half + c)) for c in range(LANES)]
                 return [builder.fadd(s, builder.bitcast(v, VECTOR_F32)) for s, v in zip(sums, steps, strict=True)]
 
             first = load(builder, start, VECTOR_F32)
-            columns = loop(builder, planes, plane, [first] * 16)
-            if mode == 1:
+            columns = loop(builder, planes, plane, [first] * LANES)
+            if codec == UNIFORM:
                 down, by = load(builder, zero, VECTOR_F32), load(builder, scale, VECTOR_F32)
                 columns = [builder.fmul(builder.fsub(v, down), by) for v in columns]
-            if mode == 2:
+            if codec == CODEBOOK:
                 by = load(builder, scale, VECTOR_F32)
                 columns = [builder.fmul(_level(builder, codebook, v), by) for v in columns]
             for row, value in enumerate(_transposed(builder, columns)):
@@ -361,57 +488,36 @@ def decode_word(typingctx, words, plane_stride, planes, signed, start, scale, ze
 
 
 def _level(builder, codebook, codes):
-    """The codebook's entry for each float code."""
+    """The level of each code; codes are floats."""
     index = builder.zext(builder.fptoui(codes, VECTOR_I32), ir.VectorType(I64, LANES))
     base = splat(builder, codebook)
     addresses = builder.add(base, builder.shl(index, ir.Constant(ir.VectorType(I64, LANES), [2] * LANES)))
     found = ir.Constant(VECTOR_F32, ir.Undefined)
     for lane in range(LANES):
-        number = ir.IntType(32)(lane)
+        number = I32(lane)
         entry = load(builder, builder.extract_element(addresses, number), F32)
         found = builder.insert_element(found, entry, number)
     return found
 
 
 def _transposed(builder, vectors):
-    """16 vectors of 16 lanes, rows for columns, in four rounds of exchanges."""
+    """LANES vectors, rows for columns, in four rounds of exchanges."""
     vectors = list(vectors)
     for d in (8, 4, 2, 1):
-        keep = [lane if lane & d == 0 else 16 + lane - d for lane in range(16)]
-        move = [lane + d if lane & d == 0 else 16 + lane for lane in range(16)]
+        keep = [lane if lane & d == 0 else LANES + lane - d for lane in range(LANES)]
+        move = [lane + d if lane & d == 0 else LANES + lane for lane in range(LANES)]
         low, high = (ir.Constant(VECTOR_I32, mask) for mask in (keep, move))
-        for i in range(16):
+        for i in range(LANES):
             if i & d == 0:
                 a, b = vectors[i], vectors[i + d]
                 vectors[i], vectors[i + d] = builder.shuffle_vector(a, b, low), builder.shuffle_vector(a, b, high)
     return vectors
 
 
-@intrinsic
-def take(typingctx, counter):
-    """The number at address `counter`, which grows by one: each thread takes another."""
-
-    def codegen(context, builder, signature, args):
-        pointer = builder.inttoptr(args[0], I64.as_pointer())
-        return builder.atomic_rmw("add", pointer, I64(1), "monotonic")
-
-    return types.int64(types.int64), codegen
-
-
-@intrinsic
-def address_of(typingctx, pointer):
-    """A pointer as an int64."""
-
-    def codegen(context, builder, signature, args):
-        return builder.ptrtoint(args[0], I64)
-
-    return types.int64(pointer), codegen
-
-
 def _pointer_intrinsic(kind: Any) -> Any:
     @intrinsic
     def pointer(typingctx, address):
-        """A pointer to numbers at an int64 address."""
+        """A pointer to the numbers at an int64 address, to be indexed."""
 
         def codegen(context, builder, signature, args):
             return builder.inttoptr(args[0], context.get_value_type(signature.return_type))

@@ -1,57 +1,90 @@
-"""Runs a compiled kernel on all threads of torch's own pool.
+"""Runs compiled kernels over *jobs*, on all threads of torch's pool.
 
-Kernels are C functions of one pointer, a *job*. Any number of threads enter one at once, and each takes pieces of the
-job by :func:`.vectors.take` until none are left; so the same kernel serves any pool, and answers do not depend on it.
+A job is a struct of named integers: everything that a kernel must know. A kernel is a C function of a pointer to a job. Any
+number of threads run it at once on the same job. Each takes pieces of the job (:func:`take`) until none are left, so
+results depend neither on the number of threads nor on the pool that they come from.
 
-Between two products of a model torch's operations run, some on torch's OpenMP threads, which go on spinning for a
-while, and a pool beside them would have to wait for their cores. So kernels enter torch's own threads, through the
-function that compilers emit for parallel regions. Where OpenMP has no such function (macOS, Windows), and in a process
-made by ``fork``, in which OpenMP's threads are gone, a pool of Python threads serves.
+Kernels alternate with torch's operations, some of which run on torch's OpenMP threads. Those spin for a while afterwards, and
+a second pool would wait for their cores. So kernels enter the same threads, by the function that compilers emit for
+parallel regions. Where OpenMP has no such function (macOS, Windows), and in a process made by ``fork``, in which the
+OpenMP threads are gone, the pool of Python threads of :mod:`lowbit_format.machine.threads` takes their place.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import inspect
 import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numba
-import numpy as np
 import torch
 from numba import types
-from numpy.typing import NDArray
+from numba.extending import intrinsic
 
-from ...machine.threads import thread_pool, wanted_threads
+from ...machine import threads
+from ...machine.llvm import I64
 
 log = logging.getLogger(__name__)
-
-SIGNATURE = types.void(types.CPointer(types.int64))
-COUNTER = 0  # field of every job, in which threads count the pieces they take
 
 _forked = False
 _compiling = threading.Lock()
 
 
-class Kernel:
-    """A function of a pointer to a job, compiled when first used, and kept in Numba's cache on disk."""
+class Job(ctypes.Structure):
+    """Base of all jobs. In Python and in its kernel alike, `job.name` is the int64 field `name`; addresses are ints."""
 
-    def __init__(self, function: Callable[[Any], None]) -> None:
+    taken: int  # pieces that threads have taken so far
+
+
+AnyJob = TypeVar("AnyJob", bound=type[Job])
+
+
+def job(declaration: AnyJob) -> AnyJob:
+    """Decorator: the fields of a :class:`Job` are the annotations of its class, all int64, in their order."""
+    names = ["taken", *inspect.get_annotations(declaration)]
+    declaration._fields_ = [(name, ctypes.c_int64) for name in names]
+    return declaration
+
+
+@intrinsic
+def take(typingctx, job):
+    """Number of the next piece of `job`: 0, 1, 2, …, to each thread another."""
+
+    def codegen(context, builder, signature, args):
+        taken = builder.bitcast(args[0], I64.as_pointer())  # the first field
+        return builder.atomic_rmw("add", taken, I64(1), "monotonic")
+
+    return types.int64(job), codegen
+
+
+def kernel(job: type[Job]) -> Callable[[Callable[[Any], None]], Kernel]:
+    """Decorator: a kernel that works on jobs of this type."""
+    return functools.partial(Kernel, job)
+
+
+class Kernel:
+    """A C function of a job, compiled when first used, and kept in Numba's cache on disk."""
+
+    def __init__(self, job: type[Job], function: Callable[[Any], None]) -> None:
         self.function = function
+        # Numba passes a record by reference: the C function takes its address.
+        self.signature = types.void(types.Record.make_c_struct([(name, types.int64) for name, _ in job._fields_]))
         functools.update_wrapper(self, function)
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """Numba's object of the C function."""
+        """The C function, as Numba's object."""
         with _compiling:
             notice = threading.Timer(1.0, log.warning, ["compiling kernels for this CPU; kept for later processes"])
             notice.daemon = True
             notice.start()
             try:
-                return numba.cfunc(SIGNATURE, nopython=True, cache=True, error_model="numpy")(self.function)
+                return numba.cfunc(self.signature, nopython=True, cache=True, error_model="numpy")(self.function)
             finally:
                 notice.cancel()
 
@@ -64,30 +97,30 @@ class Kernel:
         address: int = self.compiled.address
         return address
 
-    def __call__(self, job: NDArray[np.int64], threads: int) -> None:
-        """Run until every piece of `job` is done, on up to `threads` threads. The GIL is free meanwhile."""
-        pointer = job.ctypes.data
-        if threads <= 1:
+    def __call__(self, job: Job, count: int) -> None:
+        """Run until every piece of `job` is done, on up to `count` threads. The GIL is free meanwhile."""
+        pointer = ctypes.addressof(job)
+        if count <= 1:
             self._alone(pointer)
             return
         region = None if _forked else _openmp()
         if region is not None:
-            region(self._address, pointer, threads, 0)
+            region(self._address, pointer, count, 0)
             return
-        others = [thread_pool(threads).submit(self._alone, pointer) for _ in range(threads - 1)]
+        others = [threads.thread_pool(count).submit(self._alone, pointer) for _ in range(count - 1)]
         self._alone(pointer)
         for other in others:
             other.result()
 
 
-def threads() -> int:
+def num_threads() -> int:
     """Threads for a kernel: ``LOWBIT_NUM_THREADS``, or as many as torch uses."""
-    return wanted_threads() or torch.get_num_threads()
+    return threads.num_threads(otherwise=torch.get_num_threads())
 
 
 @functools.cache
 def _openmp() -> Any:
-    """OpenMP's entry for parallel regions in the library that torch has loaded; None if there is none."""
+    """``GOMP_parallel`` of the OpenMP library that torch has loaded; None if there is none."""
     try:
         region = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):  # another OpenMP; another system

@@ -1,15 +1,16 @@
-"""The packed form that CPU kernels read: the same words as in the file, sixteen rows side by side.
+"""The tiled layout of the CPU kernels: the words of the file, sixteen rows side by side.
 
-A *word* is 32 columns of one row of one plane, the file's own four bytes. A *tile* is 16 rows; it holds, group by
-group, plane by plane, word by word, one vector of the 16 rows' words::
+A *word* is 32 columns of one row of one plane: four bytes of the file, unchanged. A *tile* is 16 rows. It holds, group
+by group, plane by plane, word by word, one vector of the words of its 16 rows::
 
     tiles[t, (g * W * bits) + (p * words of group g) + j, lane] = word (g * W + j) of plane p of row 16 * t + lane
 
-with W words in a whole group; the last group may have fewer. Rows are padded with zeros to whole tiles. Ragged planes
-(MIX-2) have tiles of as many planes as their longest row, one after the other. As a tensor it is uint8
-``[tiles, words * bits, 16, 4]`` (ragged: ``[1, all of them, 16, 4]``): four dimensions tell it from plain planes.
+with W words in a whole group; the last group may have fewer. Rows are padded with zeros to whole tiles. The planes are a
+uint8 tensor ``[tiles, words * bits, 16, 4]``. Ragged planes (MIX-2) have tiles of as many planes as their longest row,
+one tile after the other: ``[1, vectors of all tiles, 16, 4]``.
 
-Scales and shift are in lanes (:mod:`..lanes`). Both are exact: :func:`unpack` gives the file's bytes back.
+Scales and shift are group-major (:mod:`..parameter_order`). Both changes lose nothing: :func:`untile` gives the bytes of
+the file back.
 """
 
 from __future__ import annotations
@@ -27,21 +28,22 @@ from ..matrix import FILE, TILED, PlaneMatrix
 from ..parameter_order import is_group_major
 
 WORD = 32  # columns
-_GRAIN = 4  # tiles of a strip (see products.py)
+MOST_PLANES = 8  # of a matrix
+STRIP = 4  # tiles that are multiplied together, so that a table in a register serves four vectors of words
 
 
-def has_product_kernel(w: PlaneMatrix) -> bool:
-    """Whether planes and parameters are as kernels want them, so that nothing need be copied."""
+def is_ready(w: PlaneMatrix) -> bool:
+    """Whether the kernels can read all tensors of `w` where they are, without a copy."""
     return w.is_tiled and has_margin(w.planes) and all(t is None or is_group_major(t) for t in w[1:4])
 
 
 def has_margin(planes: Tensor) -> bool:
-    """Whether three bytes behind the last word may be read: the way to a word's higher bytes without a shift."""
+    """Whether three bytes after the last word may be read, as the kernels do to save shifts (see README.md)."""
     return planes.storage_offset() + planes.numel() + 3 <= planes.untyped_storage().nbytes()
 
 
 def can_tile(w: PlaneMatrix) -> bool:
-    """Whether groups consist of whole words; other matrices are decoded by the reference."""
+    """Whether groups consist of whole words. Other matrices are decoded by :mod:`lowbit_format.reference`."""
     size = w.group_size
     return w.is_in_memory and w.scales.dtype != torch.float64 and (size == 0 or size >= w.cols or size % WORD == 0)
 
@@ -52,12 +54,12 @@ def group_words(w: PlaneMatrix) -> int:
 
 
 def words(w: PlaneMatrix) -> int:
-    """Words of a row: rows are padded to 64 columns in the file (BIT-2)."""
+    """Words of a row of a plane; the file pads rows to 64 columns (BIT-2)."""
     return 2 * -(-w.cols // 64)
 
 
 def tile_bits(w: PlaneMatrix) -> NDArray[np.int64]:
-    """Planes in each tile: the most that one of its rows has."""
+    """Planes in each tile, int64 ``[tiles]``: as many as its longest row has."""
     tiles = -(-w.rows // LANES)
     if w.row_bits is None:
         return np.full(tiles, w.bits, np.int64)
@@ -67,37 +69,42 @@ def tile_bits(w: PlaneMatrix) -> NDArray[np.int64]:
 
 
 def tile_starts(w: PlaneMatrix, bits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where each tile begins, in vectors; last, where all end. `bits` are those of :func:`tile_bits`."""
+    """First vector of each tile, int64 ``[tiles + 1]``; the last entry is their number. `bits` is :func:`tile_bits`."""
     starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(bits * words(w))])
     return starts
 
 
 def tile(w: PlaneMatrix) -> PlaneMatrix:
-    """`w` with its planes in tiles, in memory of their own."""
+    """`w` in the tiled layout, its planes in new memory. Parameters stay as they are."""
     planes, ragged = w.planes.detach().contiguous().numpy(), w.row_bits is not None
     source = planes.reshape(-1, planes.shape[-1]).view("<u4")
     bits, rows = tile_bits(w), w.rows
     starts = tile_starts(w, bits)
     index = _plane_rows(w)
-    room = np.empty((int(starts[-1]) + 1, LANES), np.uint32)  # kernels read a few bytes more: see has_margin
+    room = np.empty((int(starts[-1]) + 1, LANES), np.uint32)  # one vector more: see has_margin
     out = room[:-1]
-    parallel_rows(_pack, len(bits), out, source, index, bits, starts, group_words(w), rows, grain=_GRAIN)
+    parallel_rows(_set_tiles, len(bits), out, source, index, bits, starts, group_words(w), rows, grain=STRIP)
     shape = (1, -1, LANES, 4) if ragged else (len(bits), w.bits * source.shape[1], LANES, 4)
     planes = torch.from_numpy(room.view(np.uint8)).flatten()[: out.nbytes].view(shape)
     return w._replace(planes=planes, layout=TILED)
 
 
 def untile(w: PlaneMatrix, rows: Tensor | None = None) -> PlaneMatrix:
-    """`w` with plain planes, as in the file.
+    """`w` in the file's layout.
 
-    With `rows` (int64 ``[n]``), a matrix of these rows alone: planes ``[bits, n, bytes]``, also of a ragged one, whose
-    missing planes are then zero.
+    Args:
+        w: in the tiled layout.
+        rows: int64 ``[n]``: give a matrix of these rows alone, with planes ``[bits, n, bytes]``. Planes that a row of
+            a ragged matrix lacks are then zero.
+
+    Raises:
+        IndexError: `rows` has one that does not exist.
     """
     count, bits = w.rows, tile_bits(w)
     picked = (
         None
         if rows is None
-        else w._replace(  # out of range is an IndexError here
+        else w._replace(  # raises the IndexError
             scales=w.scales[:, rows],
             offsets=None if w.offsets is None else w.offsets[rows],
             zeros=None if w.zeros is None else w.zeros[rows],
@@ -108,7 +115,7 @@ def untile(w: PlaneMatrix, rows: Tensor | None = None) -> PlaneMatrix:
     starts = tile_starts(w, bits)
     wanted = np.arange(count) if rows is None else rows.numpy() % count
     out = np.zeros((w.bits, len(wanted), words(w)), np.uint32)
-    parallel_rows(_unpack, len(wanted), out, source, wanted, bits, starts, group_words(w))
+    parallel_rows(_set_rows, len(wanted), out, source, wanted, bits, starts, group_words(w))
     planes = torch.from_numpy(out.view(np.uint8))
     if picked is not None:
         return picked._replace(planes=planes, layout=FILE)
@@ -118,7 +125,7 @@ def untile(w: PlaneMatrix, rows: Tensor | None = None) -> PlaneMatrix:
 
 
 def _plane_rows(w: PlaneMatrix) -> NDArray[np.int64]:
-    """Where each row of each plane lies in the flat plain planes, ``[bits, rows]``; -1 where ragged ones lack it."""
+    """Index of each row of each plane among all rows in the file's layout, int64 ``[bits, rows]``; -1: there is none."""
     rows = w.rows
     if w.row_bits is None or w.planes.dim() == 3:
         flat = np.arange(w.bits)[:, None] * w.planes.shape[1] + np.arange(rows)
@@ -129,18 +136,18 @@ def _plane_rows(w: PlaneMatrix) -> NDArray[np.int64]:
 
 
 @numba.njit(nogil=True, cache=True)
-def _pack(start, stop, out, source, index, bits, starts, whole, rows):
+def _set_tiles(start, stop, out, source, index, bits, starts, whole, rows):
     """Tiles start to stop of `out` uint32 ``[all vectors, LANES]`` from `source` uint32 ``[plane rows, words]``."""
     words = source.shape[1]
     for t in range(start, stop):
-        first, n = 16 * t, bits[t]
-        lanes = min(16, rows - first)
+        first, n = LANES * t, bits[t]
+        lanes = min(LANES, rows - first)
         for g in range((words + whole - 1) // whole):
             here = min(whole, words - g * whole)
             for p in range(n):
                 at = starts[t] + g * whole * n + p * here
                 block = out[at : at + here]
-                for lane in range(16):
+                for lane in range(LANES):
                     row = index[p, first + lane] if lane < lanes else -1
                     if row < 0:
                         for j in range(here):
@@ -152,11 +159,11 @@ def _pack(start, stop, out, source, index, bits, starts, whole, rows):
 
 
 @numba.njit(nogil=True, cache=True)
-def _unpack(start, stop, out, source, wanted, bits, starts, whole):
+def _set_rows(start, stop, out, source, wanted, bits, starts, whole):
     """Rows wanted[start:stop] into `out` uint32 ``[bits, n, words]``, which is zero where a tile has fewer planes."""
     words = out.shape[2]
     for i in range(start, stop):
-        t, lane = wanted[i] // 16, wanted[i] % 16
+        t, lane = wanted[i] // LANES, wanted[i] % LANES
         n = bits[t]
         for g in range((words + whole - 1) // whole):
             here = min(whole, words - g * whole)

@@ -67,7 +67,7 @@ class TestDecoding(DecoderConformance):
     @pytest.mark.parametrize("threads", ["1", "2", "5"])
     def test_threads(self, threads: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
-        monkeypatch.setattr(decoding, "ALONE", 0)
+        monkeypatch.setattr(decoding, "ONE_THREAD_BELOW", 0)
         for kind in KINDS:
             w = drawn(kind, 4, 32, 203, 100)
             assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
@@ -163,7 +163,7 @@ def test_the_number_of_threads(
     threads: str, pool: str, known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
-    monkeypatch.setattr(products, "ALONE", 0)
+    monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
     if pool == "Python":
         monkeypatch.setattr(parallel, "_openmp", lambda: None)
     assert_known(known)
@@ -171,13 +171,13 @@ def test_the_number_of_threads(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("SCRATCH", 1), ("SCRATCH", 1 << 20), ("CHUNKS", 1), ("CHUNKS", 1000), ("MOST_STRIPS", 1), ("MOST_STRIPS", 1000)],
+    [("SCRATCH", 1), ("SCRATCH", 1 << 20), ("CHUNKS_PER_THREAD", 1), ("CHUNKS_PER_THREAD", 1000), ("MOST_STRIPS", 1), ("MOST_STRIPS", 1000)],
 )
 def test_the_size_of_chunks(
     name: str, value: int, known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOWBIT_NUM_THREADS", "3")
-    monkeypatch.setattr(products, "ALONE", 0)
+    monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
     monkeypatch.setattr(products, name, value)
     assert_known(known)
 
@@ -196,7 +196,7 @@ def test_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_python_threads_at_once(known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has activations of its own; here the same matrices get different ones."""
     monkeypatch.setenv("LOWBIT_NUM_THREADS", "2")
-    monkeypatch.setattr(products, "ALONE", 0)
+    monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
 
     def work(factor: float) -> Callable[[], None]:
         mine = [
@@ -211,7 +211,7 @@ def test_several_python_threads_at_once(known: list[tuple[Call, Tensor]], monkey
 def test_in_a_forked_child(known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
     """OpenMP's threads are not there."""
     monkeypatch.setenv("LOWBIT_NUM_THREADS", "4")
-    monkeypatch.setattr(products, "ALONE", 0)
+    monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
     few = [(call, want) for call, want in known if from_planes(*call[:2])]
     assert_known(few)
 
@@ -348,7 +348,7 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int
     """How much of the weight is decoded at a time, where it is decoded at all."""
     size: int = request.param
     monkeypatch.setattr(products, "most_rows", lambda bits: 0)
-    monkeypatch.setattr(backend, "TILE", size)
+    monkeypatch.setattr(backend, "CHUNK", size)
     return size
 
 
