@@ -370,7 +370,7 @@ ONES = (
     summed("codebook", 1, 32, "fp16", 1, **ONE),
     sliced(4, 8, "fp16", cols=128),
 )
-FEW_OTHERS = (DECODED[1], DECODED[5], DECODED[6], SUMMED[0], SUMMED[2], SUMMED[4], SLICED[0], SLICED[2])
+FEW_OTHERS = (DECODED[0], DECODED[5], DECODED[6], SUMMED[0], SUMMED[2], SUMMED[4], SLICED[0], SLICED[2])
 FEW_ONES = (ONES[2], ONES[3], ONES[7], ONES[-1])
 KERNELS = {
     "product": products._multiply,

@@ -110,8 +110,8 @@ def _to_slices(
     COLUMNS: tl.constexpr = PANEL * SLICES
     PAIR: tl.constexpr = COLUMNS // 8
     lane = (c // 4) % 4
-    base = slices_ptr + pid.to(tl.int64) * (BLOCK * COLUMNS)
-    base += (c // STEP) * (STEP * COLUMNS) + ((c // 16) % 2) * 4 + c % 4
+    base = slices_ptr + pid.to(tl.int64) * (BLOCK * COLUMNS) + (c // STEP) * (STEP * COLUMNS)
+    base = base + ((c // 16) % 2) * 4 + c % 4
     for s in tl.static_range(SLICES):
         digit = ((q + 64) & 127) - 64 if s + 1 < SLICES else q
         q = (q - digit) >> 7

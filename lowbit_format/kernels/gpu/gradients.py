@@ -154,8 +154,8 @@ def _signed_sums(
             i = start + depth.to(tl.int64)
             inside = i < n
             at_grad = grad_ptr + i[None, :] * stride_grad_n + r[:, None] * stride_grad_row
-            at_x = x_ptr + i[:, None] * stride_x_n + column[None, :] * stride_x_col
             left = tl.load(at_grad, mask=in_rows & inside[None, :], other=0.0)
+            at_x = x_ptr + i[:, None] * stride_x_n + column[None, :] * stride_x_col
             right = tl.load(at_x, mask=in_cols & inside[:, None], other=0.0)
             acc = tl.dot(left, right, acc, input_precision="ieee")
         of = tl.minimum(r, rows - 1)
