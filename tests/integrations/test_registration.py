@@ -38,7 +38,7 @@ def test_import_is_quick_and_light() -> None:
         "import transformers; import lowbit_format",  # transformers is lazy: its quantizers are not there yet
         "import transformers.quantizers.auto; import lowbit_format",
         "import lowbit_format.integrations.quantizer",
-        "import lowbit_format, importlib; importlib.reload(lowbit_format); lowbit_format.integrations.registration.register()",
+        "import lowbit_format as lb, importlib; importlib.reload(lb); lb.integrations.registration.register()",
     ],
 )
 def test_registers_in_every_order(first: str) -> None:
