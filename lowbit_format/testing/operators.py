@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ..kernels.matrix import PlaneMatrix
 from ..schema import SCALE_DTYPES, Scheme
 from . import products as truth
 from .matrices import random_matrix
@@ -119,9 +120,9 @@ class OperatorConformance:
 
     # --- helpers ---
 
-    def tile(self, w: truth.PlaneMatrix) -> truth.PlaneMatrix:
+    def tile(self, w: PlaneMatrix) -> PlaneMatrix:
         """`w` in the backend's layout, where it has one for it."""
-        out: truth.PlaneMatrix = self.backend.tile(w) if self.backend.can_tile(w) else w
+        out: PlaneMatrix = self.backend.tile(w) if self.backend.can_tile(w) else w
         return out
 
     def run(self, name: str, *args: Any, tiled: bool = True) -> Any:
@@ -147,7 +148,7 @@ class OperatorConformance:
             assert (product.dtype, product.shape) == (x.dtype, want.shape)
             assert_within(product, want, at_most)
 
-    def draw(self, kind: Scheme, bits: int = 3, group_size: int = 32, *, dtype: str = "F16") -> truth.PlaneMatrix:
+    def draw(self, kind: Scheme, bits: int = 3, group_size: int = 32, *, dtype: str = "F16") -> PlaneMatrix:
         return drawn(kind, bits, group_size, *self.shape, seed=bits, dtype=dtype)
 
     def calls(self) -> st.SearchStrategy[Call]:
@@ -382,12 +383,13 @@ class OperatorConformance:
         dirty[..., 5:] = 255
         dirty[..., 4] |= 0b11100000
         x, grad = torch.randn(3, 37), torch.randn(3, 20)
-        for function in (
+        functions: tuple[Callable[[PlaneMatrix], Tensor], ...] = (
             lambda w: self.run("linear", x, w, None, None, None),
             lambda w: self.run("dequantize", w, None, torch.float32),
             lambda w: self.run("linear_param_grads", grad, x, w, None, None)[0],
             lambda w: self.run("linear_input_grad", grad, w, None, None),
-        ):
+        )
+        for function in functions:
             assert same_bits(function(w._replace(planes=dirty)), function(w))
 
     def test_scales_of_missing_planes_do_not_matter(self) -> None:

@@ -234,7 +234,7 @@ def param_grads(
     w = exact(w)
     leaves = {name: t.requires_grad_() for name in PARAMETERS if (t := getattr(w, name)) is not None}
     delta = None if deltas is None else deltas.detach().double().requires_grad_()
-    result(w._replace(**leaves), delta).backward(grad.double())
+    torch.autograd.backward(result(w._replace(**leaves), delta), grad.double())
     of = [*(leaves.get(name) for name in PARAMETERS), delta]
     return tuple(None if t is None else torch.zeros_like(t) if t.grad is None else t.grad for t in of)
 

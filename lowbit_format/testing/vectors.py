@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, NDArray[np.float32]]:
     content = np.frombuffer(path.read_bytes(), np.uint8)
     infos = read_header(path).tensors.values()
     assert {t.dtype for t in infos} <= {"F32"}
-    return {t.name: stored(content[t.begin : t.end], t.dtype, t.shape) for t in infos}
+    return {t.name: stored(content[t.begin : t.end], t.dtype, t.shape).astype(np.float32, copy=False) for t in infos}
 
 
 def assert_same_bits(found: NDArray[np.float32], expected: NDArray[np.float32]) -> None:
