@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, plan_conversion
 from lowbit_format.converters.plan import Plan
-
 from lowbit_format.errors import CoverageError, NothingToQuantizeError, RecipeError
 from lowbit_format.quantize import Target
 

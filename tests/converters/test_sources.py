@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from support.checkpoints import edit_config, edit_weights, weights
 
 from lowbit_format.container.fingerprint import Fingerprint
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.errors import NothingToQuantizeError, SourceError
 from lowbit_format.quantize import Target
 from tests.converters.test_convert import content
@@ -283,6 +283,36 @@ def test_a_repository_that_cannot_be_had_is_refused(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("source", ["./no/such/directory", "a/b/c", "user/mo del"])
 def test_what_is_neither_directory_nor_repository_is_refused(source: str, tmp_path: Path) -> None:
     refused(source, "no such directory", tmp_path)
+
+
+# --- what is on this machine and is no checkpoint -----------------------------------------------------
+
+
+def test_a_file_is_named_for_what_it_is(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = own_checkpoint("llama")
+    for name in ("x.gguf", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    refused(tmp_path / "x.gguf", r"is a GGUF file.*gguf_file='x\.gguf'", tmp_path)
+    refused(tmp_path / "notes.txt", "is a file, expected the directory", tmp_path)
+    refused(source / "model.safetensors", f"SOURCE is the directory of the model: {source}", tmp_path)
+
+
+def test_a_directory_that_is_no_model_is_named_for_what_it_is(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = own_checkpoint("llama")
+    refused(source.parent, f"holds no model itself, but {source} does", tmp_path)
+    for folder, file, message in (
+        ("adapter", "adapter_config.json", "is an adapter .*merge_and_unload"),
+        ("bundle", "task_config.json", "is a task bundle"),
+        ("gguf", "x.gguf", r"x\.gguf: is a GGUF file"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+        refused(tmp_path / folder, message, tmp_path)
+
+
+def test_a_misspelt_directory_is_told_before_the_hub(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    own_checkpoint("llama")
+    refused(tmp_path / "suorce", rf"suorce: no such directory \(did you mean {tmp_path / 'source'}\?\)", tmp_path)
 
 
 def test_a_directory_has_no_revisions(checkpoint: Checkpoint, tmp_path: Path) -> None:
