@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..container.header import Header, read_header
 from ..errors import FormatError, SourceError
+from ..tasks.bundle_config import TASK_CONFIG_FILE
 from .source import Source, SourceTensor, check_index, file_identity
 
 SAFETENSORS = "model.safetensors"
@@ -33,6 +35,7 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
         SourceError: it is neither, or its files are missing or ill-formed.
     """
     directory, repo_id = Path(source), None
+    _check_local(directory, source)
     if not directory.is_dir():
         directory, repo_id = _download(source, revision), source
         revision = directory.name  # the commit that a branch or tag was resolved to
@@ -127,6 +130,46 @@ def side_files(directory: Path) -> list[Path]:
     return found
 
 
+def _check_local(place: Path, source: str) -> None:
+    """Raise SourceError for what is on this machine and is not a checkpoint: it says what it is and what to do."""
+    if place.is_file():
+        if place.suffix == ".gguf":
+            advice = (
+                "is a GGUF file, which is quantized already; convert the float checkpoint that it was made from, or "
+                f"load it with transformers (from_pretrained({str(place.parent)!r}, gguf_file={place.name!r})), save it "
+                "with save_pretrained and convert that directory"
+            )
+        elif place.name.endswith((*WEIGHT_SUFFIXES, "config.json")):
+            advice = f"is a file; SOURCE is the directory of the model: {place.parent}"
+        else:
+            advice = "is a file, expected the directory of a Hugging Face model"
+        raise SourceError(f"{source}: {advice}")
+    if not place.is_dir() or (place / "config.json").is_file():
+        return
+    if (place / "adapter_config.json").is_file():
+        raise SourceError(
+            f"{source}: is an adapter (PEFT), not a whole model; load its base with transformers, attach the adapter, "
+            "call merge_and_unload() and save_pretrained(), and convert that directory"
+        )
+    if (place / TASK_CONFIG_FILE).is_file():
+        raise SourceError(f"{source}: is a task bundle, not a model; look at it with `lowbit task inspect`")
+    if below := [folder for folder in sorted(place.iterdir()) if (folder / "config.json").is_file()]:
+        more = f" (or another of the {len(below)} there)" if len(below) > 1 else ""
+        raise SourceError(f"{source}: holds no model itself, but {below[0]} does{more}; give that as SOURCE")
+    if gguf := sorted(place.glob("*.gguf")):
+        _check_local(gguf[0], str(gguf[0]))
+
+
+def _not_here(source: str) -> str:
+    """That there is no such directory, and which one beside it has a name like this."""
+    place = Path(source).expanduser()
+    if not place.parent.is_dir() or place.parent == Path("."):
+        return f"{source}: no such directory"
+    names = [entry.name for entry in place.parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    near = difflib.get_close_matches(place.name, sorted(names), 1)
+    return f"{source}: no such directory" + (f" (did you mean {place.parent / near[0]}?)" if near else "")
+
+
 def _weight_files(directory: Path) -> dict[str, list[str]]:
     """Names of the weight files, safetensors first, with the tensors that an index puts into each."""
     for single in (SAFETENSORS, PYTORCH):
@@ -162,9 +205,9 @@ def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if repo_id.startswith((".", "/", "~")):
-        raise SourceError(f"{repo_id}: no such directory")
+        raise SourceError(_not_here(repo_id))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id):
-        raise SourceError(f"{repo_id}: no such directory, and not the id of a Hub repository")
+        raise SourceError(f"{_not_here(repo_id)}, and not the id of a Hub repository")
     unwanted = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.py", "*.pt", "*.pth", "*.ckpt"]
     try:
         path = Path(hub.snapshot_download(repo_id, revision=revision, ignore_patterns=[*unwanted, "*.bin"]))
@@ -173,4 +216,4 @@ def _download(repo_id: str, revision: str | None) -> Path:
         return path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         at = f" at revision {revision}" if revision else ""
-        raise SourceError(f"{repo_id}: no such directory, and not to be had from the Hub{at}: {e}") from e
+        raise SourceError(f"{_not_here(repo_id)}, and not to be had from the Hub{at}: {e}") from e

@@ -84,8 +84,8 @@ def _register() -> None:
 
         warnings.warn(
             f"lowbit_format {__version__} could not register with transformers ({type(error).__name__}: {error}): "
-            "lowbit models would load with RANDOM weights in this process. Its installation is damaged; repair it with: pip "
-            "install --force-reinstall --no-deps lowbit-format",
+            "lowbit models would load with RANDOM weights in this process. Its installation is damaged; repair it "
+            "with: pip install --force-reinstall --no-deps lowbit-format",
             RuntimeWarning,
             stacklevel=1,
         )

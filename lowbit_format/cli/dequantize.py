@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.progress import Progress
 
-from ..container.reader import ModelReader
 from ..dtypes import BY_NAME
 from ..export import dequantize_directory
 from . import console
+from .opening import open_model
 
 
 def dequantize(
@@ -29,7 +29,7 @@ def dequantize(
     Example: `lowbit dequantize ./llama-4bit ./llama-float --dtype bfloat16`
     """
     with console.named_errors():
-        reader = ModelReader(model)
+        reader = open_model(model)
         with Progress(console=console.err, transient=True) as progress:
             task = progress.add_task("decoding", total=len(reader.config.modules))
             written = dequantize_directory(reader, out, dtype=dtype, bits=bits, report=lambda: progress.advance(task))

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Column, Table
+from rich.table import Table
 
 from ..container.reader import ModelReader
 from ..schema import ModuleEntry, Scheme, scheme_names
 from . import console
+from .opening import open_model
 
 
 def inspect(
@@ -27,12 +28,14 @@ def inspect(
     Example: `lowbit inspect ./llama-4bit --modules`
     """
     with console.named_errors():
-        reader = ModelReader(model)
+        reader = open_model(model)
         facts = describe(reader)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
-    for table in _tables(reader, facts, modules):
+    for line in _module_lines(facts) if modules else ():  # a line is never broken by us: a path can be copied
+        console.out.print(line, soft_wrap=True, highlight=False, markup=False)
+    for table in _tables(reader, facts):
         console.out.print(table)
     console.out.print(f"fingerprint {facts['fingerprint']}", soft_wrap=True, highlight=False)
 
@@ -84,7 +87,7 @@ def _module_bytes(reader: ModelReader, module: ModuleEntry) -> int:
     return sum(reader.info(spec.name).nbytes for spec in reader.specs(module.path))
 
 
-def _tables(reader: ModelReader, facts: dict[str, Any], every_module: bool) -> list[Table]:
+def _tables(reader: ModelReader, facts: dict[str, Any]) -> list[Table]:
     rows = [
         ("directory", facts["directory"]),
         ("format", f"lowbit {facts['format_version']}"),
@@ -119,15 +122,17 @@ def _tables(reader: ModelReader, facts: dict[str, Any], every_module: bool) -> l
             name, s.label or s.codec, str(s.bits), str(s.group_size or "row"), s.scale_dtype, _extras(s), kind,
             str(len(members)), f"{sum(m.numel for m in members):,}",
         )  # fmt: skip
-    tables = [console.pairs("Model", rows), schemes]
-    if every_module:
-        listing = Table(Column("module", overflow="fold"), "kind", "shape", "scheme", "bytes", title="Modules")
-        for m in reader.config:
-            listing.add_row(
-                m.path, m.kind, "x".join(map(str, m.shape)), names[m.scheme], f"{_module_bytes(reader, m):,}"
-            )
-        tables.append(listing)
-    return tables
+    return [schemes, console.pairs("Model", rows)]
+
+
+def _module_lines(facts: dict[str, Any]) -> list[str]:
+    """One line for each module: path, kind, shape, scheme, bytes."""
+    rows = [
+        (path, m["kind"], "x".join(map(str, m["shape"])), m["scheme"], f"{m['bytes']:,} bytes")
+        for path, m in facts["modules"].items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
 
 
 def _extras(scheme: Scheme) -> str:

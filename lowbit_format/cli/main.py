@@ -1,4 +1,4 @@
-"""``lowbit``: look at, check and turn back lowbit models; try it all with ``lowbit demo``."""
+"""``lowbit``: convert models, look at them, check them, turn them back; try it all with ``lowbit demo``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
+from ..converters.command import convert
 from . import demo, dequantize, diff, inspect, task, verify
 
 app = typer.Typer(
@@ -16,9 +17,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="""Low-bit models in bit-planes: one model, many tasks.
 
-Make one with `convert_hf_to_lowbit SOURCE OUT`; try everything with `lowbit demo`.
+Make one with `lowbit convert SOURCE OUT`; try everything with `lowbit demo`.
 """,
 )
+app.command()(convert)
 app.command()(demo.demo)
 app.command()(inspect.inspect)
 app.command()(verify.verify)

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from ..container.reader import ModelReader
 from ..container.writer import seal as seal_file
 from . import console
+from .opening import open_model
 
 
 def verify(
@@ -27,7 +27,7 @@ def verify(
     Example: `lowbit verify ./llama-4bit`
     """
     with console.named_errors():
-        reader = ModelReader(model)
+        reader = open_model(model)
         for module in track(list(reader.config), "values", console=console.err, transient=True):
             reader.check_module(module.path)
         names = list(reader.names())

@@ -17,6 +17,7 @@ from lowbit_format.cli.main import app
 from lowbit_format.container.header import read_header
 from lowbit_format.container.writer import seal
 from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters.summary import Totals
 from lowbit_format.quantize import Target
 
 Checkpoint = Callable[..., Path]
@@ -179,6 +180,52 @@ def test_diff_measures_modules_and_names_other_tensors(checkpoint: Checkpoint, m
     path = "model.layers.0.mlp.up_proj"
     a, b = ModelReader(model).decode(path).astype(np.float64), ModelReader(other).decode(path).astype(np.float64)
     assert f"{np.linalg.norm(a - b) / np.linalg.norm(a):.6f}" in result.output
+
+
+@pytest.mark.parametrize("architecture", ["llama", "llama-tied", "gpt2", "bert"])
+def test_diff_with_the_float_model_gives_the_error_of_the_conversion(
+    architecture: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = checkpoint(architecture)
+    recipe = Recipe(Target(bits=3, group_size=32), embeddings=True, lm_head=True)
+    done = convert_hf_to_lowbit(str(source), tmp_path / "out", recipe)
+    error = Totals.of(done.plan, done.outcomes).relative_error
+    result = lowbit("diff", source, done.directory)
+    assert result.exit_code == 1
+    assert f"difference over all modules in both: {error:.4f}" in result.output
+    assert f"{len(done.outcomes)} differ; 0 other tensors differ; A is a float model" in result.output
+    assert "B is a float model" in lowbit("diff", done.directory, source).output
+
+
+def test_diff_of_two_float_models_is_refused(checkpoint: Checkpoint) -> None:
+    result = lowbit("diff", checkpoint("llama"), checkpoint("bert"))
+    assert result.exit_code == 2
+    assert "one of the two must be a lowbit model" in result.output
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "dequantize", "diff", "demo"])
+def test_what_is_wrong_on_this_machine_is_said_first(command: str, model: Path, tmp_path: Path) -> None:
+    def said(place: Path) -> str:
+        more = {"dequantize": [tmp_path / "out"], "diff": [model]}.get(command, [])
+        result = lowbit(command, *(["--model"] if command == "demo" else []), place, *more)
+        assert result.exit_code == 2
+        return result.output
+
+    assert "missing: no such directory" in said(tmp_path / "missing")
+    assert "is a file, expected the directory of a model" in said(model / "config.json")
+    assert f"holds no model itself, but {model} does" in said(tmp_path)
+
+
+def test_inspect_fits_a_terminal_and_ends_with_the_fingerprint(model: Path) -> None:
+    result = CliRunner().invoke(app, ["inspect", str(model), "--modules"], env={"COLUMNS": "80", "TERM": "dumb"})
+    assert sum(line.startswith("model.layers.1.mlp.down_proj ") for line in result.output.splitlines()) == 1
+    assert result.output.splitlines()[-1].startswith("fingerprint ")
+
+
+def test_convert_is_convert_hf_to_lowbit(checkpoint: Checkpoint, model: Path, tmp_path: Path) -> None:
+    result = lowbit("convert", checkpoint("llama"), tmp_path / "b", "--group-size", 32, "--nested", "2")
+    assert result.exit_code == 0
+    assert ModelReader(tmp_path / "b").fingerprint() == ModelReader(model).fingerprint()
 
 
 def test_demo_without_its_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def test_it_converts_and_says_what_came_of_it(
         "100.0%", "Kept in full precision", "lm_head", "output head", "import lowbit_format",
     ):  # fmt: skip
         assert text in result.output
+    assert result.output.index("Kept in full precision") < result.output.index("time")
     convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "api" / "out")
     assert content(tmp_path / "out") == content(tmp_path / "api" / "out")
 
@@ -88,7 +89,7 @@ def test_a_recipe_adds_to_the_options(run: Callable[..., Result], checkpoint: Ch
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
-    result = run(checkpoint("llama"), tmp_path / "out", "--dry-run", "--nested", "2", "--group-size", 32)
+    result = run(checkpoint("llama"), tmp_path / "out", "--dry-run", "--modules", "--nested", "2", "--group-size", 32)
     assert result.exit_code == 0
     for text in (
         "model.layers.1.mlp.down_proj", "64x96", "bcq 4 bits, group 32, F16", "bits/weight", "size then", "coverage",
@@ -96,6 +97,71 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(
     ):  # fmt: skip
         assert text in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_lists_kinds_and_ends_with_the_totals(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs no OUT, fits a terminal of 80 columns, and no word of it is broken."""
+    monkeypatch.setenv("COLUMNS", "80")
+    result = CliRunner().invoke(app, [str(checkpoint("llama")), "--dry-run"])
+    assert result.exit_code == 0
+    assert "model.layers" not in result.output
+    for text in ("down_proj", "up_proj", "embed_tokens", "lm_head"):
+        assert text in result.output
+    assert len(result.output.splitlines()) < 50
+    assert "size then" in result.output.splitlines()[-2]
+
+
+def test_modules_are_listed_on_a_line_each(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    output = CliRunner().invoke(app, [str(checkpoint("llama")), "--dry-run", "--modules"]).output
+    lines = [line for line in output.splitlines() if line.startswith("model.layers.1.mlp.down_proj ")]
+    assert len(lines) == 1
+    assert "64x96" in lines[0]
+    assert lines[0].endswith("bits/weight")
+
+
+def test_a_dry_run_works_though_out_exists(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    result = run(checkpoint("llama"), tmp_path, "--dry-run")
+    assert result.exit_code == 0
+    assert "exists already" in result.output
+
+
+def test_without_out_nothing_is_converted(run: Callable[..., Result], checkpoint: Checkpoint) -> None:
+    result = run(checkpoint("llama"))
+    assert result.exit_code == 2
+    assert "OUT is missing" in result.output
+
+
+def test_options_beside_a_recipe_override_its_default_and_not_its_rules(
+    run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    rules = [{"match": "*.q_proj", "bits": 5}, {"match": "*.k_proj", "group_size": 16}]
+    recipe.write_text(json.dumps({"default": {"bits": 4, "group_size": 64}, "rules": rules, "lm_head": True}))
+    options = ["--recipe", recipe, "--bits", 3, "--group-size", 32, "--no-lm-head"]
+    assert run(checkpoint("llama"), tmp_path / "out", *options).exit_code == 0
+    found = {m.path.split(".")[-1]: (m.scheme.bits, m.scheme.group_size) for m in ModelReader(tmp_path / "out").config}
+    assert (found["up_proj"], found["q_proj"], found["k_proj"]) == ((3, 32), (5, 32), (3, 16))
+    assert "lm_head" not in found
+
+
+def test_an_output_head_or_embeddings_that_are_not_there_are_an_error(
+    run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    for more in ([], ["--dry-run"]):
+        result = run(checkpoint("bert"), tmp_path / "out", "--lm-head", *more)
+        failed(result, "RecipeError", "--lm-head: BertModel has no output head")
+    assert run(checkpoint("llama-tied"), tmp_path / "out", "--lm-head", "--dry-run").exit_code == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_has_nothing_to_resume(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
+    result = run(checkpoint("llama"), tmp_path / "out", "--dry-run", "--resume")
+    assert result.exit_code == 2
+    assert "--resume has no meaning in a dry run" in result.output
 
 
 def test_it_resumes(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -109,9 +175,15 @@ def test_it_resumes(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path
         (["--codec", "gptq"], "SchemeError", "codec is 'gptq'"),
         (["--nested", "2,x"], "SchemeError", "--nested is '2,x'"),
         (["--nested", "4"], "SchemeError", "expected precisions from 1 to bits - 1 = 3"),
-        (["--solver", "best"], "SchemeError", "solver is 'best'"),
+        (["--codec", "uniform", "--solver", "best"], "SchemeError", "solver is 'best'"),
         (["--scale-dtype", "f8"], "SchemeError", "scale_dtype is 'F8'"),
         (["--codec", "codebook", "--table", "nf5"], "SchemeError", "table is 'nf5'"),
+        (["--codec", "codebook", "--bits", "3"], "SchemeError", "a codebook has the bits of its table, 4"),
+        (["--codec", "codebook", "--nested", "2"], "SchemeError", "a codebook has no nested precisions"),
+        (["--codec", "codebook", "--solver", "mse"], "SchemeError", "solver is for uniform, and codec is 'codebook'"),
+        (["--table", "fp4-e2m1"], "SchemeError", "table is for codebook, and codec is 'bcq'"),
+        (["--solver", "minmax"], "SchemeError", "solver is for uniform"),
+        (["--codec", "uniform", "--no-offset"], "SchemeError", "offset is for bcq"),
         (["--max-shard-size", "0"], "RecipeError", "--max-shard-size is '0'"),
         (["--max-shard-size", "2 bananas"], "RecipeError", "expected a size such as 2GB"),
         (["--keep", "*.nothing"], "RecipeError", "'*.nothing' matches no module"),

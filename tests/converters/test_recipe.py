@@ -63,6 +63,23 @@ def test_a_codebook_takes_no_nested_precisions_from_the_default(tmp_path: Path) 
     assert (second.target.bits, second.target.values()) == (2, [-1, 0, 1])
 
 
+def test_a_codebook_may_say_the_bits_that_its_table_has(tmp_path: Path) -> None:
+    rule = {"match": "a", "codec": "codebook", "table": "nf4", "bits": 4, "nested": []}
+    assert load(tmp_path, {"rules": [rule]}).rules[0].target == Target("codebook", group_size=64)
+
+
+def test_the_documented_recipe_is_read_and_has_every_key(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text("utf-8")
+    example = json.loads(page.split("```json\n")[1].split("```")[0])
+    assert len(load(tmp_path, example).rules) == 5
+    keys = set(example["default"]).union(*example["rules"])
+    assert keys == {*Target.__dataclass_fields__, "match", "keep"}
+    assert set(example) == set(Recipe.__dataclass_fields__)
+    import lowbit_format.converters.recipe as recipe
+
+    assert all(f'"{key}"' in (recipe.__doc__ or "") for key in keys | set(example))
+
+
 def test_the_first_rule_that_matches_decides() -> None:
     recipe = Recipe(rules=(Rule("model.*.up", None), Rule("*.up", Target(bits=2)), Rule("?.up", Target(bits=3))))
     assert recipe.rule_for("model.layers.3.up") == Rule("model.*.up", None)
@@ -114,6 +131,10 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ({"default": {"codec": "codebook", "table": []}}, "default: the table has 0 values"),
         ({"default": {"codec": "codebook", "table": ["a", "b"]}}, "default: "),
         ({"default": {"codec": "codebook", "table": 4}}, "default: "),
+        ({"default": {"codec": "codebook", "bits": 3}}, "default: bits is for bcq and uniform, and a codebook has"),
+        ({"default": {"table": "nf4"}}, "default: table is for codebook, and codec is 'bcq'"),
+        ({"default": {"codec": "uniform", "offset": True}}, "default: offset is for bcq, and codec is 'uniform'"),
+        ({"rules": [{"match": "a", "solver": "mse"}]}, "rule 1: solver is for uniform, and codec is 'bcq'"),
         ({"rules": ["x"]}, 'rule 1: is "x", expected an object'),
         ({"rules": [{"match": "a", "bits": 3}, {"bits": 3}]}, 'rule 2: has no "match"'),
         ({"rules": [{"math": "a"}]}, "rule 1: unknown key 'math'; expected match, keep, bits"),

@@ -286,5 +286,35 @@ def test_what_is_neither_directory_nor_repository_is_refused(source: str, tmp_pa
     refused(source, "no such directory", tmp_path)
 
 
+# --- what is on this machine and is no checkpoint -----------------------------------------------------
+
+
+def test_a_file_is_named_for_what_it_is(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = own_checkpoint("llama")
+    for name in ("x.gguf", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    refused(tmp_path / "x.gguf", r"is a GGUF file.*gguf_file='x\.gguf'", tmp_path)
+    refused(tmp_path / "notes.txt", "is a file, expected the directory", tmp_path)
+    refused(source / "model.safetensors", f"SOURCE is the directory of the model: {source}", tmp_path)
+
+
+def test_a_directory_that_is_no_model_is_named_for_what_it_is(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = own_checkpoint("llama")
+    refused(source.parent, f"holds no model itself, but {source} does", tmp_path)
+    for folder, file, message in (
+        ("adapter", "adapter_config.json", "is an adapter .*merge_and_unload"),
+        ("bundle", "task_config.json", "is a task bundle"),
+        ("gguf", "x.gguf", r"x\.gguf: is a GGUF file"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+        refused(tmp_path / folder, message, tmp_path)
+
+
+def test_a_misspelt_directory_is_told_before_the_hub(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    own_checkpoint("llama")
+    refused(tmp_path / "suorce", rf"suorce: no such directory \(did you mean {tmp_path / 'source'}\?\)", tmp_path)
+
+
 def test_a_directory_has_no_revisions(checkpoint: Checkpoint, tmp_path: Path) -> None:
     refused(checkpoint("llama"), "is a directory, which has no revisions", tmp_path, revision="main")

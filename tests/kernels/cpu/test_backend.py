@@ -171,7 +171,14 @@ def test_the_number_of_threads(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("SCRATCH", 1), ("SCRATCH", 1 << 20), ("CHUNKS_PER_THREAD", 1), ("CHUNKS_PER_THREAD", 1000), ("MOST_STRIPS", 1), ("MOST_STRIPS", 1000)],
+    [
+        ("SCRATCH", 1),
+        ("SCRATCH", 1 << 20),
+        ("CHUNKS_PER_THREAD", 1),
+        ("CHUNKS_PER_THREAD", 1000),
+        ("MOST_STRIPS", 1),
+        ("MOST_STRIPS", 1000),
+    ],
 )
 def test_the_size_of_chunks(
     name: str, value: int, known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch
