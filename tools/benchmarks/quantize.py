@@ -22,8 +22,8 @@ from lowbit_format.reference import decode
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to quantize: `quantize` gives a state, `dequantize` makes float32 of it; bits include all parameters."""
+class Quantizer:
+    """A quantizer: `quantize` gives a state, `dequantize` makes float32 of it; bits include all parameters."""
 
     name: str
     bits: float
@@ -31,7 +31,7 @@ class Way:
     dequantize: Callable[[Any], np.ndarray]
 
 
-def ours(weight: np.ndarray) -> Iterator[Way]:
+def ours(weight: np.ndarray) -> Iterator[Quantizer]:
     """Our codecs at several bits, parameters in float16."""
     targets = [Target(bits=b) for b in (1, 2, 3, 4)]
     targets += [Target("uniform", b, solver="minmax") for b in (2, 3, 4)]
@@ -41,7 +41,7 @@ def ours(weight: np.ndarray) -> Iterator[Way]:
         parameters = (t.bits + t.offset) if t.codec == "bcq" else (2 if t.codec == "uniform" else 1)
         name = {"bcq": "BCQ", "uniform": f"uniform {t.solver}", "codebook": str(t.table)}[t.codec]
         out = np.empty_like(weight)
-        yield Way(
+        yield Quantizer(
             f"lowbit {name}",
             t.bits + 16 * parameters / t.group_size,
             lambda t=t: quantize(weight, t).matrix,
@@ -49,13 +49,13 @@ def ours(weight: np.ndarray) -> Iterator[Way]:
         )
 
 
-def peers(weight: np.ndarray) -> Iterator[Way]:
+def peers(weight: np.ndarray) -> Iterator[Quantizer]:
     """Whatever of the peers can be imported here."""
     try:
         import gguf
 
         kind = gguf.GGMLQuantizationType.Q4_0
-        yield Way(
+        yield Quantizer(
             "gguf-py Q4_0",
             4.5,
             lambda: gguf.quants.quantize(weight, kind),
@@ -69,7 +69,7 @@ def peers(weight: np.ndarray) -> Iterator[Way]:
 
         tensor = torch.from_numpy(weight)
         for bits in (2, 3, 4):
-            yield Way(
+            yield Quantizer(
                 "HQQ",
                 bits + 32 / 128,
                 lambda bits=bits: Quantizer.quantize(tensor, nbits=bits, group_size=128, axis=1, device="cpu"),
@@ -82,7 +82,7 @@ def peers(weight: np.ndarray) -> Iterator[Way]:
         import torch
 
         tensor = torch.from_numpy(weight)
-        yield Way(
+        yield Quantizer(
             "bitsandbytes NF4",
             4 + 32 / 64,
             lambda: bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4"),
@@ -100,7 +100,7 @@ def peers(weight: np.ndarray) -> Iterator[Way]:
             scale, shift = MaxOptimizer()(tensor, qint4, axis=0, group_size=128)
             return quantize_weight(tensor, qint4, axis=0, scale=scale, shift=shift, group_size=128)
 
-        yield Way("quanto int4", 4 + 64 / 128, quanto, lambda q: q.dequantize().numpy())
+        yield Quantizer("quanto int4", 4 + 64 / 128, quanto, lambda q: q.dequantize().numpy())
     except ImportError:
         pass
 
@@ -126,14 +126,21 @@ def main() -> None:
     rng = np.random.default_rng(0)
     spread = 0.02 * np.exp(0.3 * rng.standard_normal((args.rows, 1)))
     weight = (rng.standard_normal((args.rows, args.cols)) * spread).astype(np.float32)
-    print("| way | bits/weight | relative error | quantize, Mweights/s | dequantize, Gweights/s |")
+    print("| quantizer | bits/weight | relative error | quantize, Mweights/s | dequantize, Gweights/s |")
     print("|---|---|---|---|---|")
-    for way in [*ours(weight), *peers(weight)]:
-        state = way.quantize()
-        error = np.linalg.norm(way.dequantize(state) - weight) / np.linalg.norm(weight)
-        packing = weight.size / seconds(way.quantize, args.repeat) / 1e6
-        unpacking = weight.size / seconds(lambda way=way, state=state: way.dequantize(state), args.repeat) / 1e9
-        print(f"| {way.name} | {way.bits:.2f} | {error:.4f} | {packing:.1f} | {unpacking:.2f} |", flush=True)
+    for quantizer in [*ours(weight), *peers(weight)]:
+        state = quantizer.quantize()
+        error = np.linalg.norm(quantizer.dequantize(state) - weight) / np.linalg.norm(weight)
+        quantizing = weight.size / seconds(quantizer.quantize, args.repeat) / 1e6
+        unquantizing = (
+            weight.size
+            / seconds(lambda quantizer=quantizer, state=state: quantizer.dequantize(state), args.repeat)
+            / 1e9
+        )
+        print(
+            f"| {quantizer.name} | {quantizer.bits:.2f} | {error:.4f} | {quantizing:.1f} | {dequantizing:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -245,17 +245,17 @@ def kernels(options: argparse.Namespace) -> Iterator[str]:
             "parameters together. The error is that of the product with a float32 input, to the float64 product of "
             "the same stored weights.\n\n"
             + table(
-                ["way", "rows of x", "ms", "codes, GB/s", "share of bandwidth", "relative error"],
-                [kernel_row(way, statistics.median(speed)) for way in facts["ways"]],
+                ["product", "rows of x", "ms", "codes, GB/s", "share of bandwidth", "relative error"],
+                [kernel_row(product, statistics.median(speed)) for product in facts["products"]],
             )
         )
 
 
-def kernel_row(way: Facts, speed: float) -> list[str]:
-    median = statistics.median(way["ms"])
-    codes, whole = (way[key] / 1e6 / median for key in ("planes", "nbytes"))
-    share, error = f"{whole / speed:.0%}", f"{way['error']:.1e}"
-    return [way["name"], str(way["batch"]), spread(way["ms"], 3), f"{codes:.1f}", share, error]
+def kernel_row(product: Facts, speed: float) -> list[str]:
+    median = statistics.median(product["ms"])
+    codes, whole = (product[key] / 1e6 / median for key in ("planes", "nbytes"))
+    share, error = f"{whole / speed:.0%}", f"{product['error']:.1e}"
+    return [product["name"], str(product["batch"]), spread(product["ms"], 3), f"{codes:.1f}", share, error]
 
 
 def tasks(options: argparse.Namespace) -> str:

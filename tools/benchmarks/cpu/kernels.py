@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def bandwidth(job: Facts) -> Facts:
-    """GB/s of reading 1 GiB: the better of two ways to sum it, by their medians."""
+    """GB/s of reading 1 GiB: with Numba or torch, whichever has the larger median."""
     return {"samples": read_bandwidth(job["threads"])}
 
 
@@ -64,19 +64,19 @@ def read_bandwidth(threads: int) -> list[float]:
         def by_torch() -> None:
             floats.sum()
 
-        ways: list[list[float]] = []
+        speeds: list[list[float]] = []
         for work in (by_numba, by_torch):
             work()
-            ways.append([values.nbytes / seconds(work) / 1e9 for _ in range(7)])
-    return max(ways, key=statistics.median)
+            speeds.append([values.nbytes / seconds(work) / 1e9 for _ in range(7)])
+    return max(speeds, key=statistics.median)
 
 
 # --- single products -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to multiply by one matrix of a shape.
+class Product:
+    """The product with a matrix of one shape, by one kernel.
 
     Attributes:
         name: what it is.
@@ -97,7 +97,7 @@ class Way:
 
 
 def kernel(job: Facts) -> Facts:
-    """Times of all ways at one shape, by number of rows of x."""
+    """Times of all products at one shape, by number of rows of x."""
     import torch
 
     rows, cols = job["shape"]
@@ -105,35 +105,37 @@ def kernel(job: Facts) -> Facts:
     found = []
     with torch.inference_mode():
         for batch in job["batches"]:
-            ways = [*ours(rows, cols, batch), *peers(rows, cols)]
+            products = [*ours(rows, cols, batch), *peers(rows, cols)]
             x = torch.randn(batch, cols)
-            errors = {w.name: relative_error(w, x) for w in ways}
-            times: dict[str, list[float]] = {w.name: [] for w in ways}
+            errors = {w.name: relative_error(w, x) for w in products}
+            times: dict[str, list[float]] = {w.name: [] for w in products}
             for turn in range(job["repeat"] + 1):  # the first turn is not counted
-                shift = turn % len(ways)
-                for way in ways[shift:] + ways[:shift]:
-                    way.run(way.copies - 1, x)  # wakes the threads of this way up
-                    calls = range(max(way.copies, 8))
-                    samples = [seconds(lambda i=i, way=way, x=x: way.run(i % way.copies, x)) for i in calls]
+                shift = turn % len(products)
+                for product in products[shift:] + products[:shift]:
+                    product.run(product.copies - 1, x)  # wakes its threads up
+                    calls = range(max(product.copies, 8))
+                    samples = [
+                        seconds(lambda i=i, product=product, x=x: product.run(i % product.copies, x)) for i in calls
+                    ]
                     if turn:
-                        times[way.name] += samples
+                        times[product.name] += samples
             found += [
                 {
                     "name": w.name, "batch": batch, "ms": [1000 * t for t in times[w.name]], "error": errors[w.name],
                     "planes": w.planes, "nbytes": w.nbytes,
                 }
-                for w in ways
+                for w in products
             ]  # fmt: skip
-    return {"ways": found, "bandwidth": speed}
+    return {"products": found, "bandwidth": speed}
 
 
-def relative_error(way: Way, x: Any) -> float:
-    """Against the float64 product of x and the weights as this way stores them."""
-    expected = x.double() @ way.weight().T
-    return float((way.run(0, x).double() - expected).norm() / expected.norm())
+def relative_error(product: Product, x: Any) -> float:
+    """Against the float64 product of x and the weights as `product` stores them."""
+    expected = x.double() @ product.weight().T
+    return float((product.run(0, x).double() - expected).norm() / expected.norm())
 
 
-def ours(rows: int, cols: int, batch: int) -> Iterator[Way]:
+def ours(rows: int, cols: int, batch: int) -> Iterator[Product]:
     """Modules of this package; all codecs at batch 1, 4 bits at larger ones."""
     from lowbit_format.schema import Scheme
 
@@ -147,9 +149,9 @@ def ours(rows: int, cols: int, batch: int) -> Iterator[Way]:
     for name, scheme in schemes.items():
         one = random_module(scheme, rows, cols)
         nbytes = sum(p.nbytes for p in one.matrix_parameters().values())
-        way = Way(name, nbytes, one.planes.nbytes, None, None)  # type: ignore[arg-type]
-        modules = [one, *(random_module(scheme, rows, cols) for _ in range(way.copies - 1))]
-        yield Way(
+        product = Product(name, nbytes, one.planes.nbytes, None, None)  # type: ignore[arg-type]
+        modules = [one, *(random_module(scheme, rows, cols) for _ in range(product.copies - 1))]
+        yield Product(
             name,
             nbytes,
             one.planes.nbytes,
@@ -179,7 +181,7 @@ def random_module(scheme: Any, rows: int, cols: int) -> Any:
     return module.eval()
 
 
-def peers(rows: int, cols: int) -> Iterator[Way]:
+def peers(rows: int, cols: int) -> Iterator[Product]:
     """torch in float32, bfloat16 and packed int4; bitsandbytes where it can be imported."""
     import torch
     import torch.nn.functional as F
@@ -188,7 +190,7 @@ def peers(rows: int, cols: int) -> Iterator[Way]:
         nbytes = rows * cols * dtype.itemsize
         copies = max(2, -(-COPIES // nbytes))
         weights = [torch.randn(rows, cols, dtype=dtype) for _ in range(copies)]
-        yield Way(
+        yield Product(
             name, nbytes, nbytes,
             lambda i, x, weights=weights, dtype=dtype: F.linear(x.to(dtype), weights[i]),
             lambda weights=weights: weights[0].double(),
@@ -200,7 +202,7 @@ def peers(rows: int, cols: int) -> Iterator[Way]:
         print(f"bitsandbytes: {e}")
 
 
-def int4(rows: int, cols: int) -> Way:
+def int4(rows: int, cols: int) -> Product:
     """torch's own packed 4-bit product, activations in bfloat16."""
     import torch
 
@@ -218,10 +220,10 @@ def int4(rows: int, cols: int) -> Way:
         scale, zero = params.double().repeat_interleave(GROUP, 0).unbind(-1)
         return (codes.double() - 8) * scale.T + zero.T
 
-    return Way("torch packed int4, bfloat16", nbytes, packed.nbytes, run, weight)
+    return Product("torch packed int4, bfloat16", nbytes, packed.nbytes, run, weight)
 
 
-def nf4(rows: int, cols: int) -> Way:
+def nf4(rows: int, cols: int) -> Product:
     """bitsandbytes' NF4 module, groups of 64, as its users call it on a CPU."""
     import bitsandbytes as bnb
     import torch
@@ -242,7 +244,7 @@ def nf4(rows: int, cols: int) -> Way:
     planes = rows * cols // 2
     nbytes = planes + state.absmax.nbytes
     modules = [one, *(module() for _ in range(max(2, -(-COPIES // nbytes)) - 1))]
-    return Way("bitsandbytes NF4", nbytes, planes, lambda i, x: modules[i](x), lambda: expected)
+    return Product("bitsandbytes NF4", nbytes, planes, lambda i, x: modules[i](x), lambda: expected)
 
 
 # --- several tasks in one batch --------------------------------------------------------------------
@@ -282,15 +284,15 @@ def tasks(job: Facts) -> Facts:
         both = mixed()
         singles = [alone(name)[i] for i, name in enumerate(names)]
         worst = max(float((both[i] - one).norm() / one.norm()) for i, one in enumerate(singles))
-        ways: dict[str, Callable[[], Any]] = {
+        passes: dict[str, Callable[[], Any]] = {
             "no task": lambda: alone(None),
             "one task (set_task)": lambda: alone(names[0]),
             "8 tasks (use_tasks)": mixed,
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        times: dict[str, list[float]] = {name: [] for name in passes}
         for _ in range(5 * job["repeat"]):
-            for name, way in ways.items():  # in turn: what slows the machine slows all
-                times[name].append(1000 * seconds(way))
+            for name, one in passes.items():  # in turn: what slows the machine slows all
+                times[name].append(1000 * seconds(one))
     return {"ms": times, "worst": worst}
 
 

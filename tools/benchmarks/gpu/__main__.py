@@ -8,10 +8,10 @@ Tables in Markdown, as they come; every figure is a median (minimum-maximum) of 
 one pass, in a CUDA graph, over as many copies of a matrix as exceed three times the last cache. Results are compared
 with float64 on the device, in memory that held NaN before. Exit status 1: something was wrong, or a part failed.
 
-Every part has a budget. The most telling rows come first; a row for which no time is left says so. On one H200 all of it
-should take under eight minutes, of which compiling kernels is about two: the budgets (:data:`PARTS`) add up to that.
-``--predict`` needs no GPU: it prints the times that follow from counted instructions and a device's limits. ``--self-check``
-needs none either: it runs every code path once, at tiny sizes on the CPU, in Triton's interpreter.
+Every part has a budget. The most telling rows come first; a row for which no time is left says so. On one H200 all of
+it should take under eight minutes, of which compiling kernels is about two: the budgets (:data:`PARTS`) add up to that.
+``--predict`` needs no GPU: it prints the times that follow from counted instructions and a device's limits.
+``--self-check`` needs none either: it runs every code path once, at tiny sizes on the CPU, in Triton's interpreter.
 """
 
 from __future__ import annotations

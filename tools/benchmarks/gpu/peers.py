@@ -59,7 +59,7 @@ def peers(bench: Bench) -> Iterator[str]:
                 rows.append(_peer_row(bench, size, n, package, what, dtype, make, base))
                 let_go()
         yield f"## Beside peers, {n} row{'s' * (n > 1)} of x (peers)\n\n" + table(
-            ["rows x cols", "way", "us", "GB/s", "to library, bf16", "relative error to its own weights"], rows
+            ["rows x cols", "package", "us", "GB/s", "to library, bf16", "relative error to its own weights"], rows
         )
     if not bench.tiny:
         for package in PEERS:
@@ -103,7 +103,7 @@ def _version(package: str) -> str | None:
     return None if importlib.util.find_spec(package) is None else importlib.metadata.version(package)
 
 
-# --- ways --------------------------------------------------------------------------------------------
+# --- packages ----------------------------------------------------------------------------------------
 
 
 def _library(bench: Bench, size: tuple[int, int]) -> list[Contender]:

@@ -116,10 +116,10 @@ def name(size: Sequence[int]) -> str:
 
 
 def crossing(times: Sequence[tuple[int, float, float]]) -> float | None:
-    """Rows of x up to which the first way is faster.
+    """Rows of x up to which the first code path is faster.
 
     Between two of the given ones, by a straight line through the differences. `times` are rows of x, time of the
-    first way, time of the second. None if the first is faster to the end.
+    first code path, time of the second. None if the first is faster to the end.
     """
     last = 0.0, -1.0
     for n, first, second in times:

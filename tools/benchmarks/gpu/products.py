@@ -139,7 +139,7 @@ def _columns(bench: Bench) -> list[int]:
 
 
 def batch(bench: Bench) -> Iterator[str]:
-    """Rows of x, both ways, and where they cross."""
+    """Rows of x by both code paths, and where their times cross."""
     crossings = []
     for size in bench.sizes:
         for bits in (4, 2):
@@ -162,10 +162,10 @@ def _batch_table(bench: Bench, size: tuple[int, int], bits: int) -> tuple[str, l
     rows, measured, predicted, one = [], [], [], 0.0
     for n in bench.batches:
         x = made_input(bench, n, size[1])
-        errors = [checked(bench, matrix, x, way) for way in (_straight, _decoded)]
+        errors = [checked(bench, matrix, x, path) for path in (_straight, _decoded)]
         straight, decoded = (
-            bench.measure(lambda i, way=way, x=x: way(x, matrix.tiled[i]), len(matrix.tiled), budget=0.08)
-            for way in (_straight, _decoded)
+            bench.measure(lambda i, path=path, x=x: path(x, matrix.tiled[i]), len(matrix.tiled), budget=0.08)
+            for path in (_straight, _decoded)
         )
         library = library_time(bench, size, n)
         one = one or median(straight)
@@ -255,11 +255,11 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None = None, ids: Tensor 
 
 
 def checked(
-    bench: Bench, matrix: Matrix, x: Tensor, way: Callable[[Tensor, PlaneMatrix], Tensor], *tasks: Tensor | None
+    bench: Bench, matrix: Matrix, x: Tensor, path: Callable[[Tensor, PlaneMatrix], Tensor], *tasks: Tensor | None
 ) -> str:
-    """The error of one way with copy 0, its result in memory that held NaN."""
+    """The error of one code path with copy 0, its result in memory that held NaN."""
     with poisoned():
-        found = way(x, matrix.tiled[0])
+        found = path(x, matrix.tiled[0])
     s = matrix.scheme
     what = f"{s.codec} {s.bits} bits, {found.shape[1]} x {x.shape[1]}, {len(x)} rows of {x.dtype}, {tasks and 'tasks'}"
     return bench.check_product(what, x, matrix.plain, found, *tasks)

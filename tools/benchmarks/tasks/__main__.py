@@ -54,7 +54,7 @@ TIMED_STEPS = 20
 
 @dataclass(frozen=True)
 class Method:
-    """One way to adapt a model.
+    """A method to adapt a model.
 
     Attributes:
         name: in cells and on the command line.
