@@ -181,7 +181,7 @@ def test_inspect_takes_the_modules_of_all_layers_together(tmp_path: Path) -> Non
     kinds = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines if "layers.*" in line]
     rms = f"{np.sqrt(14 / 4):.4g}"
     assert kinds == [[f"layers.*.{m}.scales.mul", "4", "1x2", rms, "0", "3"] for m in ("down", "up")]
-    assert lines[-1].startswith("It is well-formed")
+    assert lines[-1].startswith("Well-formed.")
     every = task("inspect", tmp_path, "--modules").stdout
     assert all(name in every for name in deltas)
 
