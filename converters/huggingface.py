@@ -136,7 +136,7 @@ def _check_local(place: Path, source: str) -> None:
         if place.suffix == ".gguf":
             advice = (
                 "is a GGUF file, which is quantized already; convert the float checkpoint that it was made from, or "
-                f"load it with transformers (from_pretrained({str(place.parent)!r}, gguf_file={place.name!r})), save it "
+                f"load it with transformers, from_pretrained({str(place.parent)!r}, gguf_file={place.name!r}), save it "
                 "with save_pretrained and convert that directory"
             )
         elif place.name.endswith((*WEIGHT_SUFFIXES, "config.json")):

@@ -1,9 +1,9 @@
 """The operators on a CPU: the same functions as in :mod:`..naive`, for the file's layout and the tiled layout.
 
-Few rows of x are multiplied straight from the tiled layout (:mod:`.products`). For many rows the weight is decoded chunk by
-chunk, each small enough for the cache, and multiplied by ``torch.mm``. The whole weight is in memory only where it is the
-result. Matrices that cannot be tiled (float64, or groups that are no multiple of 32 columns) are decoded by
-:mod:`lowbit_format.reference`.
+Few rows of x are multiplied straight from the tiled layout (:mod:`.products`). For many rows the weight is decoded
+chunk by chunk, each small enough for the cache, and multiplied by ``torch.mm``. The whole weight is in memory only
+where it is the result. Matrices that cannot be tiled (float64, or groups that are no multiple of 32 columns) are
+decoded by :mod:`lowbit_format.reference`.
 """
 
 from __future__ import annotations

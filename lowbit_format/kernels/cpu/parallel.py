@@ -1,13 +1,14 @@
 """Runs compiled kernels over *jobs*, on all threads of torch's pool.
 
-A job is a struct of named integers: everything that a kernel must know. A kernel is a C function of a pointer to a job. Any
-number of threads run it at once on the same job. Each takes pieces of the job (:func:`take`) until none are left, so
-results depend neither on the number of threads nor on the pool that they come from.
+A job is a struct of named integers: everything that a kernel must know. A kernel is a C function of a pointer to a
+job. Any number of threads run it at once on the same job. Each takes pieces of the job (:func:`take`) until none are
+left, so results depend neither on the number of threads nor on the pool that they come from.
 
-Kernels alternate with torch's operations, some of which run on torch's OpenMP threads. Those spin for a while afterwards, and
-a second pool would wait for their cores. So kernels enter the same threads, by the function that compilers emit for
-parallel regions. Where OpenMP has no such function (macOS, Windows), and in a process made by ``fork``, in which the
-OpenMP threads are gone, the pool of Python threads of :mod:`lowbit_format.machine.threads` takes their place.
+Kernels alternate with torch's operations, some of which run on torch's OpenMP threads. Those spin for a while
+afterwards, and a second pool would wait for their cores. So kernels enter the same threads, by the function that
+compilers emit for parallel regions. Where OpenMP has no such function (macOS, Windows), and in a process made by
+``fork``, in which the OpenMP threads are gone, the pool of Python threads of :mod:`lowbit_format.machine.threads`
+takes their place.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@ by group, plane by plane, word by word, one vector of the words of its 16 rows::
 
     tiles[t, (g * W * bits) + (p * words of group g) + j, lane] = word (g * W + j) of plane p of row 16 * t + lane
 
-with W words in a whole group; the last group may have fewer. Rows are padded with zeros to whole tiles. The planes are a
-uint8 tensor ``[tiles, words * bits, 16, 4]``. Ragged planes (MIX-2) have tiles of as many planes as their longest row,
-one tile after the other: ``[1, vectors of all tiles, 16, 4]``.
+with W words in a whole group; the last group may have fewer. Rows are padded with zeros to whole tiles. The planes
+are a uint8 tensor ``[tiles, words * bits, 16, 4]``. Ragged planes (MIX-2) have tiles of as many planes as their
+longest row, one tile after the other: ``[1, vectors of all tiles, 16, 4]``.
 
-Scales and shift are group-major (:mod:`..parameter_order`). Both changes lose nothing: :func:`untile` gives the bytes of
-the file back.
+Scales and shift are group-major (:mod:`..parameter_order`). Both changes lose nothing: :func:`untile` gives the bytes
+of the file back.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def untile(w: PlaneMatrix, rows: Tensor | None = None) -> PlaneMatrix:
 
 
 def _plane_rows(w: PlaneMatrix) -> NDArray[np.int64]:
-    """Index of each row of each plane among all rows in the file's layout, int64 ``[bits, rows]``; -1: there is none."""
+    """Index of each row of each plane among all rows of the file's layout, int64 ``[bits, rows]``; -1: none."""
     rows = w.rows
     if w.row_bits is None or w.planes.dim() == 3:
         flat = np.arange(w.bits)[:, None] * w.planes.shape[1] + np.arange(rows)
