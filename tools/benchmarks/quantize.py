@@ -65,15 +65,15 @@ def peers(weight: np.ndarray) -> Iterator[Quantizer]:
         pass
     try:
         import torch
-        from hqq.core.quantize import Quantizer
+        from hqq.core.quantize import Quantizer as HQQ
 
         tensor = torch.from_numpy(weight)
         for bits in (2, 3, 4):
             yield Quantizer(
                 "HQQ",
                 bits + 32 / 128,
-                lambda bits=bits: Quantizer.quantize(tensor, nbits=bits, group_size=128, axis=1, device="cpu"),
-                lambda q: Quantizer.dequantize(*q).float().numpy(),
+                lambda bits=bits: HQQ.quantize(tensor, nbits=bits, group_size=128, axis=1, device="cpu"),
+                lambda q: HQQ.dequantize(*q).float().numpy(),
             )
     except ImportError:
         pass
@@ -132,7 +132,7 @@ def main() -> None:
         state = quantizer.quantize()
         error = np.linalg.norm(quantizer.dequantize(state) - weight) / np.linalg.norm(weight)
         quantizing = weight.size / seconds(quantizer.quantize, args.repeat) / 1e6
-        unquantizing = (
+        dequantizing = (
             weight.size
             / seconds(lambda quantizer=quantizer, state=state: quantizer.dequantize(state), args.repeat)
             / 1e9
