@@ -39,7 +39,7 @@ def test_decoded_weights_are_what_the_solver_gives(name: str, checkpoint: Checkp
     assert reader.verify() == 0
     for step in done.plan.quantized:
         weight = plain[step.tensor.name].numpy()
-        expected = quantize(weight.T if step.role.kind == "conv1d" else weight, TARGET)
+        expected = quantize(weight.T if step.destination.kind == "conv1d" else weight, TARGET)
         assert np.array_equal(reader.decode(step.path), decode(expected.matrix))
         assert done.outcomes[step.path].squared_error == expected.squared_error
     for step in done.plan.steps:

@@ -30,7 +30,7 @@ def quantized(plan: Plan) -> set[str]:
 
 
 def kept(plan: Plan) -> dict[str, str]:
-    return {step.role.path: step.reason for step in plan.kept()}
+    return {step.destination.path: step.reason for step in plan.kept()}
 
 
 def test_by_default_embeddings_and_head_are_kept(planned: Callable[..., Plan]) -> None:
