@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lowbit_format.testing import products as truth
 from lowbit_format.testing.matrices import random_matrix
 from lowbit_format.testing.products import KINDS, NAMES, plane_matrix
 
+float32_matrix = partial(plane_matrix, dtype=torch.float32)  # parameters in float32, whatever the scheme says
 SHAPES = [(1, 1, 0), (3, 5, 0), (4, 130, 64), (7, 70, 16), (5, 64, 7)]  # rows, cols, group size
 
 
@@ -27,7 +29,7 @@ def test_decodes_as_the_reference(kind: Scheme, bits: int) -> None:
         matrix = random_matrix(replace(kind, bits=bits, group_size=group_size, nested=nested), rows, cols)
         for k in (None, *nested):
             want = decode_numpy(matrix, k)
-            w = plane_matrix(matrix, k)
+            w = float32_matrix(matrix, k)
             assert operators.dequantize(w).numpy().tobytes() == want.tobytes()
             ids = torch.tensor([[rows - 1, 0], [0, rows - 1]])
             assert operators.embedding(ids, w).numpy().tobytes() == want[ids.numpy()].tobytes()
@@ -41,7 +43,7 @@ def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module:
     """Weights bit for bit; products to rounding: a library's product may depend on where its operands lie."""
     kernels = importlib.import_module(f"lowbit_format.kernels.{module}")
     for rows, cols, group_size in SHAPES:
-        w = plane_matrix(random_matrix(replace(kind, bits=3, group_size=group_size), rows, cols))
+        w = float32_matrix(random_matrix(replace(kind, bits=3, group_size=group_size), rows, cols))
         x, grad = torch.randn(4, cols), torch.randn(4, rows)
         deltas, tasks, ids = torch.randn(2, 1, rows), torch.tensor([1, -1, 0, 1]), torch.randint(0, rows, (4,))
         for name, args in {
@@ -57,7 +59,7 @@ def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module:
 
 def test_padding_bits_do_not_matter() -> None:
     matrix = random_matrix(Scheme("bcq", 3, 4), 3, 11)
-    w = plane_matrix(matrix)
+    w = float32_matrix(matrix)
     dirty = w.planes.clone()
     dirty[..., 1] |= 0b11111000
     dirty[..., 2:] = 255
@@ -68,7 +70,7 @@ def test_padding_bits_do_not_matter() -> None:
 @pytest.mark.parametrize("tasks", [None, "mul", "add"])
 def test_gradients(kind: Scheme, tasks: str | None) -> None:
     matrix = random_matrix(replace(kind, bits=3, group_size=4), 5, 11)
-    w = plane_matrix(matrix, dtype=torch.float64)
+    w = float32_matrix(matrix, dtype=torch.float64)
     p, rows, groups = w.scales.shape
     shape = {"mul": (2, min(p, 2), rows), "add": (2, p, rows, groups)}
     deltas = torch.randn(shape[tasks], dtype=torch.float64).mul(0.1).requires_grad_() if tasks else None
@@ -87,11 +89,11 @@ def test_gradients(kind: Scheme, tasks: str | None) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.row_bits], ids=str)
 def test_gradients_are_those_of_a_plain_decode(kind: Scheme) -> None:
     matrix = random_matrix(replace(kind, bits=4, group_size=16), 6, 40)
-    names = [n for n in ("scales", "offsets", "zeros") if getattr(plane_matrix(matrix), n) is not None]
+    names = [n for n in ("scales", "offsets", "zeros") if getattr(float32_matrix(matrix), n) is not None]
     x = torch.randn(3, 40)
     grads = []
     for decode in (lambda w: operators.linear(x, w), lambda w: x @ truth.decode(w).T):
-        w = plane_matrix(matrix)
+        w = float32_matrix(matrix)
         w = w._replace(**{n: getattr(w, n).requires_grad_() for n in names})
         decode(w).square().sum().backward()
         grads.append([getattr(w, n).grad for n in names])
@@ -104,7 +106,7 @@ def test_gradients_are_those_of_a_plain_decode(kind: Scheme) -> None:
 def test_gradients_of_parameters_are_contiguous(kind: Scheme, module: str) -> None:
     """As the operators' fakes say, though packed parameters have other strides: compiled graphs rely on it."""
     kernels = importlib.import_module(f"lowbit_format.kernels.{module}")
-    w = plane_matrix(random_matrix(replace(kind, bits=3, group_size=32), 32, 64))
+    w = float32_matrix(random_matrix(replace(kind, bits=3, group_size=32), 32, 64))
     w = kernels.tile(w)
     assert module == "naive" or not w.scales.is_contiguous()
     grad, x, deltas, ids = torch.randn(4, 32), torch.randn(4, 64), torch.randn(2, 1, 32), torch.randint(0, 32, (4,))
@@ -117,13 +119,13 @@ def test_gradients_of_parameters_are_contiguous(kind: Scheme, module: str) -> No
 
 
 def test_tensors_without_data() -> None:
-    w = plane_matrix(random_matrix(Scheme("bcq", 2, 32), 4, 64))
+    w = float32_matrix(random_matrix(Scheme("bcq", 2, 32), 4, 64))
     w = w._replace(**{name: t.to("meta") for name, t in w._asdict().items() if isinstance(t, torch.Tensor)})
     assert operators.linear(torch.empty(3, 64, device="meta"), w).shape == (3, 4)
 
 
 def test_planes_and_codebook_get_no_gradient() -> None:
-    w = plane_matrix(random_matrix(Scheme("codebook", 2, 0), 3, 8))
+    w = float32_matrix(random_matrix(Scheme("codebook", 2, 0), 3, 8))
     w = w._replace(scales=w.scales.requires_grad_(), codebook=w.codebook.requires_grad_())  # type: ignore[union-attr]
     operators.linear(torch.randn(2, 8), w).sum().backward()
     assert w.planes.grad is None
@@ -133,7 +135,7 @@ def test_planes_and_codebook_get_no_gradient() -> None:
 
 
 def test_frozen_scales_keep_no_activations() -> None:
-    w = plane_matrix(random_matrix(Scheme("bcq", 2, 0), 3, 8))
+    w = float32_matrix(random_matrix(Scheme("bcq", 2, 0), 3, 8))
     x = torch.randn(2, 8, requires_grad=True)
     y = operators.linear(x, w)
     assert not any(t is not None and t.shape == x.shape and t.dtype == x.dtype for t in y.grad_fn.saved_tensors)
@@ -141,7 +143,7 @@ def test_frozen_scales_keep_no_activations() -> None:
 
 def test_tasks() -> None:
     """TSK-8: factors 1 + delta on the first planes; -1 is the base (MAT-5); no ids: task 0."""
-    w = plane_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
+    w = float32_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
     x = torch.randn(5, 20)
     deltas = torch.randn(2, 1, 4) * 0.1
     tuned = [torch.cat([w.scales[:1] * (1 + d)[..., None], w.scales[1:]]) for d in deltas]
@@ -160,13 +162,13 @@ def test_tasks() -> None:
 
 def test_worked_example_of_the_bundle_spec() -> None:
     scales = torch.tensor([[[1.0], [2.0]], [[0.5], [0.25]]])
-    w = plane_matrix(random_matrix(Scheme("bcq", 2, 0), 2, 3))._replace(scales=scales)
+    w = float32_matrix(random_matrix(Scheme("bcq", 2, 0), 2, 3))._replace(scales=scales)
     assert with_delta(w, torch.tensor([[0.125, -0.25]])).scales[0].flatten().tolist() == [1.125, 1.5]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 def test_opcheck(kind: Scheme) -> None:
-    w = plane_matrix(random_matrix(replace(kind, bits=2, group_size=8), 4, 20))
+    w = float32_matrix(random_matrix(replace(kind, bits=2, group_size=8), 4, 20))
     w = w._replace(scales=w.scales.requires_grad_())
     deltas, task_ids = torch.randn(2, 1, 4, requires_grad=True), torch.tensor([0, 1, -1, 1, 0, 0])
     x, ids = torch.randn(2, 3, 20, requires_grad=True), torch.tensor([[0, 1, 3], [3, 2, 2]])
@@ -178,7 +180,7 @@ def test_opcheck(kind: Scheme) -> None:
 
 
 def test_shapes_and_layouts() -> None:
-    w = plane_matrix(random_matrix(Scheme("uniform", 4, 8), 6, 20))
+    w = float32_matrix(random_matrix(Scheme("uniform", 4, 8), 6, 20))
     weight = operators.dequantize(w)
     assert operators.linear(torch.empty(0, 3, 20), w).shape == (0, 3, 6)
     assert operators.embedding(torch.empty(2, 0, dtype=torch.int32), w).shape == (2, 0, 20)
@@ -189,14 +191,14 @@ def test_shapes_and_layouts() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_result_has_the_dtype_of_x(dtype: torch.dtype) -> None:
-    w = plane_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
+    w = float32_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
     x = torch.randn(2, 20, dtype=dtype)
     want = torch.nn.functional.linear(x, operators.dequantize(w, dtype=dtype))
     assert torch.equal(operators.linear(x, w), want)
 
 
 def test_autocast() -> None:
-    w = plane_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
+    w = float32_matrix(random_matrix(Scheme("bcq", 3, 8), 4, 20))
     w = w._replace(scales=w.scales.requires_grad_())
     x = torch.randn(2, 20, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
