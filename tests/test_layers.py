@@ -15,7 +15,7 @@ FOLDERS = {ROOT / "lowbit_format": PACKAGE, ROOT / "converters": f"{PACKAGE}.con
 
 # From the bottom to the top. A part imports from its own layer and from those below it, nowhere else.
 LAYERS: list[tuple[str, str]] = [
-    ("errors dtypes bits codecs", "facts that need nothing: what can go wrong, numbers on disk, bits and meanings of a code"),
+    ("errors dtypes bits codecs", "facts that need nothing: errors, numbers on disk, bits and meanings of codes"),
     ("schema", "what a config says"),
     ("tensors matrix", "one matrix as the file has it: its tensors, and their content in numpy"),
     ("machine", "threads and the compiler of this machine: below all that computes"),
