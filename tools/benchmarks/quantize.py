@@ -22,7 +22,7 @@ from lowbit_format.reference import decode
 
 
 @dataclass(frozen=True)
-class Quantizer:
+class Contender:
     """A quantizer: `quantize` gives a state, `dequantize` makes float32 of it; bits include all parameters."""
 
     name: str
@@ -31,7 +31,7 @@ class Quantizer:
     dequantize: Callable[[Any], np.ndarray]
 
 
-def ours(weight: np.ndarray) -> Iterator[Quantizer]:
+def ours(weight: np.ndarray) -> Iterator[Contender]:
     """Our codecs at several bits, parameters in float16."""
     targets = [Target(bits=b) for b in (1, 2, 3, 4)]
     targets += [Target("uniform", b, solver="minmax") for b in (2, 3, 4)]
@@ -41,7 +41,7 @@ def ours(weight: np.ndarray) -> Iterator[Quantizer]:
         parameters = (t.bits + t.offset) if t.codec == "bcq" else (2 if t.codec == "uniform" else 1)
         name = {"bcq": "BCQ", "uniform": f"uniform {t.solver}", "codebook": str(t.table)}[t.codec]
         out = np.empty_like(weight)
-        yield Quantizer(
+        yield Contender(
             f"lowbit {name}",
             t.bits + 16 * parameters / t.group_size,
             lambda t=t: quantize(weight, t).matrix,
@@ -49,13 +49,13 @@ def ours(weight: np.ndarray) -> Iterator[Quantizer]:
         )
 
 
-def peers(weight: np.ndarray) -> Iterator[Quantizer]:
+def peers(weight: np.ndarray) -> Iterator[Contender]:
     """Whatever of the peers can be imported here."""
     try:
         import gguf
 
         kind = gguf.GGMLQuantizationType.Q4_0
-        yield Quantizer(
+        yield Contender(
             "gguf-py Q4_0",
             4.5,
             lambda: gguf.quants.quantize(weight, kind),
@@ -69,7 +69,7 @@ def peers(weight: np.ndarray) -> Iterator[Quantizer]:
 
         tensor = torch.from_numpy(weight)
         for bits in (2, 3, 4):
-            yield Quantizer(
+            yield Contender(
                 "HQQ",
                 bits + 32 / 128,
                 lambda bits=bits: HQQ.quantize(tensor, nbits=bits, group_size=128, axis=1, device="cpu"),
@@ -82,7 +82,7 @@ def peers(weight: np.ndarray) -> Iterator[Quantizer]:
         import torch
 
         tensor = torch.from_numpy(weight)
-        yield Quantizer(
+        yield Contender(
             "bitsandbytes NF4",
             4 + 32 / 64,
             lambda: bnb.quantize_4bit(tensor, blocksize=64, quant_type="nf4"),
@@ -100,7 +100,7 @@ def peers(weight: np.ndarray) -> Iterator[Quantizer]:
             scale, shift = MaxOptimizer()(tensor, qint4, axis=0, group_size=128)
             return quantize_weight(tensor, qint4, axis=0, scale=scale, shift=shift, group_size=128)
 
-        yield Quantizer("quanto int4", 4 + 64 / 128, quanto, lambda q: q.dequantize().numpy())
+        yield Contender("quanto int4", 4 + 64 / 128, quanto, lambda q: q.dequantize().numpy())
     except ImportError:
         pass
 
