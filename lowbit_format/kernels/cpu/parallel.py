@@ -74,7 +74,7 @@ class Kernel:
     def __init__(self, job: type[Job], function: Callable[[Any], None]) -> None:
         self.function = function
         # Numba passes a record by reference: the C function takes its address.
-        self.signature = types.void(types.Record.make_c_struct([(name, types.int64) for name, _ in job._fields_]))
+        self.signature = types.void(types.Record.make_c_struct([(name, types.int64) for name, *_ in job._fields_]))
         functools.update_wrapper(self, function)
 
     @functools.cached_property

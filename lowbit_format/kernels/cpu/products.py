@@ -257,7 +257,7 @@ class Block(NamedTuple):
 
     group: int
     first: int  # word, counted from the group's first
-    count: int
+    words: int
     group_words: int  # of this group, which may be short
 
 
@@ -303,7 +303,7 @@ def _make_tables(job, block, scratch):
     sums, stride = floats_at(scratch.sums), min(job.group_words, BLOCK) * WORD_TABLES
     x = job.x + (block.group * job.group_words + block.first) * WORD_X
     for r in range(job.batch):
-        sums[r] = set_tables(x + r * job.x_stride, scratch.tables + r * stride, block.count * (WORD // 4))
+        sums[r] = set_tables(x + r * job.x_stride, scratch.tables + r * stride, block.words * (WORD // 4))
 
 
 @numba.njit(forceinline=True)
@@ -347,14 +347,14 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
     x = job.x + r * job.x_stride + (block.group * job.group_words + block.first) * WORD_X
     tables = scratch.tables + r * table_stride
     to = y + r * scratch.stride
-    ahead = block.count * VECTOR  # the next block, or the next group, of the same tiles
-    if block.first + block.count == block.group_words:
+    ahead = block.words * VECTOR  # the next block, or the next group, of the same tiles
+    if block.first + block.words == block.group_words:
         next_group = job.group_words * bits * VECTOR - block.first * VECTOR
         ahead = next_group if block.group + 1 < job.groups else 0
     if job.codec == CODEBOOK:
         add_levels(
             words, x, job.codebook, scratch.scales, to,
-            block.count, bits,
+            block.words, bits,
             tile_stride, plane_stride, job.x_stride, scratch.stride, ahead,
             TILES, ROWS,
         )  # fmt: skip
@@ -366,7 +366,7 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
         if planes > 0:
             add_planes(
                 words + done * plane_stride, tables, x, scratch.scales + done * TILES * VECTOR, to,
-                block.count, planes,
+                block.words, planes,
                 tile_stride, plane_stride, table_stride, job.x_stride, scratch.stride, ahead,
                 TILES, ROWS,
             )  # fmt: skip

@@ -85,8 +85,8 @@ def tile(w: PlaneMatrix) -> PlaneMatrix:
     out = room[:-1]
     parallel_rows(_set_tiles, len(bits), out, source, index, bits, starts, group_words(w), rows, grain=STRIP)
     shape = (1, -1, LANES, 4) if ragged else (len(bits), w.bits * source.shape[1], LANES, 4)
-    planes = torch.from_numpy(room.view(np.uint8)).flatten()[: out.nbytes].view(shape)
-    return w._replace(planes=planes, layout=TILED)
+    tiled = torch.from_numpy(room.view(np.uint8)).flatten()[: out.nbytes].view(shape)
+    return w._replace(planes=tiled, layout=TILED)
 
 
 def untile(w: PlaneMatrix, rows: Tensor | None = None) -> PlaneMatrix:

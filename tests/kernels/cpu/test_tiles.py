@@ -1,4 +1,4 @@
-"""The packed form on a CPU: an exact inverse, in place of the file's bytes while serving, and given back when asked."""
+"""The tiled layout of the CPU kernels: exact, in place of the file's layout while a model runs, undone on request."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def whole_planes(w: PlaneMatrix) -> Tensor:
 def test_some_rows_of_tiles(w: PlaneMatrix, data: st.DataObject) -> None:
     """Any rows in any order."""
     assert tiles.can_tile(w)
-    packed = tiles.tile(w)
-    assert packed.is_tiled
+    tiled = tiles.tile(w)
+    assert tiled.is_tiled
     assert not w.is_tiled
-    assert torch.equal(tiles.untile(packed).planes, w.planes)
+    assert torch.equal(tiles.untile(tiled).planes, w.planes)
     count = w.scales.shape[1]
     rows = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), max_size=40)), dtype=torch.int64)
-    some = tiles.untile(packed, rows)
+    some = tiles.untile(tiled, rows)
     assert torch.equal(some.planes, whole_planes(w)[:, rows])
     for name in ("scales", "offsets", "zeros", "row_bits"):
         values, of = getattr(some, name), getattr(w, name)
@@ -78,22 +78,22 @@ def test_where_each_word_lies() -> None:
     for rows, cols, group, bits in ((20, 100, 32, 3), (16, 130, 96, 2), (5, 70, 0, 1)):
         w = drawn(KINDS[0], bits, group, rows, cols)
         words, whole = tiles.words(w), tiles.group_words(w)
-        packed = tiles.tile(w).planes
-        assert packed.shape == (-(-rows // 16), words * bits, 16, 4)
+        tiled = tiles.tile(w).planes
+        assert tiled.shape == (-(-rows // 16), words * bits, 16, 4)
         source = w.planes.reshape(bits, rows, words, 4)
         for r, p, word in np.ndindex(rows, bits, words):
             g, j = divmod(word, whole)
             here = min(whole, words - g * whole)
-            assert torch.equal(packed[r // 16, g * whole * bits + p * here + j, r % 16], source[p, r, word])
-        assert not packed[-1, :, (rows - 1) % 16 + 1 :].any()  # rows that only pad
+            assert torch.equal(tiled[r // 16, g * whole * bits + p * here + j, r % 16], source[p, r, word])
+        assert not tiled[-1, :, (rows - 1) % 16 + 1 :].any()  # rows that only pad
 
 
 def test_ragged_tiles_have_as_many_planes_as_their_longest_row() -> None:
     w = drawn(Scheme("bcq", row_bits=True), 8, 0, 40, 64)
     row_bits = torch.tensor([1] * 15 + [5] + [2] * 16 + [3, 1] * 4, dtype=torch.uint8)
     w = w._replace(row_bits=row_bits, planes=torch.randint(0, 256, (int(row_bits.sum()), 8), dtype=torch.uint8))
-    packed = tiles.tile(w).planes
-    assert packed.shape == (1, (5 + 2 + 3) * 2, 16, 4)
+    tiled = tiles.tile(w).planes
+    assert tiled.shape == (1, (5 + 2 + 3) * 2, 16, 4)
     assert torch.equal(tiles.untile(tiles.tile(w)).planes, w.planes)
 
 
@@ -249,7 +249,7 @@ def test_loaded_values_are_used(scheme: Scheme, assign: bool) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 @pytest.mark.parametrize("dtype", SCALE_DTYPES)
 def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
-    """The packed form takes the plain one's place, padded to whole tiles, and goes when that comes back."""
+    """The tiled layout replaces the file's, padded to whole tiles, and goes when that comes back."""
     scheme = replace(scheme, scale_dtype=dtype)
     module = module_of(scheme)
     module(some_input(module))
@@ -271,7 +271,7 @@ def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
 
 
 def _tensors_of(module: LowbitModule) -> list[Tensor]:
-    """What is kept with the planes, and with the form that they are in."""
+    """What is kept with the planes, and with the layout that they have."""
     found, seen, queue = list[Tensor](), set[int](), [module._parameters["planes"], module.tiled]
     while queue:
         thing: Any = queue.pop()
@@ -320,7 +320,7 @@ def test_casts_between_forwards() -> None:
         assert module.scales.dtype == torch.float16
 
 
-def test_moves_of_a_packed_module() -> None:
+def test_moves_of_a_tiled_module() -> None:
     module = module_of(SCHEMES[1])
     module(some_input(module))
     module.to("meta")
@@ -352,12 +352,12 @@ def gradients_of(w: PlaneMatrix, call: Any, which: str) -> list[Tensor]:
 @pytest.mark.parametrize("which", ["linear", "embedding"])
 @pytest.mark.parametrize("tasks", [None, "mul", "add"])
 @pytest.mark.parametrize("batch", [2, 70])
-def test_gradients_do_not_depend_on_the_form(kind: Scheme, which: str, tasks: str | None, batch: int) -> None:
+def test_gradients_do_not_depend_on_the_layout(kind: Scheme, which: str, tasks: str | None, batch: int) -> None:
     w = drawn(kind, 3, 32, ROWS, COLS)
     call = random_call(w, batch, tasks=tasks)
-    plain, packed = gradients_of(w, call, which), gradients_of(backend.tile(w), call, which)
-    assert len(plain) == len(packed) > 0
-    for a, b in zip(plain, packed, strict=True):
+    plain, tiled = gradients_of(w, call, which), gradients_of(backend.tile(w), call, which)
+    assert len(plain) == len(tiled) > 0
+    for a, b in zip(plain, tiled, strict=True):
         assert a is not None
         assert a.any()
         torch.testing.assert_close(b, a, rtol=1e-5, atol=1e-5 * float(a.abs().max()))
@@ -385,7 +385,7 @@ def test_a_module_trains_as_it_does_with_plain_planes(scheme: Scheme, monkeypatc
 
 
 def test_a_state_dict_between_forward_and_backward() -> None:
-    """What autograd has kept changes its form meanwhile."""
+    """What autograd has kept changes its layout meanwhile."""
     grads = []
     x = torch.randn(3, COLS)
     for look in (False, True):
@@ -406,7 +406,7 @@ def test_a_state_dict_between_forward_and_backward() -> None:
 def test_training_after_inference_mode(first: Callable[[LowbitModule], Any]) -> None:
     """Tensors made in that mode cannot be trained; the module's own are not of them."""
     module = module_of(SCHEMES[1])
-    for prepare in (module.untile, module.tile):  # whichever form it begins with
+    for prepare in (module.untile, module.tile):  # whichever layout it begins with
         prepare()
         with torch.inference_mode():
             first(module)
@@ -476,7 +476,7 @@ def test_a_tied_head_stays_tied(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 def test_the_first_forwards_come_at_once(scheme: Scheme) -> None:
-    """Each of several threads finds the module not packed yet."""
+    """Each of several threads finds the module not tiled yet."""
     module = module_of(scheme)
     x = torch.randn(2, COLS)
     with torch.no_grad():
@@ -513,7 +513,7 @@ def test_saving_while_serving(scheme: Scheme) -> None:
     at_once(serve, save(embedding), serve, save(head))
 
 
-def test_a_moved_module_is_packed_again_at_once() -> None:
+def test_a_moved_module_is_tiled_again_at_once() -> None:
     """A compiled one has no other time for it: while it runs, nobody may change it."""
     module = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
     module.to(torch.float16)
