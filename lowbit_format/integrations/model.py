@@ -242,7 +242,8 @@ def specialize(model: nn.Module, state: TaskState) -> None:
         if is_model and any(isinstance(m, LowbitModule) for m in module.modules()):
             if not isinstance(module, LowbitModel):  # ``type(loaded).from_pretrained`` makes one that is
                 mix_in(LowbitModel, module)
-            module.lowbit_state = state
+            mixed: Any = module
+            mixed.lowbit_state = state
 
 
 def generalize(model: nn.Module) -> None:
