@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def test_a_codebook_may_say_the_bits_that_its_table_has(tmp_path: Path) -> None:
 
 def test_the_documented_recipe_is_read_and_has_every_key(tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text("utf-8")
-    example = json.loads(page.split("```json\n")[1].split("```")[0])
+    [example] = map(json.loads, re.findall(r"^```json[^\n]*\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     assert len(load(tmp_path, example).rules) == 5
     keys = set(example["default"]).union(*example["rules"])
     assert keys == {*Target.__dataclass_fields__, "match", "keep"}

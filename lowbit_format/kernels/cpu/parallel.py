@@ -63,6 +63,19 @@ def take(typingctx, job):
     return types.int64(job), codegen
 
 
+@intrinsic
+def keep(typingctx, arrays):
+    """Do nothing; but the arrays of this tuple are in memory until here.
+
+    Numba frees an array after the last use of its name. Uses of its address do not count.
+    """
+
+    def codegen(context, builder, signature, args):
+        return context.get_dummy_value()
+
+    return types.void(arrays), codegen
+
+
 def kernel(job: type[Job]) -> Callable[[Callable[[Any], None]], Kernel]:
     """Decorator: a kernel that works on jobs of this type."""
     return functools.partial(Kernel, job)

@@ -54,7 +54,7 @@ from .intrinsics import (
     read_parameters,
     set_tables,
 )
-from .parallel import Job, job, kernel, take
+from .parallel import Job, job, keep, kernel, take
 from .tiles import MOST_PLANES, STRIP, WORD
 
 BLOCK = 8  # words whose tables are made at a time: 4 KiB for a row of x, in the nearest cache
@@ -277,7 +277,7 @@ def _multiply(job):
     while True:
         chunk: int = take(job)
         if chunk >= job.chunks:
-            return
+            break
         first = chunk * most
         count = min(most, all_tiles - first)
         parts[:] = 0
@@ -295,6 +295,7 @@ def _multiply(job):
                         _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, STRIP)
                         t += STRIP
         _finish(job, scratch, first * LANES, min(count * LANES, job.rows - first * LANES))
+    keep((parts, tables, room))
 
 
 @numba.njit

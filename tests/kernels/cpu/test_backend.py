@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -229,6 +233,33 @@ def test_in_a_forked_child(known: list[tuple[Call, Tensor]], monkeypatch: pytest
     assert in_child(work)
     assert in_child(lambda: in_child(work))
     assert_known(few)
+
+
+SHARED_MEMORY = """
+from lowbit_format.kernels import operators
+from lowbit_format.kernels.cpu import backend, products
+from lowbit_format.testing.products import KINDS, drawn, random_call, same_bits
+
+products.ONE_THREAD_BELOW = 0
+for kind in KINDS:
+    for batch, tasks in ((1, None), (7, "mul"), (7, "add")):
+        call = random_call(backend.tile(drawn(kind, 3, 64, 1000, 500)), batch, tasks=tasks)
+        want, weights = operators.linear(*call), backend.decode(call.w)
+        assert all(same_bits(operators.linear(*call), want) for _ in range(20)), (kind, batch, tasks)
+        assert all(same_bits(backend.decode(call.w), weights) for _ in range(20)), kind
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs a setting of glibc's malloc")
+def test_no_kernel_uses_memory_that_it_has_freed() -> None:
+    """Where all threads share one arena, memory that one has freed is the next that another gets."""
+    environment = {
+        **os.environ,
+        "MALLOC_ARENA_MAX": "1",
+        "LOWBIT_NUM_THREADS": "4",
+    }
+    done = subprocess.run([sys.executable, "-c", SHARED_MEMORY], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # --- activations and matrices that change ----------------------------------------------------------
