@@ -130,3 +130,7 @@ class TaskError(LowbitError):
 
 class HubError(LowbitError):
     """The Hub refused, or could not be reached; nothing was published or loaded in part."""
+
+
+class CalibrationError(LowbitError):
+    """Data for a calibration cannot be used, or a model cannot be run on it."""

@@ -45,11 +45,22 @@ def quantize_tensor(
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteWeightError(f"{name}: holds NaN or infinite values")
+    exact = fit_groups(weight, torch.ones_like(weight[0]) if importance is None else importance, target)
+    host = np.ascontiguousarray(weight.cpu().numpy())
+    for dtype in (target.scale_dtype, "F32"):
+        matrix = round_and_assign(host, target, exact, dtype)
+        if matrix is not None:
+            return matrix
+    raise QuantizationError(f"{name}: its parameters overflow float32; keep this module in full precision")
+
+
+def fit_groups(weight: Tensor, importance: Tensor, target: Target) -> Params:
+    """The parameters of a float32 weight ``[rows, cols]``, with importances ``[cols]`` >= 0, before rounding."""
     rows, cols = weight.shape
     scheme = target.scheme()
     groups, size = scheme.groups(cols), scheme.group_columns(cols)
     x = torch.nn.functional.pad(weight, (0, groups * size - cols)).reshape(-1, size)
-    column = torch.ones(cols, device=weight.device) if importance is None else importance.to(weight).float()
+    column = importance.to(weight).float()
     w = torch.nn.functional.pad(column, (0, groups * size - cols)).reshape(1, groups, size)
     present = torch.nn.functional.pad(torch.ones_like(column), (0, groups * size - cols)).reshape(1, groups, size)
     w = torch.where(
@@ -60,13 +71,7 @@ def quantize_tensor(
     parts = [_FITS[target.codec](x[i : i + step], w[i : i + step], target) for i in range(0, len(x), step)]
     scales = torch.cat([p[0] for p in parts], dim=1).reshape(-1, rows, groups).cpu().numpy()
     shift = torch.cat([p[1] for p in parts]).reshape(rows, groups).cpu().numpy()
-    exact = Params(scales, None if target.codec == "bcq" and not target.offset else shift)
-    host = np.ascontiguousarray(weight.cpu().numpy())
-    for dtype in (target.scale_dtype, "F32"):
-        matrix = round_and_assign(host, target, exact, dtype)
-        if matrix is not None:
-            return matrix
-    raise QuantizationError(f"{name}: its parameters overflow float32; keep this module in full precision")
+    return Params(scales, None if target.codec == "bcq" and not target.offset else shift)
 
 
 def _fit_bcq(x: Tensor, w: Tensor, target: Target) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,7 @@ def quantize(
         found = recognise(weight, target, source_dtype)
         if found is not None:
             return Quantized(found, _squared_error(weight, found), norm, lossless=True)
-    solver = _SOLVERS[target.codec]
+    solver = SOLVERS[target.codec]
     exact = solver.fit(weight, target, importance)
     matrix = round_and_assign(weight, target, exact, target.scale_dtype)
     widened = None
@@ -99,36 +99,37 @@ def quantize(
 
 def round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> StoredMatrix | None:
     """The matrix with parameters rounded to `dtype`, or None if that moves a level too far (ENC-4)."""
-    solver, (rows, cols) = _SOLVERS[target.codec], weight.shape
-    params = _rounded(exact, dtype)
-    if not _close(exact, params, target):
+    solver, (rows, cols) = SOLVERS[target.codec], weight.shape
+    params = rounded(exact, dtype)
+    if not is_close(exact, params, target):
         return None
     codes = np.zeros((rows, 8 * row_bytes(cols)), np.uint8)
     solver.assign(weight, params, target, codes)
     nested = {}
     for k in target.nested:  # fitted to the first k planes of the final codes
         exact_k = solver.refit(weight, codes, target, k)
-        nested[k] = _rounded(exact_k, dtype)
-        if not _close(exact_k, nested[k], target):
+        nested[k] = rounded(exact_k, dtype)
+        if not is_close(exact_k, nested[k], target):
             return None
     table = codebook.padded(target.values()) if target.codec == "codebook" else None
     return StoredMatrix(target.scheme(dtype), rows, cols, pack(codes, target.bits), params, nested, table)
 
 
-def _rounded(params: Params, dtype: str) -> Params:
+def rounded(params: Params, dtype: str) -> Params:
+    """Parameters with the values that `dtype` stores."""
     return Params(round_to(params.scales, dtype), None if params.shift is None else round_to(params.shift, dtype))
 
 
-def _close(exact: Params, rounded: Params, target: Target) -> bool:
+def is_close(exact: Params, stored: Params, target: Target) -> bool:
     """Whether rounding moves no level further than `_SLACK` of a step; an offset may move by about F16's precision."""
-    if not np.isfinite(rounded.scales).all() or (rounded.shift is not None and not np.isfinite(rounded.shift).all()):
+    if not np.isfinite(stored.scales).all() or (stored.shift is not None and not np.isfinite(stored.shift).all()):
         return False
     step = np.abs(exact.scales).max(axis=0)
-    if (np.abs(exact.scales - rounded.scales) > _SLACK * step).any():
+    if (np.abs(exact.scales - stored.scales) > _SLACK * step).any():
         return False
-    if exact.shift is None or rounded.shift is None:
+    if exact.shift is None or stored.shift is None:
         return True
-    moved = np.abs(exact.shift - rounded.shift)
+    moved = np.abs(exact.shift - stored.shift)
     if target.codec == "uniform":  # zero points count in steps
         return bool((moved <= 4 * _SLACK).all())
     return bool((moved <= np.maximum(_SLACK * step, 2.0**-10 * np.abs(exact.shift))).all())
@@ -236,7 +237,7 @@ def _no_refit(weight: F32, codes: U8, target: Target, k: int) -> Params:
     raise QuantizationError("a codebook has no nested precisions")
 
 
-_SOLVERS = {
+SOLVERS = {
     "bcq": Solver(_fit_bcq, _assign_bcq, _refit_bcq),
     "uniform": Solver(_fit_uniform, _assign_uniform, _refit_uniform),
     "codebook": Solver(_fit_codebook, _assign_codebook, _no_refit),

@@ -1,0 +1,1 @@
+"""What the layers of a model see: text, the blocks that it flows through, and the errors that quantization makes."""

@@ -1,0 +1,244 @@
+"""Quantizes the layers of one block, step by step; each step lowers the error of what the block gives."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..errors import CalibrationError
+from ..kernels import operators
+from ..kernels.matrix import PlaneMatrix
+from ..matrix import Params, StoredMatrix
+from ..quantize import Target
+from ..quantize.calibrated import Calibrated, quantize_for_outputs
+from ..quantize.solve import rounded
+from .hessians import collect, find_stages, is_transposed, weights_of
+
+LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much work calibration does.
+
+    Attributes:
+        sweeps: of descent in every layer, see :mod:`..quantize.calibrated`.
+        steps: of training the scales and offsets of a whole block; 0 leaves this out.
+        learning_rate: of these, relative to the mean size of a layer's scales.
+        samples: that are used unless the caller says another number.
+    """
+
+    sweeps: int
+    steps: int
+    learning_rate: float
+    samples: int
+
+
+EFFORTS = {
+    "fast": Effort(sweeps=2, steps=0, learning_rate=0.0, samples=32),
+    "default": Effort(sweeps=4, steps=48, learning_rate=0.01, samples=64),
+    "high": Effort(sweeps=6, steps=200, learning_rate=0.01, samples=128),
+}
+
+
+class Inputs(Protocol):
+    """The calls of a block, one for each batch.
+
+    Attributes:
+        batches: their number.
+    """
+
+    batches: int
+
+    def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for a batch, on the quantized prefix."""
+        ...
+
+    def mask(self, batch: int) -> Tensor | None:
+        """``[batch, tokens]``, 0 for tokens that do not count; None if all do."""
+        ...
+
+    def wanted(self, batch: int) -> Tensor:
+        """The hidden states that the float block gives after float blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A block whose layers are quantized.
+
+    Attributes:
+        layers: by name within the block; absent where too little data reached a layer.
+        errors: squared error of the block's outputs relative to their variance, after each step.
+    """
+
+    layers: dict[str, Calibrated]
+    errors: dict[str, float]
+
+
+def quantize_block(
+    block: nn.Module, targets: Mapping[str, Target], inputs: Inputs, effort: Effort, *, path: str, seed: int = 0
+) -> BlockResult:
+    """Quantize layers of a block; their weights become the decoded ones.
+
+    Args:
+        block: with float weights, on the device to compute on.
+        targets: of layers, by name within the block.
+        inputs: the block's calls.
+        effort: how much work to do.
+        path: of the block, for messages.
+        seed: of the order of batches in training.
+
+    Raises:
+        CalibrationError: what the block gives or gets is not finite.
+    """
+    layers = {name: block.get_submodule(name) for name in targets}
+    weights = weights_of(layers)
+
+    def call(batch: int) -> Any:
+        args, kwargs = inputs.arguments(batch)
+        return block(*args, **kwargs)
+
+    calls = [functools.partial(call, batch) for batch in range(inputs.batches)]
+    masks = [inputs.mask(batch) for batch in range(inputs.batches)]
+    found: dict[str, Calibrated] = {}
+    with torch.no_grad():
+        for stage in find_stages(block, targets, calls[0]):
+            seen = collect(block, stage, zip(calls, masks, strict=True))
+            if not bool(torch.isfinite(seen.total).all()):
+                raise CalibrationError(
+                    f"{path}.{stage.layers[0]}: gets inputs that are not finite; leave out the text that causes them, "
+                    "or keep this block in full precision"
+                )
+            if seen.rows < LEAST_ROWS:
+                continue
+            for name in stage.layers:
+                found[name] = quantize_for_outputs(
+                    weights[name], targets[name], seen.hessian, sweeps=effort.sweeps, name=f"{path}.{name}"
+                )
+                _set_weight(layers[name], found[name].matrix)
+        errors = {"layer by layer": _error(calls, inputs)}
+    if effort.steps and found:
+        found = _train(block, layers, found, inputs, effort, seed)
+        with torch.no_grad():
+            errors["scales together"] = _error(calls, inputs)
+    return BlockResult(found, errors)
+
+
+def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
+    """Give a layer the weight that the matrix decodes to."""
+    old: Tensor = layer.weight
+    new = operators.dequantize(_plane_matrix(matrix, old.device))
+    old.data = (new.T if is_transposed(layer) else new).to(old.dtype).contiguous()
+
+
+def _plane_matrix(matrix: StoredMatrix, device: torch.device) -> PlaneMatrix:
+    scheme, shift = matrix.scheme, matrix.params.shift
+
+    def tensor(array: np.ndarray[Any, Any] | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    planes, scales = tensor(matrix.planes), tensor(matrix.params.scales)
+    assert planes is not None and scales is not None  # noqa: S101, PT018 - tells the type checker
+    return PlaneMatrix(
+        planes,
+        scales,
+        tensor(shift) if scheme.codec == "bcq" else None,
+        tensor(shift) if scheme.codec == "uniform" else None,
+        tensor(matrix.codebook),
+        None,
+        scheme.codec,
+        scheme.bits,
+        scheme.group_size,
+        matrix.cols,
+    )
+
+
+def _first(output: Any) -> Tensor:
+    found = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(found, Tensor)  # noqa: S101 - a block's first output is its hidden states
+    return found
+
+
+def _error(calls: Sequence[Callable[[], Any]], inputs: Inputs, most: int = 8) -> float:
+    """Squared error of the block's outputs relative to their variance, over some batches."""
+    error = size = 0.0
+    for i in range(0, len(calls), -(-len(calls) // most)):
+        wanted, mask = inputs.wanted(i), inputs.mask(i)
+        away = (_first(calls[i]()) - wanted).float()
+        wanted = wanted.float() - wanted.float().mean()
+        if mask is not None and wanted.shape[:2] == mask.shape:
+            away, wanted = away[mask != 0], wanted[mask != 0]
+        error += float(away.square().sum())
+        size += float(wanted.square().sum())
+    return error / size if size > 0 else 0.0
+
+
+# --- training of scales ----------------------------------------------------------------------------
+
+
+def _train(
+    block: nn.Module,
+    layers: Mapping[str, nn.Module],
+    found: dict[str, Calibrated],
+    inputs: Inputs,
+    effort: Effort,
+    seed: int,
+) -> dict[str, Calibrated]:
+    """Train scales and offsets of all layers of a block together, by gradients of the error of what it gives.
+
+    They are trained as multiples of a layer's mean scale, so that one learning rate suits all.
+    """
+    random = np.random.default_rng(seed)
+    matrices: dict[str, PlaneMatrix] = {}
+    units: dict[str, float] = {}
+    trained: list[Tensor] = []
+    for name, result in found.items():
+        w = _plane_matrix(result.matrix, layers[name].weight.device)
+        units[name] = float(w.scales.abs().mean())
+        w = w._replace(scales=(w.scales / units[name]).requires_grad_())
+        trained.append(w.scales)
+        if w.shift is not None:
+            shift = w.shift / units[name] if w.codec == "bcq" else w.shift.clone()
+            w = w.with_shift(shift.requires_grad_())
+            trained.append(shift)
+        matrices[name] = w
+
+    def current(name: str) -> PlaneMatrix:
+        w, unit = matrices[name], units[name]
+        shift = w.shift
+        w = w._replace(scales=w.scales * unit)
+        return w if shift is None else w.with_shift(shift * unit if w.codec == "bcq" else shift)
+
+    optimizer = torch.optim.Adam(trained, lr=effort.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / effort.steps)
+    order = np.concatenate([random.permutation(inputs.batches) for _ in range(effort.steps)])[: effort.steps]
+    for i in map(int, order):
+        new = {name: operators.dequantize(current(name)) for name in found}
+        new = {f"{name}.weight": w.T if is_transposed(layers[name]) else w for name, w in new.items()}
+        args, kwargs = inputs.arguments(i)
+        wanted, mask = inputs.wanted(i), inputs.mask(i)
+        away = _first(functional_call(block, new, args, kwargs)) - wanted
+        size = (wanted - wanted.mean()).square().mean()
+        if mask is not None and away.shape[:2] == mask.shape:
+            away = away[mask != 0]
+        optimizer.zero_grad()
+        (away.square().mean() / size).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+    results = {}
+    with torch.no_grad():
+        for name, result in found.items():
+            w, matrix = current(name), result.matrix
+            shift = None if w.shift is None else w.shift.cpu().numpy()
+            params = rounded(Params(w.scales.detach().cpu().numpy(), shift), matrix.scheme.scale_dtype)
+            results[name] = replace(result, matrix=replace(matrix, params=params))
+            _set_weight(layers[name], results[name].matrix)
+    return results

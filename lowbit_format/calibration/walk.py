@@ -1,0 +1,161 @@
+"""Walks through a model's blocks in the order in which it calls them, and quantizes one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..quantize import Target
+from .activations import Activations
+from .blocks import Batch, Blocks, Outputs, arguments, run
+from .ladder import BlockResult, Effort, quantize_block
+
+
+@dataclass(frozen=True)
+class Place:
+    """A block of a model.
+
+    Attributes:
+        position: its number among all blocks that the model calls.
+        blocks: the list that it is in.
+        index: its number in the list.
+    """
+
+    position: int
+    blocks: Blocks
+    index: int
+
+    @property
+    def path(self) -> str:
+        return self.blocks.path_of(self.index)
+
+    @property
+    def module(self) -> nn.Module:
+        return self.blocks.modules[self.index]
+
+
+class Walk:
+    """The state of a calibration between two blocks.
+
+    Args:
+        model: the float model; weights of blocks other than the present one need not be there.
+        lists: its lists of blocks, in the order of execution.
+        batches: its inputs.
+        activations: where the outputs of blocks are kept.
+        device: to compute on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lists: Sequence[Blocks],
+        batches: Sequence[Batch],
+        activations: Activations,
+        device: torch.device,
+    ) -> None:
+        self.model, self.batches, self.activations, self.device = model, batches, activations, device
+        self.places: list[Place] = []
+        for blocks in lists:
+            for index in range(len(blocks.modules)):
+                self.places.append(Place(len(self.places), blocks, index))
+        self._lists = list(lists)
+
+    def known(self, place: Place | None, kind: str, batch: int) -> dict[nn.Module, Outputs]:
+        """Stored outputs for the blocks before a place (for all, if it is None): those of the last one stand for all
+        of a list, since nothing else of the model reads the others."""
+        known: dict[nn.Module, Outputs] = {}
+        for blocks in self._lists:
+            before = len(blocks.modules)
+            if place is not None and blocks is place.blocks:
+                before = place.index
+            if before:
+                first = next(p.position for p in self.places if p.blocks is blocks)
+                outputs = self._load(first + before - 1, kind, batch)
+                known.update(dict.fromkeys(blocks.modules[:before], outputs))
+            if place is not None and blocks is place.blocks:
+                break
+        return known
+
+    def _load(self, position: int, kind: str, batch: int) -> Outputs:
+        found = self.activations.load(position, kind, batch)
+        values = tuple(None if v is None else v.to(self.device) for v in found.values)
+        return Outputs(values, found.is_tuple)
+
+    def batch(self, i: int) -> dict[str, Any]:
+        """A batch on the device."""
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.batches[i].items()}
+
+    def mask(self, i: int) -> Tensor | None:
+        mask = self.batches[i].get("attention_mask")
+        return mask.to(self.device) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def arguments(self, place: Place, kind: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a block for a batch, after float or quantized blocks."""
+        with torch.no_grad():
+            found = arguments(self.model, place.module, self.batch(batch), self.known(place, kind, batch))
+        if found is None:
+            raise CalibrationError(f"{place.path}: the model does not call it for batch {batch} of the data")
+        return found
+
+    def quantize(
+        self,
+        place: Place,
+        targets: Mapping[str, Target],
+        effort: Effort,
+        report: Callable[[], None] = lambda: None,
+    ) -> BlockResult:
+        """Quantize the layers of a block, and store what it gives.
+
+        Args:
+            place: the block, with its float weights.
+            targets: of its layers, by name within it.
+            effort: how much work to do.
+            report: called after every pass over the data.
+        """
+        self._store(place, "float")
+        report()
+        result = quantize_block(place.module, targets, _Inputs(self, place), effort, path=place.path)
+        report()
+        self._store(place, "quantized")
+        if place.index and place.position >= 1:
+            self.activations.drop(place.position - 2) if place.index > 1 else None
+        return result
+
+    def _store(self, place: Place, kind: str) -> None:
+        for i in range(len(self.batches)):
+            args, kwargs = self.arguments(place, kind, i)
+            with torch.no_grad():
+                outputs = Outputs.of(place.module(*args, **kwargs))
+            if not bool(torch.isfinite(outputs.hidden).all()):
+                raise CalibrationError(
+                    f"{place.path}: gives values that are not finite for batch {i}; leave out the text that causes "
+                    "them, or keep this block in full precision"
+                )
+            self.activations.save(place.position, kind, i, outputs)
+
+    def output(self, batch: int, kind: str) -> Any:
+        """The model's output for a batch, after its float or its quantized blocks."""
+        with torch.no_grad():
+            return run(self.model, self.batch(batch), self.known(None, kind, batch))
+
+
+class _Inputs:
+    """See :class:`.ladder.Inputs`."""
+
+    def __init__(self, walk: Walk, place: Place) -> None:
+        self._walk, self._place = walk, place
+        self.batches = len(walk.batches)
+
+    def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._walk.arguments(self._place, "quantized", batch)
+
+    def mask(self, batch: int) -> Tensor | None:
+        return self._walk.mask(batch)
+
+    def wanted(self, batch: int) -> Tensor:
+        return self._walk._load(self._place.position, "float", batch).hidden
