@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -156,6 +157,20 @@ def test_a_matrix_of_one_precision_is_the_one_of_all(name: str) -> None:
                 alone = reader.matrix(module.path, expert, only=k)
                 assert (alone.scheme.bits, alone.nested) == (k, {})
                 assert_same_bits(decode_numpy(alone), decode_numpy(whole, k))
+
+
+def test_the_worked_fingerprint_is_that_of_its_golden_file() -> None:
+    """FORMAT.md 15.7: the records as they are printed there have the fingerprints of the files."""
+    text = (ROOT / "spec" / "FORMAT.md").read_text("utf-8").partition("### 15.7")[2]
+    body, head = (block.replace("\u2192", "\t").encode() for block in text.split("```\n")[1::2])
+    fact = facts(VECTORS / "valid" / "fingerprint-example")
+    assert hashlib.sha256(body).hexdigest() == fact["fingerprint"]
+    assert hashlib.sha256(head).hexdigest() == fact["head_fingerprint"]
+    assert f"These are {len(body)} bytes" in text
+    assert all(fact[key] in text for key in ("fingerprint", "head_fingerprint"))
+    assert all(
+        fact[key] in (ROOT / "spec" / "BUNDLE.md").read_text("utf-8") for key in ("fingerprint", "head_fingerprint")
+    )
 
 
 def test_the_vectors_cover_the_format() -> None:
