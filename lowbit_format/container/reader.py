@@ -136,7 +136,7 @@ class ModelReader:
             )
 
         planes = self.tensor(module.tensor("planes"))[at]
-        row_bits = self._row_bits(module) if scheme.row_bits else None
+        row_bits = self.row_bits(path)
         codebook = self._finite(module.tensor("codebook")) if codec.codebook else None
         if only is None or only not in scheme.nested:
             nested = {k: params(f"_k{k}") for k in scheme.nested}
@@ -146,6 +146,14 @@ class ModelReader:
         planes = planes[: only if row_bits is None else int(row_bits.sum(dtype=np.int64))]  # BIT-4
         lower = replace(scheme, bits=only, nested=())
         return StoredMatrix(lower, module.rows, module.cols, planes, params(f"_k{only}"), {}, codebook, row_bits)
+
+    def row_bits(self, path: str) -> NDArray[np.uint8] | None:
+        """Bits of each row of the module entry for `path`, ``[rows]``; None if its rows do not differ.
+
+        Raises TensorError for numbers that the spec forbids (MIX-1), and planes of another number of rows (MIX-2).
+        """
+        module = self.module(path)
+        return self._row_bits(module) if module.scheme.row_bits else None
 
     def decode(self, path: str, bits: int | None = None) -> NDArray[np.float32]:
         """Decoded weights of a module: float32 ``[rows, cols]`` or ``[experts, rows, cols]`` (section 6).

@@ -17,8 +17,12 @@ from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import FormatError
 from lowbit_format.schema import Scheme
 
-PATH, SMALL = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
-SCHEMES = {PATH: Scheme("bcq", 4, 16, nested=(2,)), SMALL: Scheme("bcq", 2, 16, nested=(1,))}
+PATH, SMALL, RAGGED = (f"model.layers.0.mlp.{name}_proj" for name in ("up", "down", "gate"))
+SCHEMES = {
+    PATH: Scheme("bcq", 4, 16, nested=(2,)),
+    SMALL: Scheme("bcq", 2, 16, nested=(1,)),
+    RAGGED: Scheme("bcq", 4, 16, row_bits=True, nested=(2,)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,8 @@ def test_precisions(model: Path, bits: int | None, expected: str | None) -> None
         (f"{PATH}.scales", None, "TEN-3"),
         (f"{PATH}.scales_k2", 2, "TEN-3"),
         (f"{PATH}.scales_k2", 4, "TEN-3"),
+        (f"{RAGGED}.scales", 2, None),
+        (f"{RAGGED}.scales", None, "TEN-3"),
         (f"{SMALL}.scales_k1", 2, "TEN-3"),  # read at its own bits, it has all its values
     ],
 )
