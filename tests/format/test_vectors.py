@@ -8,7 +8,9 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,9 +99,10 @@ def test_a_precision_above_the_base_is_refused(name: str) -> None:
     """NST-3, for the base and for each module, whatever the module's own bits are."""
     reader = ModelReader(VECTORS / "valid" / name / "model")
     most = max((m.scheme.bits for m in reader.config), default=8)
-    for bits in (0, most + 1, 9, True, 1.0):
-        doors: list[Callable[[], object]] = [lambda: reader.check_precision(bits)]  # noqa: B023
-        doors += [lambda p=m.path: reader.decode(p, bits) for m in reader.config]  # noqa: B023
+    wrong: list[Any] = [0, most + 1, 9, True, 1.0]
+    for bits in wrong:
+        doors: list[Callable[[], object]] = [partial(reader.check_precision, bits)]
+        doors += [partial(reader.decode, module.path, bits) for module in reader.config]
         for door in doors:
             with pytest.raises(PrecisionError) as caught:
                 door()
