@@ -65,7 +65,7 @@ class StoredMatrix:
         )
 
     def at(self, bits: int | None) -> tuple[Params, int]:
-        """Parameters and number of planes to read at precision `bits` (NST-1 to NST-3).
+        """Parameters and number of planes to read at precision `bits` (NST-1 to NST-4).
 
         None, or a number not below the matrix's own bits, is full precision.
         Raises PrecisionError for a precision that is not stored.

@@ -6,7 +6,7 @@ Frozen dataclasses, parsed strictly from JSON and written back to it; no tensors
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -74,7 +74,10 @@ class Scheme:
         return self.bits if bits is None else min(bits, self.bits)
 
     def has_precision(self, bits: int | None) -> bool:
-        """Whether a matrix of this scheme can be read at `bits` (NST-3); None is the scheme's own."""
+        """Whether a matrix of this scheme can be read at `bits` (NST-3); None is the scheme's own.
+
+        More bits than the scheme has are its own: another module of the base may have them.
+        """
         return bits is None or bits >= self.bits or bits in self.nested
 
     def check_precision(self, bits: int | None, *, file: object = None, tensor: str | None = None) -> None:
@@ -222,6 +225,22 @@ class QuantizationConfig:
         if not self.base_model_prefix or not any(p.startswith(prefix) for p in self.modules):
             return path, True
         return (path[len(prefix) :], True) if path.startswith(prefix) else (path, False)
+
+    def check_precision(
+        self, bits: int | None, modules: Iterable[ModuleEntry] | None = None, *, file: object = None
+    ) -> None:
+        """Raise PrecisionError unless the base can be read at `bits` (NST-3); None is its own.
+
+        Args:
+            bits: a precision, at most the largest number of bits of any module.
+            modules: only these have to have it; None is all.
+            file: for messages.
+        """
+        most = max((m.scheme.bits for m in self), default=8)
+        if bits is not None and not (is_int(bits) and 1 <= bits <= most):
+            raise PrecisionError("NST-3", f"asked for {bits!r} bits, expected 1 to {most}", file=file)
+        for module in self if modules is None else modules:
+            module.scheme.check_precision(bits, file=file, tensor=module.path)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object; equal schemes share one named entry. Deterministic."""

@@ -23,7 +23,8 @@ def inspect(
 ) -> None:
     """Show what a lowbit model holds: schemes, sizes, precisions, fingerprint.
 
-    Reads headers only, so it is quick for a model of any size. `lowbit verify` checks the data too.
+    Reads headers only, so it is quick for a model of any size. A fingerprint "by digests" rests on what the headers
+    say of the data. `lowbit verify` checks the data too.
 
     Example: `lowbit inspect ./llama-4bit --modules`
     """
@@ -37,7 +38,8 @@ def inspect(
         console.out.print(line, soft_wrap=True, highlight=False, markup=False)
     for table in _tables(reader, facts):
         console.out.print(table)
-    console.out.print(f"fingerprint {facts['fingerprint']}", soft_wrap=True, highlight=False)
+    by = " (by digests)" if facts["fingerprint_by"] == "digests" else ""
+    console.out.print(f"fingerprint {facts['fingerprint']}{by}", soft_wrap=True, highlight=False)
 
 
 def describe(reader: ModelReader) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def describe(reader: ModelReader) -> dict[str, Any]:
         "architectures": reader.model_config.get("architectures"),
         "fingerprint": mark.body,
         "head_fingerprint": mark.head,
+        "fingerprint_by": "digests" if reader.has_lowbit_digests() else "bytes",  # FPR-5
         "files": {f: sum(t.nbytes for t in h.tensors.values()) for f, h in reader.headers.items()},
         "quantized_weights": weights,
         "bits_per_quantized_weight": 8 * stored / weights if weights else 0.0,

@@ -45,6 +45,9 @@ def inspect(
     base: Annotated[
         Path | None, typer.Option(help="A lowbit model directory; check that the bundle can be applied to it.")
     ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="With `--base`: check the bytes of the base too, as `lowbit verify` does.")
+    ] = False,
     revision: Revision = None,
     subfolder: Subfolder = None,
     modules: Annotated[bool, typer.Option("--modules", help="List every module, not only kinds of modules.")] = False,
@@ -54,16 +57,24 @@ def inspect(
 
     Modules whose paths differ in numbers alone, as those of a model's layers do, are one kind and one line.
 
-    Exits with 2 and a named error if the bundle is ill-formed, or does not fit the model of `--base`.
+    Exits with 2 and a named error if the bundle is ill-formed, or does not fit the model of `--base`. Which model that
+    is, is told *by digests* where its files give them: whether they are damaged is checked with `--verify` only.
 
     Example: `lowbit task inspect ./sst2-scales --base ./llama-4bit`
     """
+    if verify and base is None:
+        raise typer.BadParameter("--verify checks a base: give one with --base")
+    verdict = "Well-formed. With --base DIR it is checked against a base too."
     with console.named_errors():
         found = find_bundle(bundle, revision=revision, subfolder=subfolder)
         facts = describe(found)
         if base is not None:
-            check_applies(found.bundle, ModelReader(base))
+            model = ModelReader(base)
+            unknown = check_applies(found.bundle, model, verify=verify)
             facts["fits_base"] = str(base)
+            facts["fits_by"] = "digests" if model.has_lowbit_digests() and not verify else "bytes"
+            facts["saved_not_in_base"] = unknown
+            verdict = _verdict(facts)
     if as_json:
         typer.echo(json.dumps(facts, indent=2))
         return
@@ -72,9 +83,6 @@ def inspect(
     console.out.print(f"base fingerprint {facts['base_fingerprint']}", soft_wrap=True, highlight=False)
     if facts["head_fingerprint"]:
         console.out.print(f"head fingerprint {facts['head_fingerprint']}", soft_wrap=True, highlight=False)
-    verdict = (
-        f"It fits {base}." if base is not None else "Well-formed. With --base DIR it is checked against a base too."
-    )
     console.out.print(verdict, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -171,6 +179,15 @@ def describe(stored: StoredBundle) -> dict[str, Any]:
             for t in sorted(bundle.saved, key=lambda t: t.name)
         },
     }
+
+
+def _verdict(facts: dict[str, Any]) -> str:
+    """What a bundle that fits a base is told to do so by, and what is left to a model."""
+    by_digests = " (by digests; --verify checks the bytes)" if facts["fits_by"] == "digests" else ""
+    verdict = f"It fits {facts['fits_base']}{by_digests}."
+    if unknown := facts["saved_not_in_base"]:
+        verdict += f" Its files lack {unknown} tensors of whole modules: whether these fit, only a model can tell."
+    return verdict
 
 
 def _range(delta: F32) -> dict[str, float | None]:

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from ..bits import padding_is_zero
 from ..codecs import CODECS
 from ..dtypes import stored, to_float32
-from ..errors import ConfigError, DigestError, DirectoryError, PrecisionError, TensorError
+from ..errors import ConfigError, DigestError, DirectoryError, TensorError
 from ..matrix import Params, StoredMatrix
-from ..schema import ModuleEntry, QuantizationConfig, is_int
+from ..schema import ModuleEntry, QuantizationConfig
 from ..tensors import TensorSpec, all_roles, tensor_specs
 from . import strict_json
 from .fingerprint import Fingerprint, fingerprint
@@ -109,10 +109,11 @@ class ModelReader:
         values = stored(self.raw(name), info.dtype, info.shape)
         return values if info.dtype == "U8" else to_float32(values, info.dtype)
 
-    def matrix(self, path: str, expert: int | None = None) -> StoredMatrix:
+    def matrix(self, path: str, expert: int | None = None, *, only: int | None = None) -> StoredMatrix:
         """The quantized matrix of the module entry for `path` (of one `expert`, where it has experts).
 
-        Planes are a view of the file; parameters are float32 copies.
+        Planes are a view of the file; parameters are float32 copies. With `only`, a nested precision, the parameters
+        of other precisions are not read, and the matrix is the one of fewer bits that the module is then (NST-1).
         Raises TensorError for values that the spec forbids (TEN-3, MIX-1, MIX-2).
         """
         module = self.module(path)
@@ -134,34 +135,43 @@ class ModelReader:
                 self._finite(module.tensor(f"{scheme.shift}{suffix}"))[at] if scheme.shift else None,
             )
 
-        return StoredMatrix(
-            scheme,
-            module.rows,
-            module.cols,
-            self.tensor(module.tensor("planes"))[at],
-            params(""),
-            {k: params(f"_k{k}") for k in scheme.nested},
-            self._finite(module.tensor("codebook")) if codec.codebook else None,
-            self._row_bits(module) if scheme.row_bits else None,
-        )
+        planes = self.tensor(module.tensor("planes"))[at]
+        row_bits = self.row_bits(path)
+        codebook = self._finite(module.tensor("codebook")) if codec.codebook else None
+        if only is None or only not in scheme.nested:
+            nested = {k: params(f"_k{k}") for k in scheme.nested}
+            return StoredMatrix(scheme, module.rows, module.cols, planes, params(""), nested, codebook, row_bits)
+        if row_bits is not None:
+            row_bits = np.minimum(row_bits, np.uint8(only))  # NST-2
+        planes = planes[: only if row_bits is None else int(row_bits.sum(dtype=np.int64))]  # BIT-4
+        lower = replace(scheme, bits=only, nested=())
+        return StoredMatrix(lower, module.rows, module.cols, planes, params(f"_k{only}"), {}, codebook, row_bits)
+
+    def row_bits(self, path: str) -> NDArray[np.uint8] | None:
+        """Bits of each row of the module entry for `path`, ``[rows]``; None if its rows do not differ.
+
+        Raises TensorError for numbers that the spec forbids (MIX-1), and planes of another number of rows (MIX-2).
+        """
+        module = self.module(path)
+        return self._row_bits(module) if module.scheme.row_bits else None
 
     def decode(self, path: str, bits: int | None = None) -> NDArray[np.float32]:
-        """Decoded weights of a module: float32 ``[rows, cols]`` or ``[experts, rows, cols]`` (section 6)."""
+        """Decoded weights of a module: float32 ``[rows, cols]`` or ``[experts, rows, cols]`` (section 6).
+
+        Raises PrecisionError for a precision that the module does not have or that is above the base's (NST-3), and
+        TensorError for forbidden values among those that the precision is read with (TEN-3).
+        """
         from ..reference import decode
 
         module = self.module(path)
         self.check_precision(bits, [module])
         if module.experts is None:
-            return decode(self.matrix(path), bits)
-        return np.stack([decode(self.matrix(path, e), bits) for e in range(module.experts)])
+            return decode(self.matrix(path, only=bits))
+        return np.stack([decode(self.matrix(path, e, only=bits)) for e in range(module.experts)])
 
     def check_precision(self, bits: int | None, modules: list[ModuleEntry] | None = None) -> None:
-        """Raise PrecisionError unless every module can be read at `bits` (NST-3), and some has that many."""
-        most = max((m.scheme.bits for m in self.config), default=8)
-        if bits is not None and not (is_int(bits) and 1 <= bits <= most):
-            raise PrecisionError("NST-3", f"asked for {bits!r} bits, expected 1 to {most}", file=self.directory)
-        for module in modules if modules is not None else self.config:
-            module.scheme.check_precision(bits, file=self.directory, tensor=module.path)
+        """Raise PrecisionError unless all modules, or these, can be read at `bits` (NST-3)."""
+        self.config.check_precision(bits, modules, file=self.directory)
 
     # --- checks that need data ---
 
@@ -204,13 +214,18 @@ class ModelReader:
         return sum(not self.check_digest(name) for name in self.names())
 
     def fingerprint(self, *, trust_digests: bool = True) -> Fingerprint:
-        """Fingerprint of the base (FPR-1 to FPR-4).
+        """Fingerprint of the base (FPR-1 to FPR-5).
 
-        It uses the digests of the headers; without `trust_digests`, or where one is missing, it computes them.
+        It uses the digests of the headers, which nothing has checked unless :meth:`check_digest` did; without
+        `trust_digests`, or where one is missing, it computes them.
         """
         names = self.lowbit_names()
         digests = {n: (self.stored_digest(n) if trust_digests else None) or self.digest(n) for n in names}
         return fingerprint(self.config, digests, {n: self.info(n).shape for n in names})
+
+    def has_lowbit_digests(self) -> bool:
+        """Whether :meth:`fingerprint` would rest on a digest that a header gives (FPR-5)."""
+        return any(self.stored_digest(name) is not None for name in self.lowbit_names())
 
     def _bad(self, rule: str, message: str, tensor: str) -> TensorError:
         return TensorError(rule, message, file=self.directory / self._file_of[tensor], tensor=tensor)
@@ -260,7 +275,7 @@ def read_config(directory: Path) -> tuple[dict[str, Any], QuantizationConfig]:
     if not isinstance(config["quantization_config"], dict):
         raise fail("DIR-1", "quantization_config is not an object")
     if _has_constant(config["quantization_config"]):  # elsewhere in config.json transformers writes Infinity
-        raise fail("DIR-8", "quantization_config holds NaN or Infinity, which is not JSON")
+        raise fail("DIR-8", "quantization_config holds NaN or Infinity, or a number that large, which is not JSON")
     return config, QuantizationConfig.from_dict(config["quantization_config"], file=path)
 
 
@@ -339,9 +354,8 @@ def _check_tensors(reader: ModelReader) -> None:
             if module.tensor(role) in reader._file_of and module.tensor(role) not in known:
                 raise reader._bad("TEN-1", "the module's scheme does not call for this tensor", module.tensor(role))
     for place, owner in config.tied.items():
-        twin = replace(config.modules[owner], path=place)
-        for name in (*map(twin.tensor, roles), twin.weight):
-            if name in reader._file_of:
+        for name in (place, f"{place}.weight", *(f"{place}{joint}{role}" for joint in "._" for role in sorted(roles))):
+            if name in reader._file_of:  # whatever the kind of the owner
                 raise reader._bad("TIE-2", f"this place is tied to {owner!r}", name)
     for name in reader.names():
         if name not in known and name.endswith((".planes", "_planes")):

@@ -173,9 +173,7 @@ def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: 
             f"{path}: the file has {entry.kind} {list(entry.shape)}, {type(model).__name__} has {kind} {list(shape)}; "
             "config.json and the weights do not belong together"
         )
-    row_bits = (
-        reader.matrix(entry.path).row_bits if entry.scheme.row_bits else None
-    )  # checked by the reader (MIX-1, MIX-2)
+    row_bits = reader.row_bits(entry.path)
     plane_rows = None if row_bits is None else int(row_bits.clip(max=bits or entry.scheme.bits).sum(dtype=int))
     options["dtype"] = _kept_dtype(model, path) or options["dtype"]
     new = MODULES[kind](

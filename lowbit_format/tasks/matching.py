@@ -5,6 +5,7 @@ Numpy only; the torch runtime does the same arithmetic on its own tensors.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,9 +31,9 @@ def modules_by_name(base: QuantizationConfig) -> dict[str, tuple[ModuleEntry, bo
 def check_matches(
     bundle: TaskBundle, base: QuantizationConfig, fingerprint: Fingerprint, bits: int | None = None
 ) -> None:
-    """Refuse a bundle that does not belong to a base (TSK-7, TSK-10, MAT-1 to MAT-3).
+    """Refuse a bundle that does not belong to a base (TSK-5, TSK-7, TSK-10, MAT-1 to MAT-3).
 
-    MAT-6 needs :func:`effective_params`, MAT-7 the model.
+    MAT-6 needs :func:`effective_params`; MAT-7 the model, or :func:`check_saved`.
 
     Args:
         bundle: what to apply.
@@ -42,19 +43,20 @@ def check_matches(
 
     Raises:
         FingerprintError: it was tuned on another base, or on another head and has deltas for it.
-        PrecisionError: the base does not have the bundle's precision (NST-3).
-        BundleError: another precision, a module that the base lacks, a delta that does not fit, or a quantized module
-            that is carried whole.
+        PrecisionError: the base does not have the bundle's precision, or `bits` (NST-3).
+        BundleError: another precision, a module that the base lacks, a delta that does not fit, a quantized module
+            that is carried whole, or one thing that is carried twice.
     """
     config, modules = bundle.config, modules_by_name(base)
     if config.base_fingerprint != fingerprint.body:
         raise _other_base("MAT-1", config, config.base_fingerprint, fingerprint.body)
+    base.check_precision(config.bits)
     for m in base:
-        m.scheme.check_precision(config.bits, tensor=m.path)
         if m.scheme.planes_at(bits) != m.scheme.planes_at(config.bits):
             tuned, read = (f"{b} bits" if b else "the base's own bits" for b in (config.bits, bits))
             how = f"load the base with bits={config.bits}"
             raise BundleError("MAT-3", f"was tuned at {tuned}, the base is read at {read}; {how}")
+    base.check_precision(bits)
     for name, delta in bundle.deltas.items():
         path, operation = split_delta(name)
         if path not in modules:
@@ -65,8 +67,11 @@ def check_matches(
         if not operation.fits(delta.shape, module, config.bits):
             message = f"a delta of shape {list(delta.shape)} does not fit {module.path!r}, {list(module.shape)}"
             raise BundleError("TSK-7", f"{message} in {module.scheme.planes_at(config.bits)} bits", tensor=name)
-    prefix = f"{base.base_model_prefix}." if base.base_model_prefix else ""
-    quantized = {*modules, *(place.removeprefix(prefix) for place in base.tied)}
+    prefix = _prefix(base)
+    _check_repeats([*config.modules_to_save], prefix, "modules_to_save lists this module")
+    _check_repeats([tensor.name for tensor in bundle.saved], prefix, "this parameter is saved")
+    # By both names: the prefix itself is above what lies in the body.
+    quantized = {*modules, *(place.removeprefix(prefix) for place in base.tied), *base.modules, *base.tied}
     above = {path for name in quantized for path in _with_ancestors(name)}
     for listed in config.modules_to_save:
         path = listed.removeprefix(prefix)
@@ -96,25 +101,78 @@ def effective_params(bundle: TaskBundle, name: str, params: Params) -> Params:
     return out
 
 
-def check_applies(bundle: TaskBundle, base: ModelReader) -> None:
-    """Check a bundle against a base in a directory, all effective values included (MAT-1 to MAT-6).
+def check_applies(bundle: TaskBundle, base: ModelReader, *, verify: bool = False) -> int:
+    """Check a bundle against a base in a directory, all effective values included (MAT-1 to MAT-7).
 
-    Raises what :func:`check_matches` and :func:`effective_params` raise.
+    Args:
+        bundle: what to apply.
+        base: to what.
+        verify: check the base's bytes too (FPR-5). Otherwise the fingerprint rests on the digests that its files give.
+
+    Returns:
+        How many saved parameters the files do not have: whether these fit, only a model can tell (MAT-7).
+
+    Raises what :func:`check_matches`, :func:`effective_params` and :func:`check_saved` raise, and with `verify` what
+    :meth:`ModelReader.verify` does.
     """
+    if verify:
+        base.verify()
     check_matches(bundle, base.config, base.fingerprint(), bundle.config.bits)
     modules = modules_by_name(base.config)
     for name in sorted({split_delta(delta)[0] for delta in bundle.deltas}):
         effective_params(bundle, name, base_params(base, modules[name][0].path, bundle.config.bits))
+    return check_saved(bundle, base)
+
+
+def without_prefix(bundle: TaskBundle, base: QuantizationConfig) -> TaskBundle:
+    """A checked bundle with the base's prefix taken off the names of what it carries whole (TSK-5)."""
+    prefix = _prefix(base)
+    listed = tuple(path.removeprefix(prefix) for path in bundle.config.modules_to_save)
+    saved = tuple(replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in bundle.saved)
+    return replace(bundle, config=replace(bundle.config, modules_to_save=listed), saved=saved)
+
+
+def check_saved(bundle: TaskBundle, base: ModelReader) -> int:
+    """Refuse a saved parameter that the base's files have with another shape (MAT-7).
+
+    Returns how many the files do not have. Raises BundleError.
+    """
+    prefix, names, unknown = _prefix(base.config), frozenset(base.names()), 0
+    for tensor in bundle.saved:
+        bare = tensor.name.removeprefix(prefix)
+        own = next((name for name in (prefix + bare, bare) if name in names), None)  # in this order (TSK-5)
+        if own is None:
+            unknown += 1
+        elif tuple(tensor.shape) != base.info(own).shape:
+            found, expected = list(tensor.shape), list(base.info(own).shape)
+            message = f"is saved with the shape {found}, {own!r} of the base has {expected}"
+            raise BundleError("MAT-7", f"{message}; it belongs to a model with other options", tensor=tensor.name)
+    return unknown
 
 
 def base_params(base: ModelReader, path: str, bits: int | None = None) -> Params:
     """Parameters of the module at `path` at precision `bits`, as :func:`effective_params` wants them."""
     module = base.module(path)
+    module.scheme.check_precision(bits, file=base.directory, tensor=path)
     if module.experts is None:
-        return base.matrix(path).at(bits)[0]
-    stack = [base.matrix(path, expert).at(bits)[0] for expert in range(module.experts)]
+        return base.matrix(path, only=bits).params
+    stack = [base.matrix(path, expert, only=bits).params for expert in range(module.experts)]
     shifts = [params.shift for params in stack if params.shift is not None]
     return Params(np.stack([params.scales for params in stack]), np.stack(shifts) if shifts else None)
+
+
+def _prefix(base: QuantizationConfig) -> str:
+    """What is taken off the paths of modules to save (TSK-5); empty if nothing is."""
+    return f"{base.base_model_prefix}." if base.base_model_prefix else ""
+
+
+def _check_repeats(names: list[str], prefix: str, what: str) -> None:
+    """Raise BundleError if two names are the same without `prefix` (TSK-5)."""
+    seen = dict[str, str]()
+    for name in names:
+        other = seen.setdefault(name.removeprefix(prefix), name)
+        if other is not name:
+            raise BundleError("TSK-5", f"{what} twice: {other!r} is the same with {prefix!r} in front", tensor=name)
 
 
 def _with_ancestors(path: str) -> set[str]:

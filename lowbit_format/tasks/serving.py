@@ -26,7 +26,7 @@ from ..runtime.modules_to_save import SwitchedModule, plain_copy, switched
 from ..runtime.stored_tensors import TORCH_DTYPES, to_torch
 from .bundle import TaskBundle, check_bundle
 from .finding import find_bundle
-from .matching import check_matches
+from .matching import check_matches, without_prefix
 from .models import LoadedTask, loaded_tasks, model_path, named_modules, outermost, state_of, unwrapped
 from .operations import split_delta
 
@@ -92,10 +92,11 @@ def load_task(
             local_files_only=local_files_only,
             force_download=force_download,
         ).bundle
-    whole = tuple(outermost(bundle.config.modules_to_save))  # a copy of a module has its parts' tensors too
-    bundle = replace(bundle, config=replace(bundle.config, modules_to_save=whole))
     base = model.lowbit_base
     check_matches(bundle, base.config, base.fingerprint, base.bits)
+    bundle = without_prefix(bundle, base.config)
+    whole = tuple(outermost(bundle.config.modules_to_save))  # a copy of a module has its parts' tensors too
+    bundle = replace(bundle, config=replace(bundle.config, modules_to_save=whole))
     modules = named_modules(model)
     with torch.inference_mode(False):  # so that they may take part in training
         deltas = {module: _checked(delta, modules[module]) for module, delta in _deltas(bundle, modules).items()}
@@ -224,13 +225,14 @@ def _head_paths(model: Any, bundle: TaskBundle) -> dict[str, str]:
 
 
 def _head(model: Any, bundle: TaskBundle, listed: str, path: str) -> nn.Module:
-    """A copy of the model's module at `path` with the bundle's tensors in it."""
-    head = plain_copy(model.get_submodule(path)).requires_grad_(False)
+    """A copy of the base's module at `path` with the bundle's tensors in it; others stay the base's (MAT-7)."""
+    module = model.get_submodule(path)
+    base = module.module_of(None) if isinstance(module, SwitchedModule) else module
+    head = plain_copy(base).requires_grad_(False)
     own: dict[str, Tensor] = head.state_dict()
     given = {t.name.removeprefix(f"{listed}."): t for t in bundle.saved if t.name.startswith(f"{listed}.")}
-    if set(own) != set(given):
-        wrong = sorted(set(own) ^ set(given))
-        raise TaskError(f"module {path!r} of the model and of the task do not have the same tensors: {wrong} [MAT-7]")
+    if wrong := sorted(set(given) - set(own)):
+        raise TaskError(f"the task brings {wrong} of module {path!r}, which the model's module does not have [MAT-7]")
     for name, tensor in given.items():
         if tensor.shape != tuple(own[name].shape) or tensor.dtype not in TORCH_DTYPES:
             labels = f", such as num_labels={tensor.shape[0]}" if tensor.shape else ""

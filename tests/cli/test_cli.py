@@ -219,7 +219,9 @@ def test_what_is_wrong_on_this_machine_is_said_first(command: str, model: Path, 
 def test_inspect_fits_a_terminal_and_ends_with_the_fingerprint(model: Path) -> None:
     result = CliRunner().invoke(app, ["inspect", str(model), "--modules"], env={"COLUMNS": "80", "TERM": "dumb"})
     assert sum(line.startswith("model.layers.1.mlp.down_proj ") for line in result.output.splitlines()) == 1
-    assert result.output.splitlines()[-1].startswith("fingerprint ")
+    fingerprint = ModelReader(model).fingerprint().body
+    assert result.output.splitlines()[-1] == f"fingerprint {fingerprint} (by digests)"  # FPR-5: headers alone were read
+    assert json.loads(lowbit("inspect", model, "--json").output)["fingerprint_by"] == "digests"
 
 
 def test_convert_is_convert_hf_to_lowbit(checkpoint: Checkpoint, model: Path, tmp_path: Path) -> None:

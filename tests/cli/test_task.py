@@ -138,6 +138,22 @@ def test_inspect_checks_against_a_base(half: Path) -> None:
     assert json.loads(task("inspect", half, "--base", BASE, "--json").stdout)["fits_base"] == str(BASE)
 
 
+def test_inspect_says_by_what_a_bundle_fits() -> None:
+    """FPR-5: a base with a flipped bit fits by digests, and does not with --verify; MAT-8: what no file can tell."""
+    bundle, damaged = INVALID / "dig-3-base" / "bundle", VECTORS / "invalid" / "dig-3-bundle-base" / "model"
+    good = VECTORS / "valid" / "bundle-saved-base" / "model"
+    by_digests = f"It fits {damaged} (by digests; --verify checks the bytes)."
+    assert by_digests in task("inspect", bundle, "--base", damaged).stdout
+    assert "DIG-3" in refused(task("inspect", bundle, "--base", damaged, "--verify"))
+    assert f"It fits {good}." in task("inspect", bundle, "--base", good, "--verify").stdout
+    for option, by in (([], "digests"), (["--verify"], "bytes")):
+        facts = json.loads(task("inspect", bundle, "--base", good, "--json", *option).stdout)
+        assert (facts["fits_by"], facts["saved_not_in_base"]) == (by, 0)
+    assert "only a model can tell" in task("inspect", VALID / "saved-fresh" / "bundle", "--base", good).stdout
+    assert "MAT-7" in refused(task("inspect", INVALID / "mat-7-shape" / "bundle", "--base", good))
+    assert task("inspect", bundle, "--verify").exit_code == 2
+
+
 def test_inspect_refuses_another_base(tmp_path: Path) -> None:
     found = read_bundle(GOOD)
     write_bundle(tmp_path, replace(found, config=replace(found.config, base_fingerprint="0" * 64)))

@@ -13,7 +13,7 @@ import pytest
 
 from lowbit_format.container.header import build_header
 
-LAYERS, HIDDEN, MLP, VOCAB = 12, 1024, 4096, 32_000
+LAYERS, HIDDEN, MLP, VOCAB = 6, 1024, 4096, 32_000
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": MLP,
     "num_hidden_layers": LAYERS, "num_attention_heads": 16, "vocab_size": VOCAB, "dtype": "bfloat16",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +18,7 @@ from numpy.typing import NDArray
 
 from lowbit_format.codecs import CODECS
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.errors import FormatError
+from lowbit_format.errors import FormatError, PrecisionError, TensorError
 from lowbit_format.reference import decode_numpy
 from lowbit_format.schema import KINDS
 from lowbit_format.testing.vectors import (
@@ -90,6 +94,21 @@ def test_valid_verifies_and_has_its_fingerprint(name: str) -> None:
         assert (found.body, found.head) == (fact["fingerprint"], fact["head_fingerprint"])
 
 
+@pytest.mark.parametrize("name", cases("valid"))
+def test_a_precision_above_the_base_is_refused(name: str) -> None:
+    """NST-3, for the base and for each module, whatever the module's own bits are."""
+    reader = ModelReader(VECTORS / "valid" / name / "model")
+    most = max((m.scheme.bits for m in reader.config), default=8)
+    wrong: list[Any] = [0, most + 1, 9, True, 1.0]
+    for bits in wrong:
+        doors: list[Callable[[], object]] = [partial(reader.check_precision, bits)]
+        doors += [partial(reader.decode, module.path, bits) for module in reader.config]
+        for door in doors:
+            with pytest.raises(PrecisionError) as caught:
+                door()
+            assert caught.value.rule == "NST-3"
+
+
 @pytest.mark.parametrize("name", cases("invalid"))
 def test_invalid_is_refused_by_rule(name: str) -> None:
     case = VECTORS / "invalid" / name
@@ -110,6 +129,49 @@ def test_invalid_is_refused_by_rule(name: str) -> None:
     assert f"[{fact['rule']}]" in str(caught.value)
     assert len(str(caught.value)) < 2000
     assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("name", ["ten-3-scales-nan", "ten-3-offsets-nan"])
+def test_values_of_other_precisions_do_not_count(name: str) -> None:
+    """TEN-3: at a nested precision, only what it is decoded with; at the module's own bits, all."""
+    reader = ModelReader(VECTORS / "invalid" / name / "model")
+    assert np.isfinite(reader.decode("fc", 2)).all()
+    for bits in (None, 3):
+        with pytest.raises(TensorError, match="TEN-3"):
+            reader.decode("fc", bits)
+
+
+@pytest.mark.parametrize("name", ["ten-3-scales-k2-nan", "ten-3-offsets-k2-inf"])
+def test_at_its_own_bits_a_module_has_all_values(name: str) -> None:
+    reader = ModelReader(VECTORS / "invalid" / name / "model")
+    for bits in (None, 2, 3):
+        with pytest.raises(TensorError, match="TEN-3"):
+            reader.decode("fc", bits)
+
+
+@pytest.mark.parametrize("name", ["nested", "ragged-nested", "experts"])
+def test_a_matrix_of_one_precision_is_the_one_of_all(name: str) -> None:
+    """NST-1, NST-2: with the parameters of one precision alone it decodes as with all."""
+    reader = ModelReader(VECTORS / "valid" / name / "model")
+    for module in reader.config:
+        for expert in [None] if module.experts is None else range(module.experts):
+            whole = reader.matrix(module.path, expert)
+            for k in module.scheme.nested:
+                alone = reader.matrix(module.path, expert, only=k)
+                assert (alone.scheme.bits, alone.nested) == (k, {})
+                assert_same_bits(decode_numpy(alone), decode_numpy(whole, k))
+
+
+def test_the_worked_fingerprint_is_that_of_its_golden_file() -> None:
+    """FORMAT.md 15.7: the records as they are printed there have the fingerprints of the files."""
+    text = (ROOT / "spec" / "FORMAT.md").read_text("utf-8").partition("### 15.7")[2]
+    body, head = (block.replace("\u2192", "\t").encode() for block in text.split("```\n")[1::2])
+    fact = facts(VECTORS / "valid" / "fingerprint-example")
+    assert hashlib.sha256(body).hexdigest() == fact["fingerprint"]
+    assert hashlib.sha256(head).hexdigest() == fact["head_fingerprint"]
+    assert f"These are {len(body)} bytes" in text
+    bundle = (ROOT / "spec" / "BUNDLE.md").read_text("utf-8")
+    assert all(fact[key] in text and fact[key] in bundle for key in ("fingerprint", "head_fingerprint"))
 
 
 def test_the_vectors_cover_the_format() -> None:

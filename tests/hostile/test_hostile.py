@@ -178,7 +178,8 @@ def test_flipped_bits_of_the_config_are_survived(copy_of_tiny: Path) -> None:
 
 # --- lies ------------------------------------------------------------------------------------------
 
-NINES = "9" * 4000  # a number that json reads; its square cannot be printed
+NINES = "9" * 300  # a number with a finite binary64 value; its square has none
+LONG = "9" * 5000  # longer than Python reads an integer
 
 
 @pytest.mark.parametrize(
@@ -186,13 +187,18 @@ NINES = "9" * 4000  # a number that json reads; its square cannot be printed
     [
         (one(f"[{NINES},{NINES}]", "0", "0"), "HDR-5"),
         (one(f"[{','.join([NINES] * 100)}]", "0", "0"), "HDR-5"),  # the product is not worked out
-        (one(f"[{'9' * 4300}]", "0", "9" * 4300), "HDR-6"),
-        (one("[0]", "9" * 4300, "9" * 4300), "HDR-6"),
-        (one("[0]", "1e999", "1e999"), "HDR-5"),
-        (one("[-0]", "0", "0"), None),
-        (one("[0.0]", "0", "0"), "HDR-5"),
+        (one(f"[{NINES}]", "0", NINES), "HDR-6"),
+        (one("[0]", NINES, NINES), "HDR-6"),
         (one(f"[{NINES},0]", "0", "0"), None),
-        (one(f"[{'9' * 5000}]", "0", "0"), "HDR-2"),  # json refuses to read it
+        (one("[-0]", "-0", "0"), None),
+        (one("[0.0]", "0", "0"), "HDR-5"),
+        (one("[0]", "0e0", "0"), "HDR-5"),
+        (one("[0]", "1e999", "1e999"), "DIR-8"),  # DIR-9: these count as Infinity
+        (one(f"[{LONG},0]", "0", "0"), "DIR-8"),
+        (one(f"[-{LONG},0]", "0", "0"), "DIR-8"),
+        (one(f"[{'1' + '0' * 309},0]", "0", "0"), "DIR-8"),
+        (one(f"[{2**1024 - 2**970},0]", "0", "0"), "DIR-8"),  # rounds to infinity, of 309 digits
+        (one(f"[{2**1024 - 2**970 - 1},0]", "0", "0"), None),
         (b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}", "HDR-2"),
         (b'{"a":' + b"[" * 500 + b"]" * 500 + b"}", "HDR-2"),
         (b'{"a":' * 400 + b"1" + b"}" * 400, "HDR-2"),
@@ -228,6 +234,30 @@ def test_deep_nesting_in_the_config(depth: int, at: str, copy_of_tiny: Path) -> 
     (copy_of_tiny / CONFIG_FILE).write_text(json.dumps(config).replace('"DEEP"', deep))
     error = refusal(lambda: read_all(copy_of_tiny))
     assert (error is None) == (depth <= 50 and at in ("top", "unknown"))
+
+
+@pytest.mark.parametrize(("levels", "rule"), [(64, None), (65, "DIR-1")])
+@pytest.mark.parametrize("at", ["top", "unknown"])
+def test_the_outermost_object_is_the_first_level(levels: int, rule: str | None, at: str, copy_of_tiny: Path) -> None:
+    """DIR-10."""
+    config = json.loads((copy_of_tiny / CONFIG_FILE).read_text())
+    inside, depth = (config, levels - 1) if at == "top" else (config["quantization_config"], levels - 2)
+    inside["deep"] = "DEEP"
+    text = json.dumps(config).replace('"DEEP"', "[" * depth + "]" * depth)
+    (copy_of_tiny / CONFIG_FILE).write_text(text)
+    error = refusal(lambda: read_all(copy_of_tiny))
+    assert (error.rule if error else None) == rule
+
+
+def test_files_of_json_have_a_size_that_is_refused_unread(copy_of_tiny: Path) -> None:
+    """DIR-10: 2^25 bytes and no more."""
+    path = copy_of_tiny / CONFIG_FILE
+    with open(path, "ab") as f:
+        f.truncate(2**25 + 1)
+    error = refusal(lambda: ModelReader(copy_of_tiny))
+    assert error is not None
+    assert error.rule == "DIR-1"
+    assert "33554432" in str(error)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**31, 2**32, 2**63, 2**64 - 8, 2**64 - 1, 100_000_001, 100_000_000])

@@ -21,7 +21,15 @@ from lowbit_format.container.fingerprint import Fingerprint
 from lowbit_format.container.header import read_header
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.container.writer import StoredTensor
-from lowbit_format.errors import BundleError, FingerprintError, FormatError, LowbitError, OutputError, VersionError
+from lowbit_format.errors import (
+    BundleError,
+    DigestError,
+    FingerprintError,
+    FormatError,
+    LowbitError,
+    OutputError,
+    VersionError,
+)
 from lowbit_format.matrix import Params
 from lowbit_format.tasks import bundle as bundles
 from lowbit_format.tasks.bundle import TaskBundle, read_bundle, rounding_loss, saved_module, write_bundle
@@ -33,6 +41,8 @@ from lowbit_format.testing.vectors import VECTORS, assert_same_bits, cases, expe
 VALID, INVALID = VECTORS / "bundles" / "valid", VECTORS / "bundles" / "invalid"
 BASE = VECTORS / "valid" / "bundle-base" / "model"
 GOOD = VALID / "all-deltas" / "bundle"
+DAMAGED = "invalid/dig-3-bundle-base/model"
+PARTS = ("saved-part", "saved-prefix", "saved-fresh")
 
 
 def apply(bundle: TaskBundle, reader: ModelReader, bits: int | None) -> dict[str, np.ndarray]:
@@ -74,10 +84,29 @@ def test_invalid_bundle_is_refused_by_rule(name: str) -> None:
     def read_and_apply() -> None:
         bundle = read_bundle(INVALID / name / "bundle")
         apply(bundle, base, fact.get("bits", bundle.config.bits))
+        check_applies(bundle, base, verify=fact.get("verify", False))
 
     with pytest.raises(FormatError) as caught:
         read_and_apply()
     assert caught.value.rule == fact["rule"]
+
+
+def test_a_damaged_base_still_fits_by_digests() -> None:
+    """FPR-5: a digest may stand in for the bytes, and who asks for the bytes gets them checked."""
+    bundle, base = read_bundle(INVALID / "dig-3-base" / "bundle"), ModelReader(INVALID.parents[1] / DAMAGED)
+    assert base.has_lowbit_digests()
+    assert base.fingerprint().body == bundle.config.base_fingerprint
+    assert base.fingerprint(trust_digests=False).body != bundle.config.base_fingerprint
+    assert check_applies(bundle, base) == 0
+    with pytest.raises(DigestError, match=r"model\.fc\.planes.*DIG-3"):
+        check_applies(bundle, base, verify=True)
+
+
+def test_what_the_files_lack_only_a_model_can_judge() -> None:
+    """MAT-8: two saved parameters of the base's files, and one that is not there."""
+    base = ModelReader(VECTORS / "valid" / "bundle-saved-base" / "model")
+    unknown = {name: check_applies(read_bundle(VALID / name / "bundle"), base) for name in PARTS}
+    assert unknown == {"saved-part": 0, "saved-prefix": 0, "saved-fresh": 1}
 
 
 def test_every_kind_of_delta_is_in_a_golden_file() -> None:
@@ -400,8 +429,9 @@ def test_a_bundle_of_many_saved_tensors_is_checked_at_once(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("listed", "refused"),
     [
-        *(("fc", True), ("model.fc", True), ("f", False), ("fcs", False), ("embed.x.y", True), ("model", False)),
+        *(("fc", True), ("model.fc", True), ("f", False), ("fcs", False), ("embed.x.y", True), ("model", True)),
         *(("lm_head", True), ("lm_head.x", True), ("cls", True), ("cls.tied", True), ("cls.other", False)),
+        *(("model.fcs", False), ("model.lm_head", True), ("models", False)),
     ],
 )
 def test_what_is_quantized_cannot_be_carried_whole(listed: str, refused: bool) -> None:

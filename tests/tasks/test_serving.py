@@ -31,6 +31,7 @@ from transformers import (
 
 import lowbit_format as lb
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import BundleError, DigestError, FingerprintError, PrecisionError, TaskError, TuningError
 from lowbit_format.integrations.placement import lowbit_modules
 from lowbit_format.reference import decode_numpy
@@ -259,7 +260,7 @@ def test_another_base_is_refused_naming_both(llama: Any) -> None:
     assert lb.list_tasks(llama) == []
 
 
-@pytest.mark.parametrize("defect", ["unknown", "shape", "infinite", "precision", "damaged"])
+@pytest.mark.parametrize("defect", ["unknown", "shape", "infinite", "precision", "above", "damaged"])
 def test_what_does_not_fit_is_refused_and_nothing_is_loaded(llama: Any, tmp_path: Path, defect: str) -> None:
     bundle = task(llama, 1)
     name = "layers.1.mlp.down_proj.scales.mul"
@@ -273,6 +274,9 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(llama: Any, tmp_path
         module.scales.data.mul_(100)
     elif defect == "precision":
         bundle = replace(bundle, config=replace(bundle.config, bits=1))
+    elif defect == "above":  # of no module, though every module would be read at its own bits
+        most = max(m.scheme.bits for m in llama.lowbit_base.config)
+        bundle = replace(bundle, config=replace(bundle.config, bits=most + 1))
     write_bundle(tmp_path, bundle)
     if defect == "damaged":
         file = tmp_path / "task_scales.safetensors"
@@ -282,6 +286,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(llama: Any, tmp_path
         "shape": (BundleError, "TSK-7"),
         "infinite": (BundleError, "MAT-6"),
         "precision": (PrecisionError, "NST-3"),
+        "above": (PrecisionError, "NST-3"),
         "damaged": (DigestError, "DIG-3"),
     }[defect]
     with pytest.raises(error, match=rule):
@@ -627,6 +632,43 @@ def test_tasks_bring_their_heads(classifier: tuple[Any, list[Path]], tmp_path: P
     assert torch.equal(logits(saved), base)
     lb.unload_task(model, "t0")
     assert torch.equal(logits(model), base)
+
+
+def test_what_a_bundle_does_not_save_stays_the_bases(classifier: tuple[Any, list[Path]]) -> None:
+    """MAT-7: a weight without its bias; also while another task of this head is being trained."""
+    model, bundles = classifier
+    bundle, bias = read_bundle(bundles[0]), model.classifier.bias.detach().clone()
+    part = replace(bundle, saved=tuple(t for t in bundle.saved if t.name != "classifier.bias"))
+    lb.load_task(model, part, name="before")
+    lb.prepare_scale_tuning(model, "scales", name="tuned")
+    nn.init.normal_(model.classifier.bias)
+    lb.load_task(model, part, name="during")
+    lb.load_task(model, bundle, name="whole")
+    whole, *parts = (model.classifier.module_of(name).state_dict() for name in ("whole", "before", "during"))
+    assert not torch.equal(whole["bias"], bias)
+    for found in parts:
+        assert torch.equal(found["bias"], bias)
+        assert torch.equal(found["weight"], whole["weight"])
+    more = StoredTensor("classifier.scale", "F32", (1,), np.ones(1, "<f4"))
+    with pytest.raises(TaskError, match=r"classifier\.scale|'scale'.*MAT-7"):
+        lb.load_task(model, replace(bundle, saved=(*bundle.saved, more)), name="more")
+
+
+def test_a_prefix_in_a_bundle_is_taken_off(classifier: tuple[Any, list[Path]]) -> None:
+    """TSK-5: by the reader too, before it looks which saved modules lie in one another; and nothing is saved twice."""
+    model, bundles = classifier
+    bundle, own = read_bundle(bundles[0]), model.bert.embeddings.LayerNorm.weight
+    ones = StoredTensor("bert.embeddings.LayerNorm.weight", "F32", tuple(own.shape), np.full(own.shape, 2, "<f4"))
+    listed = (*bundle.config.modules_to_save, "bert.embeddings.LayerNorm")
+    good = replace(bundle, config=replace(bundle.config, modules_to_save=listed), saved=(*bundle.saved, ones))
+    lb.load_task(model, good, name="good")
+    assert set(model.bert.embeddings.LayerNorm.module_of("good").weight.tolist()) == {2.0}
+    bare = replace(ones, name=ones.name.removeprefix("bert."))
+    listed = (*listed, "embeddings.LayerNorm")
+    twice = replace(good, config=replace(bundle.config, modules_to_save=listed), saved=(*good.saved, bare))
+    with pytest.raises(BundleError, match="TSK-5"):
+        lb.load_task(model, twice, name="twice")
+    assert [t.name for t in lb.list_tasks(model)] == ["good"]
 
 
 def test_heads_with_hooks(classifier: tuple[Any, list[Path]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib.util
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from lowbit_format.container.reader import ModelReader
+from lowbit_format.errors import PrecisionError
 from lowbit_format.testing.vectors import VECTORS, assert_same_bits, cases, expected_tensors, facts
 
 GOLDEN = VECTORS.parents[1] / "tools" / "golden"
@@ -49,7 +52,19 @@ def test_refuses_a_precision_that_is_not_stored(reader: ModuleType) -> None:
     modules = reader.modules_of(config, tensors)
     with pytest.raises(ValueError, match="cannot be read at 1 bit"):
         reader.decode(modules["b"], 1)
-    assert np.array_equal(reader.decode(modules["a"], 7), reader.decode(modules["a"]))  # NST-3
+    assert np.array_equal(reader.decode(modules["a"], 7), reader.decode(modules["a"]))  # NST-4
+
+
+@pytest.mark.parametrize("name", cases("valid"))
+def test_knows_the_precisions_of_a_base(name: str, reader: ModuleType) -> None:
+    """NST-3: those at which the library reads it, and no other."""
+    config, tensors = reader.read_model(VECTORS / "valid" / name / "model")
+    found, library = reader.precisions(reader.modules_of(config, tensors).values()), list[int]()
+    for k in range(1, 10):
+        with contextlib.suppress(PrecisionError):
+            ModelReader(VECTORS / "valid" / name / "model").check_precision(k)
+            library.append(k)
+    assert found == library
 
 
 def test_prints_the_modules_of_a_directory() -> None:

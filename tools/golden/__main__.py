@@ -18,7 +18,7 @@ from pathlib import Path
 from .bundles import bundle_bases, bundles
 from .cases import Invalid
 from .files import Files
-from .invalid_bundles import invalid_bundles
+from .invalid_bundles import damaged_base, invalid_bundles
 from .invalid_config import config_cases
 from .invalid_files import directory_cases, header_cases, json_cases
 from .invalid_tensors import data_cases, tensor_cases
@@ -34,6 +34,7 @@ def invalid_cases() -> Iterator[Invalid]:
     yield from header_cases()
     yield from tensor_cases()
     yield from data_cases()
+    yield damaged_base()
 
 
 README = """\
@@ -57,13 +58,15 @@ weights come from [an example reader](../../tools/golden/reader.py), which was w
   any, `<module>.offsets` and `<module>.zeros` of every module with a delta, as they are while the bundle is applied.
   `<module>` is the name that the bundle uses, also for experts.
 - `bundles/invalid/<name>/bundle/` must be refused, at the latest when it is applied to `base` at its own `bits`, or at
-  those of `expected.json` where that has the key `bits`; a digest, when it is verified.
+  those of `expected.json` where that has the key `bits`. For MAT-7 the files of `base` stand for the model. Where
+  `expected.json` has the key `verify`, the bundle is good and the bytes of `base` are not: it must be refused by a
+  reader that was asked to check them, and may be applied by digests (FPR-5).
 
 Where a fault breaks several rules, `rule` is one of them; a reader may name another.
 
 To test a reader: for each `valid` directory compare the decoded tensors byte for byte with the expected ones, and the
-fingerprints as strings; for each `invalid` directory check that the reader reports an error, and not a crash, a
-partial result or a large allocation.
+fingerprints as strings, and check that a precision above the largest `bits` is refused (NST-3); for each `invalid`
+directory check that the reader reports an error, and not a crash, a partial result or a large allocation.
 """
 
 

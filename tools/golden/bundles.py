@@ -12,6 +12,7 @@ from .files import Files, digest_metadata, digests_of, floats, hexed, pretty, ra
 from .models import Model, scheme
 from .reader import Json, Tensor, Tensors
 from .rounding import exactly, nearest32, search
+from .valid import fingerprint_example
 
 
 def bundle_bases() -> Iterator[Valid]:
@@ -23,6 +24,7 @@ def bundle_bases() -> Iterator[Valid]:
         "bundle-edge-base", "Parameters of -0.0, subnormal ones, and ones near the largest number.", edge_base()
     )
     yield Valid("bundle-names-base", "A module of the head named like one of the body, a tied place.", names_base())
+    yield Valid("bundle-saved-base", "Digests, and modules that are not quantized, for bundles to save.", saved_base())
 
 
 def example_base() -> Model:
@@ -75,6 +77,14 @@ def names_base() -> Model:
     )
     model.quant["base_model_prefix"] = "model"
     model.quant["tied"] = {"lm_head": "model.embed"}
+    return model
+
+
+def saved_base() -> Model:
+    model = Model("bundle-saved-base").add("model.fc", scheme("bcq", 2, 4), [2, 6])
+    model.plain("model.norm.weight", 6).plain("model.norm.bias", 6).plain("classifier.weight", 2, 6)
+    model.quant["base_model_prefix"] = "model"
+    model.metadata = digest_metadata(digests_of(model.tensors))
     return model
 
 
@@ -176,10 +186,12 @@ class InvalidBundle:
     base: str
     files: Files
     at: int | str | None = "own"  # precision to apply it at
+    verify: bool = False  # the fault is in the base's data
 
     def outputs(self) -> Files:
-        at = {} if self.at == "own" else {"bits": self.at}
-        expected = {"rule": self.rule, "base": self.base, **at, "about": self.about}
+        how: Json = {} if self.at == "own" else {"bits": self.at}
+        how |= {"verify": True} if self.verify else {}
+        expected = {"rule": self.rule, "base": self.base, **how, "about": self.about}
         bundle = {f"bundle/{path}": content for path, content in self.files.items()}
         return {**bundle, "expected.json": pretty(expected)}
 
@@ -204,12 +216,22 @@ def sensitive_delta(base: Model) -> Tensor:
 
 
 def bundles() -> Iterator[ValidBundle]:
-    example, base, edge, named = bundle_bases()
+    example, base, edge, named, plain = bundle_bases()
     delta = hexed("F32", (1, 2), "00 00 00 3e 00 00 80 be")
     worked = Bundle(example, {"fc.scales.mul": delta})
     assert np.array_equal(delta.f32(), np.array([[0.125, -0.25]], np.float32))
     assert np.array_equal(worked.effective()["fc.scales"].f32()[..., 0], np.array([[1.125, 1.5], [0.5, 0.25]]))
     yield ValidBundle("example", "Section 4 of BUNDLE.md.", worked)
+    headed = Valid("fingerprint-example", "", fingerprint_example())
+    deltas = {
+        "fc.zeros.add": hexed("F32", (1, 1), "00 00 80 be"),
+        "score.scales.mul": hexed("F16", (1, 2), "00 38 00 b4"),
+    }
+    worked = Bundle(headed, deltas)
+    assert worked.effective()["fc.zeros"] == floats([[3.25]])
+    assert worked.effective()["fc.scales"] == floats([[[0.5]]])
+    assert worked.effective()["score.scales"] == floats([[[1.5], [0.375]]])
+    yield ValidBundle("example-head", "Section 4.2 of BUNDLE.md.", worked)
 
     every = {
         "layers.0.fc.scales.mul": random_delta("fc", 3, 2),
@@ -276,6 +298,7 @@ def bundles() -> Iterator[ValidBundle]:
     yield ValidBundle("only-modules-to-save", "No delta at all, only a module kept whole.", only)
     yield from config_bundles(base)
     yield from saved_bundles(base)
+    yield from part_bundles(plain)
     yield from edge_bundles(edge)
     yield from named_bundles(base, named)
 
@@ -294,8 +317,6 @@ def config_bundles(base: Valid) -> Iterator[ValidBundle]:
     yield ValidBundle("unknown-keys", "Unknown keys in task_config.json and in the header's metadata.", bundle)
     about = "Tuned at precision 4, which is the base's own: no module has more than 4 bits."
     yield ValidBundle("precision-4-at-own", about, Bundle(base, deltas, {"bits": 4}), at=None)
-    about = "Tuned at the base's own bits, applied at precision 8, which is the same."
-    yield ValidBundle("precision-own-at-8", about, Bundle(base, deltas), at=8)
 
 
 def saved_bundles(base: Valid) -> Iterator[ValidBundle]:
@@ -319,6 +340,19 @@ def saved_bundles(base: Valid) -> Iterator[ValidBundle]:
     listed = {"modules_to_save": ["a", "a.b", "c", "modules_to_save"]}
     about = "Parameters with dots in their names, listed modules inside of one another, a parameter named like a delta."
     yield ValidBundle("saved-dots", about, Bundle(base, dotted, listed))
+
+
+def part_bundles(plain: Valid) -> Iterator[ValidBundle]:
+    """TSK-5, MAT-7."""
+    weight = random_delta("part", 6)
+    bundle = Bundle(plain, {"modules_to_save.norm.weight": weight}, {"modules_to_save": ["norm"]})
+    yield ValidBundle("saved-part", "A module saved in part: its bias stays the model's own.", bundle)
+    prefixed = {"modules_to_save.model.norm.weight": weight, "modules_to_save.model.norm.bias": random_delta("p", 6)}
+    bundle = Bundle(plain, prefixed, {"modules_to_save": ["model.norm"]})
+    yield ValidBundle("saved-prefix", "A saved module with the prefix in front, which is taken off.", bundle)
+    fresh = {"modules_to_save.score.weight": random_delta("score", 3, 6)}
+    about = "A saved module that the base's files do not have: only a model can tell whether it fits."
+    yield ValidBundle("saved-fresh", about, Bundle(plain, fresh, {"modules_to_save": ["score"]}))
 
 
 def edge_bundles(edge: Valid) -> Iterator[ValidBundle]:

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .bundles import Bundle, InvalidBundle, bundle_bases, random_delta
-from .cases import Valid
+from .bundles import Bundle, InvalidBundle, bundle_bases, random_delta, saved_base
+from .cases import Invalid, Valid, refused
 from .files import Files, digest_metadata, floats, hexed, pretty, random_planes, replaced, with_bytes
 from .reader import Tensor, Tensors
 
 
 def invalid_bundles() -> Iterator[InvalidBundle]:
-    _, base, edge, named = bundle_bases()
+    _, base, edge, named, plain = bundle_bases()
     good: Tensors = {"layers.0.fc.scales.mul": random_delta("good", 1, 2)}
     prints = base.model.fingerprints()
 
@@ -46,6 +46,13 @@ def invalid_bundles() -> Iterator[InvalidBundle]:
     for name in ("NaN", "-Infinity"):
         constant = replaced(files["task_config.json"], '"revision": null', f'"revision": null, "note": {name}')
         yield wrong(name.lower(), "TSK-1", f"{name} under an unknown key.", {**files, "task_config.json": constant})
+    for slug, number in {"1e999": "1e999", "long-integer": "9" * 5000}.items():
+        large = replaced(files["task_config.json"], '"revision": null', f'"revision": null, "note": {number}')
+        about = "A number under an unknown key that counts as Infinity."
+        yield wrong(slug, "TSK-1", about, {**files, "task_config.json": large})
+    deep = '"revision": null, "note": ' + "[" * 64 + "]" * 64
+    deep_config = replaced(files["task_config.json"], '"revision": null', deep)
+    yield wrong("depth-65", "TSK-1", "task_config.json of 65 levels.", {**files, "task_config.json": deep_config})
     marked = b"\xef\xbb\xbf" + files["task_config.json"]
     yield wrong("bom", "TSK-1", "A byte order mark.", {**files, "task_config.json": marked})
     latin = replaced(files["task_config.json"], "alphatuning", "m\u00e9thode").decode().encode("latin-1")
@@ -71,6 +78,9 @@ def invalid_bundles() -> Iterator[InvalidBundle]:
     yield configured("bundle-bits", "NST-3", "bits is 1, which the base does not have.", bits=1)
     about = "bits is 3, which the module with the delta has, and another module does not."
     yield configured("other-module", "NST-3", about, bits=3)
+    for bits in (5, 8):
+        about = f"bits is {bits}, and no module of the base has more than 4."
+        yield configured(f"bundle-bits-{bits}", "NST-3", about, bits=bits)
     yield configured("revision", "TSK-4", "revision is a number.", revision=7)
     yield configured("name", "TSK-4", "base_model_name_or_path is a list.", base_model_name_or_path=["example/base"])
     name = "example/base\u001b[31m"
@@ -116,6 +126,7 @@ def invalid_bundles() -> Iterator[InvalidBundle]:
     yield from precision_refusals(base, good)
     yield from edge_refusals(edge)
     yield from named_refusals(named)
+    yield from part_refusals(plain)
 
 
 def saved_refusals(holding: Callable[..., InvalidBundle], good: Tensors) -> Iterator[InvalidBundle]:
@@ -152,6 +163,8 @@ def precision_refusals(base: Valid, good: Tensors) -> Iterator[InvalidBundle]:
     for slug, bits, at in (("own-at-2", None, 2), ("2-at-own", 2, None), ("2-at-4", 2, 4), ("4-at-2", 4, 2)):
         about = f"Tuned at {bits or 'the own'} bits, applied at {at or 'the own'}."
         yield InvalidBundle(f"mat-3-{slug}", "MAT-3", about, path, Bundle(base, good, {"bits": bits}).files(), at)
+    about = "Tuned at the base's own bits, applied at 8; no module of the base has more than 4."
+    yield InvalidBundle("nst-3-own-at-8", "NST-3", about, path, Bundle(base, good).files(), 8)
 
 
 def edge_refusals(edge: Valid) -> Iterator[InvalidBundle]:
@@ -178,6 +191,43 @@ def named_refusals(named: Valid) -> Iterator[InvalidBundle]:
     saved = {"modules_to_save.lm_head.weight": random_delta("lm_head", 3, 4)}
     files = Bundle(named, saved, {"modules_to_save": ["lm_head"]}).files()
     yield InvalidBundle("tsk-10-tied", "TSK-10", "A tied place is saved.", path, files)
+
+
+def part_refusals(plain: Valid) -> Iterator[InvalidBundle]:
+    """TSK-5, TSK-10, MAT-7, FPR-5."""
+    path, six = f"valid/{plain.name}/model", random_delta("six", 6)
+
+    def saving(slug: str, rule: str, about: str, listed: list[str], tensors: Tensors) -> InvalidBundle:
+        saved = {f"modules_to_save.{name}": tensor for name, tensor in tensors.items()}
+        files = Bundle(plain, saved, {"modules_to_save": listed}).files()
+        return InvalidBundle(f"{rule.lower()}-{slug}", rule, about, path, files)
+
+    about = "One module listed with the prefix and without, with two values."
+    both = {"norm.weight": six, "model.norm.weight": random_delta("other", 6)}
+    yield saving("prefix-twice", "TSK-5", about, ["norm", "model.norm"], both)
+    about = "One parameter saved with the prefix and without, below different listed paths."
+    below = {"a.b.weight": six, "model.a.b.weight": random_delta("other", 6)}
+    yield saving("parameter-twice", "TSK-5", about, ["a", "model.a.b"], below)
+    about = "The prefix itself, below which all quantized modules of the body lie."
+    yield saving("prefix", "TSK-10", about, ["model"], {"model.weight": six})
+    about = "A saved parameter of five numbers where the base's files have six."
+    yield saving("shape", "MAT-7", about, ["norm"], {"norm.weight": random_delta("five", 5)})
+    about = "A saved parameter of the head with another shape than the base's files have."
+    yield saving("shape-head", "MAT-7", about, ["classifier"], {"classifier.weight": random_delta("c", 3, 6)})
+
+    damaged = "invalid/dig-3-bundle-base/model"
+    files = Bundle(plain, {"fc.scales.mul": random_delta("fc", 1, 2)}).files()
+    about = "The base has one flipped bit in its planes: it fits by digests, and is refused when its bytes are checked."
+    yield InvalidBundle("dig-3-base", "DIG-3", about, damaged, files, verify=True)
+
+
+def damaged_base() -> Invalid:
+    """The base of saved modules with one bit of its planes flipped, and the digests as they were (DIG-3, FPR-5)."""
+    model = saved_base()
+    planes = model.tensors["model.fc.planes"]
+    model.tensors["model.fc.planes"] = with_bytes(planes, 0, f"{planes.data[0] ^ 1:02x}")
+    about = "One bit of a plane is flipped. A fingerprint by digests is still that of the undamaged base."
+    return refused("bundle-base", "DIG-3", about, model, "verify")
 
 
 def shape_bundles(holding: Callable[..., InvalidBundle], good: Tensors) -> Iterator[InvalidBundle]:

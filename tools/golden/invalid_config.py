@@ -84,6 +84,7 @@ def config_cases() -> Iterator[Invalid]:
     wrong_tied: Json = {"list": [], "null": None, "value": {"lm_head": 1}}
     for slug, tied in wrong_tied.items():
         yield edited(f"tied-{slug}", "CFG-7", f"tied is {json.dumps(tied)}.", put(tied=tied))
+    yield edited("tied-path", "CFG-4", "A path in tied that is not allowed.", put(tied={"a..b": "fc"}))
     for slug, prefix in {"null": None, "list": ["model"], "boolean": False}.items():
         yield edited(
             f"prefix-{slug}", "CFG-7", f"base_model_prefix is {json.dumps(prefix)}.", put(base_model_prefix=prefix)

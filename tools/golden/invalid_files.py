@@ -27,6 +27,11 @@ def directory_cases() -> Iterator[Invalid]:
     latin = config.replace(b"example", b"ex\xe4mple")
     yield refused("not-utf-8", "DIR-1", "config.json is not UTF-8.", {**good, "config.json": latin})
 
+    marked = {**good, "config.json": b"\xef\xbb\xbf" + config}
+    yield refused("byte-order-mark", "DIR-1", "A byte order mark before config.json.", marked)
+    deep = replaced(config, '"hidden_size": 8', '"hidden_size": 8, "deep": ' + "[" * 64 + "]" * 64)
+    yield refused("depth-65", "DIR-1", "config.json of 65 levels.", {**good, "config.json": deep})
+
     names = list(small().tensors)
     both = {**small().sharded(names), "model.safetensors": good["model.safetensors"]}
     yield refused("both", "DIR-2", "An index beside model.safetensors.", both)
@@ -60,6 +65,10 @@ def index_cases(names: list[str]) -> Iterator[Invalid]:
     pairs = index_of([list(item) for item in right.items()])
     yield refused("weight-map-list", "DIR-3", "weight_map is a list.", {**shard, INDEX: pairs})
     yield refused("array", "DIR-3", "The index is a list.", {**shard, INDEX: pretty([{"weight_map": right}])})
+    marked = {**shard, INDEX: b"\xef\xbb\xbf" + index_of(right)}
+    yield refused("byte-order-mark", "DIR-3", "A byte order mark before the index.", marked)
+    deep = replaced(index_of(right), '"total_size": 0', '"total_size": 0, "deep": ' + "[" * 63 + "]" * 63)
+    yield refused("depth-65", "DIR-3", "An index of 65 levels.", {**shard, INDEX: deep})
 
 
 def agreement_cases(names: list[str]) -> Iterator[Invalid]:
@@ -117,6 +126,13 @@ def json_cases() -> Iterator[Invalid]:
         new = configured('"tied": {}', f'"tied": {{}}, "note": {constant}')
         yield refused(constant.lower(), "DIR-8", f"The constant {constant} in quantization_config.", new)
 
+    for slug, number in {"1e999": "1e999", "minus-1e999": "-1e999", "long-integer": "9" * 5000}.items():
+        new = configured('"tied": {}', f'"tied": {{}}, "note": {number}')
+        about = f"{number[:6]}{'…' * (len(number) > 6)} in quantization_config, which counts as Infinity."
+        yield refused(slug, "DIR-8", about, new)
+    yield refused("header-1e999", "DIR-8", "1e999 in a shape.", in_header('"shape":[2]', '"shape":[1e999]'))
+    yield refused("header-nan", "DIR-8", "NaN in a shape.", in_header('"shape":[2]', '"shape":[NaN]'))
+
     bias = compact({"fc.bias": header_of(small().tensors)["fc.bias"]})[1:-1]
     yield refused("header-tensor", "DIR-8", "A tensor twice in the header.", in_header(bias, f"{bias},{bias}"))
     yield refused(
@@ -170,6 +186,8 @@ def header_cases() -> Iterator[Invalid]:
     yield stored("padding-line-feed", "HDR-2", "A line feed as padding.", file_of(text + "\n", data))
     yield stored("text-behind", "HDR-2", "An object behind the header.", file_of(text + " {}", data))
     yield stored("array", "HDR-2", "The header is a list.", file_of("[" + text + "]", data))
+    deep = text.replace('"format":"pt"', '"format":' + "[" * 63 + "]" * 63)
+    yield stored("depth-65", "HDR-2", "A header of 65 levels.", file_of(deep, data))
     yield stored("not-json", "HDR-2", "The header ends too early.", file_of(text[:-1], data))
     yield stored("trailing-comma", "HDR-2", "A comma before the last brace.", file_of(text[:-1] + ",}", data))
     broken = text.encode().replace(b"norm.weight", b"norm\xff.weight")

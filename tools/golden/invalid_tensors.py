@@ -159,6 +159,13 @@ def neighbour_cases() -> Iterator[Invalid]:
     yield refused("chain", "TIE-2", "A value of tied that is itself tied.", tied({"lm_head": "fc", "other": "lm_head"}))
     scales = {"lm_head.scales": small().tensors["fc.scales"]}
     yield altered("tensors", "TIE-2", "scales under a key of tied.", scales, tied({"lm_head": "fc"}))
+    for slug, name in {"weight": "lm_head.weight", "parameter": "lm_head", "underscore": "lm_head_zeros_k3"}.items():
+        about = f"{name} beside a key of tied, whatever the kind of the owner."
+        yield altered(slug, "TIE-2", about, {name: random_floats(name, "F16", (1, 5))}, tied({"lm_head": "fc"}))
+    twin = Model("twin").add("mlp.w", scheme("bcq", 1), [2, 1, 5], "experts")
+    twin.quant["tied"] = {"mlp.v": "mlp.w"}
+    dotted = {"mlp.v.codebook": floats([-1, 1])}
+    yield altered("dot", "TIE-2", "A tensor named with a dot under a key tied to experts.", dotted, twin)
 
 
 def data_cases() -> Iterator[Invalid]:
@@ -241,6 +248,7 @@ def digest_cases() -> Iterator[Invalid]:
         "not-hex": "g" + bias[1:], "number": 1, "null": None, "empty": "",
     }.items():  # fmt: skip
         yield hashed(slug, "DIG-1", f"A digest that is ill-formed: {slug}.", compact({**right, "fc.bias": value}))
+    yield hashed("byte-order-mark", "DIG-1", "A byte order mark before the digests.", "\ufeff" + compact(right))
     absent = compact({**right, "in.another.file": "x"})
     yield hashed("absent-tensor", "DIG-1", "An ill-formed digest for a tensor not in this file.", absent)
     wrong = hashlib.sha256(b"other").hexdigest()

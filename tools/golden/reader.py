@@ -96,17 +96,23 @@ class Module:
 
 def read_model(directory: Path) -> tuple[Json, Tensors]:
     """The object ``quantization_config``, and all tensors of the directory by name."""
-    config = json.loads((directory / "config.json").read_text("utf-8"))["quantization_config"]
+    # Python's own limit on the digits of an integer would refuse a number that DIR-9 lets pass.
+    config = json.loads((directory / "config.json").read_text("utf-8"), parse_int=number)["quantization_config"]
     if config["quant_method"] != "lowbit" or config["format_version"].split(".")[0] != "1":  # CFG-1, VER-1
         raise ValueError(f"{directory} is not a lowbit model of version 1")
     index = directory / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.exists():  # DIR-2, DIR-3: the model is divided into several files
-        names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        names = set(json.loads(index.read_text("utf-8"), parse_int=number)["weight_map"].values())
     tensors: Tensors = {}
     for name in sorted(names):
         tensors |= read_safetensors(directory / name)
     return config, tensors
+
+
+def number(digits: str) -> int | float:
+    """An integer in JSON; one without a finite binary64 value counts as Infinity (DIR-9)."""
+    return int(digits) if len(digits) < 309 else float(digits)
 
 
 def read_safetensors(path: Path) -> Tensors:
@@ -148,14 +154,22 @@ def separator(kind: str) -> str:
 # -------------------------------------------------------------------------------------- sections 5 to 9: decoding
 
 
+def precisions(modules: Iterable[Module]) -> list[int]:
+    """All precisions at which a base of these modules can be read; a reader refuses others (NST-3)."""
+    modules = list(modules)
+    most = max((module.scheme["bits"] for module in modules), default=8)
+    return [k for k in range(1, most + 1) if all(k >= m.scheme["bits"] or k in m.nested for m in modules)]
+
+
 def decode(module: Module, k: int | None = None) -> np.ndarray:
     """The weight in binary32, ``[rows, cols]`` or ``[experts, rows, cols]``.
 
-    It is decoded from all planes, or from the first `k` of them (section 8).
+    It is decoded from all planes, or from the first `k` of them (section 8). Whether the base has the precision `k` is
+    for :func:`precisions` to say.
     """
-    if k is not None and k >= module.scheme["bits"]:  # NST-3
+    if k is not None and k >= module.scheme["bits"]:  # NST-4
         k = None
-    if k is not None and k not in module.nested:
+    if k is not None and k not in module.nested:  # NST-3
         raise ValueError(f"the module cannot be read at {k} bit(s)")
     suffix = "" if k is None else f"_k{k}"  # NST-1
     shift_role = {"bcq": "offsets", "uniform": "zeros", "codebook": ""}[module.scheme["codec"]] + suffix
@@ -255,7 +269,7 @@ def body_and_head(prefix: str, paths: Iterable[str]) -> tuple[dict[str, str], di
 
 
 def fingerprint(modules: Mapping[str, Module]) -> str:
-    """FPR-2, FPR-3."""
+    """FPR-2, FPR-3. Every digest is computed from the bytes (FPR-5)."""
     records: list[bytes] = []
     for name, module in modules.items():
         meaning = [str(module.scheme[key]) for key in ("codec", "bits", "group_size")]
@@ -279,6 +293,7 @@ def main() -> None:
             weight = decode(module, k)
             digest = hashlib.sha256(weight.astype("<f4").tobytes()).hexdigest()
             print(f"    {k} bit{'s' * (k > 1)}, float32 {list(weight.shape)}, SHA-256 {digest}")
+    print(f"precisions: {', '.join(map(str, precisions(modules.values())))}")
     body, head = fingerprints(config.get("base_model_prefix", ""), modules)
     print(f"fingerprint: {body}\nhead fingerprint: {head or 'none'}")
 

@@ -10,9 +10,20 @@ from typing import Any
 import numpy as np
 
 from .cases import Valid
-from .files import compact, data_of, digest_metadata, digests_of, file_of, floats, header_of, hexed, padded
-from .models import Model, scheme, small
-from .reader import ITEM_SIZE
+from .files import (
+    compact,
+    data_of,
+    digest_metadata,
+    digests_of,
+    file_of,
+    floats,
+    header_of,
+    hexed,
+    padded,
+    replaced,
+)
+from .models import INDEX, Model, scheme, small
+from .reader import ITEM_SIZE, Tensors
 from .rounding import arithmetic_cases
 
 
@@ -34,12 +45,16 @@ def bcq_example() -> Model:
     return model
 
 
-def uniform_example() -> Model:
-    roles = {
+def uniform_roles() -> Tensors:
+    return {
         "planes": hexed("U8", (3, 1, 8), "05 00000000000000 04 00000000000000 05 00000000000000"),
         "scales": hexed("F16", (1, 1, 1), "00 38"),
         "zeros": hexed("F16", (1, 1), "00 43"),
     }
+
+
+def uniform_example() -> Model:
+    roles = uniform_roles()
     model = Model("uniform-example").add("fc", scheme("uniform", 3), [1, 3], roles=roles)
     assert roles["scales"] == floats([[[0.5]]], "F16")
     assert roles["zeros"] == floats([[3.5]], "F16")
@@ -71,11 +86,57 @@ def ragged_example() -> Model:
     return model
 
 
+def nested_example() -> Model:
+    roles = {
+        "planes": hexed("U8", (2, 1, 8), "05 00000000000000 06 00000000000000"),
+        "scales": hexed("F32", (2, 1, 1), "00 00 00 40 00 00 00 3f"),
+        "scales_k1": hexed("F32", (1, 1, 1), "00 00 10 40"),
+    }
+    model = Model("nested-example").add("fc", scheme("bcq", 2, scale_dtype="F32", nested=[1]), [1, 3], roles=roles)
+    assert roles["scales"] == floats([[[2.0]], [[0.5]]])
+    assert roles["scales_k1"] == floats([[[2.25]]])
+    assert_weights(model, "fc", [[1.5, -1.5, 2.5]])
+    assert_weights(model, "fc@k1", [[2.25, -2.25, 2.25]])
+    return model
+
+
+def experts_example() -> Model:
+    roles = {
+        "planes": hexed("U8", (2, 1, 2, 8), "".join(first + 7 * "00" for first in ("05", "02", "07", "00"))),
+        "scales": hexed("F32", (2, 1, 2, 1), "00 00 80 3f 00 00 00 40 00 00 00 3f 00 00 80 3e"),
+        "zeros": hexed("F32", (2, 2, 1), "00 00 00 3f 00 00 80 3f 00 00 00 00 00 00 00 c0"),
+    }
+    model = Model("experts-example").add(
+        "mlp.experts.down_proj", scheme("uniform", 1, 0, "F32"), [2, 2, 3], "experts_transposed", roles=roles
+    )
+    assert roles["scales"] == floats([[[[1.0], [2.0]]], [[[0.5], [0.25]]]])
+    assert roles["zeros"] == floats([[[0.5], [1.0]], [[0.0], [-2.0]]])
+    weights = [[[0.5, -0.5, 0.5], [-2, 0, -2]], [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]]]
+    assert np.array_equal(model.decoded()["mlp.experts.down_proj"].f32(), np.array(weights, np.float32))
+    return model
+
+
+def fingerprint_example() -> Model:
+    """The module of 15.2 as a body, and a head."""
+    roles = {
+        "planes": hexed("U8", (1, 2, 8), "02 00000000000000 01 00000000000000"),
+        "scales": hexed("F16", (1, 2, 1), "00 3c 00 38"),
+    }
+    model = Model("fingerprint-example").add("model.fc", scheme("uniform", 3), [1, 3], roles=uniform_roles())
+    model.add("score", scheme("bcq", 1), [2, 2], roles=roles)
+    model.quant["base_model_prefix"] = "model"
+    assert_weights(model, "score", [[-1, 1], [0.5, -0.5]])
+    return model
+
+
 def examples() -> Iterator[Valid]:
     yield Valid("bcq-example", "Section 15.1 of FORMAT.md.", bcq_example())
     yield Valid("uniform-example", "Section 15.2 of FORMAT.md.", uniform_example())
     yield Valid("codebook-example", "Section 15.3 of FORMAT.md.", codebook_example())
     yield Valid("ragged-example", "Section 15.4 of FORMAT.md.", ragged_example())
+    yield Valid("nested-example", "Section 15.5 of FORMAT.md.", nested_example())
+    yield Valid("experts-example", "Section 15.6 of FORMAT.md.", experts_example())
+    yield Valid("fingerprint-example", "Section 15.7 of FORMAT.md.", fingerprint_example())
 
 
 # (shape, group_size, scale_dtype): one for each number of bits, so that every odd width meets every dtype.
@@ -230,6 +291,7 @@ def container_cases() -> Iterator[Valid]:
     yield Valid("other-dtypes", "Other tensors of every dtype, a scalar, and an empty one.", other)
 
     yield from name_cases()
+    yield from text_cases()
     yield from metadata_cases()
 
 
@@ -247,6 +309,42 @@ def name_cases() -> Iterator[Valid]:
     )
     long = Model("long-name").add("m" * 512, scheme("bcq", 1), [1, 3]).plain("n" * 1024, 2)
     yield Valid("long-name", "A path of 512 and a tensor name of 1024 characters.", long)
+
+
+def text_cases() -> Iterator[Valid]:
+    """Conventions, DIR-8 to DIR-10."""
+    smile = "\U0001f600"
+    wide = Model("code-points").add(smile * 512, scheme("bcq", 1), [1, 3]).plain(smile * 1024, 2)
+    about = "A path of 512 and a name of 1024 code points above U+FFFF, which are two units each in UTF-16."
+    yield Valid("code-points", about, wide)
+
+    zero = Model("minus-zero").add("fc", scheme("bcq", 1), [1, 3])
+    files = zero.files()
+    files["config.json"] = replaced(files["config.json"], '"group_size": 0', '"group_size": -0')
+    header = compact(header_of(zero.tensors, zero.metadata)).replace('"data_offsets":[0,', '"data_offsets":[-0,')
+    files["model.safetensors"] = file_of(padded(header), data_of(zero.tensors))
+    yield Valid("minus-zero", "-0 is the integer 0, for group_size and in data_offsets.", zero, files)
+
+    foreign = small(label="foreign-numbers")
+    files = foreign.sharded(list(foreign.tensors))
+    numbers = '"a": NaN, "b": Infinity, "c": -Infinity, "d": 1e999, "e": -1e999, "f": ' + "9" * 5000
+    size = '"hidden_size": 8'
+    files["config.json"] = replaced(files["config.json"], size, f"{size}, {numbers}")
+    files[INDEX] = replaced(files[INDEX], '"total_size": 0', f'"total_size": 0, {numbers}')
+    about = "Infinity in every form outside of quantization_config and weight_map, where it is accepted."
+    yield Valid("foreign-numbers", about, foreign, files)
+
+    finite = small(label="large-numbers")
+    numbers = '"a": 1.7976931348623158e308, "b": ' + "1" + "7" * 308 + ', "c": 1e-999, "d": 0.' + "3" * 5000
+    files = finite.files()
+    files["config.json"] = replaced(files["config.json"], '"tied": {}', f'"tied": {{}}, {numbers}')
+    about = "Numbers in quantization_config that are long, or nearly too large, and have a finite binary64 value."
+    yield Valid("large-numbers", about, finite, files)
+
+    deep = small(label="depth-64")
+    files = deep.files()
+    files["config.json"] = replaced(files["config.json"], size, f'{size}, "deep": ' + "[" * 63 + "]" * 63)
+    yield Valid("depth-64", "config.json of 64 levels; the outermost object is the first.", deep, files)
 
 
 def metadata_cases() -> Iterator[Valid]:
