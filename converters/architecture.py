@@ -121,4 +121,4 @@ def output_heads(model: Any) -> set[str]:
 
 
 _HEADED = re.compile(r"For[A-Z]|LMHead")
-_HEAD_NAME = re.compile(r"(\w+_)?heads?|classifier|embed_out|lm_out(put)?")
+_HEAD_NAME = re.compile(r"(\w+_)?heads?|class_embed|classifier|embed_out|lm_out(put)?")

@@ -1,4 +1,4 @@
-"""A look at a conversion before it is published: it opens, every tensor has its place, and it decodes to what was meant.
+"""A look at a conversion before it is published: every tensor has its place, and it decodes to what was meant.
 
 The model is built without data, so this takes no memory to speak of. One module of each kind is quantized again and
 compared.

@@ -138,7 +138,8 @@ def convert(
         with _progress(console) as progress:
             task = progress.add_task("reading", total=None)
             done = convert_hf_to_lowbit(
-                source, out, plan_recipe, **options, max_shard_bytes=shard_bytes, resume=resume, report=lambda step, total: progress.update(
+                source, out, plan_recipe, **options, max_shard_bytes=shard_bytes, resume=resume,
+                report=lambda step, total: progress.update(
                     task, advance=1, total=total, description=step.destination.path[-40:]
                 ),
             )  # fmt: skip

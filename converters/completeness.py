@@ -63,9 +63,10 @@ def fit(model: Any, keys: Iterable[str], directory: Path) -> tuple[Any, tuple[st
 
 
 def _missing(model: Any, keys: Iterable[str]) -> tuple[list[str], set[str]]:
-    """Tensors of the model that no key becomes, and those that one does."""
+    """Tensors of the model that have no values from the keys, and those that a key becomes."""
     rename = Renamer(model)
-    found = {target for key in keys for target in rename.targets(key)}
+    given = {target for key in keys for target in rename.targets(key)}
+    found = set(given)
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     pairs = [set(pair) for pair in tied_keys(model).items()]
     for _ in pairs:  # a tied tensor may be tied to a tied one
@@ -74,7 +75,7 @@ def _missing(model: Any, keys: Iterable[str]) -> tuple[list[str], set[str]]:
             break
         found |= more
     names = model.state_dict()
-    return [n for n in names if n not in found and not any(p.search(n) for p in ignored)], found & set(names)
+    return [n for n in names if n not in found and not any(p.search(n) for p in ignored)], given & set(names)
 
 
 def _needed(model: Any, missing: list[str]) -> list[str]:
@@ -111,8 +112,13 @@ def _advice(model: Any, keys: list[str], needed: list[str]) -> str:
     names = set(model.state_dict())
     rename = Renamer(model)
     strange = [key for key in keys if not names & set(rename.targets(key))]
-    more = f"; it has {len(strange)} tensors that the model does not know, such as {strange[0]!r}" if strange else ""
-    return f"get the checkpoint again, or name its own class in config.json's architectures{more}"
+    more = (
+        f", or correct config.json: the file has {len(strange)} tensors that this class does not know, such as "
+        f"{strange[0]!r}"
+        if strange
+        else ""
+    )
+    return f"get the checkpoint again{more}"
 
 
 def _prefixes(model: Any, keys: list[str]) -> list[str]:
@@ -128,6 +134,7 @@ def _prefixes(model: Any, keys: list[str]) -> list[str]:
         for n in range(1, min(len(parts), _DEEPEST))
     )
     often = [prefix for prefix, n in counts.most_common() if 2 * n >= len(keys)]
+    often.sort(key=lambda prefix: (prefix not in _PREFIXES, -len(prefix) if prefix in _PREFIXES else 0))
     return next(([p, *wrappers] for p in often if _complete(model, strip(stripped, [p]))), [])
 
 

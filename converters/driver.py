@@ -257,8 +257,8 @@ def _compare_dropped(source: Source, plan: Plan) -> None:
         owner = owners[path]
         if not np.array_equal(source.read(key), source.read(owner)):
             raise SourceError(
-                f"{key}: is tied to {owner} by the config, but their values differ; keep both in full precision (--keep "
-                f"{path!r}), or untie them in the checkpoint's config.json (tie_word_embeddings)"
+                f"{key}: is tied to {owner} by the config, but their values differ; keep both in full "
+                f"precision (--keep {path!r}), or untie them in the checkpoint's config.json (tie_word_embeddings)"
             )
 
 

@@ -184,12 +184,13 @@ def _decide(destination: Destination, owner: str, names: Names, recipe: Recipe) 
         if rule is not None:
             return rule.target, "" if rule.target is not None else f"kept by the pattern {rule.match!r}"
     embedding = "embedding" in (destination.kind, *(names.kinds.get(place) for place in places))
-    head = destination.head or any(place in names.heads for place in places)
+    heads = [place in names.heads for place in places]
     if embedding:
+        head = any(heads)
         if recipe.embeddings or (head and recipe.lm_head):
             return recipe.default, ""
         return None, "embedding, tied to the output head" if head else "embedding"
-    if head:
+    if all(heads) or (destination.head and len(places) == 1):  # tied to a Linear of the body, it is one of the body
         return (recipe.default, "") if recipe.lm_head else (None, "output head")
     return recipe.default, ""
 
@@ -202,11 +203,12 @@ def _check(plan: Plan, min_coverage: float) -> None:
             f"{plan.architecture}: no Linear, Conv1D or Embedding weight would be quantized"
             + (f" ({why})" if why else "")
         )
-    if plan.possible_coverage < min_coverage:
+    covered = plan.possible_coverage
+    if covered < min_coverage:
         kept = list(dict.fromkeys(f"{s.destination.path} ({s.reason})" for s in plan.kept() if s.counted))
         largest = "; ".join(kept[:4]) + (f"; and {len(kept) - 4} more" if len(kept) > 4 else "")
         raise CoverageError(
-            f"{plan.architecture}: only {plan.possible_coverage:.1%} of the weights in matrices would be quantized, expected at "
-            f"least {min_coverage:.0%}; kept in full precision: {largest}; "
-            f"pass --min-coverage {math.floor(100 * plan.possible_coverage) / 100} to accept it"
+            f"{plan.architecture}: only {covered:.1%} of the weights in matrices would be quantized, expected at least "
+            f"{min_coverage:.0%}; kept in full precision: {largest}; pass --min-coverage "
+            f"{math.floor(100 * covered) / 100} to accept it"
         )

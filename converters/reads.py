@@ -22,8 +22,8 @@ READ = "the model reads its weight itself instead of calling the module"
 
 # What a lowbit module's weight answers too: they tell about the weight, and do not compute with it.
 _HARMLESS = {
-    "dtype", "device", "shape", "ndim", "is_meta", "is_cuda", "is_cpu", "is_leaf", "is_sparse", "is_quantized", "layout",
-    "requires_grad", "grad", "grad_fn", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex",
+    "dtype", "device", "shape", "ndim", "is_meta", "is_cuda", "is_cpu", "is_leaf", "is_sparse", "is_quantized",
+    "layout", "requires_grad", "grad", "grad_fn", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex",
     "data_ptr", "stride", "is_contiguous", "element_size", "get_device", "__len__", "__repr__", "itemsize", "nbytes",
 }  # fmt: skip
 _NOT_RUN = ("__init__", "_init_weights", "reset_parameters", "post_init", "load_tf_weights", "tie_weights")
