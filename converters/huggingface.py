@@ -151,7 +151,7 @@ def _instead(names: list[str], place: Path) -> str:
             "merge_and_unload() and save_pretrained(), and convert that directory"
         )
     if gguf := [name for name in names if name.endswith(".gguf")]:
-        return f"{gguf[0]} {_gguf(place / gguf[0])}"
+        return f"holds {gguf[0]}, which {_gguf(place / gguf[0])}"
     if "model_index.json" in names:
         return "is a pipeline of several models (diffusers); give the folder of one that transformers loads as SOURCE"
     other = [name for name in names if name.endswith((".h5", ".msgpack", ".ot", ".onnx", ".tflite"))]
@@ -160,7 +160,8 @@ def _instead(names: list[str], place: Path) -> str:
             f"holds weights of another framework only ({other[0]}); get the checkpoint with {SAFETENSORS}, or save it "
             "as that from its own framework"
         )
-    if strange := [name for name in names if name.endswith((".safetensors", *PICKLES))]:
+    own = (SAFETENSORS, PYTORCH)
+    if strange := [name for name in names if name.endswith((".safetensors", *PICKLES)) and name not in own]:
         return (
             f"holds weights under other names only, such as {strange[0]}; the model's own are read from {SAFETENSORS} "
             f"or {PYTORCH}, or from the shards of an index: rename the file if it holds the whole model"
@@ -170,7 +171,7 @@ def _instead(names: list[str], place: Path) -> str:
 
 def _gguf(file: Path) -> str:
     return (
-        "is a GGUF file, which is quantized already; convert the float checkpoint that it was made from, or "
+        "is a GGUF file and quantized already; convert the float checkpoint that it was made from, or "
         f"load it with transformers, from_pretrained({str(file.parent)!r}, gguf_file={file.name!r}), save it "
         "with save_pretrained and convert that directory"
     )

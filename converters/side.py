@@ -156,12 +156,15 @@ def sort_files(
         elif file.endswith(_CODE) and not (code_needed and file.endswith(".py")):
             reason = "code, which the model does not need"
         elif file.endswith(PICKLES):
-            safe = f"{folder}/{SAFETENSORS}"
-            if folder in parts and file == PYTORCH:
-                if safe in present:
-                    reason = "another copy of the weights"
-                else:
-                    converted[name] = safe
+            safe = str(
+                PurePosixPath(name).with_name(
+                    SAFETENSORS if file == PYTORCH else f"{file.rpartition('.')[0]}.safetensors"
+                )
+            )
+            if safe in present:
+                reason = "another copy of the weights"
+            elif folder in parts and file == PYTORCH:
+                converted[name] = safe
             else:
                 lost.append(name)
         elif file.endswith("config.json") and not code_needed and _has_auto_map(read(name)):
