@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import SourceError
 from ..integrations.architecture import named_class
+
+if TYPE_CHECKING:
+    import torch
 
 
 def meta_model(directory: Path) -> Any:
     """The model class of the checkpoint's config, built without weights."""
     import torch
+
+    return build_model(directory, torch.device("meta"))
+
+
+def build_model(directory: Path, device: torch.device) -> Any:
+    """The model class of the checkpoint's config with random weights on `device`.
+
+    Raises:
+        SourceError: transformers does not know the architecture, or cannot build it.
+    """
     import transformers
 
     try:
@@ -23,7 +36,7 @@ def meta_model(directory: Path) -> Any:
             "transformers may know the architecture, code from the checkpoint is never run"
         ) from e
     cls = named_class(config)
-    with torch.device("meta"):
+    with device:
         try:
             if cls is not None:
                 return cls(config)

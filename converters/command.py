@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import LowbitError, RecipeError, SchemeError
+from ..errors import CalibrationError, LowbitError, RecipeError, SchemeError
 from ..quantize import Target
+from .calibration_data import Calibration
 from .convert import convert_hf_to_lowbit, plan_conversion
 from .driver import work_directory
 from .plan import Plan
 from .recipe import Recipe, load_recipe, make_target
-from .summary import module_lines, plan_tables, result_tables
+from .summary import block_table, module_lines, plan_tables, remarks_on_quality, result_tables
+
+if TYPE_CHECKING:
+    from ..calibration.ladder import BlockResult
 
 # Options that make a target, and those of a recipe beside them. What is not given is left to the recipe's file.
 _OF_TARGET = ("codec", "bits", "group_size", "nested", "offset", "solver", "table", "scale_dtype")
 _OF_RECIPE = ("embeddings", "lm_head")
+_OF_CALIBRATION = ("effort", "samples", "length", "seed", "device")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
@@ -83,6 +88,23 @@ def convert(
             "`sparse_linear.pt`; repeatable."
         ),
     ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantize for what layers give on this data: a text file, JSON lines with `text` or `messages`, "
+            "safetensors with the inputs, a data set of the Hub (`user/name` or `user/name:config`), or `self`: text "
+            "that the float model writes."
+        ),
+    ] = None,
+    effort: Annotated[
+        str, typer.Option(help="With --calibrate: `fast`, `default` or `high`; each is better and slower.")
+    ] = "default",
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="With --calibrate: how many to take; the effort decides if not given.")
+    ] = None,
+    length: Annotated[int, typer.Option(min=2, help="With --calibrate: tokens of a sample.")] = 512,
+    seed: Annotated[int, typer.Option(help="With --calibrate: of what is drawn at random.")] = 0,
+    device: Annotated[str, typer.Option(help="With --calibrate: to compute on, such as `cuda`.")] = "cpu",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
@@ -102,6 +124,8 @@ def convert(
 
         convert_hf_to_lowbit ./llama ./llama-4bit
 
+        convert_hf_to_lowbit user/model out --bits 3 --calibrate text.txt
+
         convert_hf_to_lowbit user/model out --bits 3 --nested 2 --lm-head
 
         convert_hf_to_lowbit ./model --codec uniform --bits 4 --group-size 0 --dry-run
@@ -111,6 +135,7 @@ def convert(
     if out is None and not dry_run:
         raise typer.BadParameter("OUT is missing: the directory to make (only --dry-run needs none)")
     console = Console(stderr=False)
+    blocks: list[tuple[str, BlockResult]] = []
     try:
         values = {
             "codec": codec, "bits": bits, "group_size": group_size, "offset": offset, "nested": _numbers(nested),
@@ -120,6 +145,11 @@ def convert(
         given = {name: value for name, value in values.items() if _is_given(context, name)}
         plan_recipe = _recipe(recipe, given).keeping(keep or [])
         shard_bytes = _size(max_shard_size)
+        if calibrate is None and (unused := [name for name in _OF_CALIBRATION if _is_given(context, name)]):
+            raise CalibrationError(f"--{unused[0]} needs --calibrate, which says the data; leave it out, or add that")
+        data = None if calibrate is None else Calibration(calibrate, effort, samples, length, seed, device)
+        if data is not None:
+            _ = data.work  # raises for an unknown effort before anything is read
         options: dict[str, Any] = {
             "revision": revision, "min_coverage": min_coverage, "strip_prefix": strip_prefix or [],
             "leave_out": leave_out or [],
@@ -142,10 +172,15 @@ def convert(
                 report=lambda step, total: progress.update(
                     task, advance=1, total=total, description=step.destination.path[-40:]
                 ),
+                calibration=data, report_block=lambda path, result: blocks.append((path, result)),
             )  # fmt: skip
         _print_modules(done.plan, console, modules)
-        for one in result_tables(done.plan, done.outcomes, done.seconds):
+        if blocks:
+            console.print(block_table(blocks))
+        for one in result_tables(done):
             console.print(one)
+        for line in remarks_on_quality(done):
+            console.print(line, highlight=False)
         console.print(
             f"Wrote {escape(str(done.directory))}. Load it with transformers' from_pretrained, as any model "
             "(`import lowbit_format` first where TORCH_DEVICE_BACKEND_AUTOLOAD=0)."

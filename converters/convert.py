@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..container.writer import SHARD_BYTES
 from ..dtypes import DTYPES
 from ..errors import SourceError
 from ..integrations.conversion_record import KEY
+from .calibration_data import Calibration, read_data
 from .card import model_card
 from .check import check_output
 from .completeness import strip
@@ -24,17 +25,32 @@ from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
 
+if TYPE_CHECKING:
+    from ..calibration.compare import Comparison
+    from ..calibration.ladder import BlockResult
+
 DEFAULT_RECIPE = Recipe()
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A finished conversion: where it lies, what was planned, what came of it, and how long it took in seconds."""
+    """A finished conversion.
+
+    Attributes:
+        directory: of the model.
+        plan: what was planned.
+        outcomes: of every quantized module, by path.
+        seconds: that it took.
+        comparison: with the float model on data that were held out, if the conversion was calibrated.
+        unseen: paths of modules that too little of the data reached: they were quantized without.
+    """
 
     directory: Path
     plan: Plan
     outcomes: dict[str, Outcome]
     seconds: float
+    comparison: Comparison | None = None
+    unseen: tuple[str, ...] = ()
 
 
 def plan_conversion(
@@ -89,9 +105,11 @@ def convert_hf_to_lowbit(
     min_coverage: float = 0.9,
     strip_prefix: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    calibration: Calibration | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     resume: bool = False,
     report: Callable[[Step, int], None] = lambda step, total: None,
+    report_block: Callable[[str, BlockResult], None] = lambda path, result: None,
 ) -> Conversion:
     """Convert a Hugging Face checkpoint into a lowbit model directory.
 
@@ -105,9 +123,11 @@ def convert_hf_to_lowbit(
         min_coverage: part of the matrices' weights that must be quantized.
         strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
         leave_out: patterns of files beside the weights that must not come along.
+        calibration: data to quantize with, and how much work to do; None quantizes every weight alone.
         max_shard_bytes: size at which a new file is begun.
         resume: go on with what an interrupted run left; the result is the same bytes.
         report: called after every tensor with its step and the number of all steps.
+        report_block: called after every block that was calibrated with its path and what came of it.
 
     Raises:
         LowbitError: one of its subclasses; nothing that looks finished is left behind.
@@ -116,7 +136,21 @@ def convert_hf_to_lowbit(
     opened, plan, config = plan_conversion(
         source, recipe, revision=revision, min_coverage=min_coverage, strip_prefix=strip_prefix, leave_out=leave_out
     )
-    out = Path(out)
+    out, quantizer = Path(out), None
+    if calibration is not None:
+        import torch
+
+        from .calibrated import Calibrated  # a leaf that imports torch
+
+        quantizer = Calibrated(
+            opened,
+            plan,
+            read_data(calibration, opened.directory),
+            calibration.work,
+            device=torch.device(calibration.device),
+            report=report_block,
+        )
+        plan = replace(plan, steps=quantizer.arrange(plan.steps))
     outcomes = run(
         opened,
         plan,
@@ -125,11 +159,13 @@ def convert_hf_to_lowbit(
         side=lambda work: plan.side.write(opened.directory, work),
         card=lambda found: model_card(opened, plan, found, name=out.name),
         max_shard_bytes=max_shard_bytes,
-        check=lambda work: check_output(opened, plan, work),
+        quantizer=quantizer,
+        check=lambda work, found: check_output(opened, plan, found, work),
         resume=resume,
         report=report,
     )
-    return Conversion(out, plan, outcomes, time.perf_counter() - began)
+    comparison, unseen = (None, ()) if quantizer is None else (quantizer.comparison, tuple(quantizer.unseen))
+    return Conversion(out, plan, outcomes, time.perf_counter() - began, comparison, unseen)
 
 
 def _stripped(source: Source, prefixes: Sequence[str]) -> Source:

@@ -27,10 +27,10 @@ from ..container.atomic import check_absent, disk_errors, publish, write_json
 from ..container.reader import CONFIG_FILE
 from ..container.writer import ShardWriter, StoredTensor, data_file, module_tensors, shard_name, write_index
 from ..errors import OutputError, SourceError
-from ..quantize import Quantized, quantize
 from ..schema import QuantizationConfig
 from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, working_shard
 from .plan import Plan, Step
+from .quantizer import Quantizer, WithoutData
 from .source import Source, as_float32
 
 SAVE_SECONDS = 20.0  # between two saves of the journal: a killed conversion loses at most this much work
@@ -45,7 +45,8 @@ def run(
     side: Callable[[Path], None],
     card: Callable[[dict[str, Outcome]], str],
     max_shard_bytes: int,
-    check: Callable[[Path], None] = lambda directory: None,
+    quantizer: Quantizer | None = None,
+    check: Callable[[Path, dict[str, Outcome]], None] = lambda directory, outcomes: None,
     resume: bool = False,
     report: Callable[[Step, int], None] = lambda step, total: None,
 ) -> dict[str, Outcome]:
@@ -59,6 +60,7 @@ def run(
         side: writes the files beside the weights into a directory.
         card: makes the model card from the outcomes.
         max_shard_bytes: most bytes of tensors in one shard.
+        quantizer: of the weights; None quantizes each alone. The plan's steps are in its order.
         check: looks at the finished directory and raises if it is not what was meant; then it is not published.
         resume: continue an interrupted run.
         report: called after each step with the step and the number of all steps.
@@ -72,7 +74,8 @@ def run(
     """
     out = out.absolute()
     work = work_directory(out)
-    settings = _settings(source, plan, config, max_shard_bytes)
+    quantizer = quantizer or WithoutData()
+    settings = _settings(source, plan, config, max_shard_bytes, quantizer)
     _check_free(out, work, resume)
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=resume)
@@ -82,9 +85,11 @@ def run(
             with disk_errors(work):
                 _clean(work, done)
                 _compare_dropped(source, plan)
-                _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
+                quantizer.begin(work, plan.steps, done.steps)
+                _write_shards(source, plan, quantizer, work, settings, done, max_shard_bytes, report)
+                quantizer.end()
                 _finish(plan, config, work, done, side, card(done.outcomes))
-                _check(work, check)
+                _check(work, done.outcomes, check)
                 _publish(work, out, settings, done)
         except BaseException:
             if not (work / JOURNAL).is_file():  # nothing to resume
@@ -125,10 +130,10 @@ def _locked(work: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _check(work: Path, check: Callable[[Path], None]) -> None:
+def _check(work: Path, outcomes: dict[str, Outcome], check: Callable[[Path, dict[str, Outcome]], None]) -> None:
     """Let `check` look at the finished directory; if it finds a fault, take the config away, which makes it a model."""
     try:
-        check(work)
+        check(work, outcomes)
     except BaseException:
         (work / CONFIG_FILE).unlink(missing_ok=True)
         raise
@@ -156,16 +161,19 @@ def _clean(work: Path, done: Progress) -> None:
             file.unlink()
 
 
-def _settings(source: Source, plan: Plan, config: dict[str, Any], max_shard_bytes: int) -> str:
+def _settings(source: Source, plan: Plan, config: dict[str, Any], max_shard_bytes: int, quantizer: Quantizer) -> str:
     """A digest of everything that the output's bytes depend on."""
     steps = [(s.tensor.name, s.path, None if s.target is None else asdict(s.target)) for s in plan.steps]
-    text = json.dumps([__version__, source.identity, steps, plan.tied, config, max_shard_bytes], sort_keys=True)
+    text = json.dumps(
+        [__version__, source.identity, steps, plan.tied, config, max_shard_bytes, quantizer.identity], sort_keys=True
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_shards(
     source: Source,
     plan: Plan,
+    quantizer: Quantizer,
     work: Path,
     settings: str,
     done: Progress,
@@ -178,7 +186,7 @@ def _write_shards(
     saved = time.monotonic()
     try:
         for step, data in _read_ahead(source, plan.steps[done.steps :]):
-            tensors, outcome = _carry_out(step, data)
+            tensors, outcome = _carry_out(quantizer, step, data)
             del data  # the next tensor is in memory already
             if writer is not None and writer.nbytes + sum(t.nbytes for t in tensors) > max_shard_bytes:
                 _close(writer, work, settings, done)
@@ -192,7 +200,7 @@ def _write_shards(
             if outcome is not None:
                 done.outcomes[outcome.module.path] = outcome
             report(step, len(plan.steps))
-            if time.monotonic() - saved > SAVE_SECONDS:
+            if quantizer.must_save(step) or time.monotonic() - saved > SAVE_SECONDS:
                 done.save(work, settings, writer)
                 saved = time.monotonic()
         if writer is not None:
@@ -239,11 +247,11 @@ def load_step(source: Source, step: Step) -> NDArray[Any]:
     return np.ascontiguousarray(weight.T) if step.destination.kind == "conv1d" else weight
 
 
-def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[StoredTensor], Outcome | None]:
+def _carry_out(quantizer: Quantizer, step: Step, data: NDArray[Any]) -> tuple[list[StoredTensor], Outcome | None]:
     """The tensors to write for one tensor of the checkpoint, and the outcome if it was quantized."""
     if step.target is None:
         return [StoredTensor(step.tensor.name, step.tensor.dtype, step.tensor.shape, data)], None
-    result: Quantized = quantize(data, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
+    result = quantizer.quantize(step, data)
     module = replace(step.module(), scheme=result.matrix.scheme)
     tensors = module_tensors(module, result.matrix)
     nbytes = sum(t.nbytes for t in tensors)

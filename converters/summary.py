@@ -14,6 +14,12 @@ from .plan import Plan, Step
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ..calibration.compare import Comparison
+    from ..calibration.ladder import BlockResult
+    from .convert import Conversion
+
+POOR = 0.5  # nats of divergence from the float model from which a result is called poor
+POOR_COSINE = 0.9
 WORST = 5  # modules listed with the largest error
 NAMED = 6  # tensors or files named before the rest is only counted
 
@@ -97,10 +103,42 @@ def plan_tables(plan: Plan) -> list[Table]:
     return [modules, *_kept_table(plan), totals]
 
 
-def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> list[Table]:
+def block_table(blocks: Sequence[tuple[str, BlockResult]]) -> Table:
+    """The error of what each block gives, after each step of its calibration."""
+    from rich.table import Column, Table
+
+    steps = list(blocks[0][1].errors)
+    table = Table(Column("block", no_wrap=True), *steps, title="Squared error of outputs, relative to their variance")
+    for path, result in blocks:
+        table.add_row(path, *(f"{result.errors[step]:.4f}" if step in result.errors else "" for step in steps))
+    return table
+
+
+def remarks_on_quality(done: Conversion) -> list[str]:
+    """Warnings about a result that is poor, or was made with too little data."""
+    lines = []
+    if done.unseen:
+        lines.append(
+            f"Note: too little of the data reached {_some(done.unseen)}, quantized as without data; give more samples."
+        )
+    found = done.comparison
+    if found is not None and found.is_causal and found.mean_divergence > POOR:
+        lines.append(
+            f"Warning: a divergence of {found.mean_divergence:.2f} nats is large, the model writes noticeably worse; "
+            "take more bits, more --samples, or a higher --effort."
+        )
+    if found is not None and not found.is_causal and found.mean_cosine < POOR_COSINE:
+        lines.append(
+            f"Warning: a cosine of {found.mean_cosine:.3f} is low; take more bits, more --samples, or another --effort."
+        )
+    return lines
+
+
+def result_tables(done: Conversion) -> list[Table]:
     """Tables at the end of a conversion; what it comes to is the last."""
     from rich.table import Column, Table
 
+    plan, outcomes, seconds = done.plan, done.outcomes, done.seconds
     kinds: dict[str, list[Outcome]] = defaultdict(list)
     for o in outcomes.values():
         kinds[_module_kind(o.module.path)].append(o)
@@ -129,7 +167,24 @@ def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> l
         rows.append(("stored without loss", f"{len(lossless)} modules lay on a grid already"))
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
+    rows.extend(_quality(done.comparison))
     return [errors, worst, *_kept_table(plan), _pairs("Result", rows)]
+
+
+def _quality(found: Comparison | None) -> list[tuple[str, str]]:
+    """What the held-out data say."""
+    if found is None or not found.tokens:
+        return []
+    if not found.is_causal:
+        return [("cosine to the float model", f"{found.mean_cosine:.4f} (mean of {found.tokens:,} held-out samples)")]
+    return [
+        (
+            "perplexity",
+            f"{found.reference_perplexity:.2f} -> {found.perplexity:.2f} ({found.tokens:,} held-out tokens)",
+        ),
+        ("divergence from the float model", f"{found.mean_divergence:.4f} nats a token"),
+        ("same prediction", f"{found.agreement:.1%} of the tokens"),
+    ]
 
 
 def _remarks(plan: Plan) -> list[tuple[str, str]]:

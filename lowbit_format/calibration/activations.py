@@ -34,9 +34,7 @@ class Activations:
     def load(self, position: int, kind: str, batch: int) -> Outputs:
         with safe_open(self._path(position, kind, batch), "pt") as f:
             shape, names = f.metadata(), set(f.keys())
-            values = tuple(
-                f.get_tensor(str(i)) if str(i) in names else None for i in range(int(shape["members"]))
-            )
+            values = tuple(f.get_tensor(str(i)) if str(i) in names else None for i in range(int(shape["members"])))
         return Outputs(values, json.loads(shape["is_tuple"]))
 
     def has(self, position: int, batches: int) -> bool:

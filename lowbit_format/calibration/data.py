@@ -22,28 +22,30 @@ class Data:
     """What goes into a model.
 
     Attributes:
-        batches: arguments of the model's ``forward``; of all, or of those to calibrate with.
+        batches: arguments of the model's ``forward``.
+        held_out: how many of them, the last ones, are not calibrated with: they measure what came of it.
         identity: a digest of them: a calibration goes on only with the same data.
     """
 
     batches: tuple[Mapping[str, Tensor], ...]
+    held_out: int
     identity: str
 
     @classmethod
-    def of(cls, batches: Sequence[Mapping[str, Tensor]]) -> Data:
-        """Batches that the caller made, such as a processor's output.
+    def of(cls, batches: Sequence[Mapping[str, Tensor]], held_out: int = 0) -> Data:
+        """Batches that the caller made, such as a processor's output; the last `held_out` only measure.
 
         Raises:
             CalibrationError: there is none.
         """
-        if not batches:
+        if len(batches) <= held_out:
             raise CalibrationError("there is no batch to calibrate with")
         digest = hashlib.sha256()
         for batch in batches:
             for name, value in sorted(batch.items()):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
                 digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return cls(tuple(batches), digest.hexdigest())
+        return cls(tuple(batches), held_out, digest.hexdigest())
 
 
 def read_texts(path: Path, tokenizer: Any) -> list[str]:
@@ -80,7 +82,9 @@ def _text_of(path: Path, number: int, line: str, tokenizer: Any) -> str:
         return str(found["text"])
     if isinstance(found, dict) and isinstance(found.get("messages"), list):
         if not getattr(tokenizer, "chat_template", None):
-            raise CalibrationError(f"{path}, line {number}: has messages, but the model's tokenizer has no chat template")
+            raise CalibrationError(
+                f"{path}, line {number}: has messages, and the model's tokenizer has no chat template for them"
+            )
         return str(tokenizer.apply_chat_template(found["messages"], tokenize=False))
     raise CalibrationError(f'{path}, line {number}: expected an object with "text" or "messages"')
 
@@ -121,9 +125,7 @@ def _chunks(texts: Sequence[str], size: int = 1 << 16) -> Iterator[str]:
 
 def causal_batches(samples: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """Batches of windows of one length, for a causal model."""
-    return [
-        {"input_ids": torch.stack(list(samples[i : i + BATCH]))} for i in range(0, len(samples), BATCH)
-    ]
+    return [{"input_ids": torch.stack(list(samples[i : i + BATCH]))} for i in range(0, len(samples), BATCH)]
 
 
 def padded_batches(
@@ -138,7 +140,79 @@ def padded_batches(
         raise CalibrationError(f"{where}: has {len(texts)} texts, expected {samples}; give more, or lower --samples")
     chosen = sorted(texts[:samples], key=len)
     size = 8 * BATCH
-    return [
-        dict(tokenizer(list(chosen[i : i + size]), return_tensors="pt", padding=True, truncation=True, max_length=length))
-        for i in range(0, samples, size)
-    ]
+    options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    return [dict(tokenizer(list(chosen[i : i + size]), **options)) for i in range(0, samples, size)]
+
+
+def tensor_batches(path: Path) -> list[dict[str, Tensor]]:
+    """Batches of a safetensors file: each tensor ``[samples, …]`` is the argument of ``forward`` of its name.
+
+    Raises:
+        CalibrationError: it cannot be read, or numbers of samples differ.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise CalibrationError(f"{path}: cannot be read: {e}") from e
+    sizes = {name: len(t) if t.dim() else 0 for name, t in tensors.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise CalibrationError(f"{path}: numbers of samples are {sizes}, expected one number for all tensors")
+    count = next(iter(sizes.values()))
+    return [{n: t[i : i + BATCH] for n, t in tensors.items()} for i in range(0, count, BATCH)]
+
+
+def hub_texts(name: str, samples: int, tokenizer: Any) -> list[str]:
+    """The first texts of a data set on the Hub (or in a directory), its ``train`` split, read as a stream.
+
+    Raises:
+        CalibrationError: the package ``datasets`` is missing, or the data set cannot be read or has no text.
+    """
+    try:
+        import datasets  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError:
+        raise CalibrationError(
+            f"{name}: no such file; a data set of the Hub needs the package datasets (pip install datasets)"
+        ) from None
+    repo, _, config = name.partition(":")
+    texts: list[str] = []
+    try:
+        for row in datasets.load_dataset(repo, config or None, split="train", streaming=True):
+            line = json.dumps({key: row[key] for key in ("text", "messages") if key in row})
+            texts.append(_text_of(Path(name), len(texts) + 1, line, tokenizer))
+            if len(texts) >= samples:
+                break
+    except CalibrationError:
+        raise
+    except Exception as e:  # of many kinds, by where the data lie
+        raise CalibrationError(f"{name}: no such file, and not to be had as a data set of the Hub: {e}") from e
+    return [text for text in texts if text.strip()]
+
+
+def self_written(model: Any, *, samples: int, length: int, seed: int) -> list[Tensor]:
+    """Samples that a causal model writes itself, int64 ``[length]`` each (LLM-QAT, Liu et al. 2023, arXiv:2305.17888).
+
+    Each begins with a token drawn at random. The next few tokens are the likeliest, so that the text finds a topic;
+    the others are drawn by their probabilities.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    found: list[Tensor] = []
+    while len(found) < samples:
+        count = min(16, samples - len(found))
+        ids = torch.randint(0, vocabulary, (count, 1), generator=generator)
+        with torch.no_grad():
+            state = torch.random.get_rng_state()
+            torch.manual_seed(seed + len(found))
+            options: dict[str, Any] = {"attention_mask": None, "eos_token_id": None, "pad_token_id": 0}
+            for new, sample in ((min(4, length - 1), False), (length - 1 - min(4, length - 1), True)):
+                if new:
+                    options |= {"do_sample": sample, "max_new_tokens": new, "attention_mask": torch.ones_like(ids)}
+                    if sample:
+                        options |= {"top_k": 0, "top_p": 1.0, "temperature": 1.0}
+                    ids = model.generate(ids.to(model.device), **options).cpu()
+            torch.random.set_rng_state(state)
+        found += list(ids)
+    return found

@@ -6,6 +6,7 @@ as query, key and value, and share a Hessian. Those of later stages see what the
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,7 +75,7 @@ class Collector:
         self.rows = 0
 
     def add(self, x: Tensor, mask: Tensor | None) -> None:
-        """Add the rows of an input ``[..., cols]``; those of tokens that `mask` ``[batch, tokens]`` pads out are not."""
+        """Add the rows of an input ``[..., cols]``, without tokens that `mask` ``[batch, tokens]`` pads out."""
         if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
             x = x[mask.to(x.device) != 0]
         x = x.detach().reshape(-1, x.shape[-1]).float()
@@ -86,9 +87,7 @@ class Collector:
         return self.total / max(1, self.rows)
 
 
-def collect(
-    block: nn.Module, stage: Stage, calls: Iterable[tuple[Callable[[], Any], Tensor | None]]
-) -> Collector:
+def collect(block: nn.Module, stage: Stage, calls: Iterable[tuple[Callable[[], Any], Tensor | None]]) -> Collector:
     """The Hessian of a stage.
 
     Args:
@@ -109,10 +108,8 @@ def collect(
     hook = layer.register_forward_pre_hook(see)
     try:
         for call, mask in calls:  # noqa: B007 - `see` reads the mask
-            try:
+            with contextlib.suppress(Enough):
                 call()
-            except Enough:
-                pass
     finally:
         hook.remove()
     return collector

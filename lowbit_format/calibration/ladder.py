@@ -19,33 +19,10 @@ from ..matrix import Params, StoredMatrix
 from ..quantize import Target
 from ..quantize.calibrated import Calibrated, quantize_for_outputs
 from ..quantize.solve import rounded
+from .effort import Effort
 from .hessians import collect, find_stages, is_transposed, weights_of
 
 LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much work calibration does.
-
-    Attributes:
-        sweeps: of descent in every layer, see :mod:`..quantize.calibrated`.
-        steps: of training the scales and offsets of a whole block; 0 leaves this out.
-        learning_rate: of these, relative to the mean size of a layer's scales.
-        samples: that are used unless the caller says another number.
-    """
-
-    sweeps: int
-    steps: int
-    learning_rate: float
-    samples: int
-
-
-EFFORTS = {
-    "fast": Effort(sweeps=2, steps=0, learning_rate=0.0, samples=32),
-    "default": Effort(sweeps=4, steps=48, learning_rate=0.01, samples=64),
-    "high": Effort(sweeps=6, steps=200, learning_rate=0.01, samples=128),
-}
 
 
 class Inputs(Protocol):

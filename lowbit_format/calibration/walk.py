@@ -13,7 +13,8 @@ from ..errors import CalibrationError
 from ..quantize import Target
 from .activations import Activations
 from .blocks import Batch, Blocks, Outputs, arguments, run
-from .ladder import BlockResult, Effort, quantize_block
+from .effort import Effort
+from .ladder import BlockResult, quantize_block
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Walk:
         batches: its inputs.
         activations: where the outputs of blocks are kept.
         device: to compute on.
+        held_out: number of batches, the last ones, on which nothing is fitted.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class Walk:
         batches: Sequence[Batch],
         activations: Activations,
         device: torch.device,
+        held_out: int = 0,
     ) -> None:
+        self.samples = len(batches) - held_out
         self.model, self.batches, self.activations, self.device = model, batches, activations, device
         self.places: list[Place] = []
         for blocks in lists:
@@ -149,7 +153,7 @@ class _Inputs:
 
     def __init__(self, walk: Walk, place: Place) -> None:
         self._walk, self._place = walk, place
-        self.batches = len(walk.batches)
+        self.batches = walk.samples
 
     def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._walk.arguments(self._place, "quantized", batch)

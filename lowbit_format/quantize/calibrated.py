@@ -315,9 +315,7 @@ class _State:
             )
         target = self.target
         table = codebook.padded(target.values()) if target.codec == "codebook" else None
-        return StoredMatrix(
-            target.scheme(), rows, cols, pack(codes, target.bits), found.pop(target.bits), found, table
-        )
+        return StoredMatrix(target.scheme(), rows, cols, pack(codes, target.bits), found.pop(target.bits), found, table)
 
     def _order_planes(self) -> None:
         """Scales that are >= 0 and, without nested precisions, descending (ENC-2): other planes, the same weights."""

@@ -43,9 +43,7 @@ def feed_back(weight: Tensor, upper: Tensor, level: Tensor, order: Tensor, decod
     return errors
 
 
-def descend(
-    hessian: Tensor, levels: Tensor, shares: Tensor, gradient: Tensor, decoded: Tensor, codes: Tensor
-) -> None:
+def descend(hessian: Tensor, levels: Tensor, shares: Tensor, gradient: Tensor, decoded: Tensor, codes: Tensor) -> None:
     """Give each column of a block in turn the best code while all others stay.
 
     Several precisions may share the codes; then the sum of their errors falls, each times its share.

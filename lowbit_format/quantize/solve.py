@@ -244,6 +244,11 @@ SOLVERS = {
 }
 
 
+def measured(weight: F32, matrix: StoredMatrix, *, lossless: bool = False) -> Quantized:
+    """A matrix that was made of a float32 weight ``[rows, cols]``, with its error."""
+    return Quantized(matrix, _squared_error(weight, matrix), _sum_of_squares(weight)[0], lossless)
+
+
 # --- measuring --------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,129 @@
+"""From the words after ``--calibrate`` to the inputs of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.effort import EFFORTS, Effort
+from ..errors import CalibrationError
+from .architecture import meta_model
+
+if TYPE_CHECKING:
+    from ..calibration.data import Data
+
+SELF = "self"
+HELD_OUT = 4  # batches that measure what came of it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How to calibrate.
+
+    Attributes:
+        source: a text file; JSON lines with ``text`` or ``messages``; safetensors with the arguments of ``forward``; a
+            data set of the Hub; ``"self"``: the float model writes the text; or :class:`Data` that the caller made.
+        effort: a name in EFFORTS, or a number of one's own for each thing.
+        samples: to calibrate with; None takes the effort's number.
+        length: of a sample, in tokens.
+        seed: of what is drawn at random.
+        device: to compute on.
+    """
+
+    source: str | Data
+    effort: str | Effort = "default"
+    samples: int | None = None
+    length: int = 512
+    seed: int = 0
+    device: str = "cpu"
+
+    @property
+    def work(self) -> Effort:
+        """The effort, spelled out."""
+        if isinstance(self.effort, Effort):
+            return self.effort
+        if self.effort not in EFFORTS:
+            raise CalibrationError(f"effort is {self.effort!r}, expected one of {', '.join(EFFORTS)}")
+        return EFFORTS[self.effort]
+
+
+def read_data(calibration: Calibration, directory: Path) -> Data:
+    """The inputs of the model in `directory`.
+
+    Raises:
+        CalibrationError: there is too little data, or it is not what the model takes.
+    """
+    from ..calibration import data  # a leaf that imports torch
+
+    if not isinstance(calibration.source, str):
+        return calibration.source
+    samples = calibration.samples or calibration.work.samples
+    path, model = Path(calibration.source), meta_model(directory)
+    if path.suffix == ".safetensors":
+        batches = data.tensor_batches(path)
+        return data.Data.of(batches, held_out=min(HELD_OUT, len(batches) // 4))
+    if model.main_input_name != "input_ids":
+        raise CalibrationError(
+            f"{type(model).__name__} takes {model.main_input_name}, not text; give --calibrate a safetensors file with "
+            "the arguments of its forward, such as what its processor makes"
+        )
+    held_out = HELD_OUT * data.BATCH
+    if calibration.source == SELF:
+        rows = _self_written(calibration, directory, model, samples + held_out)
+        return data.Data.of(data.causal_batches(rows), held_out=HELD_OUT)
+    tokenizer = _tokenizer(directory)
+    if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
+        texts = data.read_texts(path, tokenizer)
+    else:
+        texts = data.hub_texts(calibration.source, (samples + held_out) * max(1, calibration.length // 16), tokenizer)
+    where = str(calibration.source)
+    options: dict[str, Any] = {"samples": samples + held_out, "length": calibration.length, "where": where}
+    if _is_causal(model) or model.config.is_encoder_decoder:
+        batches = data.causal_batches(data.windows(texts, tokenizer, **options))
+        if model.config.is_encoder_decoder:
+            batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
+        held = HELD_OUT
+    else:
+        batches = data.padded_batches(texts, tokenizer, **options)
+        held = max(1, round(len(batches) * held_out / (samples + held_out)))
+    _check_ids(batches, model, where)
+    return data.Data.of(batches, held_out=held)
+
+
+def _is_causal(model: Any) -> bool:
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
+def _tokenizer(directory: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(directory)
+    except Exception as e:  # of many kinds, by what is missing
+        raise CalibrationError(
+            f"{directory}: has no tokenizer that transformers can load, which --calibrate with text needs: {e}"
+        ) from e
+
+
+def _self_written(calibration: Calibration, directory: Path, meta: Any, samples: int) -> Any:
+    import torch
+    import transformers
+
+    from ..calibration.data import self_written
+
+    if not _is_causal(meta):
+        raise CalibrationError(f"{type(meta).__name__} writes no text: give --calibrate a file instead of {SELF!r}")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = model.to(calibration.device).eval()
+    return self_written(model, samples=samples, length=calibration.length, seed=calibration.seed)
+
+
+def _check_ids(batches: list[Any], model: Any, where: str) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    largest = max(int(batch["input_ids"].max()) for batch in batches)
+    if largest >= known:
+        raise CalibrationError(
+            f"{where}: the tokenizer gives the id {largest}, and the model knows {known} tokens; is the tokenizer of "
+            "another model?"
+        )

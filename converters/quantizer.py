@@ -1,0 +1,62 @@
+"""The part of a conversion that turns a weight into a stored matrix: with data (:mod:`.calibrated`), or without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from ..matrix import F32
+from ..quantize import Quantized, quantize
+from .plan import Step
+
+
+class Quantizer(Protocol):
+    """Quantizes the weights of a plan, one step after the other.
+
+    Attributes:
+        identity: a string that changes with all that results depend on beside the plan; "" for nothing.
+    """
+
+    identity: str
+
+    def arrange(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        """The steps in the order in which they have to be carried out."""
+        ...
+
+    def begin(self, work: Path, steps: tuple[Step, ...], done: int) -> None:
+        """Prepare to go on after the first `done` steps; `work` is the directory of the unfinished conversion."""
+        ...
+
+    def quantize(self, step: Step, weight: F32) -> Quantized:
+        """The weight ``[rows, cols]`` of a step as a stored matrix."""
+        ...
+
+    def must_save(self, step: Step) -> bool:
+        """Whether the journal must be saved once this step is done: what comes before it will be forgotten."""
+        ...
+
+    def end(self) -> None:
+        """Remove what is in the work directory."""
+        ...
+
+
+class WithoutData:
+    """Every weight is quantized alone."""
+
+    identity = ""
+
+    def arrange(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        return steps
+
+    def begin(self, work: Path, steps: tuple[Step, ...], done: int) -> None:
+        pass
+
+    def quantize(self, step: Step, weight: F32) -> Quantized:
+        assert step.target is not None  # noqa: S101 - the driver quantizes only what has a target
+        return quantize(weight, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
+
+    def must_save(self, step: Step) -> bool:
+        return False
+
+    def end(self) -> None:
+        pass
