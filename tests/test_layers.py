@@ -26,7 +26,8 @@ LAYERS: list[tuple[str, str]] = [
     ("hub", "transport to and from the Hub; what it carries it need not understand"),
     ("integrations", "transformers and PEFT, which take the runtime's modules"),
     ("tasks", "bundles of many tasks over one base"),
-    ("converters export loading", "whole models in and out: they use all of the above"),
+    ("calibration", "what the layers of a float model see of data, and quantizing them for it"),
+    ("converters export loading evaluation", "whole models in and out: they use all of the above"),
     ("cli testing", "what people call: commands, and tests of other backends and readers"),
     (PACKAGE, "the public names, which are imported when they are first used, from wherever they are defined"),
 ]

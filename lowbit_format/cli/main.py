@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..converters.command import convert
-from . import demo, dequantize, diff, inspect, task, verify
+from . import demo, dequantize, diff, evaluate, inspect, task, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +26,7 @@ app.command()(inspect.inspect)
 app.command()(verify.verify)
 app.command()(dequantize.dequantize)
 app.command()(diff.diff)
+app.command("eval")(evaluate.evaluate)
 app.add_typer(task.app, name="task")
 
 

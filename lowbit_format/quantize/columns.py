@@ -33,13 +33,7 @@ def feed_back(weight: Tensor, upper: Tensor, level: Tensor, order: Tensor, decod
         arrays = [t.numpy() for t in (weight, upper, level, order, mids, decoded, codes, errors)]
         parallel_rows(_feed_back, len(weight), *arrays)
         return errors
-    for j in range(weight.shape[1]):
-        x = weight[:, j : j + 1].contiguous()
-        nearest = torch.searchsorted(mids, x, right=True)  # of two as near, the larger level (ENC-1)
-        decoded[:, j] = level.gather(1, nearest)[:, 0]
-        codes[:, j] = order.gather(1, nearest)[:, 0]
-        errors[:, j] = (x[:, 0] - decoded[:, j]) / upper[j, j]
-        weight[:, j + 1 :].addr_(errors[:, j], upper[j, j + 1 :], alpha=-1)
+    _feed_back_together(weight, upper, level, order, mids, decoded, codes, errors)
     return errors
 
 
@@ -60,6 +54,22 @@ def descend(hessian: Tensor, levels: Tensor, shares: Tensor, gradient: Tensor, d
         arrays = [t.numpy() for t in (hessian, levels, shares, gradient, decoded, codes)]
         parallel_rows(_descend, len(codes), *arrays)
         return
+    _descend_together(hessian, levels, shares, gradient, decoded, codes)
+
+
+def _feed_back_together(weight, upper, level, order, mids, decoded, codes, errors):
+    """All rows at once, column by column."""
+    for j in range(weight.shape[1]):
+        x = weight[:, j : j + 1].contiguous()
+        nearest = torch.searchsorted(mids, x, right=True)  # of two as near, the larger level (ENC-1)
+        decoded[:, j] = level.gather(1, nearest)[:, 0]
+        codes[:, j] = order.gather(1, nearest)[:, 0]
+        errors[:, j] = (x[:, 0] - decoded[:, j]) / upper[j, j]
+        weight[:, j + 1 :].addr_(errors[:, j], upper[j, j + 1 :], alpha=-1)
+
+
+def _descend_together(hessian, levels, shares, gradient, decoded, codes):
+    """All rows at once, column by column."""
     for j in range(codes.shape[1]):
         best = decoded[:, :, j] - gradient[:, :, j] / hessian[j, j]  # where the gradient would be 0
         cost = ((levels - best[..., None]).square() * shares[:, None, None]).sum(0)
