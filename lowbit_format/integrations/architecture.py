@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 
 def named_class(config: Any) -> Any:
@@ -15,3 +19,18 @@ def named_class(config: Any) -> Any:
     names = getattr(config, "architectures", None) or []
     found = (getattr(transformers, name, None) for name in names if isinstance(name, str))
     return next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
+
+
+def converted_model(directory: Path) -> Any:
+    """A model of the class that the directory was written for, on the meta device; None if it cannot be made."""
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        cls = named_class(config)
+        with torch.device("meta"):
+            return None if cls is None else cls(config)
+    except Exception as error:  # whatever foreign code raises: the model is only asked for its names
+        log.debug("%s: cannot build %s", directory, error)
+        return None

@@ -24,6 +24,7 @@ from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.modules_to_save import SwitchedModule
 from .base_model import Base
 from .card import model_base_card
+from .file_names import FileNames
 from .placement import refuse_missing
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,14 @@ class LowbitModel(Mixin):
         lowbit_state: the active task and the loaded ones.
         lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
         lowbit_save: writes a task instead of the base when the Trainer saves the model.
+        lowbit_files: the names in the directory, while the model is being loaded.
     """
 
     lowbit_base: Base
     lowbit_state: TaskState
     lowbit_fresh: tuple[str, ...] = ()
     lowbit_save: Callable[[Any, str], None] | None = None
+    lowbit_files: FileNames | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; inside of ``use_tasks`` the modules learn how many rows the batch has."""
@@ -91,8 +94,8 @@ class LowbitModel(Mixin):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which calls this while loading with the names that the file lacks."""
         super().tie_weights(*args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("missing_keys"):
-            refuse_missing(self, kwargs["missing_keys"])
+        if kwargs.get("missing_keys") and self.lowbit_files is not None:
+            refuse_missing(self, self.lowbit_files, kwargs["missing_keys"])
             self.lowbit_fresh = tuple(sorted(kwargs["missing_keys"]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

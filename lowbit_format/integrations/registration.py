@@ -26,6 +26,7 @@ from typing import Any
 TRANSFORMERS = "transformers.quantizers.auto"
 AFTER_IMPORT = {  # module to wait for -> our module that registers itself there when imported
     TRANSFORMERS: "lowbit_format.integrations.quantizer",
+    "transformers.modeling_utils": "lowbit_format.integrations.parts",
     "peft.tuners.lora.config": "lowbit_format.integrations.peft",
 }
 
