@@ -9,6 +9,7 @@ they are first turned back into the checkpoint's.
 from __future__ import annotations
 
 import functools
+import re
 from collections import Counter
 from typing import Any
 
@@ -48,7 +49,15 @@ class FileNames:
             return True  # of a lowbit module, which is only made where the directory has its matrix
         if self._never_had(name):
             return False
-        return self.own or name in self._of_converted
+        return self.own or name in self._of_converted or _in_layer(name) in self._unmatched
+
+    def check_config(self, name: str) -> None:
+        """Raise LoadError for a parameter that its own class lacks, unless options of the call have dropped it."""
+        if self.own and self._converted is not None and name not in self._converted.state_dict():
+            raise LoadError(
+                f"{self.reader.directory}: the file has {name!r}, but {type(self._converted).__name__} as config.json "
+                "describes it has no such module: config.json and the weights do not belong together"
+            )
 
     def _match(self) -> dict[str, str]:
         lowbit = self.reader.lowbit_names()
@@ -86,6 +95,11 @@ class FileNames:
         names = list(self._converted.state_dict())
         return {self._rename(n) for n in names} | {self._rename(self._in_checkpoint(n)) for n in names}
 
+    @functools.cached_property
+    def _unmatched(self) -> set[str]:
+        """Names within their layers of the quantized modules that the model does not have."""
+        return {_in_layer(entry.weight) for entry in self.reader.config if entry.weight not in self.of} - {""}
+
     def _never_had(self, name: str) -> bool:
         """Whether the digests of all that was written show that the part of `name`, such as a pooler, was not there."""
         prefix = self._prefix if name.startswith(self._prefix) else ""
@@ -100,6 +114,12 @@ class FileNames:
             return set()
         kept = {n for header in headers for n in header.digests} - self.reader.lowbit_names()
         return {self.of.get(n, self._rename(n)) for n in kept | {entry.weight for entry in self.reader.config}}
+
+
+def _in_layer(name: str) -> str:
+    """The end of a name from its numbered layer on, such as ``layers.0.mlp.up_proj.weight``; empty without one."""
+    found = re.search(r"[^.]+\.\d+\..*", name)
+    return "" if found is None else found.group()
 
 
 class ExactNames(WeightRenaming):
@@ -162,11 +182,14 @@ class _Renaming:
 
 
 class _Reverting:
-    """transformers' renaming on saving: names in `model` to names in a checkpoint, of tensors that are not converted."""
+    """transformers' renaming on saving: names in `model` to names in a checkpoint, if no conversion is needed."""
 
     def __init__(self, model: Any) -> None:
-        mapping = [m.reverse_transform() for m in reversed(get_model_conversion_mapping(model, add_legacy=False))
-                   if type(m).__name__ != "PrefixChange"]  # it only tells what names may have been
+        mapping = [
+            m.reverse_transform()
+            for m in reversed(get_model_conversion_mapping(model, add_legacy=False))
+            if type(m).__name__ != "PrefixChange"
+        ]  # it only tells what names may have been
         self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
         self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import TaskError, UnsupportedOperationError
 from ..hub import push_model_directory
-from ..runtime.active_tasks import TaskState, model_call
+from ..runtime.active_tasks import TaskState, batch_rows, model_call
 from ..runtime.class_mixin import Mixin, mix_in, restore_class
 from ..runtime.deltas import TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
@@ -51,10 +51,11 @@ class LowbitModel(Mixin):
         """As in torch; inside of ``use_tasks`` the modules learn how many rows the batch has."""
         if not self.lowbit_state.blocks:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        tasks, rows = self.lowbit_state.row_tasks(), _rows(args, kwargs)
-        if tasks is not None and rows is not None and len(tasks.names) > 1:
-            tasks.check_rows(rows, type(self).__name__)
-        with model_call(rows):
+        tasks, rows, name = self.lowbit_state.row_tasks(), _rows(args, kwargs), type(self).__name__
+        if tasks is not None and rows is not None and batch_rows() is None and len(tasks.names) > 1:
+            tasks.check_rows(rows, name)
+        of_text = getattr(self, "main_input_name", "input_ids") == "input_ids"
+        with model_call(rows, exact=_is_mixed(kwargs), part=None if of_text else name):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @property
@@ -210,6 +211,13 @@ def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
     return next((len(x) for x in given), None)
 
 
+def _is_mixed(kwargs: dict[str, Any]) -> bool:
+    """Whether a model is called with text and something else, of which a row may have any number."""
+    given = {name for name, value in kwargs.items() if value is not None}
+    return not given.isdisjoint(("input_ids", "inputs_embeds")) and any(name.startswith(_MEDIA) for name in given)
+
+
+_MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
 _INPUTS = (
     "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids",
     "decoder_inputs_embeds", "hidden_states",

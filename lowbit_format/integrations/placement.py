@@ -41,7 +41,8 @@ def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskSta
     What the directory has besides is ignored, as in transformers: the model may be a part of it, or have fewer layers.
 
     Raises:
-        LoadError: the model has a module with another type or shape, or none of the directory's modules.
+        LoadError: the model has a module with another type or shape, or none of the directory's modules; or
+            config.json contradicts itself.
         PrecisionError: no parameters for `bits` (NST-3).
     """
     reader = files.reader
@@ -51,9 +52,11 @@ def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskSta
         if entry.experts is not None:
             raise LoadError(f"{entry.path}: this version of lowbit_format cannot load {entry.kind}; update it")
         path = files.path(entry.path)
-        if path is not None:
-            _replace(model, path, modules[path], reader, entry, bits)
-            placed.files[path] = entry
+        if path is None:
+            files.check_config(entry.weight)
+            continue
+        _replace(model, path, modules[path], reader, entry, bits)
+        placed.files[path] = entry
     for place, owner in _tied_places(model, modules, files, placed):
         _replace(model, place, modules[place], reader, placed.files[owner], bits)
         placed.tied[place] = owner
@@ -119,7 +122,7 @@ def refuse_missing(model: Any, files: FileNames, missing: Iterable[str], *, all_
         )
         raise LoadError(
             f"{files.reader.directory}: {type(model).__name__} has {lost[0]!r} ({len(lost)} such tensors in all), "
-            f"which the files do not give it, so that it would be random: {cause}"
+            f"which transformers does not find in the files by its name, so that it would be random: {cause}"
         )
 
 

@@ -191,7 +191,5 @@ class LowbitQuantizer(HfQuantizer):
 
 def _wanted_names(files: FileNames, placed: Placement) -> dict[str, str]:
     """The model's name of every tensor of the directory that the model has, by its name in the directory."""
-    lowbit = {
-        spec.name: f"{path}.{spec.role}" for path, entry in placed.files.items() for spec in tensor_specs(entry)
-    }
+    lowbit = {spec.name: f"{path}.{spec.role}" for path, entry in placed.files.items() for spec in tensor_specs(entry)}
     return {**files.of, **lowbit}

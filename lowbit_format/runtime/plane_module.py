@@ -245,7 +245,9 @@ class PlaneModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A placeholder with the weight's shape, dtype and device, and no data (see :class:`WeightPlaceholder`)."""
-        return WeightPlaceholder.of(self._weight_shape(), self.compute_dtype, self.device)
+        return WeightPlaceholder.of(
+            self._weight_shape(), self.compute_dtype, self.device, self.path, type(self).__name__
+        )
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -306,7 +308,8 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 
 def _no_weight(module: nn.Module) -> UnsupportedOperationError:
+    where = f"{getattr(module, 'path', 'a module')} ({type(module).__name__})"
     return UnsupportedOperationError(
-        f"{type(module).__name__} has no weight to assign: it holds bit-planes. Call model.dequantize() for a "
-        "float model, or convert with this module kept in full precision"
+        f"{where} has no weight to assign: it holds bit-planes. Call model.dequantize() for a float model, or convert "
+        "with this module kept in full precision (--keep)"
     )
