@@ -51,11 +51,11 @@ class LowbitModel(Mixin):
         """As in torch; inside of ``use_tasks`` the modules learn how many rows the batch has."""
         if not self.lowbit_state.blocks:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        tasks, rows, name = self.lowbit_state.row_tasks(), _rows(args, kwargs), type(self).__name__
+        tasks, name = self.lowbit_state.row_tasks(), type(self).__name__
+        rows, is_text = _rows(args, kwargs)
         if tasks is not None and rows is not None and batch_rows() is None and len(tasks.names) > 1:
             tasks.check_rows(rows, name)
-        of_text = getattr(self, "main_input_name", "input_ids") == "input_ids"
-        with model_call(rows, exact=_is_mixed(kwargs), part=None if of_text else name):
+        with model_call(rows, exact=_is_mixed(kwargs), part=None if is_text else name):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @property
@@ -204,11 +204,16 @@ def _in_training(model: nn.Module) -> bool:
     return any(isinstance(module, TunedDelta) for module in model.modules())
 
 
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Rows of the batch that a model is called with; None if no argument tells."""
-    named = (kwargs.get(name) for name in _INPUTS)
-    given = (x for x in (*args, *named) if isinstance(x, Tensor) and x.dim() > 0)
-    return next((len(x) for x in given), None)
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, bool]:
+    """Rows of what a model is called with (None if no argument tells), and whether that is text."""
+    for x in args:
+        if isinstance(x, Tensor) and x.dim() > 0:
+            return len(x), not x.is_floating_point()
+    for name in (*_TEXTS, *_INPUTS):
+        x = kwargs.get(name)
+        if isinstance(x, Tensor) and x.dim() > 0:
+            return len(x), name in _TEXTS
+    return None, False
 
 
 def _is_mixed(kwargs: dict[str, Any]) -> bool:
@@ -218,10 +223,8 @@ def _is_mixed(kwargs: dict[str, Any]) -> bool:
 
 
 _MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
-_INPUTS = (
-    "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids",
-    "decoder_inputs_embeds", "hidden_states",
-)  # fmt: skip
+_TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+_INPUTS = ("pixel_values", "input_features", "input_values", "hidden_states")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -19,21 +19,19 @@ class WeightPlaceholder(Tensor):
     """Shape, dtype and device of a weight that is stored as bit-planes; every operation on it is an error.
 
     Attributes:
-        path: of the module in its model.
-        cls: name of the module's class.
+        module: path and class of the module, for the message.
     """
 
-    path: str
-    cls: str
+    module: str
 
     @staticmethod
-    def of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, path: str, cls: str) -> Tensor:
-        """A placeholder for the weight of the module at `path`, of class `cls`; transformers does not initialise it."""
+    def of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, module: str) -> Tensor:
+        """A placeholder, marked as initialised so that transformers does not initialise it."""
         if torch.compiler.is_compiling():  # a graph cannot hold this class, and needs only shape and dtype
             return torch.empty(shape, dtype=dtype, device="meta")
         weight: Tensor = torch.Tensor._make_wrapper_subclass(WeightPlaceholder, shape, dtype=dtype, device=device)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
-        weight.path, weight.cls = path, cls  # type: ignore[attr-defined]
+        weight.module = module  # type: ignore[attr-defined]
         return weight
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -42,12 +40,11 @@ class WeightPlaceholder(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        given = (x for x in tree_leaves((args, kwargs)) if isinstance(x, WeightPlaceholder))
-        path, name = next(((x.path, x.cls) for x in given), ("a module", "PlaneModule"))
+        module = next(x.module for x in tree_leaves((args, kwargs)) if isinstance(x, WeightPlaceholder))
         raise UnsupportedOperationError(
-            f"{path} ({name}): {func} needs the values of its weight, which is stored as bit-planes; some code around "
-            f"the module reads the weight itself. Convert again with this module kept in full precision (--keep "
-            f"'{path}'), or call model.dequantize() for a float model, module.dequantize() for this weight alone"
+            f"{module}: {func} needs the values of its weight, which is stored as bit-planes: code around the module "
+            f"reads the weight itself. Convert again with this module kept in full precision (--keep "
+            f"{module.split()[0]!r}), or call model.dequantize() for a float model, module.dequantize() for this weight"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

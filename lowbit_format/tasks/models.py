@@ -63,7 +63,7 @@ def unwrapped(model: Any) -> Any:
 
 def _only_inside(model: Any) -> Any:
     """The one lowbit model that the module contains, such as a SentenceTransformer; TaskError if there is not one."""
-    inside = model.named_modules() if isinstance(model, nn.Module) else ()
+    inside = list(model.named_modules()) if isinstance(model, nn.Module) else []
     found = {path: m for path, m in inside if isinstance(m, LowbitModel) and hasattr(m, "lowbit_base")}
     if len(found) == 1:
         return next(iter(found.values()))

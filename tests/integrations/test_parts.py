@@ -124,7 +124,7 @@ def test_a_part_without_quantized_modules(tmp_path: Path) -> None:
 def test_another_quantizer_is_refused(directories: Directories) -> None:
     config = hf.QuantoConfig(weights="int8") if hasattr(hf, "QuantoConfig") else None
     out, _ = directories("clip")
-    with pytest.raises((LoadError, ImportError), match="cannot quantize again|quanto"):
+    with pytest.raises((LoadError, ImportError), match=r"cannot quantize again|quanto"):
         hf.CLIPVisionModel.from_pretrained(out, quantization_config=config)
 
 
