@@ -265,3 +265,5 @@ def generalize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LowbitModel):
             restore_class(module)
+            for attribute in [name for name in vars(module) if name in LowbitModel.__annotations__]:
+                delattr(module, attribute)
