@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ log = logging.getLogger(__name__)
 
 
 def named_class(config: Any) -> Any:
-    """The first of ``config.architectures`` that is a model class of the installed transformers, or None.
+    """The first of ``config.architectures`` that is a model class of the installed transformers, or None."""
+    return known_class(getattr(config, "architectures", None))
+
+
+def known_class(names: Iterable[object] | None) -> Any:
+    """The first of `names` that is a model class of the installed transformers, or None.
 
     Other names are ignored: they come from a file, and transformers exports functions too.
     """
     import transformers
 
-    names = getattr(config, "architectures", None) or []
-    found = (getattr(transformers, name, None) for name in names if isinstance(name, str))
+    found = (getattr(transformers, name, None) for name in names or () if isinstance(name, str))
     return next((c for c in found if isinstance(c, type) and issubclass(c, transformers.PreTrainedModel)), None)
 
 

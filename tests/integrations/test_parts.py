@@ -148,7 +148,7 @@ def test_a_lost_tensor_of_a_part_is_refused(directories: Directories, tmp_path: 
     tensors = load_file(out / "model.safetensors")
     del tensors["vision_model.encoder.layers.1.layer_norm1.weight"]
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LoadError, match=r"CLIPVisionModel has 'encoder\.layers\.1\.layer_norm1\.weight'"):
+    with pytest.raises(LoadError, match=r"CLIPVisionModel has '.*encoder\.layers\.1\.layer_norm1\.weight'"):
         hf.CLIPVisionModel.from_pretrained(tmp_path)
 
 

@@ -496,10 +496,10 @@ def test_a_sentence_transformer(tmp_path: Path) -> None:
     features = model.tokenize(["w1 w2 w3"])
     model(features)["sentence_embedding"].sum().backward()
     assert all(p.grad is not None for name, p in trained(model).items() if "pooler" not in name)
-    assert (model.encode("w1 w2 w3") == before).all()
+    assert abs(model.encode("w1 w2 w3") - before).max() < 1e-5
     for p in trained(model).values():
         p.data += 0.1
-    assert (model.encode("w1 w2 w3") != before).any()
+    assert abs(model.encode("w1 w2 w3") - before).max() > 1e-3
 
 
 @pytest.mark.parametrize(
