@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.modeling_utils import PreTrainedModel
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from ..container.reader import CONFIG_FILE
 from ..errors import LoadError
@@ -37,13 +38,11 @@ _load_pretrained_model: Any = PreTrainedModel._load_pretrained_model
 @functools.wraps(_from_pretrained)
 def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """As in transformers; the config of a part of a lowbit model gets the ``quantization_config`` of the whole."""
-    from .quantizer import LowbitConfig
-
     try:
         return _from_pretrained(cls, *args, **kwargs)
     except _LowbitFilesError as found:
         section = found.section
-    return _from_pretrained(cls, *args, **{**kwargs, "quantization_config": LowbitConfig.from_dict(section)})
+    return _from_pretrained(cls, *args, **{**kwargs, "quantization_config": AutoQuantizationConfig.from_dict(section)})
 
 
 def load_pretrained_model(
@@ -76,5 +75,6 @@ def _section(file: Path) -> dict[str, Any] | None:
     return section if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD else None
 
 
-PreTrainedModel.from_pretrained = classmethod(from_pretrained)
-PreTrainedModel._load_pretrained_model = staticmethod(load_pretrained_model)
+_patched: Any = PreTrainedModel
+_patched.from_pretrained = classmethod(from_pretrained)
+_patched._load_pretrained_model = staticmethod(load_pretrained_model)
