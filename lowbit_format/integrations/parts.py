@@ -10,6 +10,7 @@ Importing this module puts the two steps into ``PreTrainedModel``; it is importe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from ..container.header import read_header
 from ..container.reader import CONFIG_FILE
-from ..errors import LoadError
+from ..errors import FormatError, LoadError
 from ..schema import QUANT_METHOD
 
 
@@ -60,6 +62,11 @@ def load_pretrained_model(
             )
         if section is not None:
             raise _LowbitFilesError(section)
+    if method != QUANT_METHOD and _has_planes(state_dict, checkpoint_files):
+        raise LoadError(
+            f"{type(model).__name__}: these are tensors of a lowbit model without its config.json, so that its weights "
+            "would be random: load it from its directory or repository, without config= and state_dict="
+        )
     return _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
@@ -73,6 +80,17 @@ def _section(file: Path) -> dict[str, Any] | None:
     except (ValueError, AttributeError):  # not for us to judge
         return None
     return section if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD else None
+
+
+def _has_planes(state_dict: Any, checkpoint_files: Any) -> bool:
+    """Whether tensors that no ``config.json`` describes are those of a lowbit model."""
+    names = set(state_dict or ())
+    if checkpoint_files and not (Path(checkpoint_files[0]).parent / CONFIG_FILE).is_file():
+        with contextlib.suppress(FormatError, OSError):  # another kind of file
+            names |= read_header(checkpoint_files[0]).tensors.keys()
+    return any(
+        f"{name.removesuffix('planes')}scales" in names for name in names if name.endswith((".planes", "_planes"))
+    )
 
 
 _patched: Any = PreTrainedModel

@@ -162,7 +162,7 @@ class LowbitQuantizer(HfQuantizer):
         plain = {name: t for name, t in tensors.items() if type(t) is Tensor and not t.is_meta}
         return base, file_metadata({name: digest(t) for name, t in plain.items()})
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """Replace lowbit modules by float ones with the active task; ties and the models' former classes return."""
         if isinstance(dtype, str):  # config.dtype is one once the model was saved
             dtype = getattr(torch, dtype)

@@ -111,6 +111,16 @@ def test_with_the_config_of_the_part(directories: Directories) -> None:
     assert_equal_to(model.dequantize(), hf.CLIPVisionModel.from_pretrained(out, config=read))
 
 
+def test_tensors_without_their_config_are_refused(directories: Directories, tmp_path: Path) -> None:
+    out, _ = directories("clip")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((out / file.name).read_bytes())
+    config = hf.CLIPVisionConfig.from_pretrained(out)
+    for arguments in ({"pretrained_model_name_or_path": tmp_path}, {"state_dict": load_file(file)}):
+        with pytest.raises(LoadError, match=r"without its config\.json"):
+            hf.CLIPVisionModel.from_pretrained(**{"pretrained_model_name_or_path": None, **arguments}, config=config)
+
+
 def test_a_part_without_quantized_modules(tmp_path: Path) -> None:
     recipe = Recipe(default=Target(codec="uniform", bits=8, group_size=16)).keeping(["vision_model.*"])
     out, decoded = converted(COMPOSITES["clip"](), tmp_path, recipe)
