@@ -34,22 +34,22 @@ class FileNames:
         self.reader = reader
         self.own = type(model).__name__ in (reader.model_config.get("architectures") or ())
         self._state = dict(model.state_dict())
-        self._prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        self._prefix = _prefix_of(model)
         self._rename = _Renaming(model)
         self.of = self._match()
 
-    def path(self, path: str) -> str | None:
-        """The model's path of the directory's module `path`; None if the model has no such module."""
-        found = self.of.get(f"{path}.weight")
+    def path(self, weight: str) -> str | None:
+        """The model's path of the module whose `weight` the directory has quantized; None if the model lacks it."""
+        found = self.of.get(weight)
         return None if found is None else found.removesuffix(".weight")
 
     def expects(self, name: str) -> bool:
         """Whether the checkpoint that was converted had the model's tensor `name`, as far as can be known."""
         if name not in self._state:
             return True  # of a lowbit module, which is only made where the directory has its matrix
-        if self._never_had(name):
-            return False
-        return self.own or name in self._of_converted or _in_layer(name) in self._unmatched
+        if _in_layer(name) in self._unmatched:
+            return True
+        return not self._never_written(name, self._prefix) if self.own else name in self._of_converted
 
     def check_config(self, name: str) -> None:
         """Raise LoadError for a parameter that its own class lacks, unless options of the call have dropped it."""
@@ -89,10 +89,11 @@ class FileNames:
 
     @functools.cached_property
     def _of_converted(self) -> set[str]:
-        """The model's names of all tensors of the class that was converted; of all, if that class is unknown."""
+        """The model's names of all tensors of the class that was converted; all names, if that class is unknown."""
         if self._converted is None:
             return set(self._state)
-        names = list(self._converted.state_dict())
+        prefix = _prefix_of(self._converted)
+        names = [n for n in self._converted.state_dict() if not self._never_written(n, prefix)]
         return {self._rename(n) for n in names} | {self._rename(self._in_checkpoint(n)) for n in names}
 
     @functools.cached_property
@@ -100,20 +101,28 @@ class FileNames:
         """Names within their layers of the quantized modules that the model does not have."""
         return {_in_layer(entry.weight) for entry in self.reader.config if entry.weight not in self.of} - {""}
 
-    def _never_had(self, name: str) -> bool:
-        """Whether the digests of all that was written show that the part of `name`, such as a pooler, was not there."""
-        prefix = self._prefix if name.startswith(self._prefix) else ""
+    def _never_written(self, name: str, prefix: str) -> bool:
+        """Whether the part of the converted class's tensor `name`, such as a pooler, was not there to be converted.
+
+        Only digests of all that was written can tell.
+        """
+        prefix = prefix if name.startswith(prefix) else ""
         part = prefix + name.removeprefix(prefix).partition(".")[0]
         return bool(self._written) and not any(n == part or n.startswith(f"{part}.") for n in self._written)
 
     @functools.cached_property
     def _written(self) -> set[str]:
-        """The model's names of all tensors that have digests; empty unless all tensors of the directory have some."""
+        """The converted class's names of all tensors that have digests; empty unless all in the directory have some."""
         headers = self.reader.headers.values()
         if any(header.digests.keys() < header.tensors.keys() for header in headers):
             return set()
+        rename = self._rename if self.own else _Renaming(self._converted)
         kept = {n for header in headers for n in header.digests} - self.reader.lowbit_names()
-        return {self.of.get(n, self._rename(n)) for n in kept | {entry.weight for entry in self.reader.config}}
+        return {rename(n) for n in kept} | {entry.weight for entry in self.reader.config}
+
+
+def _prefix_of(model: Any) -> str:
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
 
 
 def _in_layer(name: str) -> str:

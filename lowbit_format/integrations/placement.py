@@ -51,7 +51,7 @@ def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskSta
     for entry in reader.config:
         if entry.experts is not None:
             raise LoadError(f"{entry.path}: this version of lowbit_format cannot load {entry.kind}; update it")
-        path = files.path(entry.path)
+        path = files.path(entry.weight)
         if path is None:
             files.check_config(entry.weight)
             continue
@@ -139,7 +139,7 @@ def _tied_places(
     """Pairs (path, owner's path) of modules that use another's matrix: by the file, then by transformers' own ties."""
     seen, tied = set(placed.files), files.reader.config.tied
     for place, owner in tied.items():
-        at, owner_at = files.path(place), files.path(owner)
+        at, owner_at = files.path(f"{place}.weight"), files.path(f"{owner}.weight")
         if at is not None and owner_at is not None and at not in seen:
             seen.add(at)
             yield at, owner_at

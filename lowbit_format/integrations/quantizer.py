@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,5 +191,9 @@ class LowbitQuantizer(HfQuantizer):
 
 def _wanted_names(files: FileNames, placed: Placement) -> dict[str, str]:
     """The model's name of every tensor of the directory that the model has, by its name in the directory."""
-    lowbit = {spec.name: f"{path}.{spec.role}" for path, entry in placed.files.items() for spec in tensor_specs(entry)}
+    lowbit = {
+        spec.name: replace(entry, path=path).tensor(spec.role)
+        for path, entry in placed.files.items()
+        for spec in tensor_specs(entry)
+    }
     return {**files.of, **lowbit}

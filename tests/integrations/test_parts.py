@@ -223,6 +223,8 @@ def test_a_part_that_the_source_never_had(bert: tuple[Path, Path], tmp_path: Pat
     seal(tmp_path / "model.safetensors")
     model, info = hf.BertModel.from_pretrained(tmp_path, output_loading_info=True)
     assert set(info["missing_keys"]) == {"pooler.dense.weight", "pooler.dense.bias"}
+    _, info = hf.BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.rpartition(".")[0] for name in info["missing_keys"]} == {"bert.pooler.dense", "classifier"}
     assert lowbit_modules(model)
 
 
