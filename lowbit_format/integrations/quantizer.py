@@ -28,7 +28,7 @@ from ..runtime.active_tasks import TaskState
 from ..runtime.modules_to_save import SwitchedModule
 from ..schema import QUANT_METHOD, QuantizationConfig
 from ..tensors import tensor_specs
-from .base_model import Base, digest
+from .base_model import Base, base_of_files, digest
 from .file_names import ExactNames, FileNames, exact_names
 from .model import base_state_dict, generalize, specialize
 from .placement import Placement, describe, lowbit_modules, place_modules, tie
@@ -130,7 +130,7 @@ class LowbitQuantizer(HfQuantizer):
         specialize(model, state)
         model.lowbit_files = files
         self.exact_names = exact_names(model, _wanted_names(files, self.placed))
-        self.base = Base(reader.config, reader.fingerprint(), self.options.bits)
+        self.base = base_of_files(reader, self.placed.files, model.base_model_prefix, self.options.bits)
         tie(model, self.placed)  # the loader must neither miss the tensors of tied modules nor tie their `weight`
         if self.options.bits is not None:  # the parameters of other precisions are not loaded
             ignored = model._keys_to_ignore_on_load_unexpected  # None, a list or a set: versions differ

@@ -20,7 +20,7 @@ from support.config_files import edit_config
 import lowbit_format
 from lowbit_format import Recipe, Target
 from lowbit_format.container.writer import seal
-from lowbit_format.errors import LoadError
+from lowbit_format.errors import FingerprintError, LoadError
 from lowbit_format.runtime.modules import LowbitModule
 
 IDS = torch.tensor([[5, 9, 2, 33], [8, 8, 40, 3]])
@@ -98,6 +98,29 @@ def test_a_part_computes_what_the_decoded_part_computes(directories: Directories
             want = cls.from_pretrained(decoded)(**inputs).last_hidden_state
             found = cls.from_pretrained(out)(**inputs).last_hidden_state
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_tasks_of_a_part(directories: Directories, tmp_path: Path) -> None:
+    """A part with names of its own is a base of its own, from whichever directory; another head is not."""
+    out, _ = directories("qwen2_5_vl")
+    part = hf.Qwen2_5_VLTextModel.from_pretrained(out)
+    lowbit_format.prepare_scale_tuning(part, "peqa")
+    lowbit_format.save_task(part, tmp_path / "task")
+    hf.Qwen2_5_VLTextModel.from_pretrained(out).save_pretrained(tmp_path / "part")
+    for directory in (out, tmp_path / "part"):
+        again = hf.Qwen2_5_VLTextModel.from_pretrained(directory)
+        lowbit_format.load_task(again, tmp_path / "task")
+        assert lowbit_format.list_tasks(again)[0].numbers
+    whole = lowbit_format.from_pretrained(out)
+    with pytest.raises(FingerprintError):
+        lowbit_format.load_task(whole, tmp_path / "task")
+    lowbit_format.prepare_scale_tuning(whole, "peqa")
+    lowbit_format.save_task(whole, tmp_path / "whole")
+    with pytest.raises(FingerprintError):
+        lowbit_format.load_task(again, tmp_path / "whole")
+    headless = hf.AutoModel.from_pretrained(out)
+    lowbit_format.load_task(headless, tmp_path / "whole")
+    assert lowbit_format.list_tasks(headless)[0].numbers
 
 
 def test_with_the_config_of_the_part(directories: Directories) -> None:
