@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +95,31 @@ def bare_model(model: Any) -> Any:
         return None
     with torch.device("meta"):
         return type(base)(base.config)
+
+
+def siblings(model: Any) -> Iterator[Any]:
+    """The other models that transformers makes of the config, on the meta device, the largest first."""
+    import sys
+
+    import torch
+
+    config, found = model.config, []
+    for cls in vars(sys.modules[type(model).__module__]).values():
+        is_model = (
+            isinstance(cls, type) and hasattr(cls, "main_input_name") and cls.__module__ == type(model).__module__
+        )
+        if not is_model or cls is type(model) or getattr(cls, "config_class", None) is not type(config):
+            continue
+        if cls.__name__.endswith("PreTrainedModel") or not cls.__name__.startswith(_family(model)):
+            continue
+        with torch.device("meta"), contextlib.suppress(Exception):  # some take a config with more in it
+            found.append(cls(config))
+    yield from sorted(found, key=lambda m: -len(m.state_dict()))
+
+
+def _family(model: Any) -> str:
+    """What the names of the config and of its models begin with."""
+    return type(model.config).__name__.removesuffix("Config")
 
 
 def output_heads(model: Any) -> set[str]:
