@@ -142,7 +142,7 @@ def output_heads(model: Any) -> set[str]:
     for path, _ in model.named_modules():
         names = path.split(".")
         own_name = next((name for name in reversed(names) if not name.isdigit()), "")
-        if _HEAD_NAME.fullmatch(own_name):
+        if _HEAD_NAME.fullmatch(own_name) and not any("att" in name for name in names):
             heads.add(path)
     return heads
 
