@@ -26,6 +26,8 @@ _HARMLESS = {
     "layout", "requires_grad", "grad", "grad_fn", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex",
     "data_ptr", "stride", "is_contiguous", "element_size", "get_device", "__len__", "__repr__", "itemsize", "nbytes",
 }  # fmt: skip
+# A tensor on the meta device has no value to decide by: any will do to go on.
+_ANSWERS = {"__bool__": True, "__int__": 1, "__index__": 1, "__float__": 1.0, "item": 1}
 _NOT_RUN = ("__init__", "_init_weights", "reset_parameters", "post_init", "load_tf_weights", "tie_weights")
 _LENGTH = 5  # tokens of the text that is put in
 _ERRORS = (Exception,)  # whatever a model's code does on the meta device
@@ -99,6 +101,8 @@ class _Watch(TorchFunctionMode):
                 owners = self._owners.get(id(value), ())
                 if owners and not any(path in self._active for path in owners):
                     self.read.update(owners)
+        if name in _ANSWERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return _ANSWERS[name]
         return func(*args, **kwargs)
 
 
