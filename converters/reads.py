@@ -28,6 +28,7 @@ _HARMLESS = {
 }  # fmt: skip
 # A tensor on the meta device has no value to decide by: any will do to go on.
 _ANSWERS = {"__bool__": True, "__int__": 1, "__index__": 1, "__float__": 1.0, "item": 1}
+_PATIENCE = 2000  # such answers, for all forwards
 _NOT_RUN = ("__init__", "_init_weights", "reset_parameters", "post_init", "load_tf_weights", "tie_weights")
 _LENGTH = 5  # tokens of the text that is put in
 _ERRORS = (Exception,)  # whatever a model's code does on the meta device
@@ -63,7 +64,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, candidates: dict[str, nn.Module]) -> None:
         super().__init__()
         self.called, self.read = set[str](), set[str]()
-        self._candidates = candidates
+        self._candidates, self._answers = candidates, 0
         self._owners: dict[int, list[str]] = {}
         self._active: list[str] = []
         for path, module in candidates.items():
@@ -102,6 +103,9 @@ class _Watch(TorchFunctionMode):
                 if owners and not any(path in self._active for path in owners):
                     self.read.update(owners)
         if name in _ANSWERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            self._answers += 1
+            if self._answers > _PATIENCE:  # a loop that waits for another answer
+                raise RuntimeError("the forward does not end on the meta device")
             return _ANSWERS[name]
         return func(*args, **kwargs)
 
@@ -190,12 +194,13 @@ def _source_reads(modules: dict[str, nn.Module], path: str) -> bool:
         parent, _, name = parent.rpartition(".")
     if parent not in modules:
         return False
-    read, called = _uses(type(modules[parent]))
+    cls: Any = type(modules[parent])
+    read, called = _uses(cls)
     return name in read and name not in called
 
 
 @functools.cache
-def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+def _uses(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
     """Names of attributes of ``self`` whose ``weight`` the class computes with, and of those that it calls."""
     read, called = set[str](), set[str]()
     for base in cls.__mro__:

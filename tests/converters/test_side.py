@@ -106,6 +106,26 @@ def test_it_comes_along_from_the_hub_too(encoder: Path, tmp_path: Path, monkeypa
     assert cosines(tmp_path / "a", tmp_path / "b").min() > 0.9999
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "somebody/x: is an adapter .*merge_and_unload"),
+        (["x.Q4.gguf", "README.md"], r"somebody/x: holds x\.Q4\.gguf, which is a GGUF file"),
+        (["fp16/config.json", "fp16/model.safetensors"], "holds no model itself, but its folder fp16 does"),
+        (["config.json", "tf_model.h5"], r"has neither model\.safetensors .* another framework only \(tf_model\.h5\)"),
+        (["README.md"], r"has no config\.json"),
+    ],
+)
+def test_a_repository_that_is_no_checkpoint_is_named_for_what_it_is(
+    names: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub(tmp_path, monkeypatch) as hub:
+        hub.create("somebody/x")
+        hub.commit("somebody/x", dict.fromkeys(names, b"{}"))
+        with pytest.raises(SourceError, match=message):
+            plan_conversion("somebody/x", RECIPE)
+
+
 # --- pickles ----------------------------------------------------------------------------------------
 
 
