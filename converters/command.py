@@ -72,6 +72,17 @@ def convert(
             "its default, not its rules."
         ),
     ] = None,
+    strip_prefix: Annotated[
+        list[str] | None,
+        typer.Option(help="Take this off the names of the checkpoint's tensors, such as `_orig_mod.`; repeatable."),
+    ] = None,
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Convert without the files beside the weights whose path matches this pattern, such as "
+            "`sparse_linear.pt`; repeatable."
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
@@ -109,8 +120,12 @@ def convert(
         given = {name: value for name, value in values.items() if _is_given(context, name)}
         plan_recipe = _recipe(recipe, given).keeping(keep or [])
         shard_bytes = _size(max_shard_size)
+        options: dict[str, Any] = {
+            "revision": revision, "min_coverage": min_coverage, "strip_prefix": strip_prefix or [],
+            "leave_out": leave_out or [],
+        }  # fmt: skip
         if out is None or dry_run:
-            _, plan, _ = plan_conversion(source, plan_recipe, revision=revision, min_coverage=min_coverage)
+            _, plan, _ = plan_conversion(source, plan_recipe, **options)
             _check_used(plan, given)
             _print_modules(plan, console, modules)
             for one in plan_tables(plan):
@@ -119,12 +134,12 @@ def convert(
                 console.print(f"Note: {escape(str(out))} exists already; the conversion will need another name.")
             return
         if given.keys() & set(_OF_RECIPE):
-            _check_used(plan_conversion(source, plan_recipe, revision=revision, min_coverage=min_coverage)[1], given)
+            _check_used(plan_conversion(source, plan_recipe, **options)[1], given)
         with _progress(console) as progress:
             task = progress.add_task("reading", total=None)
             done = convert_hf_to_lowbit(
-                source, out, plan_recipe, revision=revision, min_coverage=min_coverage, max_shard_bytes=shard_bytes,
-                resume=resume, report=lambda step, total: progress.update(
+                source, out, plan_recipe, **options, max_shard_bytes=shard_bytes, resume=resume,
+                report=lambda step, total: progress.update(
                     task, advance=1, total=total, description=step.destination.path[-40:]
                 ),
             )  # fmt: skip

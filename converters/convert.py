@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..container.writer import SHARD_BYTES
 from ..dtypes import DTYPES
+from ..errors import SourceError
+from ..integrations.conversion_record import KEY
 from .card import model_card
+from .check import check_output
+from .completeness import strip
 from .driver import run
-from .huggingface import open_checkpoint, read_model_config, side_files
+from .huggingface import open_checkpoint, read_model_config
 from .journal import Outcome
 from .names import map_names
 from .plan import Plan, Step, make_plan
 from .recipe import Recipe
-from .source import FLOATS, Source
+from .side import side_files, without_auto_map
+from .source import FLOATS, RenamedSource, Source
 
 DEFAULT_RECIPE = Recipe()
 
@@ -38,6 +43,8 @@ def plan_conversion(
     *,
     revision: str | None = None,
     min_coverage: float = 0.9,
+    strip_prefix: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
 ) -> tuple[Source, Plan, dict[str, Any]]:
     """Open a checkpoint and plan its conversion, from headers alone.
 
@@ -46,17 +53,27 @@ def plan_conversion(
         recipe: what to quantize, and how.
         revision: branch, tag or commit on the Hub.
         min_coverage: part of the matrices' weights that must be quantized.
+        strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
+        leave_out: patterns of files beside the weights that must not come along.
 
     Returns:
-        The open source, the plan, and the checkpoint's ``config.json``.
+        The open source, the plan, and the ``config.json`` of the output, but for ``quantization_config``.
 
     Raises:
         SourceError, RecipeError, CoverageError: see :func:`make_plan`.
     """
-    opened = open_checkpoint(source, revision=revision)
-    config = read_model_config(opened.directory)
+    opened: Source = open_checkpoint(source, revision=revision, leave_out=leave_out)
+    config = without_auto_map(read_model_config(opened.directory))
+    side = side_files(opened.directory, opened.files, opened.tensors, leave_out)
+    if strip_prefix:
+        opened = _stripped(opened, strip_prefix)
     names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
-    plan = make_plan(opened, names, recipe, min_coverage=min_coverage)
+    plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side)
+    plan = replace(plan, renamed=", ".join(strip_prefix))
+    if plan.architecture != plan.named:  # of which it holds the base model alone
+        config = {**config, "architectures": [plan.architecture]}
+    if record := plan.record().to_dict():
+        config = {**config, KEY: record}
     if "dtype" not in config and "torch_dtype" not in config:
         # transformers would take the dtype of the first float tensor, which may be a scale.
         config = {**config, "dtype": _main_dtype(opened)}
@@ -70,6 +87,8 @@ def convert_hf_to_lowbit(
     *,
     revision: str | None = None,
     min_coverage: float = 0.9,
+    strip_prefix: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
     max_shard_bytes: int = SHARD_BYTES,
     resume: bool = False,
     report: Callable[[Step, int], None] = lambda step, total: None,
@@ -84,6 +103,8 @@ def convert_hf_to_lowbit(
         recipe: what to quantize, and how.
         revision: branch, tag or commit on the Hub.
         min_coverage: part of the matrices' weights that must be quantized.
+        strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
+        leave_out: patterns of files beside the weights that must not come along.
         max_shard_bytes: size at which a new file is begun.
         resume: go on with what an interrupted run left; the result is the same bytes.
         report: called after every tensor with its step and the number of all steps.
@@ -92,20 +113,37 @@ def convert_hf_to_lowbit(
         LowbitError: one of its subclasses; nothing that looks finished is left behind.
     """
     began = time.perf_counter()
-    opened, plan, config = plan_conversion(source, recipe, revision=revision, min_coverage=min_coverage)
+    opened, plan, config = plan_conversion(
+        source, recipe, revision=revision, min_coverage=min_coverage, strip_prefix=strip_prefix, leave_out=leave_out
+    )
     out = Path(out)
     outcomes = run(
         opened,
         plan,
         config,
         out,
-        side=side_files(opened.directory),
+        side=lambda work: plan.side.write(opened.directory, work),
         card=lambda found: model_card(opened, plan, found, name=out.name),
         max_shard_bytes=max_shard_bytes,
+        check=lambda work: check_output(opened, plan, work),
         resume=resume,
         report=report,
     )
     return Conversion(out, plan, outcomes, time.perf_counter() - began)
+
+
+def _stripped(source: Source, prefixes: Sequence[str]) -> Source:
+    """The source with `prefixes` taken off its names. Raises SourceError if one of them stands nowhere."""
+    names = list(source.tensors)
+    for prefix in prefixes:
+        prefix = prefix if prefix.endswith(".") else f"{prefix}."
+        stripped = strip(names, [prefix])
+        if stripped == names:
+            raise SourceError(
+                f"{source.directory}: no tensor has a name with {prefix!r} in front; they are named like {names[0]!r}"
+            )
+        names = stripped
+    return RenamedSource(source, dict(zip(source.tensors, names, strict=True)))
 
 
 def _main_dtype(source: Source) -> str:

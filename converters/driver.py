@@ -42,9 +42,10 @@ def run(
     config: dict[str, Any],
     out: Path,
     *,
-    side: list[Path],
+    side: Callable[[Path], None],
     card: Callable[[dict[str, Outcome]], str],
     max_shard_bytes: int,
+    check: Callable[[Path], None] = lambda directory: None,
     resume: bool = False,
     report: Callable[[Step, int], None] = lambda step, total: None,
 ) -> dict[str, Outcome]:
@@ -55,9 +56,10 @@ def run(
         plan: what to do.
         config: the checkpoint's ``config.json``; gets ``quantization_config``.
         out: the directory to make; must not exist, or must be empty.
-        side: files of the checkpoint to copy, relative to its directory.
+        side: writes the files beside the weights into a directory.
         card: makes the model card from the outcomes.
         max_shard_bytes: most bytes of tensors in one shard.
+        check: looks at the finished directory and raises if it is not what was meant; then it is not published.
         resume: continue an interrupted run.
         report: called after each step with the step and the number of all steps.
 
@@ -81,7 +83,8 @@ def run(
                 _clean(work, done)
                 _compare_dropped(source, plan)
                 _write_shards(source, plan, work, settings, done, max_shard_bytes, report)
-                _finish(source, plan, config, work, done, side, card(done.outcomes))
+                _finish(plan, config, work, done, side, card(done.outcomes))
+                _check(work, check)
                 _publish(work, out, settings, done)
         except BaseException:
             if not (work / JOURNAL).is_file():  # nothing to resume
@@ -120,6 +123,15 @@ def _locked(work: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _check(work: Path, check: Callable[[Path], None]) -> None:
+    """Let `check` look at the finished directory; if it finds a fault, take the config away, which makes it a model."""
+    try:
+        check(work)
+    except BaseException:
+        (work / CONFIG_FILE).unlink(missing_ok=True)
+        raise
 
 
 def _publish(work: Path, out: Path, settings: str, done: Progress) -> None:
@@ -207,18 +219,18 @@ def _close(writer: ShardWriter, work: Path, settings: str, done: Progress) -> No
 
 
 def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:
-    """Each step with its tensor (see :func:`_load`); while the caller works on one tensor, the next is read."""
+    """Each step with its tensor (see :func:`load_step`); while the caller works on one tensor, the next is read."""
     with ThreadPoolExecutor(1, thread_name_prefix="lowbit-read") as reader:
-        following = reader.submit(_load, source, steps[0]) if steps else None
+        following = reader.submit(load_step, source, steps[0]) if steps else None
         for i, step in enumerate(steps):
             assert following is not None  # noqa: S101 - for the type checker: every step has one
             data = following.result()
-            following = reader.submit(_load, source, steps[i + 1]) if i + 1 < len(steps) else None
+            following = reader.submit(load_step, source, steps[i + 1]) if i + 1 < len(steps) else None
             yield step, data
             del data
 
 
-def _load(source: Source, step: Step) -> NDArray[Any]:
+def load_step(source: Source, step: Step) -> NDArray[Any]:
     """A tensor to quantize as a float32 matrix ``[rows, cols]``; a tensor to keep as its bytes."""
     raw = source.read(step.tensor.name)
     if step.target is None:
@@ -245,15 +257,15 @@ def _compare_dropped(source: Source, plan: Plan) -> None:
         owner = owners[path]
         if not np.array_equal(source.read(key), source.read(owner)):
             raise SourceError(
-                f"{key}: is tied to {owner} by the config, but their values differ; set tie_word_embeddings to false "
-                "in the checkpoint's config.json, or keep both in full precision"
+                f"{key}: is tied to {owner} by the config, but their values differ; keep both in full "
+                f"precision (--keep {path!r}), or untie them in the checkpoint's config.json (tie_word_embeddings)"
             )
 
 
 def _finish(
-    source: Source, plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: list[Path], card: str
+    plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: Callable[[Path], None], card: str
 ) -> None:
-    """Name the shards, copy side files, write index, card and config. The config is last: it makes the model valid."""
+    """Name the shards, write the side files, index, card and config. The config is last: it makes the model valid."""
     total = len(done.shards)
     shards = {}
     for i, names in enumerate(done.shards):
@@ -262,9 +274,7 @@ def _finish(
         shards[name] = names
     if total > 1:
         write_index(work, shards, done.nbytes)
-    for relative in side:
-        (work / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source.directory / relative, work / relative)
+    side(work)
     (work / "README.md").write_text(card, "utf-8")
     modules = {o.module.path: o.module for o in done.outcomes.values()}
     quantization = QuantizationConfig(modules, dict(plan.tied), plan.base_model_prefix)

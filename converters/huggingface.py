@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +16,12 @@ from numpy.typing import NDArray
 from ..container.header import Header, read_header
 from ..errors import FormatError, SourceError
 from ..tasks.bundle_config import TASK_CONFIG_FILE
+from .side import PICKLES, PYTORCH, SAFETENSORS, sort_files
 from .source import Source, SourceTensor, check_index, file_identity
 
-SAFETENSORS = "model.safetensors"
-PYTORCH = "pytorch_model.bin"
 
-# Weights in any framework's format; everything else of a checkpoint is a side file.
-WEIGHT_SUFFIXES = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5", ".msgpack",
-    ".onnx", ".onnx_data", ".gguf", ".ot", ".tflite", ".mlmodel", ".npz",
-)  # fmt: skip
-# Never carried over: code is not run from a model directory, so it has no place in one either (DIR-5).
-CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle")
-
-
-def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
-    """Open SOURCE for reading: an existing directory, or a repository on the Hub.
+def open_checkpoint(source: str, *, revision: str | None = None, leave_out: Iterable[str] = ()) -> Source:
+    """Open SOURCE for reading: an existing directory, or a repository on the Hub, without the files `leave_out` there.
 
     Raises:
         SourceError: it is neither, or its files are missing or ill-formed.
@@ -37,7 +29,8 @@ def open_checkpoint(source: str, *, revision: str | None = None) -> Source:
     directory, repo_id = Path(source), None
     _check_local(directory, source)
     if not directory.is_dir():
-        directory, repo_id = _download(source, revision), source
+        directory, repo_id = _download(source, revision, leave_out), source
+        _check_local(directory, source)
         revision = directory.name  # the commit that a branch or tag was resolved to
     elif revision is not None:
         raise SourceError(f"{source}: is a directory, which has no revisions; leave --revision out")
@@ -57,6 +50,7 @@ class SafetensorsSource:
 
     def __init__(self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None) -> None:
         self.directory, self.repo_id, self.revision = directory, repo_id, revision
+        self.files = (*files, f"{SAFETENSORS}.index.json")
         headers: dict[str, Header] = {}
         for file in files:
             try:
@@ -102,6 +96,7 @@ def read_model_config(directory: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: is not valid JSON: {e}") from e
     if not isinstance(config, dict):
         raise SourceError(f"{path}: is not a JSON object")
+    config = _without_empty(config)
     if "quantization_config" in config:
         found = config["quantization_config"]
         method = found.get("quant_method") if isinstance(found, dict) else None
@@ -112,52 +107,74 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def side_files(directory: Path) -> list[Path]:
-    """Files to carry over (tokenizer, generation config, …), relative to `directory`, sorted."""
-    found = []
-    for path in sorted(directory.rglob("*")):
-        relative = path.relative_to(directory)
-        if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-            continue
-        at_top = len(relative.parts) == 1
-        # A subfolder's safetensors belong to a part of their own, such as a layer behind a sentence encoder.
-        part_of_its_own = not at_top and relative.name.endswith(".safetensors")
-        if relative.name.endswith((*WEIGHT_SUFFIXES, *CODE_SUFFIXES)) and not part_of_its_own:
-            continue
-        if str(relative) in ("config.json", "README.md"):
-            continue
-        found.append(relative)
-    return found
+def _without_empty(config: dict[str, Any]) -> dict[str, Any]:
+    """The config without an empty ``quantization_config``, its own and those of its parts: the weights are floats."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config" or value}
+    return {key: _without_empty(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _check_local(place: Path, source: str) -> None:
     """Raise SourceError for what is on this machine and is not a checkpoint: it says what it is and what to do."""
     if place.is_file():
         if place.suffix == ".gguf":
-            advice = (
-                "is a GGUF file, which is quantized already; convert the float checkpoint that it was made from, or "
-                f"load it with transformers, from_pretrained({str(place.parent)!r}, gguf_file={place.name!r}), save it "
-                "with save_pretrained and convert that directory"
-            )
-        elif place.name.endswith((*WEIGHT_SUFFIXES, "config.json")):
+            advice = _gguf(place)
+        elif place.name.endswith((".safetensors", *PICKLES, ".index.json", "config.json")):
             advice = f"is a file; SOURCE is the directory of the model: {place.parent}"
         else:
             advice = "is a file, expected the directory of a Hugging Face model"
         raise SourceError(f"{source}: {advice}")
     if not place.is_dir() or (place / "config.json").is_file():
         return
-    if (place / "adapter_config.json").is_file():
-        raise SourceError(
-            f"{source}: is an adapter (PEFT), not a whole model; load its base with transformers, attach the adapter, "
-            "call merge_and_unload() and save_pretrained(), and convert that directory"
-        )
     if (place / TASK_CONFIG_FILE).is_file():
         raise SourceError(f"{source}: is a task bundle, not a model; look at it with `lowbit task inspect`")
-    if below := [folder for folder in sorted(place.iterdir()) if (folder / "config.json").is_file()]:
+    below = [f.parent for depth in ("*", "*/*") for f in sorted(place.glob(f"{depth}/config.json")) if _is_whole(f)]
+    if below:
         more = f" (or another of the {len(below)} there)" if len(below) > 1 else ""
         raise SourceError(f"{source}: holds no model itself, but {below[0]} does{more}; give that as SOURCE")
-    if gguf := sorted(place.glob("*.gguf")):
-        _check_local(gguf[0], str(gguf[0]))
+    if advice := _instead([f.name for f in sorted(place.iterdir())], place):
+        raise SourceError(f"{source}: {advice}")
+
+
+def _is_whole(config: Path) -> bool:
+    """Whether the folder of a ``config.json`` is the model's, and not that of a layer behind it."""
+    try:
+        return "model_type" in json.loads(config.read_text("utf-8"))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return False
+
+
+def _instead(names: list[str], place: Path) -> str:
+    """What files of these names are, and what to do with them, where they are no checkpoint to convert."""
+    if "adapter_config.json" in names:
+        return (
+            "is an adapter (PEFT), not a whole model; load its base with transformers, attach the adapter, call "
+            "merge_and_unload() and save_pretrained(), and convert that directory"
+        )
+    if gguf := [name for name in names if name.endswith(".gguf")]:
+        return f"holds {gguf[0]}, which {_gguf(place / gguf[0])}"
+    if "model_index.json" in names:
+        return "is a pipeline of several models (diffusers); give the folder of one that transformers loads as SOURCE"
+    other = [name for name in names if name.endswith((".h5", ".msgpack", ".ot", ".onnx", ".tflite"))]
+    if other:
+        return (
+            f"holds weights of another framework only ({other[0]}); get the checkpoint with {SAFETENSORS}, or save it "
+            "as that from its own framework"
+        )
+    own = (SAFETENSORS, PYTORCH)
+    if strange := [name for name in names if name.endswith((".safetensors", *PICKLES)) and name not in own]:
+        return (
+            f"holds weights under other names only, such as {strange[0]}; the model's own are read from {SAFETENSORS} "
+            f"or {PYTORCH}, or from the shards of an index: rename the file if it holds the whole model"
+        )
+    return ""
+
+
+def _gguf(file: Path) -> str:
+    return (
+        "is a GGUF file and quantized already; convert the float checkpoint that it was made from, or "
+        f"load it with transformers, from_pretrained({str(file.parent)!r}, gguf_file={file.name!r}), save it "
+        "with save_pretrained and convert that directory"
+    )
 
 
 def _not_here(source: str) -> str:
@@ -178,7 +195,12 @@ def _weight_files(directory: Path) -> dict[str, list[str]]:
         index = directory / f"{single}.index.json"
         if index.is_file():
             return _indexed_files(index)
-    raise SourceError(f"{directory}: has neither {SAFETENSORS} nor {PYTORCH}, nor an index of either")
+    names = [f.name for f in sorted(directory.iterdir())]
+    what = _instead(names, directory)
+    raise SourceError(
+        f"{directory}: has neither {SAFETENSORS} nor {PYTORCH}, nor an index of either"
+        + (f"; it {what}" if what else "")
+    )
 
 
 def _indexed_files(index: Path) -> dict[str, list[str]]:
@@ -199,8 +221,8 @@ def _indexed_files(index: Path) -> dict[str, list[str]]:
     return files
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
-    """The repository's files in the local cache; PyTorch files only where there is no safetensors."""
+def _download(repo_id: str, revision: str | None, leave_out: Iterable[str]) -> Path:
+    """The repository's files in the local cache, those that a conversion reads or carries over."""
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -208,12 +230,61 @@ def _download(repo_id: str, revision: str | None) -> Path:
         raise SourceError(_not_here(repo_id))
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id):
         raise SourceError(f"{_not_here(repo_id)}, and not the id of a Hub repository")
-    unwanted = ["*.h5", "*.msgpack", "*.onnx", "*.onnx_data", "*.gguf", "*.ot", "*.py", "*.pt", "*.pth", "*.ckpt"]
     try:
-        path = Path(hub.snapshot_download(repo_id, revision=revision, ignore_patterns=[*unwanted, "*.bin"]))
-        if not any(path.glob("*.safetensors")):  # of the same commit, which names the folder
-            path = Path(hub.snapshot_download(repo_id, revision=path.name, ignore_patterns=unwanted))
-        return path
+        try:
+            info = hub.HfApi().model_info(repo_id, revision=revision)
+        except (HfHubHTTPError, HFValidationError):
+            raise
+        except Exception as e:  # no way to the Hub, which clients of HTTP say in many ways: what the cache has
+            try:
+                return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+            except LocalEntryNotFoundError:
+                raise OSError(str(e)) from e
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        wanted = _wanted(repo_id, str(info.sha), names, leave_out)
+        patterns = [glob.escape(name) for name in wanted]
+        return Path(hub.snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         at = f" at revision {revision}" if revision else ""
         raise SourceError(f"{_not_here(repo_id)}, and not to be had from the Hub{at}: {e}") from e
+
+
+def _wanted(repo_id: str, commit: str, names: list[str], leave_out: Iterable[str]) -> list[str]:
+    """Those of the files of a repository that a conversion reads or carries over.
+
+    Raises SourceError if it is no checkpoint, or has files that a conversion would lose.
+    """
+    import huggingface_hub as hub
+
+    def read(name: str) -> Any:
+        if name not in names:
+            return None
+        return json.loads(Path(hub.hf_hub_download(repo_id, name, revision=commit)).read_text("utf-8"))
+
+    top = [name for name in names if "/" not in name]
+    if "config.json" not in names:
+        below = [name.rpartition("/")[0] for name in names if name.endswith("/config.json")]
+        what = _instead(top, Path(repo_id))
+        if below and not what:
+            what = f"holds no model itself, but its folder {below[0]} does; download it and give the folder as SOURCE"
+        raise SourceError(f"{repo_id}: {what or 'has no config.json, and is no Hugging Face model'}")
+    own: list[str] = next(filter(None, ([n for n in top if kind.fullmatch(n)] for kind in _OWN)), [])
+    if not own:
+        what = _instead(top, Path(repo_id))
+        raise SourceError(
+            f"{repo_id}: has neither {SAFETENSORS} nor {PYTORCH}, nor an index of either"
+            + (f"; it {what}" if what else "")
+        )
+    try:
+        found = sort_files(names, own, read, leave_out)
+    except ValueError as e:
+        raise SourceError(f"{repo_id}: has a file of settings that is not valid JSON: {e}") from e
+    found.refuse_loss(repo_id)
+    beside = ["config.json", "README.md"] if "README.md" in names else ["config.json"]
+    return [*beside, *own, *found.copied, *found.without_code, *found.converted]
+
+
+_OWN = (  # the files of a checkpoint's own weights, those that are taken first
+    re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?"),
+)

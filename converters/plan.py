@@ -7,11 +7,14 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..errors import CoverageError, NothingToQuantizeError, SourceError
+from ..integrations.conversion_record import ConversionRecord
 from ..quantize import Target
 from ..schema import ModuleEntry
 from ..tensors import stored_bits
 from .names import Destination, Names
+from .reads import READ
 from .recipe import Recipe
+from .side import SideFiles
 from .source import FLOATS, Source, SourceTensor
 
 MATRICES = ("linear", "conv1d", "expert")  # the kinds that coverage counts
@@ -58,6 +61,10 @@ class Plan:
         tied: path of a tied place to the path of its quantized owner (TIE-1).
         base_model_prefix, architecture: of the model class.
         dropped: second copies of tied matrices, by name in the checkpoint, and the path of the owner that is stored.
+        named: the model class that the config names, of which `architecture` may be the base model.
+        absent: parameters of that class that the checkpoint does not have.
+        side: the files beside the weights.
+        renamed: what was taken off the names of the checkpoint's tensors.
     """
 
     steps: tuple[Step, ...]
@@ -65,6 +72,10 @@ class Plan:
     base_model_prefix: str = ""
     architecture: str = ""
     dropped: dict[str, str] = field(default_factory=dict)
+    named: str = ""
+    absent: tuple[str, ...] = ()
+    side: SideFiles = field(default_factory=SideFiles)
+    renamed: str = ""
 
     @property
     def quantized(self) -> list[Step]:
@@ -76,6 +87,23 @@ class Plan:
         counted = [s for s in self.steps if s.counted]
         total = sum(s.tensor.numel for s in counted)
         return sum(s.tensor.numel for s in counted if s.target is not None) / total if total else 1.0
+
+    @property
+    def possible_coverage(self) -> float:
+        """As :attr:`coverage`, of those weights that the model leaves to their module: others cannot be quantized."""
+        counted = [s for s in self.steps if s.counted and s.reason != READ]
+        total = sum(s.tensor.numel for s in counted)
+        return sum(s.tensor.numel for s in counted if s.target is not None) / total if total else 1.0
+
+    def record(self) -> ConversionRecord:
+        """What the output tells of the checkpoint's names."""
+        names = {}
+        for step in self.steps:
+            target = step.destination.target if step.target is None else f"{step.path}.weight"
+            if target and target != step.tensor.name:
+                names[target] = step.tensor.name
+        copies = {key: f"{path}.weight" for key, path in self.dropped.items()}
+        return ConversionRecord(names, copies, self.absent if self.architecture == self.named else ())
 
     def kept(self) -> list[Step]:
         """Matrices that might have been quantized and are not, largest first."""
@@ -94,8 +122,10 @@ class Plan:
         return _BASE_MEMORY + max(11 * largest, copied)
 
 
-def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: float = 0.9) -> Plan:
-    """Decide about every tensor.
+def make_plan(
+    source: Source, names: Names, recipe: Recipe, *, min_coverage: float = 0.9, side: SideFiles | None = None
+) -> Plan:
+    """Decide about every tensor; `side` are the files beside the weights.
 
     Raises:
         NothingToQuantizeError: no module would be quantized.
@@ -122,7 +152,16 @@ def make_plan(source: Source, names: Names, recipe: Recipe, *, min_coverage: flo
         steps.append(Step(tensor, destination, target, owner, reason))
         if target is not None and owner in owners:
             tied.update({place: own for place, own in names.tied.items() if own == owner})
-    plan = Plan(tuple(steps), tied, names.base_model_prefix, names.architecture, dropped)
+    plan = Plan(
+        tuple(steps),
+        tied,
+        names.base_model_prefix,
+        names.architecture,
+        dropped,
+        names.named,
+        names.absent,
+        side or SideFiles(),
+    )
     _check(plan, min_coverage)
     return plan
 
@@ -144,12 +183,14 @@ def _decide(destination: Destination, owner: str, names: Names, recipe: Recipe) 
         rule = recipe.rule_for(place)
         if rule is not None:
             return rule.target, "" if rule.target is not None else f"kept by the pattern {rule.match!r}"
-    tied = len(places) > 1
-    if destination.kind == "embedding" or tied:
-        if recipe.embeddings or (tied and recipe.lm_head):
+    embedding = "embedding" in (destination.kind, *(names.kinds.get(place) for place in places))
+    heads = [place in names.heads for place in places]
+    if embedding:
+        head = any(heads)
+        if recipe.embeddings or (head and recipe.lm_head):
             return recipe.default, ""
-        return None, "embedding, tied to the output head" if tied else "embedding"
-    if destination.head:
+        return None, "embedding, tied to the output head" if head else "embedding"
+    if all(heads) or (destination.head and len(places) == 1):  # tied to a Linear of the body, it is one of the body
         return (recipe.default, "") if recipe.lm_head else (None, "output head")
     return recipe.default, ""
 
@@ -162,11 +203,12 @@ def _check(plan: Plan, min_coverage: float) -> None:
             f"{plan.architecture}: no Linear, Conv1D or Embedding weight would be quantized"
             + (f" ({why})" if why else "")
         )
-    if plan.coverage < min_coverage:
+    covered = plan.possible_coverage
+    if covered < min_coverage:
         kept = list(dict.fromkeys(f"{s.destination.path} ({s.reason})" for s in plan.kept() if s.counted))
         largest = "; ".join(kept[:4]) + (f"; and {len(kept) - 4} more" if len(kept) > 4 else "")
         raise CoverageError(
-            f"{plan.architecture}: only {plan.coverage:.1%} of the weights in matrices would be quantized, expected at "
-            f"least {min_coverage:.0%}; kept in full precision: {largest}; "
-            f"pass --min-coverage {math.floor(100 * plan.coverage) / 100} to accept it"
+            f"{plan.architecture}: only {covered:.1%} of the weights in matrices would be quantized, expected at least "
+            f"{min_coverage:.0%}; kept in full precision: {largest}; pass --min-coverage "
+            f"{math.floor(100 * covered) / 100} to accept it"
         )

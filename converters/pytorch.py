@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..dtypes import DTYPES
 from ..errors import SourceError
+from .side import PYTORCH
 from .source import SourceTensor, check_index, file_identity
 
 SAFE_TORCH = (2, 6)  # an older torch can be made to run code despite weights_only=True: CVE-2025-32434
@@ -42,19 +43,27 @@ class PytorchSource:
                 "install torch 2.6 or newer, or get the checkpoint as safetensors"
             )
         self.directory, self.repo_id, self.revision = directory, repo_id, revision
+        self.files = (*files, f"{PYTORCH}.index.json")
         self._loaded: dict[str, Any] = {}
+        self.other: list[str] = []  # names of what is no tensor
         self.tensors: dict[str, SourceTensor] = {}
         for file in files:
             state = _load(directory / file)
             check_index(directory / file, files[file], state)
             for name, value in state.items():
                 if not isinstance(value, torch.Tensor):
+                    self.other.append(name)
                     continue
                 dtype = _DTYPES.get(str(value.dtype))
                 if dtype is None:
                     raise SourceError(f"{directory / file}: tensor {name!r} has the unknown dtype {value.dtype}")
                 self._loaded[name] = value
                 self.tensors[name] = SourceTensor(name, dtype, tuple(value.shape), value.numel() * value.element_size())
+        if not self.tensors and self.other:
+            raise SourceError(
+                f"{directory / min(files)}: holds no tensors, but {', '.join(map(repr, self.other[:5]))}; save the "
+                "model's state dict alone"
+            )
         self.identity = file_identity([directory / f for f in files])
 
     def read(self, name: str) -> NDArray[np.uint8]:

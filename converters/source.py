@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -38,12 +38,14 @@ class Source(Protocol):
     Attributes:
         directory: of its config and side files.
         tensors: all tensors by name.
+        files: names of the files that are read, of an index too.
         identity: a string that changes when the weights change; a conversion can resume only if it is the same.
         repo_id, revision: of the Hub, or None.
     """
 
     directory: Path
     tensors: dict[str, SourceTensor]
+    files: tuple[str, ...]
     identity: str
     repo_id: str | None
     revision: str | None
@@ -51,6 +53,30 @@ class Source(Protocol):
     def read(self, name: str) -> NDArray[np.uint8]:
         """The bytes of a tensor, row-major and little-endian, as a new uint8 array."""
         ...
+
+
+class RenamedSource:
+    """A source whose tensors have other names; `names` gives the new name of every tensor.
+
+    Raises SourceError if two tensors would have the same name.
+    """
+
+    def __init__(self, source: Source, names: dict[str, str]) -> None:
+        self.directory, self.repo_id, self.revision = source.directory, source.repo_id, source.revision
+        self.files = source.files
+        self._source, self._old = source, dict[str, str]()
+        self.tensors: dict[str, SourceTensor] = {}
+        for old, new in names.items():
+            if new in self._old:
+                raise SourceError(
+                    f"{source.directory}: {old!r} and {self._old[new]!r} would both be {new!r} without the prefix; "
+                    "take off only what stands before all names"
+                )
+            self._old[new], self.tensors[new] = old, replace(source.tensors[old], name=new)
+        self.identity = hashlib.sha256("\n".join([source.identity, *self._old]).encode()).hexdigest()
+
+    def read(self, name: str) -> NDArray[np.uint8]:
+        return self._source.read(self._old[name])
 
 
 def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:

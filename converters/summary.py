@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 WORST = 5  # modules listed with the largest error
+NAMED = 6  # tensors or files named before the rest is only counted
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         "Totals",
         [
             ("architecture", plan.architecture),
+            *remarks(plan),
             ("quantized modules", str(len(plan.quantized))),
             *_coverage(plan),
             ("bits per quantized weight", f"{bits:.2f}"),
@@ -119,6 +122,7 @@ def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> l
         ("tensor data", f"{_mb(totals.source_bytes)} -> {_mb(totals.output_bytes)} ({totals.ratio:.2f} x smaller)")
     )
     rows.extend(_coverage(plan))
+    rows.extend(remarks(plan))
     rows.append(("relative error", f"{totals.relative_error:.4f}"))
     rows.append(("time", f"{seconds:.1f} s ({totals.weights / seconds / 1e6:.1f} M weights/s)"))
     if lossless := [o for o in outcomes.values() if o.lossless]:
@@ -126,6 +130,30 @@ def result_tables(plan: Plan, outcomes: dict[str, Outcome], seconds: float) -> l
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
     return [errors, worst, *_kept_table(plan), _pairs("Result", rows)]
+
+
+def remarks(plan: Plan) -> list[tuple[str, str]]:
+    """What is absent from the checkpoint, and what becomes of the files beside the weights."""
+    rows = []
+    if plan.architecture != plan.named:
+        rows.append(("converted as", f"{plan.architecture}, which is all of {plan.named} that the checkpoint has"))
+    if plan.absent:
+        rows.append(("absent from the checkpoint", _some(plan.absent)))
+    if plan.renamed:
+        rows.append(("taken off names", plan.renamed))
+    for old, new in plan.side.converted.items():
+        rows.append(("converted to safetensors", f"{old} -> {new}"))
+    if plan.side.without_code:
+        rows.append(("without auto_map", _some(plan.side.without_code)))
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in plan.side.left_out.items():
+        reasons[reason].append(name)
+    rows.extend(("left out", f"{_some(names)}: {reason}") for reason, names in reasons.items())
+    return rows
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 
 def _coverage(plan: Plan) -> list[tuple[str, str]]:
@@ -162,11 +190,12 @@ def _kept_table(plan: Plan) -> list[Table]:
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, show_header=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -102,6 +102,10 @@ class CoverageError(LowbitError):
     """Less of the model would be quantized than requested."""
 
 
+class ConversionError(LowbitError):
+    """A conversion made something else than was meant; it is not published."""
+
+
 class OutputError(LowbitError):
     """The output cannot be written: it exists, the disk is full, or the interrupted run had other settings."""
 

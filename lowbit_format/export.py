@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
 from .container.writer import SHARD_BYTES, ShardWriter, StoredTensor, shard_name, write_index
 from .dtypes import BY_NAME, from_float32
 from .errors import OutputError
+from .integrations.conversion_record import KEY, ConversionRecord
 
 
 def dequantize_directory(
@@ -27,6 +29,8 @@ def dequantize_directory(
     report: Callable[[], None] = lambda: None,
 ) -> str:
     """Write the model with its quantized weights decoded (DEC-5), one module in memory at a time.
+
+    The tensors get the names that they had in the checkpoint, where the model's ``config.json`` tells them.
 
     Args:
         reader: the lowbit model.
@@ -52,6 +56,7 @@ def dequantize_directory(
     reader.check_precision(bits)
     lowbit = reader.lowbit_names()
     planes = {m.tensor("planes"): m for m in reader.config}
+    named = _Names(ConversionRecord.of(reader.model_config), reader)
     with atomic_directory(out) as work:
         shards: list[list[str]] = []
         writer: ShardWriter | None = None
@@ -67,17 +72,35 @@ def dequantize_directory(
                 reader.check_digest(name)
                 info = reader.info(name)
                 tensor = StoredTensor(name, info.dtype, info.shape, reader.raw(name))
-            if writer is not None and writer.nbytes + tensor.nbytes > max_shard_bytes:
-                shards.append(writer.close())
-                total, writer = total + writer.nbytes, None
-            if writer is None:
-                writer = ShardWriter(work / f"part-{len(shards)}.safetensors")
-            writer.add(tensor)
+            for one in (replace(tensor, name=name) for name in named(tensor.name)):
+                if writer is not None and writer.nbytes + one.nbytes > max_shard_bytes:
+                    shards.append(writer.close())
+                    total, writer = total + writer.nbytes, None
+                if writer is None:
+                    writer = ShardWriter(work / f"part-{len(shards)}.safetensors")
+                writer.add(one)
         if writer is not None:
             shards.append(writer.close())
             total += writer.nbytes
         _finish(reader, work, shards, total, chosen)
     return chosen
+
+
+class _Names:
+    """The names in the original checkpoint of each tensor; a tied one may have stood there twice."""
+
+    def __init__(self, record: ConversionRecord, reader: ModelReader) -> None:
+        lowbit = reader.lowbit_names()
+        given = [m.weight for m in reader.config] + [name for name in reader.names() if name not in lowbit]
+        self._names = {name: [record.source_names.get(name, name)] for name in given}
+        for copy, owner in record.copies.items():
+            if owner in self._names:
+                self._names[owner].append(copy)
+        if len({name for names in self._names.values() for name in names}) < sum(map(len, self._names.values())):
+            self._names = {name: [name] for name in given}  # the record is of another model
+
+    def __call__(self, name: str) -> list[str]:
+        return self._names[name]
 
 
 def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> StoredTensor:
@@ -108,7 +131,7 @@ def _finish(reader: ModelReader, work: Path, shards: list[list[str]], total: int
         if path.is_file() and not _is_own(relative, reader) and not any(p.startswith(".") for p in relative.parts):
             (work / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, work / relative)
-    config: dict[str, Any] = {k: v for k, v in reader.model_config.items() if k != "quantization_config"}
+    config: dict[str, Any] = {k: v for k, v in reader.model_config.items() if k not in ("quantization_config", KEY)}
     config.pop("torch_dtype", None)
     write_json(work / CONFIG_FILE, json.loads(json.dumps({**config, "dtype": dtype})))
 

@@ -16,9 +16,11 @@ from torch import nn
 from ..container.reader import ModelReader
 from ..errors import LoadError
 from ..runtime.active_tasks import TaskState
+from ..runtime.known_modules import known
 from ..runtime.modules import MODULES, LowbitModule
 from ..schema import ModuleEntry, QuantizationConfig
 from ..tensors import all_roles
+from .conversion_record import ConversionRecord
 from .file_names import FileNames
 
 
@@ -111,6 +113,7 @@ def refuse_missing(model: Any, files: FileNames, missing: Iterable[str], *, all_
     Allowed is what the converted checkpoint did not have either, such as a new head; with `all_needed` nothing is.
     """
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    ignored += [re.compile(rf"(^|\.){re.escape(name)}$") for name in ConversionRecord.of(files.reader.model_config).absent]
     needed = [n for n in sorted(missing) if not any(pattern.search(n) for pattern in ignored)]
     lost = [n for n in needed if all_needed or files.expects(n)]
     if lost:
@@ -169,22 +172,21 @@ def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: 
 
 
 def _look_at(module: nn.Module, path: str) -> tuple[str, tuple[int, int], dict[str, Any]]:
-    """Kind, shape ``(rows, cols)`` and options of a float module.
-
-    Exact types only: a subclass may have another forward.
-    """
-    from transformers.pytorch_utils import Conv1D
-
-    if type(module) is nn.Linear:
-        shape = (module.out_features, module.in_features)
-        return "linear", shape, {"bias": module.bias is not None, "dtype": module.weight.dtype}
-    if type(module) is Conv1D:
-        return "conv1d", (module.nf, module.nx), {"bias": True, "dtype": module.weight.dtype}
-    if type(module) is nn.Embedding and module.max_norm is None:
-        shape = (module.num_embeddings, module.embedding_dim)
-        return "embedding", shape, {"padding_idx": module.padding_idx, "dtype": module.weight.dtype}
+    """Kind, shape ``(rows, cols)`` and options of a float module whose forward is known."""
+    found = known(module)
+    float_module: Any = module
+    if found is not None:
+        options: dict[str, Any] = {"dtype": float_module.weight.dtype}
+        if found.kind == "embedding":
+            options |= {"padding_idx": float_module.padding_idx, "float_class": type(module)}
+            options |= {"scale": found.scale, "rounds_scale": found.rounds_scale}
+        else:
+            options["bias"] = float_module.bias is not None
+        if found.kind == "linear":
+            options["float_class"] = type(module)
+        return found.kind, found.shape, options
     raise LoadError(
-        f"{path}: a {type(module).__name__} cannot hold bit-planes, only exact nn.Linear, Conv1D, nn.Embedding; "
+        f"{path}: a {type(module).__name__} cannot hold bit-planes: what it computes is not known; "
         "convert the model again with this module kept in full precision"
     )
 

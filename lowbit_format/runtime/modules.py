@@ -18,6 +18,7 @@ from ..kernels.matrix import PlaneMatrix, with_delta
 from ..schema import Scheme
 from .active_tasks import Name, RowTasks, TaskState
 from .deltas import Delta, TunedDelta, keeping_dtype, shifted, stack, stackable
+from .known_modules import scaled
 from .plane_module import PlaneModule
 from .stored_tensors import TORCH_DTYPES
 
@@ -155,12 +156,18 @@ class LowbitLinear(LowbitModule):
 
     kind = "linear"
 
-    def __init__(self, scheme: Scheme, rows: int, cols: int, **kwargs: Any) -> None:
+    def __init__(
+        self, scheme: Scheme, rows: int, cols: int, *, float_class: type[nn.Linear] = nn.Linear, **kwargs: Any
+    ) -> None:
         super().__init__(scheme, rows, cols, **kwargs)
+        self.float_class = float_class
         self.in_features, self.out_features = cols, rows
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
-        return _with_parameters(nn.Linear(self.cols, self.rows, self.bias is not None, device="meta"), weight, self)
+        with torch.device("meta"):
+            module = self.float_class(1, 1, self.bias is not None)
+        module.in_features, module.out_features = self.cols, self.rows
+        return _with_parameters(module, weight, self)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
@@ -190,24 +197,44 @@ class LowbitConv1D(LowbitLinear):
 
 
 class LowbitEmbedding(LowbitModule):
-    """Replaces ``nn.Embedding`` with its default options: a row is a token's vector."""
+    """Replaces ``nn.Embedding`` with its default options: a row is a token's vector.
+
+    With `scale` it replaces an embedding that multiplies its rows by it (see :class:`.known_modules.Known`), which has
+    the class `float_class`.
+    """
 
     kind = "embedding"
     max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # what nn.Embedding has, read by PEFT
 
-    def __init__(self, scheme: Scheme, rows: int, cols: int, *, padding_idx: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        rows: int,
+        cols: int,
+        *,
+        padding_idx: int | None = None,
+        scale: float | None = None,
+        rounds_scale: bool = False,
+        float_class: type[nn.Embedding] = nn.Embedding,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(scheme, rows, cols, **kwargs)
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, cols, padding_idx
+        self.scale, self.rounds_scale, self.float_class = scale, rounds_scale, float_class
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
-        empty = nn.Embedding(self.rows, self.cols, self.padding_idx, device="meta")
-        return _with_parameters(empty, weight, self)
+        options: dict[str, Any] = {} if self.scale is None else {"embed_scale": self.scale}
+        with torch.device(weight.device):  # of a scale that is a buffer
+            module = self.float_class(1, 1, None, **options)
+        module.num_embeddings, module.embedding_dim, module.padding_idx = self.rows, self.cols, self.padding_idx
+        return _with_parameters(module, weight, self)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` int ``[...]`` to ``[..., embedding_dim]`` in the compute dtype; only these rows are decoded."""
-        return self._run(
+        rows = self._run(
             ids, lambda x, w, deltas, rows: operators.embedding(x, w, deltas, rows, dtype=self.compute_dtype)
         )
+        return rows if self.scale is None else scaled(rows, self.scale, self.rounds_scale)
 
 
 MODULES: dict[str, type[LowbitModule]] = {c.kind: c for c in (LowbitLinear, LowbitConv1D, LowbitEmbedding)}

@@ -93,7 +93,7 @@ def test_a_weight_on_a_grid_is_stored_without_loss(own_checkpoint: Checkpoint, t
 def test_side_files_come_along_and_code_does_not(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = own_checkpoint("llama")
     carried = {"tokenizer.json": b'{"a":\r\n1}', "merges.txt": b"\xff\x00", "chat/x.jinja": b"{{}}", "LICENSE": b"free"}
-    left = ["modeling_x.py", "custom.so", "data.pkl", ".gitattributes", ".cache/x", "old.bin", "tf_model.h5", "a.onnx"]
+    left = ["modeling_x.py", "custom.so", ".gitattributes", ".cache/x", "pytorch_model.bin", "tf_model.h5", "a.onnx"]
     for name in (*carried, *left):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_bytes(carried.get(name, b"no"))

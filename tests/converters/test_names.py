@@ -17,6 +17,7 @@ from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.converters.names import Names, map_names
 from lowbit_format.errors import SourceError
 from lowbit_format.quantize import Target
+from lowbit_format.runtime import known_modules
 
 Checkpoint = Callable[..., Path]
 
@@ -173,14 +174,17 @@ def test_a_config_that_builds_no_model_is_refused(tmp_path: Path) -> None:
         names_of(source)
 
 
-def test_a_tied_matrix_is_kept_in_both_places_if_one_cannot_be_quantized(tmp_path: Path) -> None:
-    """Gemma's embedding scales what it looks up, so it stays; its copy under the head must not vanish or differ."""
+def test_a_tied_matrix_is_kept_in_both_places_if_one_cannot_be_quantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An embedding whose forward is not known stays; its copy under the head must not vanish or differ."""
     config = transformers.Gemma3TextConfig(
         vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
     transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "source")
     edit_weights(tmp_path / "source", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    monkeypatch.setattr(known_modules, "_SCALED", "of no such class")
     done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", BOTH)
     assert not {"model.embed_tokens", "lm_head"} & set(done.outcomes)
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(ModelReader(tmp_path / "out").names())

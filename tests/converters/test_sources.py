@@ -304,7 +304,7 @@ def test_a_directory_that_is_no_model_is_named_for_what_it_is(own_checkpoint: Ch
     for folder, file, message in (
         ("adapter", "adapter_config.json", "is an adapter .*merge_and_unload"),
         ("bundle", "task_config.json", "is a task bundle"),
-        ("gguf", "x.gguf", r"x\.gguf: is a GGUF file"),
+        ("gguf", "x.gguf", r"holds x\.gguf, which is a GGUF file"),
     ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("{}")

@@ -1,0 +1,151 @@
+"""The model that transformers builds from a checkpoint's config: on the meta device, with its names and ties."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import SourceError
+from ..integrations.architecture import named_class
+
+
+def meta_model(directory: Path) -> Any:
+    """The model class of the checkpoint's config, built without weights."""
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (ValueError, KeyError, OSError) as e:
+        raise SourceError(
+            f"{directory}: transformers {transformers.__version__} cannot read its config: {str(e)[:300]}; a newer "
+            "transformers may know the architecture, code from the checkpoint is never run"
+        ) from e
+    cls = named_class(config)
+    with torch.device("meta"):
+        try:
+            if cls is not None:
+                return cls(config)
+            return transformers.AutoModel.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        except Exception as e:
+            raise SourceError(
+                f"{directory}: cannot build the architecture {config.architectures or type(config).__name__}: {e}"
+            ) from e
+
+
+def tied_keys(model: Any) -> dict[str, str]:
+    """Tied parameter to the parameter that owns the weight; empty where the config unties them."""
+    if hasattr(model, "all_tied_weights_keys"):
+        return dict(model.all_tied_weights_keys)
+    return dict(model.get_expanded_tied_weights_keys(all_submodels=True))
+
+
+class Renamer:
+    """transformers' renaming of checkpoint keys for one model."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+        self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        self._prefix = model.base_model_prefix
+        self._state = model.state_dict()
+
+    def __call__(self, key: str) -> tuple[str, bool]:
+        """Name in the model, and whether a conversion beyond renaming is needed."""
+        return self._rename(key, self._state)
+
+    def targets(self, key: str) -> list[str]:
+        """All names in the model that the tensor has a part in; a conversion may split it."""
+        from transformers.core_model_loading import rename_source_key
+
+        name, converted = self(key)
+        for converter in self._converters if converted else ():
+            if rename_source_key(key, self._renamings, [converter], self._prefix, self._state)[1] is not None:
+                first, *others = converter.target_patterns
+                return [name, *(name.replace(first, other) for other in others)]
+        return [name]
+
+    def keeps(self, name: str) -> bool:
+        """Whether the lowbit tensors of the weight `name` of the model load under their own names."""
+        path = name.removesuffix(".weight")
+        probes = {f"{path}.{role}": self._state[name] for role in ("planes", "scales")}
+        return all(self._rename(probe, {**self._state, **probes}) == (probe, False) for probe in probes)
+
+    def _rename(self, key: str, state: dict[str, Any]) -> tuple[str, bool]:
+        from transformers.core_model_loading import rename_source_key
+
+        renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, state)
+        if renamed not in state and key in state:
+            renamed, pattern = rename_source_key(key, [], [], self._prefix, state)
+        return renamed, pattern is not None
+
+
+def bare_model(model: Any) -> Any:
+    """The base model inside of `model`, built by its own class on the meta device; None if `model` is one itself."""
+    import torch
+
+    base = model.base_model
+    if base is model or not hasattr(base, "main_input_name"):
+        return None
+    with torch.device("meta"):
+        return type(base)(base.config)
+
+
+def siblings(model: Any) -> Iterator[Any]:
+    """The other models that transformers makes of the config, on the meta device, the largest first."""
+    import sys
+
+    import torch
+
+    config, found = model.config, []
+    for cls in vars(sys.modules[type(model).__module__]).values():
+        is_model = (
+            isinstance(cls, type) and hasattr(cls, "main_input_name") and cls.__module__ == type(model).__module__
+        )
+        if not is_model or cls is type(model) or getattr(cls, "config_class", None) is not type(config):
+            continue
+        if cls.__name__.endswith("PreTrainedModel") or not cls.__name__.startswith(_family(model)):
+            continue
+        with torch.device("meta"), contextlib.suppress(Exception):  # some take a config with more in it
+            found.append(cls(config))
+    yield from sorted(found, key=lambda m: -len(m.state_dict()))
+
+
+def _family(model: Any) -> str:
+    """What the names of the config and of its models begin with."""
+    return type(model.config).__name__.removesuffix("Config")
+
+
+def output_heads(model: Any) -> set[str]:
+    """Paths of the modules that give the model's output, or that of one of its parts.
+
+    These are the output embeddings of every part, what a part with a head has outside of its base model, and modules
+    that say so by their name.
+    """
+    heads = set[str]()
+    for path, part in model.named_modules():
+        if not hasattr(part, "main_input_name"):
+            continue
+        prefix = f"{path}." if path else ""
+        output = part.get_output_embeddings() if hasattr(part, "get_output_embeddings") else None
+        own = {id(m) for m in output.modules()} if output is not None else set[int]()
+        heads |= {prefix + name for name, module in part.named_modules() if id(module) in own}
+        base = f"{part.base_model_prefix}." if part.base_model is not part and part.base_model_prefix else ""
+        if base and (not path or _HEADED.search(type(part).__name__)):
+            heads |= {prefix + name for name, _ in part.named_modules() if name and not f"{name}.".startswith(base)}
+    for path, _ in model.named_modules():
+        names = path.split(".")
+        own_name = next((name for name in reversed(names) if not name.isdigit()), "")
+        if _HEAD_NAME.fullmatch(own_name) and not any("att" in name for name in names):
+            heads.add(path)
+    return heads
+
+
+_HEADED = re.compile(r"For[A-Z]|LMHead")
+_HEAD_NAME = re.compile(r"(\w+_)?heads?|class_embed|classifier|embed_out|lm_out(put)?")

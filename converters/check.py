@@ -1,0 +1,64 @@
+"""A look at a conversion before it is published: every tensor has its place, and it decodes to what was meant.
+
+The model is built without data, so this takes no memory to speak of. One module of each kind is quantized again and
+compared.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..container.reader import ModelReader
+from ..errors import ConversionError, LowbitError
+from ..integrations.placement import place_modules, tie
+from ..quantize import quantize
+from ..reference import decode
+from ..runtime.active_tasks import TaskState
+from .architecture import meta_model
+from .completeness import fit
+from .driver import load_step
+from .plan import Plan, Step
+from .source import Source
+
+
+def check_output(source: Source, plan: Plan, directory: Path) -> None:
+    """Raise ConversionError unless the lowbit model in `directory` is what `plan` makes of `source`."""
+    try:
+        reader = ModelReader(directory)
+        model = meta_model(directory)
+        if type(model).__name__ != plan.architecture:
+            raise ConversionError(f"config.json names {type(model).__name__}, expected {plan.architecture}")
+        placed = place_modules(model, reader, None, TaskState())
+        tie(model, placed)
+        lacking = reader.config.modules.keys() - {entry.path for entry in placed.files.values()}
+        if lacking:
+            raise ConversionError(f"{type(model).__name__} has no place for {min(lacking)!r}")
+        fit(model, list(reader.names()), directory)
+    except LowbitError as e:
+        raise ConversionError(
+            f"the conversion made a directory that does not load, which is a fault of lowbit_format: {e}; it was not "
+            "published. Please report this, with the name of the checkpoint"
+        ) from e
+    for step in _samples(plan):
+        _compare(source, step, reader)
+
+
+def _samples(plan: Plan) -> list[Step]:
+    """The smallest module of each kind and dtype."""
+    smallest: dict[Any, Step] = {}
+    for step in sorted(plan.quantized, key=lambda s: -s.tensor.numel):
+        smallest[step.destination.kind, step.tensor.dtype] = step
+    return list(smallest.values())
+
+
+def _compare(source: Source, step: Step, reader: ModelReader) -> None:
+    assert step.target is not None  # noqa: S101 - for the type checker: samples are quantized
+    expected = quantize(load_step(source, step), step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
+    if not np.array_equal(decode(expected.matrix), reader.decode(step.path)):
+        raise ConversionError(
+            f"{step.path}: decodes to other weights than the solver gave, which is a fault of lowbit_format or of the "
+            "disk; nothing was published. Please run again, and report it if it stays"
+        )

@@ -1,0 +1,54 @@
+"""What ``config.json`` tells about the checkpoint that a lowbit model was made from, beside the format itself.
+
+transformers keeps the key when it saves a model, so that ``lowbit dequantize`` finds the names of the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KEY = "lowbit_conversion"
+
+
+@dataclass(frozen=True)
+class ConversionRecord:
+    """A conversion.
+
+    Attributes:
+        source_names: name of a tensor in the model -> its name in the checkpoint, where the two differ.
+        copies: name in the checkpoint of a second copy of a tied tensor -> name of the parameter that has its values.
+        absent: parameters of the model that the checkpoint does not have, and that its use does not need.
+    """
+
+    source_names: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object, without what is empty; deterministic."""
+        found: dict[str, Any] = {
+            "source_names": dict(sorted(self.source_names.items())),
+            "copies": dict(sorted(self.copies.items())),
+            "absent": sorted(self.absent),
+        }
+        return {key: value for key, value in found.items() if value}
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> ConversionRecord:
+        """The record in a ``config.json``; empty where there is none, or where it is ill-formed: it is informative."""
+        found = config.get(KEY)
+        if not isinstance(found, Mapping):
+            return cls()
+        absent = found.get("absent")
+        return cls(
+            _names(found.get("source_names")),
+            _names(found.get("copies")),
+            tuple(name for name in absent if isinstance(name, str)) if isinstance(absent, list) else (),
+        )
+
+
+def _names(found: object) -> dict[str, str]:
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
