@@ -113,7 +113,8 @@ def refuse_missing(model: Any, files: FileNames, missing: Iterable[str], *, all_
     Allowed is what the converted checkpoint did not have either, such as a new head; with `all_needed` nothing is.
     """
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    ignored += [re.compile(rf"(^|\.){re.escape(name)}$") for name in ConversionRecord.of(files.reader.model_config).absent]
+    absent = ConversionRecord.of(files.reader.model_config).absent
+    ignored += [re.compile(rf"(^|\.){re.escape(name)}$") for name in absent]
     needed = [n for n in sorted(missing) if not any(pattern.search(n) for pattern in ignored)]
     lost = [n for n in needed if all_needed or files.expects(n)]
     if lost:
