@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +110,31 @@ def bare_model(model: Any) -> Any:
         return type(base)(base.config)
 
 
+def siblings(model: Any) -> Iterator[Any]:
+    """The other models that transformers makes of the config, on the meta device, the largest first."""
+    import sys
+
+    import torch
+
+    config, found = model.config, []
+    for cls in vars(sys.modules[type(model).__module__]).values():
+        is_model = (
+            isinstance(cls, type) and hasattr(cls, "main_input_name") and cls.__module__ == type(model).__module__
+        )
+        if not is_model or cls is type(model) or getattr(cls, "config_class", None) is not type(config):
+            continue
+        if cls.__name__.endswith("PreTrainedModel") or not cls.__name__.startswith(_family(model)):
+            continue
+        with torch.device("meta"), contextlib.suppress(Exception):  # some take a config with more in it
+            found.append(cls(config))
+    yield from sorted(found, key=lambda m: -len(m.state_dict()))
+
+
+def _family(model: Any) -> str:
+    """What the names of the config and of its models begin with."""
+    return type(model.config).__name__.removesuffix("Config")
+
+
 def output_heads(model: Any) -> set[str]:
     """Paths of the modules that give the model's output, or that of one of its parts.
 
@@ -128,7 +155,7 @@ def output_heads(model: Any) -> set[str]:
     for path, _ in model.named_modules():
         names = path.split(".")
         own_name = next((name for name in reversed(names) if not name.isdigit()), "")
-        if _HEAD_NAME.fullmatch(own_name):
+        if _HEAD_NAME.fullmatch(own_name) and not any("att" in name for name in names):
             heads.add(path)
     return heads
 

@@ -9,7 +9,7 @@ from ..integrations.card import base_card, scheme_text, source_facts
 from .journal import Outcome
 from .plan import Plan
 from .source import Source
-from .summary import Totals
+from .summary import Totals, remarks
 
 
 def model_card(source: Source, plan: Plan, outcomes: dict[str, Outcome], *, name: str) -> str:
@@ -20,6 +20,7 @@ def model_card(source: Source, plan: Plan, outcomes: dict[str, Outcome], *, name
         facts["base_model"] = original
     schemes = [o.module.scheme for o in outcomes.values()]
     totals = Totals.of(plan, outcomes)
+    more = "".join(f"| {what} | {text} |\n" for what, text in remarks(plan))
     sections = f"""## What was done
 
 | | |
@@ -32,7 +33,7 @@ def model_card(source: Source, plan: Plan, outcomes: dict[str, Outcome], *, name
 | relative error of the quantized weights | {totals.relative_error:.4f} |
 | source revision | {source.revision or "unknown"} |
 | kept in full precision | {_kept_text(plan)} |
-
+{more}
 Tensors carry SHA-256 digests: `lowbit verify PATH` checks them."""
     return base_card(
         name,

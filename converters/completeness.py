@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import SourceError
-from .architecture import Renamer, bare_model, tied_keys
+from .architecture import Renamer, bare_model, siblings, tied_keys
 
 # Parameters that stand in for masked inputs in training, and are not looked at otherwise.
 _TRAINING = re.compile(r"(^|\.)(masked_spec_embed|mask_token|mask_emb(ed(ding)?)?)$")
@@ -38,8 +38,8 @@ def fit(model: Any, keys: Iterable[str], directory: Path) -> tuple[Any, tuple[st
         directory: of the checkpoint, for messages.
 
     Returns:
-        `model`, or its base model where the checkpoint has no tensor of the head; and the parameters of `model` that
-        the checkpoint does not have.
+        `model`, or its base model where the checkpoint has no tensor of the head, or another class of the same config
+        that has just these tensors, such as an encoder alone; and the parameters that the checkpoint does not have.
 
     Raises:
         SourceError: it lacks what its use needs; the message says what was found instead.
@@ -55,6 +55,10 @@ def fit(model: Any, keys: Iterable[str], directory: Path) -> tuple[Any, tuple[st
         lacking, _ = _missing(bare, keys)
         if not _needed(bare, lacking):
             return bare, tuple(dict.fromkeys([*missing, *lacking]))
+    for other in siblings(model):
+        lacking, found = _missing(other, keys)
+        if not _needed(other, lacking) and not _strange(other, keys):
+            return other, tuple(dict.fromkeys([*needed, *lacking]))
     advice = _advice(model, keys, needed)
     raise SourceError(
         f"{directory}: lacks {len(needed)} tensors of {type(model).__name__}, such as {needed[0]!r}, which would be "
@@ -90,6 +94,12 @@ def _needed(model: Any, missing: list[str]) -> list[str]:
     return [name for name in missing if name not in unused]
 
 
+def _strange(model: Any, keys: Iterable[str]) -> list[str]:
+    """The keys that the model does not know."""
+    names, rename = set(model.state_dict()), Renamer(model)
+    return [key for key in keys if not names & set(rename.targets(key))]
+
+
 def _has_head(model: Any, found: set[str], body: str) -> bool:
     """Whether the checkpoint has a tensor of the head; also for a model without a base model of its own."""
     return model.base_model is model or any(not name.startswith(body) for name in found)
@@ -109,9 +119,7 @@ def _advice(model: Any, keys: list[str], needed: list[str]) -> str:
         what = " and ".join(map(repr, prefixes))
         by = f", as {made} leaves them" if made else ""
         return f"the names of its tensors have {what} in front{by}; pass {options} to take it off"
-    names = set(model.state_dict())
-    rename = Renamer(model)
-    strange = [key for key in keys if not names & set(rename.targets(key))]
+    strange = _strange(model, keys)
     more = (
         f", or correct config.json: the file has {len(strange)} tensors that this class does not know, such as "
         f"{strange[0]!r}"

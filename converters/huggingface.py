@@ -235,8 +235,11 @@ def _download(repo_id: str, revision: str | None, leave_out: Iterable[str]) -> P
             info = hub.HfApi().model_info(repo_id, revision=revision)
         except (HfHubHTTPError, HFValidationError):
             raise
-        except OSError:  # no way to the Hub: what the cache has
-            return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+        except Exception as e:  # no way to the Hub, which clients of HTTP say in many ways: what the cache has
+            try:
+                return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+            except LocalEntryNotFoundError:
+                raise OSError(str(e)) from e
         names = [sibling.rfilename for sibling in info.siblings or ()]
         wanted = _wanted(repo_id, str(info.sha), names, leave_out)
         patterns = [glob.escape(name) for name in wanted]
@@ -265,7 +268,7 @@ def _wanted(repo_id: str, commit: str, names: list[str], leave_out: Iterable[str
         if below and not what:
             what = f"holds no model itself, but its folder {below[0]} does; download it and give the folder as SOURCE"
         raise SourceError(f"{repo_id}: {what or 'has no config.json, and is no Hugging Face model'}")
-    own = next((found for kind in _OWN if (found := [name for name in top if kind.fullmatch(name)])), [])
+    own: list[str] = next(filter(None, ([n for n in top if kind.fullmatch(n)] for kind in _OWN)), [])
     if not own:
         what = _instead(top, Path(repo_id))
         raise SourceError(

@@ -59,6 +59,11 @@ class PytorchSource:
                     raise SourceError(f"{directory / file}: tensor {name!r} has the unknown dtype {value.dtype}")
                 self._loaded[name] = value
                 self.tensors[name] = SourceTensor(name, dtype, tuple(value.shape), value.numel() * value.element_size())
+        if not self.tensors and self.other:
+            raise SourceError(
+                f"{directory / min(files)}: holds no tensors, but {', '.join(map(repr, self.other[:5]))}; save the "
+                "model's state dict alone"
+            )
         self.identity = file_identity([directory / f for f in files])
 
     def read(self, name: str) -> NDArray[np.uint8]:

@@ -26,6 +26,9 @@ _HARMLESS = {
     "layout", "requires_grad", "grad", "grad_fn", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex",
     "data_ptr", "stride", "is_contiguous", "element_size", "get_device", "__len__", "__repr__", "itemsize", "nbytes",
 }  # fmt: skip
+# A tensor on the meta device has no value to decide by: any will do to go on.
+_ANSWERS = {"__bool__": True, "__int__": 1, "__index__": 1, "__float__": 1.0, "item": 1}
+_PATIENCE = 2000  # such answers, for all forwards
 _NOT_RUN = ("__init__", "_init_weights", "reset_parameters", "post_init", "load_tf_weights", "tie_weights")
 _LENGTH = 5  # tokens of the text that is put in
 _ERRORS = (Exception,)  # whatever a model's code does on the meta device
@@ -40,11 +43,15 @@ def weights_read(model: Any, candidates: dict[str, nn.Module]) -> set[str]:
     with watch.hooks(), torch.no_grad():
         for path, part in parts:
             mine = [p for p in candidates if p.startswith(f"{path}." if path else "")]
+            if path and watch.called.issuperset(mine):
+                continue
             for inputs in _inputs(part):
-                if watch.called.issuperset(mine):
-                    break
+                ended = False
                 with contextlib.suppress(*_ERRORS), watch, torch.device("meta"):
                     part(**inputs)
+                    ended = True
+                if ended and watch.called.issuperset(mine):
+                    break
     model.train(was_training)
     modules = dict(model.named_modules())
     unseen = candidates.keys() - watch.called - watch.read
@@ -57,7 +64,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, candidates: dict[str, nn.Module]) -> None:
         super().__init__()
         self.called, self.read = set[str](), set[str]()
-        self._candidates = candidates
+        self._candidates, self._answers = candidates, 0
         self._owners: dict[int, list[str]] = {}
         self._active: list[str] = []
         for path, module in candidates.items():
@@ -95,6 +102,11 @@ class _Watch(TorchFunctionMode):
                 owners = self._owners.get(id(value), ())
                 if owners and not any(path in self._active for path in owners):
                     self.read.update(owners)
+        if name in _ANSWERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            self._answers += 1
+            if self._answers > _PATIENCE:  # a loop that waits for another answer
+                raise RuntimeError("the forward does not end on the meta device")
+            return _ANSWERS[name]
         return func(*args, **kwargs)
 
 
@@ -115,17 +127,19 @@ def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
         takes = set(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
         return
-    text = {n: torch.zeros(1, _LENGTH, dtype=torch.long, device="meta") for n in _TEXT if n in takes}
     main = model.main_input_name
+    ids = next((name for name in (main, *_TEXT) if name in takes and name in _TEXT), None)
+    names = [name for name in (ids, "decoder_input_ids") if name in takes]
+    text = {name: torch.zeros(1, _LENGTH, dtype=torch.long, device="meta") for name in names if name}
     kinds = sorted((name for name in _SHAPES if name in takes), key=lambda name: name != main)
-    if main == "input_ids" and text:
+    if main in text:
         yield text
-    decoder = {name: ids for name, ids in text.items() if name != "input_ids"}
+    decoder = {name: ids for name, ids in text.items() if name.startswith("decoder")}
     for kind in kinds:
         for shape in _SHAPES[kind](model.config):
             with contextlib.suppress(TypeError, ValueError):
                 yield {kind: torch.zeros(*shape, device="meta"), **decoder}
-    if main != "input_ids" and text:
+    if main not in text and text:
         yield text
     for name in _SEQUENCES:  # of parts that take what others made
         width = _first(model.config, "d_model", "hidden_size")
@@ -133,7 +147,7 @@ def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
             yield {name: torch.zeros(1, _LENGTH, width, device="meta")}
 
 
-_TEXT = ("input_ids", "decoder_input_ids")
+_TEXT = ("input_ids", "inputs")
 _SEQUENCES = ("inputs_embeds", "hidden_states")
 
 
@@ -176,14 +190,17 @@ _SHAPES = {"pixel_values": _pictures, "input_features": _sound, "input_values": 
 def _source_reads(modules: dict[str, nn.Module], path: str) -> bool:
     """Whether the class of the module's parent reads its weight and never calls it, by the class's source."""
     parent, _, name = path.rpartition(".")
-    if parent not in modules or name.isdigit():
+    if name.isdigit():  # in a list, which its own parent goes through
+        parent, _, name = parent.rpartition(".")
+    if parent not in modules:
         return False
-    read, called = _uses(type(modules[parent]))
+    cls: Any = type(modules[parent])
+    read, called = _uses(cls)
     return name in read and name not in called
 
 
 @functools.cache
-def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+def _uses(cls: Any) -> tuple[frozenset[str], frozenset[str]]:
     """Names of attributes of ``self`` whose ``weight`` the class computes with, and of those that it calls."""
     read, called = set[str](), set[str]()
     for base in cls.__mro__:
@@ -207,6 +224,7 @@ def _uses(cls: type) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _own(node: ast.AST) -> set[str]:
-    """``name`` of the expression ``self.name``."""
+    """``name`` of the expressions ``self.name`` and ``self.name[…]``."""
+    node = node.value if isinstance(node, ast.Subscript) else node
     is_own = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
     return {node.attr} if is_own else set()  # type: ignore[attr-defined]

@@ -32,13 +32,15 @@ _COPIES = (
     ".nemo", ".mar",
 )  # fmt: skip
 _CODE = (".py", ".pyc", ".pyd", ".so", ".dll", ".dylib", ".sh")
+_LOADS_SAFETENSORS = "sentence_transformers."  # modules that take SAFETENSORS where they took PYTORCH
 # Folders of training runs and of other programs' copies.
 _FOLDERS = re.compile(
     r"checkpoint-\d+|checkpoint_\d+|checkpoints|global_step\d+|runs|logs|wandb|mlruns|original|onnx|openvino|coreml|"
     r"tf|flax|gguf|tensorrt|__pycache__|\..*"
 )
 _TRAINING = re.compile(
-    r"(optimizer|scheduler|scaler|training_args|trainer_state|random_states|rng_state)[\w.-]*|.*optim_states\.pt|"
+    r"(optimizer|scheduler|scaler|training_args|trainer_state|random_states|rng_state)[\w-]*\.(pt|pth|bin|pkl|json)|"
+    r"(optimizer|scheduler)_\d+\.bin|.*optim_states\.pt|"
     r".*model_states\.pt|events\.out\.tfevents.*|latest|zero_to_fp32\.py|pytorch_model_fsdp.*|.*\.distcp"
 )
 # Names that copies of the model's own weights have, beside those that are read.
@@ -163,7 +165,7 @@ def sort_files(
             )
             if safe in present:
                 reason = "another copy of the weights"
-            elif folder in parts and file == PYTORCH:
+            elif parts.get(folder, "").startswith(_LOADS_SAFETENSORS) and file == PYTORCH:
                 converted[name] = safe
             else:
                 lost.append(name)
@@ -183,10 +185,10 @@ def without_auto_map(obj: Any) -> Any:
     return [without_auto_map(value) for value in obj] if isinstance(obj, list) else obj
 
 
-def _parts(modules: Any) -> set[str]:
-    """Folders of the modules that sentence-transformers' ``modules.json`` lists, beside the model itself."""
-    entries = modules if isinstance(modules, list) else []
-    return {e["path"] for e in entries if isinstance(e, dict) and isinstance(e.get("path"), str) and e["path"]}
+def _parts(modules: Any) -> dict[str, str]:
+    """Folders of the modules that sentence-transformers' ``modules.json`` lists, with their types."""
+    entries = [e for e in modules if isinstance(e, dict)] if isinstance(modules, list) else []
+    return {e["path"]: str(e.get("type")) for e in entries if isinstance(e.get("path"), str) and e["path"]}
 
 
 def _is_model(config: Any, folder: str, present: list[str]) -> bool:

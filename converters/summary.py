@@ -91,7 +91,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         "Totals",
         [
             ("architecture", plan.architecture),
-            *_remarks(plan),
+            *remarks(plan),
             ("quantized modules", str(len(plan.quantized))),
             *_coverage(plan),
             ("bits per quantized weight", f"{bits:.2f}"),
@@ -160,7 +160,7 @@ def result_tables(done: Conversion) -> list[Table]:
         ("tensor data", f"{_mb(totals.source_bytes)} -> {_mb(totals.output_bytes)} ({totals.ratio:.2f} x smaller)")
     )
     rows.extend(_coverage(plan))
-    rows.extend(_remarks(plan))
+    rows.extend(remarks(plan))
     rows.append(("relative error", f"{totals.relative_error:.4f}"))
     rows.append(("time", f"{seconds:.1f} s ({totals.weights / seconds / 1e6:.1f} M weights/s)"))
     if lossless := [o for o in outcomes.values() if o.lossless]:
@@ -187,11 +187,11 @@ def _quality(found: Comparison | None) -> list[tuple[str, str]]:
     ]
 
 
-def _remarks(plan: Plan) -> list[tuple[str, str]]:
+def remarks(plan: Plan) -> list[tuple[str, str]]:
     """What is absent from the checkpoint, and what becomes of the files beside the weights."""
     rows = []
     if plan.architecture != plan.named:
-        rows.append(("converted as", f"{plan.architecture}: the checkpoint has no head of {plan.named}"))
+        rows.append(("converted as", f"{plan.architecture}, which is all of {plan.named} that the checkpoint has"))
     if plan.absent:
         rows.append(("absent from the checkpoint", _some(plan.absent)))
     if plan.renamed:
@@ -245,11 +245,12 @@ def _kept_table(plan: Plan) -> list[Table]:
 
 
 def _pairs(title: str, rows: list[tuple[str, str]]) -> Table:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, show_header=False)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     return table
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import LoadError
-from .integrations.architecture import named_class
+from .integrations.architecture import known_class
 from .schema import QUANT_METHOD
 
 _TASK_OPTIONS = ("cache_dir", "token", "local_files_only")  # of the Hub, which hold for a task as for its base
@@ -49,10 +49,8 @@ def from_pretrained(
 
     where = ("cache_dir", "token", "local_files_only", "force_download", "subfolder")
     hub = {key: kwargs[key] for key in where if key in kwargs}
-    config = transformers.AutoConfig.from_pretrained(
-        path_or_repo, revision=revision, trust_remote_code=kwargs.get("trust_remote_code", False), **hub
-    )
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    config, _ = transformers.PreTrainedConfig.get_config_dict(path_or_repo, revision=revision, **hub)
+    method = (config.get("quantization_config") or {}).get("quant_method")
     if method != QUANT_METHOD:
         raise LoadError(
             f"{path_or_repo}: not a lowbit model (quant_method is {method!r}); convert it with convert_hf_to_lowbit"
@@ -69,13 +67,12 @@ def from_pretrained(
     return model
 
 
-def _class_of(config: Any, where: object) -> Any:
-    """The model class that a config names, or AutoModel if it names none."""
+def _class_of(config: dict[str, Any], where: object) -> Any:
+    """The model class that ``config.json`` names, or AutoModel if it names none."""
     import transformers
 
-    known = named_class(config)
-    if known is None and getattr(config, "architectures", None):
-        raise LoadError(
-            f"{where}: transformers {transformers.__version__} has no model class {config.architectures}; update it"
-        )
+    names = config.get("architectures")
+    known = known_class(names)
+    if known is None and names:
+        raise LoadError(f"{where}: transformers {transformers.__version__} has no model class {names}; update it")
     return known or transformers.AutoModel

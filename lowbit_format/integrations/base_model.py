@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..container.fingerprint import Fingerprint, fingerprint
-from ..schema import QuantizationConfig
+from ..container.reader import ModelReader
+from ..schema import ModuleEntry, QuantizationConfig
 from ..tensors import tensor_specs
 
 
@@ -20,13 +22,37 @@ class Base:
 
     Attributes:
         config: paths and precisions of the files; the model's own config may differ (another head, fewer bits).
-        fingerprint: of the files, even if the model uses only a part of them.
+        fingerprint: of the files, even if the model uses only some of their modules.
         bits: precision at which the model was read, or None for full precision.
     """
 
     config: QuantizationConfig
     fingerprint: Fingerprint
     bits: int | None = None
+
+
+def base_of_files(reader: ModelReader, files: Mapping[str, ModuleEntry], prefix: str, bits: int | None) -> Base:
+    """The base of a model that was read at `bits` from a directory.
+
+    A part whose modules have other names than in the whole model, also without the base model's prefix, is a base of
+    its own: bundles name modules, so that tasks of the whole do not fit it.
+
+    Args:
+        reader: of the directory.
+        files: path of a module in the model -> its entry in the directory.
+        prefix: the model's ``base_model_prefix``.
+        bits: as in :class:`Base`.
+    """
+    config = QuantizationConfig({path: replace(entry, path=path) for path, entry in files.items()}, {}, prefix)
+    if all(config.canonical_path(p)[0] == reader.config.canonical_path(e.path)[0] for p, e in files.items()):
+        return Base(reader.config, reader.fingerprint(), bits)
+    digests, shapes = {}, {}
+    for path, entry in files.items():
+        for spec in tensor_specs(entry):
+            name = config.modules[path].tensor(spec.role)
+            digests[name] = reader.stored_digest(spec.name) or reader.digest(spec.name)
+            shapes[name] = reader.info(spec.name).shape
+    return Base(config, fingerprint(config, digests, shapes), bits)
 
 
 def base_of_tensors(model: Any, config: QuantizationConfig) -> Base:

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from ..errors import TaskError, UnsupportedOperationError
 from ..hub import push_model_directory
-from ..runtime.active_tasks import TaskState, model_call
+from ..runtime.active_tasks import TaskState, batch_rows, model_call
 from ..runtime.class_mixin import Mixin, mix_in, restore_class
 from ..runtime.deltas import TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.modules_to_save import SwitchedModule
 from .base_model import Base
 from .card import model_base_card
+from .file_names import FileNames
 from .placement import refuse_missing
 
 log = logging.getLogger(__name__)
@@ -37,21 +38,24 @@ class LowbitModel(Mixin):
         lowbit_state: the active task and the loaded ones.
         lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
         lowbit_save: writes a task instead of the base when the Trainer saves the model.
+        lowbit_files: the names in the directory, while the model is being loaded.
     """
 
     lowbit_base: Base
     lowbit_state: TaskState
     lowbit_fresh: tuple[str, ...] = ()
     lowbit_save: Callable[[Any, str], None] | None = None
+    lowbit_files: FileNames | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; inside of ``use_tasks`` the modules learn how many rows the batch has."""
         if not self.lowbit_state.blocks:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        tasks, rows = self.lowbit_state.row_tasks(), _rows(args, kwargs)
-        if tasks is not None and rows is not None and len(tasks.names) > 1:
-            tasks.check_rows(rows, type(self).__name__)
-        with model_call(rows):
+        tasks, name = self.lowbit_state.row_tasks(), type(self).__name__
+        rows, is_text = _rows(args, kwargs)
+        if tasks is not None and rows is not None and batch_rows() is None and len(tasks.names) > 1:
+            tasks.check_rows(rows, name)
+        with model_call(rows, exact=_is_mixed(kwargs), part=None if is_text else name):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     @property
@@ -91,8 +95,8 @@ class LowbitModel(Mixin):
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which calls this while loading with the names that the file lacks."""
         super().tie_weights(*args, **kwargs)  # type: ignore[misc]
-        if kwargs.get("missing_keys"):
-            refuse_missing(self, kwargs["missing_keys"])
+        if kwargs.get("missing_keys") and self.lowbit_files is not None:
+            refuse_missing(self, self.lowbit_files, kwargs["missing_keys"])
             self.lowbit_fresh = tuple(sorted(kwargs["missing_keys"]))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
@@ -200,17 +204,27 @@ def _in_training(model: nn.Module) -> bool:
     return any(isinstance(module, TunedDelta) for module in model.modules())
 
 
-def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Rows of the batch that a model is called with; None if no argument tells."""
-    named = (kwargs.get(name) for name in _INPUTS)
-    given = (x for x in (*args, *named) if isinstance(x, Tensor) and x.dim() > 0)
-    return next((len(x) for x in given), None)
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int | None, bool]:
+    """Rows of what a model is called with (None if no argument tells), and whether that is text."""
+    for x in args:
+        if isinstance(x, Tensor) and x.dim() > 0:
+            return len(x), not x.is_floating_point()
+    for name in (*_TEXTS, *_INPUTS):
+        x = kwargs.get(name)
+        if isinstance(x, Tensor) and x.dim() > 0:
+            return len(x), name in _TEXTS
+    return None, False
 
 
-_INPUTS = (
-    "input_ids", "inputs_embeds", "pixel_values", "input_features", "input_values", "decoder_input_ids",
-    "decoder_inputs_embeds", "hidden_states",
-)  # fmt: skip
+def _is_mixed(kwargs: dict[str, Any]) -> bool:
+    """Whether a model is called with text and something else, of which a row may have any number."""
+    given = {name for name, value in kwargs.items() if value is not None}
+    return not given.isdisjoint(("input_ids", "inputs_embeds")) and any(name.startswith(_MEDIA) for name in given)
+
+
+_MEDIA = ("pixel_values", "image", "video", "audio", "input_features", "input_values")
+_TEXTS = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+_INPUTS = ("pixel_values", "input_features", "input_values", "hidden_states")
 
 
 def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -251,3 +265,5 @@ def generalize(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LowbitModel):
             restore_class(module)
+            for attribute in [name for name in vars(module) if name in LowbitModel.__annotations__]:
+                delattr(module, attribute)

@@ -1,7 +1,6 @@
 """Puts lowbit modules into a transformers model that has no data yet, and keeps its tied weights tied.
 
-A checkpoint may have been saved with another head than the model's, or without one. Each of its module paths is
-therefore tried unchanged, with the base model's prefix, and without it, as transformers does for tensor names on load.
+Which module of the model a module of the directory is, :mod:`.file_names` knows.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from ..runtime.modules import MODULES, LowbitModule
 from ..schema import ModuleEntry, QuantizationConfig
 from ..tensors import all_roles
 from .conversion_record import ConversionRecord
+from .file_names import FileNames
 
 
 @dataclass
@@ -37,31 +37,38 @@ class Placement:
     tied: dict[str, str] = field(default_factory=dict)
 
 
-def place_modules(model: Any, reader: ModelReader, bits: int | None, state: TaskState) -> Placement:
-    """Replace the modules that `reader`'s config lists; the new ones are on the meta device and share `state`.
+def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskState) -> Placement:
+    """Replace the modules that the directory has quantized; the new ones are on the meta device and share `state`.
+
+    What the directory has besides is ignored, as in transformers: the model may be a part of it, or have fewer layers.
 
     Raises:
-        LoadError: the model lacks a module, or has it with another type or shape.
+        LoadError: the model has a module with another type or shape, or none of the directory's modules; or
+            config.json contradicts itself.
         PrecisionError: no parameters for `bits` (NST-3).
     """
+    reader = files.reader
     reader.check_precision(bits)
     placed, modules = Placement(), dict(model.named_modules())
     for entry in reader.config:
         if entry.experts is not None:
             raise LoadError(f"{entry.path}: this version of lowbit_format cannot load {entry.kind}; update it")
-        path = _locate(model, modules, entry.path, reader.config)
-        if path is not None:
-            _replace(model, path, modules[path], reader, entry, bits)
-            placed.files[path] = entry
-    if reader.config.modules and not placed.files:
-        some = next(iter(reader.config.modules))
-        raise LoadError(f"{reader.directory}: {type(model).__name__} has none of its modules, such as {some!r}")
-    for place, owner in _tied_places(model, modules, reader, placed):
+        path = files.path(entry.weight)
+        if path is None:
+            files.check_config(entry.weight)
+            continue
+        _replace(model, path, modules[path], reader, entry, bits)
+        placed.files[path] = entry
+    for place, owner in _tied_places(model, modules, files, placed):
         _replace(model, place, modules[place], reader, placed.files[owner], bits)
         placed.tied[place] = owner
     for path in (*placed.files, *placed.tied):
         module = model.get_submodule(path)
         module.path, module.state = path, state
+    if reader.config.modules and not placed.files:
+        given = set(files.of.values())
+        tied = {target for target, source in model.all_tied_weights_keys.items() if source in given}
+        refuse_missing(model, files, model.state_dict().keys() - given - tied, all_needed=True)
     return placed
 
 
@@ -100,27 +107,27 @@ def describe(model: Any, placed: Placement) -> QuantizationConfig:
     return QuantizationConfig(modules, dict(placed.tied), model.base_model_prefix)
 
 
-def refuse_missing(model: Any, missing: Iterable[str]) -> None:
-    """Raise LoadError for tensors that the file lacks; transformers would initialise them at random, with a warning.
+def refuse_missing(model: Any, files: FileNames, missing: Iterable[str], *, all_needed: bool = False) -> None:
+    """Raise LoadError for tensors that the files lack; transformers would initialise them at random, with a warning.
 
-    Allowed are the head, and whole parts that the file lacks, of a class that the file was not written for.
+    Allowed is what the converted checkpoint did not have either, such as a new head; with `all_needed` nothing is.
     """
-    same_class = type(model).__name__ in (model.config.architectures or [])
-    names, missing = set(model.state_dict()), set(missing)
-    prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    ignored += [re.compile(rf"(^|\.){re.escape(name)}$") for name in ConversionRecord.of(vars(model.config)).absent]
-    for name in sorted(missing):
-        path, _, role = name.rpartition(".")
-        quantized = role in all_roles() and isinstance(model.get_submodule(path), LowbitModule)
-        part = prefix + name.removeprefix(prefix).split(".")[0] + "."
-        part_is_there = name.startswith(prefix) and any(n.startswith(part) for n in names - missing)
-        expected = (same_class or part_is_there) and not any(pattern.search(name) for pattern in ignored)
-        if quantized or expected:
-            raise LoadError(
-                f"{type(model).__name__} has {name!r}, but the file does not: "
-                "config.json and the weights do not belong together"
-            )
+    absent = ConversionRecord.of(files.reader.model_config).absent
+    ignored += [re.compile(rf"(^|\.){re.escape(name)}$") for name in absent]
+    needed = [n for n in sorted(missing) if not any(pattern.search(n) for pattern in ignored)]
+    lost = [n for n in needed if all_needed or files.expects(n)]
+    if lost:
+        known = " or ".join(files.reader.model_config.get("architectures") or ["another class"])
+        cause = (
+            "they are damaged, or the model's config (config.json, or options given to from_pretrained) is not theirs"
+            if files.own
+            else f"they were written for {known}; load that, or a class that has the same names"
+        )
+        raise LoadError(
+            f"{files.reader.directory}: {type(model).__name__} has {lost[0]!r} ({len(lost)} such tensors in all), "
+            f"which transformers does not find in the files by its name, so that it would be random: {cause}"
+        )
 
 
 def lowbit_modules(model: nn.Module) -> Iterator[tuple[str, LowbitModule]]:
@@ -130,51 +137,30 @@ def lowbit_modules(model: nn.Module) -> Iterator[tuple[str, LowbitModule]]:
             yield path, module
 
 
-def _locate(model: Any, modules: dict[str, nn.Module], path: str, config: QuantizationConfig) -> str | None:
-    """The path in the model of the file's module `path`; None if it belongs to a part that this model class lacks."""
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-    bare = path.removeprefix(prefix)
-    for candidate in (path, bare, prefix + path):
-        if candidate in modules:
-            return candidate
-    headed = bool(prefix) and any(p.startswith(prefix) for p in config.modules)
-    in_head = headed and bare == path
-    if in_head or not isinstance(getattr(model.base_model, bare.split(".")[0], None), nn.Module):
-        return None  # another head, or a part (such as a pooler) that this class does not have
-    raise LoadError(
-        f"the file has a quantized module {path!r}, but {type(model).__name__} has no such module: "
-        "config.json and the weights do not belong together"
-    )
-
-
 def _tied_places(
-    model: Any, modules: dict[str, nn.Module], reader: ModelReader, placed: Placement
+    model: Any, modules: dict[str, nn.Module], files: FileNames, placed: Placement
 ) -> Iterator[tuple[str, str]]:
     """Pairs (path, owner's path) of modules that use another's matrix: by the file, then by transformers' own ties."""
-    seen = set(placed.files)
-    for place, owner in reader.config.tied.items():
-        at, owner_at = _locate(model, modules, place, reader.config), _locate(model, modules, owner, reader.config)
+    seen, tied = set(placed.files), files.reader.config.tied
+    for place, owner in tied.items():
+        at, owner_at = files.path(f"{place}.weight"), files.path(f"{owner}.weight")
         if at is not None and owner_at is not None and at not in seen:
             seen.add(at)
             yield at, owner_at
-    stored = {_bare(model, name) for name in reader.names()}
+    stored = {target for name, target in files.of.items() if name.removesuffix(".weight") not in tied}
     for target, source in model.all_tied_weights_keys.items():
         place, owner = target.removesuffix(".weight"), source.removesuffix(".weight")
-        if owner in placed.files and place in modules and place not in seen and _bare(model, target) not in stored:
+        if owner in placed.files and place in modules and place not in seen and target not in stored:
             seen.add(place)
             yield place, owner
-
-
-def _bare(model: Any, name: str) -> str:
-    return name.removeprefix(f"{model.base_model_prefix}.")
 
 
 def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: ModuleEntry, bits: int | None) -> None:
     kind, shape, options = _look_at(old, path)
     if shape != (entry.rows, entry.cols):
         raise LoadError(
-            f"{path}: the file has {entry.kind} {list(entry.shape)}, {type(model).__name__} has {kind} {list(shape)}; "
-            "config.json and the weights do not belong together"
+            f"{path}: the file has {entry.kind} {list(entry.shape)}, {type(model).__name__} has {kind} {list(shape)}: "
+            "the model's config (config.json, or options given to from_pretrained) does not fit the weights"
         )
     row_bits = reader.row_bits(entry.path)
     plane_rows = None if row_bits is None else int(row_bits.clip(max=bits or entry.scheme.bits).sum(dtype=int))

@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from ..errors import LoadError
 from ..runtime.active_tasks import TaskState
 from ..runtime.modules_to_save import SwitchedModule
 from ..schema import QUANT_METHOD, QuantizationConfig
-from .base_model import Base, digest
+from ..tensors import tensor_specs
+from .base_model import Base, base_of_files, digest
+from .file_names import ExactNames, FileNames, exact_names
 from .model import base_state_dict, generalize, specialize
 from .placement import Placement, describe, lowbit_modules, place_modules, tie
 
@@ -100,9 +102,10 @@ class LowbitQuantizer(HfQuantizer):
     is_compileable = True
 
     def __init__(self, quantization_config: LowbitConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})  # also if given as an argument
         self.options = _options.get()
         self.placed = Placement()
+        self.exact_names: list[ExactNames] = []
         self.base: Base | None = None
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -112,14 +115,22 @@ class LowbitQuantizer(HfQuantizer):
         """At a lower precision the file has more planes than the module: that is no mismatch of shapes."""
         return self.options.bits is not None and param_name.endswith(".planes")
 
+    def get_weight_conversions(self) -> list[Any]:
+        return list(self.exact_names)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        return [*weight_conversions, *self.get_weight_conversions()]
+
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
         reader = self._open(checkpoint_files)
-        state = TaskState()
-        self.placed = place_modules(model, reader, self.options.bits, state)
+        state, files = TaskState(), FileNames(model, reader)
+        self.placed = place_modules(model, files, self.options.bits, state)
         specialize(model, state)
-        self.base = Base(reader.config, reader.fingerprint(), self.options.bits)
+        model.lowbit_files = files
+        self.exact_names = exact_names(model, _wanted_names(files, self.placed))
+        self.base = base_of_files(reader, self.placed.files, model.base_model_prefix, self.options.bits)
         tie(model, self.placed)  # the loader must neither miss the tensors of tied modules nor tie their `weight`
         if self.options.bits is not None:  # the parameters of other precisions are not loaded
             ignored = model._keys_to_ignore_on_load_unexpected  # None, a list or a set: versions differ
@@ -135,7 +146,7 @@ class LowbitQuantizer(HfQuantizer):
         tie(model, self.placed)  # again: at a lower precision finish_loading has renamed parameters
         self.quantization_config = LowbitConfig.of(describe(model, self.placed))
         model.config.quantization_config = self.quantization_config
-        model.lowbit_base = self.base
+        model.lowbit_base, model.lowbit_files = self.base, None
         # Saved names are the model's own, as in quantization_config; transformers must not revert its renaming.
         model._weight_conversions = []
         for path in self.placed.files:  # last: whatever reads planes would undo it
@@ -151,8 +162,10 @@ class LowbitQuantizer(HfQuantizer):
         plain = {name: t for name, t in tensors.items() if type(t) is Tensor and not t.is_meta}
         return base, file_metadata({name: digest(t) for name, t in plain.items()})
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         """Replace lowbit modules by float ones with the active task; ties and the models' former classes return."""
+        if isinstance(dtype, str):  # config.dtype is one once the model was saved
+            dtype = getattr(torch, dtype)
         weights: dict[int, nn.Parameter] = {}
         for module in list(model.modules()):
             if isinstance(module, SwitchedModule):
@@ -163,6 +176,7 @@ class LowbitQuantizer(HfQuantizer):
             model.set_submodule(path, module.float_module(weights[module.matrix_id]))
         tie(model, self.placed)  # by ``weight`` again
         generalize(model)
+        del model._weight_conversions  # a float model is saved under the names of its checkpoints again
         return model.to(dtype)
 
     def _open(self, checkpoint_files: list[str] | None) -> ModelReader:
@@ -173,3 +187,13 @@ class LowbitQuantizer(HfQuantizer):
         if self.options.verify and (unverified := reader.verify()):
             log.warning("%s: %d tensors have no digest", reader.directory, unverified)
         return reader
+
+
+def _wanted_names(files: FileNames, placed: Placement) -> dict[str, str]:
+    """The model's name of every tensor of the directory that the model has, by its name in the directory."""
+    lowbit = {
+        spec.name: replace(entry, path=path).tensor(spec.role)
+        for path, entry in placed.files.items()
+        for spec in tensor_specs(entry)
+    }
+    return {**files.of, **lowbit}

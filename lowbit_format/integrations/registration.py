@@ -26,6 +26,7 @@ from typing import Any
 TRANSFORMERS = "transformers.quantizers.auto"
 AFTER_IMPORT = {  # module to wait for -> our module that registers itself there when imported
     TRANSFORMERS: "lowbit_format.integrations.quantizer",
+    "transformers.modeling_utils": "lowbit_format.integrations.parts",
     "peft.tuners.lora.config": "lowbit_format.integrations.peft",
 }
 
@@ -65,8 +66,8 @@ def _join(name: str) -> None:
             f"the lowbit format do not work with {package} in this process, all others do. Install versions that fit: "
             f"pip install -U lowbit-format {package}"
         )
-        if name == TRANSFORMERS:
-            _refuse_models(sys.modules[name], message, error)
+        if package == "transformers" and TRANSFORMERS in sys.modules:
+            _refuse_models(sys.modules[TRANSFORMERS], message, error)
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 

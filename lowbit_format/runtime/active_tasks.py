@@ -7,6 +7,7 @@ of a block (``use_tasks``), kept in a context variable, which each thread and ea
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -125,6 +126,7 @@ class RowTasks:
         rows, first = batch_rows(), len(x)
         if any(part in _NOT_BY_ROW for part in path.split(".")):
             raise TaskError(f"{path} does not work row by row: tasks that change it {_APART}")
+        self.check_axis(first, path)
         if rows is None:
             self.check_rows(first, path)
             return x
@@ -137,23 +139,66 @@ class RowTasks:
             )
         return x
 
+    def check_axis(self, first: int, path: str) -> None:
+        """Raise TaskError where `first` things that module `path` gets are not the rows of the batch, in their order.
+
+        Those are the patches or images of a vision tower: rows may have different numbers of them.
+        """
+        call = _call.get()
+        if call.apart or (call.exact and first not in (1, call.rows)):
+            part = re.split(r"\.\d+\.", path)[0]
+            what = call.apart or "the model"
+            raise TaskError(
+                f"{path} gets {first} patches, images or other pieces in a batch of {call.rows} rows (in {what}), and "
+                f"they do not tell to which rows they belong: tasks that change it {_APART}; or tune them without this "
+                f"part of the model: prepare_scale_tuning(..., exclude=['{part}.*'])"
+            )
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """The call of a model that is going on.
+
+    Attributes:
+        rows: of the batch; None if unknown.
+        exact: only tensors with that many rows are the batch: others may be images and the like, in other numbers.
+        apart: name of the called part of the model, if what that gets is no batch; else None.
+    """
+
+    rows: int | None = None
+    exact: bool = False
+    apart: str | None = None
+
 
 def batch_rows() -> int | None:
     """Rows of the batch of the innermost :func:`model_call`; None outside of one."""
-    return _rows.get()
+    return _call.get().rows
 
 
 @contextlib.contextmanager
-def model_call(rows: int | None) -> Iterator[None]:
-    """Inside the block a model is called with a batch of `rows` rows; None (unknown) keeps the outer call's number."""
-    token = _rows.set(batch_rows() if rows is None else rows)
+def model_call(rows: int | None, *, exact: bool = False, part: str | None = None) -> Iterator[None]:
+    """Inside the block a model is called with a batch of `rows` rows; None (unknown) keeps the outer call's number.
+
+    Args:
+        rows: of what the model is called with.
+        exact: see :class:`ModelCall`.
+        part: the model's name, if it is a part whose input is a batch only where it has the outer call's rows.
+    """
+    outer = _call.get()
+    if rows is None or outer.apart:
+        call = outer
+    elif part is not None and outer.rows not in (None, rows):
+        call = ModelCall(outer.rows, apart=part)
+    else:
+        call = ModelCall(rows, exact)
+    token = _call.set(call)
     try:
         yield
     finally:
-        _rows.reset(token)
+        _call.reset(token)
 
 
 _APART = "cannot share a batch; run the rows of each task in a separate batch"
 _NOT_BY_ROW = ("experts", "relative_attention_bias")  # tokens picked by a router; tokens by tokens
-_rows: ContextVar[int | None] = ContextVar("lowbit_batch_rows", default=None)
+_call: ContextVar[ModelCall] = ContextVar("lowbit_model_call", default=ModelCall())  # noqa: B039, frozen
 _row_tasks: ContextVar[Mapping[int, RowTasks]] = ContextVar("lowbit_tasks", default={})  # noqa: B039, never changed

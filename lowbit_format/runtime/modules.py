@@ -223,7 +223,7 @@ class LowbitEmbedding(LowbitModule):
         self.scale, self.rounds_scale, self.float_class = scale, rounds_scale, float_class
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
-        options = {} if self.scale is None else {"embed_scale": self.scale}
+        options: dict[str, Any] = {} if self.scale is None else {"embed_scale": self.scale}
         with torch.device(weight.device):  # of a scale that is a buffer
             module = self.float_class(1, 1, None, **options)
         module.num_embeddings, module.embedding_dim, module.padding_idx = self.rows, self.cols, self.padding_idx

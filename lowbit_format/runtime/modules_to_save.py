@@ -94,6 +94,7 @@ class SwitchedModule(Mixin):
         """Run the copy of each task on its rows, and put the results back in the order of the batch."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         rows = next(len(t) for t in flat if isinstance(t, Tensor) and t.dim())
+        tasks.check_axis(rows, self.task_path)
         parts, places = [], []
         for i, name in enumerate(tasks.names):
             device = next(t.device for t in flat if isinstance(t, Tensor))

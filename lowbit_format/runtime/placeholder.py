@@ -10,20 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..errors import UnsupportedOperationError
 
 
 class WeightPlaceholder(Tensor):
-    """Shape, dtype and device of a weight that is stored as bit-planes; every operation on it is an error."""
+    """Shape, dtype and device of a weight that is stored as bit-planes; every operation on it is an error.
+
+    Attributes:
+        module: path and class of the module, for the message.
+    """
+
+    module: str
 
     @staticmethod
-    def of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def of(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, module: str) -> Tensor:
         """A placeholder, marked as initialised so that transformers does not initialise it."""
         if torch.compiler.is_compiling():  # a graph cannot hold this class, and needs only shape and dtype
             return torch.empty(shape, dtype=dtype, device="meta")
         weight: Tensor = torch.Tensor._make_wrapper_subclass(WeightPlaceholder, shape, dtype=dtype, device=device)
         weight._is_hf_initialized = True  # type: ignore[attr-defined]
+        weight.module = module  # type: ignore[attr-defined]
         return weight
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -32,9 +40,11 @@ class WeightPlaceholder(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        module = next(x.module for x in tree_leaves((args, kwargs)) if isinstance(x, WeightPlaceholder))
         raise UnsupportedOperationError(
-            f"{func} needs the values of a weight that is stored as bit-planes. Use module.dequantize() for this one, "
-            "model.dequantize() for a float model, or convert again with this module kept in full precision (--keep)"
+            f"{module}: {func} needs the values of its weight, which is stored as bit-planes: code around the module "
+            f"reads the weight itself. Convert again with this module kept in full precision (--keep "
+            f"{module.split()[0]!r}), or call model.dequantize() for a float model, module.dequantize() for this weight"
         )
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]

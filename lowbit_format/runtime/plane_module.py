@@ -245,7 +245,7 @@ class PlaneModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """A placeholder with the weight's shape, dtype and device, and no data (see :class:`WeightPlaceholder`)."""
-        return WeightPlaceholder.of(self._weight_shape(), self.compute_dtype, self.device)
+        return WeightPlaceholder.of(self._weight_shape(), self.compute_dtype, self.device, _name_of(self))
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -307,6 +307,13 @@ def _is_offloaded(module: nn.Module) -> bool:
 
 def _no_weight(module: nn.Module) -> UnsupportedOperationError:
     return UnsupportedOperationError(
-        f"{type(module).__name__} has no weight to assign: it holds bit-planes. Call model.dequantize() for a "
-        "float model, or convert with this module kept in full precision"
+        f"{_name_of(module)} has no weight to assign: it holds bit-planes. Call model.dequantize() for a "
+        "float model, or convert with this module kept in full precision (--keep)"
     )
+
+
+def _name_of(module: nn.Module) -> str:
+    """Path and class, for messages; the class alone while the module has no place in a model."""
+    kind = type(module).__name__
+    path = getattr(module, "path", kind)
+    return kind if path == kind else f"{path} ({kind})"

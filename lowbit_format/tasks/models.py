@@ -48,31 +48,39 @@ class LoadedTask:
 
 
 def unwrapped(model: Any) -> Any:
-    """The transformers model inside of DDP, FSDP, PEFT or ``torch.compile``; TaskError if it is no lowbit model."""
+    """The lowbit model inside of DDP, FSDP, PEFT, ``torch.compile``, or any module that contains one.
+
+    Raises TaskError if there is none, or more than one.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel has it
     while not isinstance(inner, LowbitModel):
-        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if inner is None:
-            raise TaskError(_not_lowbit(model))
+        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        inner = _only_inside(inner) if wrapped is None else wrapped
     if not hasattr(inner, "lowbit_base"):
         raise TaskError(f"this {type(inner).__name__} is a part of a lowbit model: tasks belong to the whole one")
     return inner
 
 
-def _not_lowbit(model: Any) -> str:
-    method = getattr(getattr(model, "config", None), "quantization_config", None)
-    if method is not None and "lowbit" in str(method):
-        return (
-            f"this {type(model).__name__} was loaded before `import lowbit_format`, so that transformers gave it "
-            "RANDOM weights: load it again"
+def _only_inside(model: Any) -> Any:
+    """The one lowbit model that the module contains, such as a SentenceTransformer; TaskError if there is not one."""
+    inside = list(model.named_modules()) if isinstance(model, nn.Module) else []
+    found = {path: m for path, m in inside if isinstance(m, LowbitModel) and hasattr(m, "lowbit_base")}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    kind = type(model).__name__
+    if found:
+        raise TaskError(f"a {kind} contains {len(found)} lowbit models: give one of them, {' or '.join(found)}")
+    if any(isinstance(m, LowbitModule) for _, m in inside):
+        raise TaskError(f"this {kind} is a part of a lowbit model: tasks belong to the whole one")
+    if hasattr(model, "lowbit_base"):
+        raise TaskError(f"this {kind} was loaded from a lowbit model, but none of its own modules is quantized")
+    if "lowbit" in str(getattr(getattr(model, "config", None), "quantization_config", "")):
+        raise TaskError(
+            f"this {kind} has the config of a lowbit model but no lowbit modules, as if loaded before `import "
+            "lowbit_format`: its weights are RANDOM. Load it with from_pretrained, after that import"
         )
-    inside = model.named_modules() if isinstance(model, nn.Module) else ()
-    path = next((path for path, module in inside if isinstance(module, LowbitModel)), None)
-    if path is not None:
-        return f"a {type(model).__name__} is no lowbit model, but contains one: give its {path!r}"
-    return (
-        f"a {type(model).__name__} is no lowbit model: load one with from_pretrained from a directory that "
-        "convert_hf_to_lowbit wrote"
+    raise TaskError(
+        f"a {kind} is no lowbit model: load one with from_pretrained from a directory that convert_hf_to_lowbit wrote"
     )
 
 

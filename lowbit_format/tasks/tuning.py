@@ -106,7 +106,7 @@ def prepare_scale_tuning(
     Patterns are paths with ``*`` (``"*.query"``), or the last names of paths (``"query"``), as PEFT has them.
 
     Args:
-        model: a loaded lowbit model, trained by no other task.
+        model: a loaded lowbit model, trained by no other task; or a module around one, such as a SentenceTransformer.
         method: ``"alphatuning"`` (bcq: the first scale), ``"peqa"`` (uniform: the step size) or ``"scales"`` (all).
         kind: ``"mul"``: one factor for each row and plane, shared by the row's groups; ``"add"``: one addend for each
             group. A bundle of the second kind of a grouped base is larger by the number of groups. Addends are in the
@@ -128,7 +128,7 @@ def prepare_scale_tuning(
         TuningError: an unknown method or kind, a pattern that matches nothing, a module that does not fit the method.
         TaskError: no lowbit model, or one that is being trained already; a name that is taken.
     """
-    model = unwrapped(model)
+    whole, model = model, unwrapped(model)
     state = state_of(model)
     _check(model, name, method, kind)
     modules = _chosen_modules(model, METHODS[method], method, include, exclude)
@@ -143,7 +143,7 @@ def prepare_scale_tuning(
         deltas[path] = TunedDelta(initial if start is None else _from(module.delta_of(start), initial, path, start))
     if any(p.requires_grad and "lora_" in key for key, p in model.named_parameters()):
         log.warning("adapters that are in training on this model are frozen now: only the task is trained")
-    model.requires_grad_(False)
+    whole.requires_grad_(False)
     for path, delta in deltas.items():
         for module in tied_to(modules[path], model):
             module.tuned, module.tuned_name = delta, name

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.checkpoints import edit_weights, weights
 from support.conversions import content
 from typer.testing import CliRunner, Result
 
@@ -190,6 +191,7 @@ def test_it_resumes(run: Callable[..., Result], checkpoint: Checkpoint, tmp_path
         (["--recipe", "/no/such/file"], "RecipeError", "cannot be read"),
         (["--revision", "main"], "SourceError", "leave --revision out"),
         (["--keep", "*.mlp.*"], "CoverageError", "only 40.0%"),
+        (["--strip-prefix", "x."], "SourceError", "no tensor has a name with 'x.' in front"),
     ],
 )
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])
@@ -221,6 +223,22 @@ def test_brackets_in_names_are_shown_as_they_are(
     result = run(checkpoint("llama"), tmp_path / "[red]" / "y[" / "no]")
     assert result.exit_code == 0
     assert "[red]/y[/no]. Load it" in result.output.replace("\n", "")
+
+
+def test_what_is_taken_off_left_out_and_absent_is_said(
+    run: Callable[..., Result], own_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = own_checkpoint("bert-without-pooler")
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in weights(source).items()}
+    edit_weights(source, lambda t: (t.clear(), t.update(tensors)))
+    (source / "[x].pt").write_bytes(b"x")
+    failed(run(source, tmp_path / "out"), "SourceError", "[x].pt: a pickle beside the model")
+    failed(run(source, tmp_path / "out", "--leave-out", "*.pt"), "SourceError", "--strip-prefix _orig_mod.")
+    for more in (["--dry-run"], []):
+        options = ["--leave-out", "*.pt", "--strip-prefix", "_orig_mod.", "--group-size", "32", *more]
+        output = run(source, tmp_path / "out", *options).output
+        for text in ("_orig_mod.", "[x].pt: left out on request", "pooler.dense.weight", "absent"):
+            assert text in output
 
 
 def test_help_teaches(run: Callable[..., Result]) -> None:

@@ -142,3 +142,17 @@ def test_what_the_use_does_not_need_may_be_absent(
     model = load.from_pretrained(tmp_path / "out")  # type: ignore[attr-defined]
     model.save_pretrained(tmp_path / "saved")
     lowbit_format.from_pretrained(tmp_path / "saved")
+
+
+def test_a_part_that_has_a_class_of_its_own_is_converted_as_that(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = renamed(own_checkpoint("t5"), lambda key: "" if key.startswith(("decoder.", "lm_head.")) else key)
+    plan = convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE).plan
+    assert (plan.architecture, plan.named) == ("T5EncoderModel", "T5ForConditionalGeneration")
+    assert type(lowbit_format.from_pretrained(tmp_path / "out")).__name__ == "T5EncoderModel"
+
+
+def test_a_pickle_with_a_state_dict_further_down_is_named(own_checkpoint: Checkpoint) -> None:
+    source = own_checkpoint("llama", pickled=True)
+    state = torch.load(source / "pytorch_model.bin", weights_only=True)
+    torch.save({"state_dict": state, "epoch": 3}, source / "pytorch_model.bin")
+    assert "holds no tensors, but 'state_dict', 'epoch'" in refusal(source)

@@ -73,3 +73,14 @@ def test_where_no_forward_can_be_run_the_source_tells(monkeypatch: pytest.Monkey
     monkeypatch.setattr(type(model.backbone), "forward", fail)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     assert weights_read(model, modules) == {"backbone.layers.0.mixer.dt_proj"}
+
+
+def test_a_list_of_modules_is_looked_at_too() -> None:
+    """The points of a prompt, which a forward without points does not come to."""
+    config = transformers.SamPromptEncoderConfig(
+        hidden_size=32, image_size=32, patch_size=8, image_embedding_size=4, mask_input_channels=4
+    )
+    with torch.device("meta"):
+        model = transformers.SamModel(transformers.SamConfig(prompt_encoder_config=config.to_dict()))
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    assert {f"prompt_encoder.point_embed.{i}" for i in range(4)} <= weights_read(model, modules)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +51,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sentence encoder with a dense layer behind it, whose weights are a pickle."""
     models = pytest.importorskip("sentence_transformers.models")
     from sentence_transformers import SentenceTransformer
-    from tokenizers import Tokenizer, models as tokens, pre_tokenizers
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers import models as tokens
 
     place = tmp_path_factory.mktemp("encoder")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefgh"]
@@ -98,10 +100,30 @@ def test_it_comes_along_from_the_hub_too(encoder: Path, tmp_path: Path, monkeypa
         with pytest.raises(SourceError, match=r"somebody/encoder: sparse_linear\.pt: a pickle beside the model"):
             plan_conversion("somebody/encoder", RECIPE)
         plan_conversion("somebody/encoder", RECIPE, leave_out=["sparse_linear.pt"])
-    assert not [path for path in asked if "resolve" in path and path.endswith(tuple(beside))]
+    assert not [path for path in asked for name in beside if re.search(rf"/resolve/\w+/{re.escape(name)}$", path)]
     convert_hf_to_lowbit(str(encoder), tmp_path / "b", RECIPE)
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert cosines(tmp_path / "a", tmp_path / "b").min() > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "somebody/x: is an adapter .*merge_and_unload"),
+        (["x.Q4.gguf", "README.md"], r"somebody/x: holds x\.Q4\.gguf, which is a GGUF file"),
+        (["fp16/config.json", "fp16/model.safetensors"], "holds no model itself, but its folder fp16 does"),
+        (["config.json", "tf_model.h5"], r"has neither model\.safetensors .* another framework only \(tf_model\.h5\)"),
+        (["README.md"], r"has no config\.json"),
+    ],
+)
+def test_a_repository_that_is_no_checkpoint_is_named_for_what_it_is(
+    names: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_hub(tmp_path, monkeypatch) as hub:
+        hub.create("somebody/x")
+        hub.commit("somebody/x", dict.fromkeys(names, b"{}"))
+        with pytest.raises(SourceError, match=message):
+            plan_conversion("somebody/x", RECIPE)
 
 
 # --- pickles ----------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import build
+from support.checkpoints import build, with_tokenizer
 
 import lowbit_format
 from lowbit_format import Recipe, Target, convert_hf_to_lowbit
@@ -187,7 +187,7 @@ except Exception as error:
 @pytest.fixture(scope="session")
 def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny llama with a tokenizer of 96 words."""
-    return _with_tokenizer(build("llama", tmp_path_factory.mktemp("float") / "llama"))
+    return with_tokenizer(build("llama", tmp_path_factory.mktemp("float") / "llama"))
 
 
 @pytest.fixture(scope="session")
@@ -195,19 +195,6 @@ def model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, converted."""
     out = tmp_path_factory.mktemp("lowbit") / "llama"
     return convert_hf_to_lowbit(str(float_model), out, Recipe(Target(bits=4, group_size=32))).directory
-
-
-def _with_tokenizer(directory: Path) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *(f"w{i}" for i in range(92))])}
-    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(directory)
-    return directory
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> object:
@@ -267,7 +254,7 @@ print([lm.loglikelihood([request])[0][0]])
     reason="sentence-transformers is not installed (extra: clients)",
 )
 def test_sentence_transformers(installed: Path, tmp_path: Path) -> None:
-    source = _with_tokenizer(build("bert", tmp_path / "bert"))
+    source = with_tokenizer(build("bert", tmp_path / "bert"))
     model = convert_hf_to_lowbit(str(source), tmp_path / "lowbit", Recipe(Target(bits=4, group_size=32))).directory
     code = f"""
 from sentence_transformers import SentenceTransformer

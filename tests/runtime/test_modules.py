@@ -64,6 +64,18 @@ def test_weight_has_everything_but_data() -> None:
             read()
 
 
+def test_reading_the_weight_names_the_module() -> None:
+    """As the code of a model that multiplies by ``self.head.weight`` does."""
+    module = linear()
+    module.path = "mixer.dt_proj"
+    expected = r"^mixer\.dt_proj \(LowbitLinear\): aten.*code around the module.*--keep 'mixer\.dt_proj'"
+    with pytest.raises(UnsupportedOperationError, match=expected):
+        torch.nn.functional.linear(torch.randn(2, 20), module.weight, module.bias)
+    for read in (lambda: torch.cat([module.weight]), lambda: torch.zeros(6, 20).copy_(module.weight)):
+        with pytest.raises(UnsupportedOperationError, match=expected):
+            read()
+
+
 @pytest.mark.parametrize("value", [torch.zeros(6, 20), nn.Parameter(torch.zeros(6, 20))])
 def test_weight_cannot_be_assigned(value: torch.Tensor) -> None:
     with pytest.raises(UnsupportedOperationError, match="LowbitLinear has no weight"):

@@ -202,3 +202,17 @@ def edit_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], No
     change(tensors)
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory
+
+
+def with_tokenizer(directory: Path) -> Path:
+    """Add a tokenizer to a checkpoint; its words are ``w0`` to ``w91``."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>", *(f"w{i}" for i in range(92))])}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(directory)
+    return directory

@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import composites
 from support.building import write_model
+from support.composites import converted
 from support.models import IDS, bert_config, gpt2, llama_config, t5
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -548,17 +551,48 @@ def test_a_task_needs_a_directory_of_its_own(llama: Any, tmp_path: Path) -> None
 
 
 def test_models_without_lowbit_modules_are_told_apart(llama: Any) -> None:
-    """One that was loaded before the import, one around a lowbit model, and any other."""
+    """One that was loaded before the import, a part of a lowbit model, two of them, and any other."""
     forgotten = LlamaForCausalLM(llama_config(True))
     forgotten.config.quantization_config = {"quant_method": "lowbit"}
-    with pytest.raises(TaskError, match="RANDOM"):
-        lb.set_task(forgotten, None)
-    with pytest.raises(TaskError, match="contains one: give its '0'"):
-        lb.set_task(nn.Sequential(llama), None)
-    with pytest.raises(TaskError, match="no lowbit model: load one"):
-        lb.set_task(nn.Linear(2, 2), None)
+    plain = copy.deepcopy(llama).dequantize()
+    for model, message in (
+        (forgotten, "RANDOM"),
+        (llama.model.layers[0], "this LlamaDecoderLayer is a part of a lowbit model"),
+        (llama.model, "this LlamaModel is a part of a lowbit model"),
+        (nn.Sequential(llama, copy.deepcopy(llama)), "contains 2 lowbit models: give one of them, 0 or 1"),
+        (plain, "no lowbit model: load one"),
+        (nn.Linear(2, 2), "no lowbit model: load one"),
+    ):
+        with pytest.raises(TaskError, match=message):
+            lb.set_task(model, None)
     with pytest.raises(BundleError, match="no such directory"):
         lb.load_task(llama, "flims")
+
+
+def test_pieces_of_images_are_no_rows(tmp_path: Path) -> None:
+    """Tasks of the text part mix while a vision tower sees patches; those that change the tower are refused."""
+    model = AutoModelForImageTextToText.from_pretrained(converted(composites.qwen2_5_vl(), tmp_path)[0])
+    ids = torch.tensor([[1, 1, 62, 60, 63, 9], [1, 62, 60, 60, 63, 9]])
+    grid = torch.tensor([[1, 2, 2], [1, 4, 2]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 1).long(), "image_grid_thw": grid}
+    batch |= {"pixel_values": torch.randn(12, 96), "mm_token_type_ids": (ids == 60).int()}
+    whole = task(model, 1)
+    for name, text in (("text", True), ("all", False)):
+        deltas = {n: d for n, d in whole.deltas.items() if "visual" not in n or not text}
+        lb.load_task(model, replace(whole, deltas=deltas), name=name)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(**batch).logits
+
+    with lb.use_tasks(model, ["text", None]):
+        mixed = run()
+    for row, name in enumerate(("text", None)):
+        close(mixed[row], alone(model, name, run)[row])
+    assert not torch.allclose(mixed[0], alone(model, None, run)[0])
+    expected = r"visual\.blocks\.0\..* gets 12 patches.*batch of 2 rows.*exclude=\['model\.visual\.blocks\.\*'\]"
+    with lb.use_tasks(model, ["all", None]), pytest.raises(TaskError, match=expected):
+        run()
 
 
 def test_patterns_may_be_without_the_prefix(directories: dict[str, Path]) -> None:

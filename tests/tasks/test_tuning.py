@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from support.checkpoints import build, with_tokenizer
 from support.modules import filled
 from support.tuning_models import (
     MODELS,
@@ -31,7 +32,17 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import lowbit_format
-from lowbit_format import list_tasks, load_task, prepare_scale_tuning, save_task, set_task, unload_task
+from lowbit_format import (
+    Recipe,
+    Target,
+    convert_hf_to_lowbit,
+    list_tasks,
+    load_task,
+    prepare_scale_tuning,
+    save_task,
+    set_task,
+    unload_task,
+)
 from lowbit_format.errors import TaskError, TuningError
 from lowbit_format.kernels import naive, operators
 from lowbit_format.kernels.cpu import backend as cpu_kernels
@@ -450,6 +461,45 @@ def test_names_and_models(bases: Bases, tmp_path: Path) -> None:
         prepare_scale_tuning(model, name="sst2")
     with pytest.raises(TaskError, match="a BertModel is no lowbit model"):
         prepare_scale_tuning(MODELS["bert"]())
+
+
+def test_a_module_around_a_lowbit_model(bases: Bases, tmp_path: Path) -> None:
+    """As a SentenceTransformer is: the task is the inner model's, and nothing else is trained."""
+
+    class Encoder(nn.Sequential):
+        @property
+        def config(self) -> Any:
+            return self[0].config
+
+    encoder = Encoder(bases.load("bert"), nn.Linear(4, 4))
+    prepared = prepare_scale_tuning(encoder)
+    assert trained(encoder).keys() == {f"0.{name}" for name in trained(encoder[0])}
+    assert prepared.modules
+    save_task(encoder, tmp_path / "a")
+    unload_task(encoder, "default")
+    load_task(encoder, tmp_path / "a")
+    assert [task.name for task in list_tasks(encoder[0])] == ["a"]
+
+
+@pytest.mark.slow
+def test_a_sentence_transformer(tmp_path: Path) -> None:
+    modules = pytest.importorskip("sentence_transformers.models", reason="the extra 'clients' is not installed")
+    from sentence_transformers import SentenceTransformer
+
+    source = with_tokenizer(build("bert", tmp_path / "bert"))
+    out = convert_hf_to_lowbit(str(source), tmp_path / "lowbit", Recipe(Target(bits=4, group_size=32))).directory
+    transformer = modules.Transformer(str(out))
+    width = transformer.get_word_embedding_dimension()
+    model = SentenceTransformer(modules=[transformer, modules.Pooling(width)], device="cpu")
+    before = model.encode("w1 w2 w3")
+    assert prepare_scale_tuning(model).modules
+    features = model.tokenize(["w1 w2 w3"])
+    model(features)["sentence_embedding"].sum().backward()
+    assert all(p.grad is not None for name, p in trained(model).items() if "pooler" not in name)
+    assert abs(model.encode("w1 w2 w3") - before).max() < 1e-5
+    for p in trained(model).values():
+        p.data += 0.1
+    assert abs(model.encode("w1 w2 w3") - before).max() > 1e-3
 
 
 @pytest.mark.parametrize(
