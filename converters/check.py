@@ -13,6 +13,7 @@ import numpy as np
 
 from ..container.reader import ModelReader
 from ..errors import ConversionError, LowbitError
+from ..integrations.file_names import FileNames
 from ..integrations.placement import place_modules, tie
 from ..quantize import quantize
 from ..reference import decode
@@ -31,7 +32,7 @@ def check_output(source: Source, plan: Plan, directory: Path) -> None:
         model = meta_model(directory)
         if type(model).__name__ != plan.architecture:
             raise ConversionError(f"config.json names {type(model).__name__}, expected {plan.architecture}")
-        placed = place_modules(model, reader, None, TaskState())
+        placed = place_modules(model, FileNames(model, reader), None, TaskState())
         tie(model, placed)
         lacking = reader.config.modules.keys() - {entry.path for entry in placed.files.values()}
         if lacking:
