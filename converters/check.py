@@ -12,6 +12,7 @@ from typing import Any
 
 from ..container.reader import ModelReader
 from ..errors import ConversionError, LowbitError
+from ..integrations.file_names import FileNames
 from ..integrations.placement import place_modules, tie
 from ..quantize.solve import measured
 from ..runtime.active_tasks import TaskState
@@ -30,7 +31,7 @@ def check_output(source: Source, plan: Plan, outcomes: Mapping[str, Outcome], di
         model = meta_model(directory)
         if type(model).__name__ != plan.architecture:
             raise ConversionError(f"config.json names {type(model).__name__}, expected {plan.architecture}")
-        placed = place_modules(model, reader, None, TaskState())
+        placed = place_modules(model, FileNames(model, reader), None, TaskState())
         tie(model, placed)
         lacking = reader.config.modules.keys() - {entry.path for entry in placed.files.values()}
         if lacking:
