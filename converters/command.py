@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import CalibrationError, LowbitError, RecipeError, SchemeError
 from ..quantize import Target
 from .calibration_data import Calibration
-from .convert import convert_hf_to_lowbit, plan_conversion
+from .convert import calibrated, convert_hf_to_lowbit, plan_conversion
 from .driver import work_directory
 from .plan import Plan
 from .recipe import Recipe, load_recipe, make_target
@@ -155,10 +155,11 @@ def convert(
             "leave_out": leave_out or [],
         }  # fmt: skip
         if out is None or dry_run:
-            _, plan, _ = plan_conversion(source, plan_recipe, **options)
+            opened, plan, _ = plan_conversion(source, plan_recipe, **options)
             _check_used(plan, given)
             _print_modules(plan, console, modules)
-            for one in plan_tables(plan):
+            memory = plan.peak_memory() if data is None else calibrated(opened, plan, data).peak_memory()
+            for one in plan_tables(plan, memory):
                 console.print(one)
             if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
                 console.print(f"Note: {escape(str(out))} exists already; the conversion will need another name.")

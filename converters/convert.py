@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..container.writer import SHARD_BYTES
 from ..dtypes import DTYPES
-from ..errors import SourceError
+from ..errors import CalibrationError, SourceError
 from ..integrations.conversion_record import KEY
 from .calibration_data import Calibration, read_data
 from .card import model_card
@@ -28,6 +28,7 @@ from .source import FLOATS, RenamedSource, Source
 if TYPE_CHECKING:
     from ..calibration.compare import Comparison
     from ..calibration.ladder import BlockResult
+    from .calibrated import Calibrated
 
 DEFAULT_RECIPE = Recipe()
 
@@ -138,19 +139,8 @@ def convert_hf_to_lowbit(
     )
     out, quantizer = Path(out), None
     if calibration is not None:
-        import torch
-
-        from .calibrated import Calibrated  # a leaf that imports torch
-
-        quantizer = Calibrated(
-            opened,
-            plan,
-            read_data(calibration, opened.directory),
-            calibration.work,
-            device=torch.device(calibration.device),
-            report=report_block,
-        )
-        plan = replace(plan, steps=quantizer.arrange(plan.steps))
+        quantizer = calibrated(opened, plan, calibration, report_block)
+        plan = replace(plan, steps=quantizer.steps)
     outcomes = run(
         opened,
         plan,
@@ -166,6 +156,30 @@ def convert_hf_to_lowbit(
     )
     comparison, unseen = (None, ()) if quantizer is None else (quantizer.comparison, tuple(quantizer.unseen))
     return Conversion(out, plan, outcomes, time.perf_counter() - began, comparison, unseen)
+
+
+def calibrated(
+    source: Source,
+    plan: Plan,
+    calibration: Calibration,
+    report: Callable[[str, BlockResult], None] = lambda path, result: None,
+) -> Calibrated:
+    """What quantizes the weights of a plan with data.
+
+    Raises:
+        CalibrationError: the data cannot be used, or the model cannot be run on them.
+    """
+    import torch
+
+    from .calibrated import Calibrated  # a leaf that imports torch
+
+    try:
+        device = torch.device(calibration.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise CalibrationError(f"device is {calibration.device!r}, which torch cannot use here: {e}") from e
+    data = read_data(calibration, source.directory)
+    return Calibrated(source, plan, data, calibration.work, device=device, report=report)
 
 
 def _stripped(source: Source, prefixes: Sequence[str]) -> Source:

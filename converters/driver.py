@@ -85,7 +85,7 @@ def run(
             with disk_errors(work):
                 _clean(work, done)
                 _compare_dropped(source, plan)
-                quantizer.begin(work, plan.steps, done.steps)
+                quantizer.begin(work, done.steps)
                 _write_shards(source, plan, quantizer, work, settings, done, max_shard_bytes, report)
                 quantizer.end()
                 _finish(plan, config, work, done, side, card(done.outcomes))

@@ -62,6 +62,18 @@ class FloatModel:
                     self._set(name, buffer.to(self._device))
             self.model.tie_weights()
 
+    @contextmanager
+    def on_meta(self) -> Iterator[Any]:
+        """The model with its buffers on the meta device too, to run without data; before :meth:`load`."""
+        buffers = {name: buffer for name, buffer in self.model.named_buffers() if not buffer.is_meta}
+        for name, buffer in buffers.items():
+            self._set(name, buffer.to("meta"))
+        try:
+            yield self.model
+        finally:
+            for name, buffer in buffers.items():
+                self._set(name, buffer)
+
     def release(self, prefix: str) -> None:
         """Forget the parameters of the module `prefix`."""
         for name in self._names:

@@ -18,7 +18,7 @@ from .side import SideFiles
 from .source import FLOATS, Source, SourceTensor
 
 MATRICES = ("linear", "conv1d", "expert")  # the kinds that coverage counts
-_BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
+BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Plan:
         """Expected peak of resident memory in bytes: the libraries, and what the largest tensor takes in all forms."""
         largest = max((s.tensor.numel for s in self.quantized), default=0)
         copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
-        return _BASE_MEMORY + max(11 * largest, copied)
+        return BASE_MEMORY + max(11 * largest, copied)
 
 
 def make_plan(

@@ -19,11 +19,7 @@ class Quantizer(Protocol):
 
     identity: str
 
-    def arrange(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        """The steps in the order in which they have to be carried out."""
-        ...
-
-    def begin(self, work: Path, steps: tuple[Step, ...], done: int) -> None:
+    def begin(self, work: Path, done: int) -> None:
         """Prepare to go on after the first `done` steps; `work` is the directory of the unfinished conversion."""
         ...
 
@@ -45,10 +41,7 @@ class WithoutData:
 
     identity = ""
 
-    def arrange(self, steps: tuple[Step, ...]) -> tuple[Step, ...]:
-        return steps
-
-    def begin(self, work: Path, steps: tuple[Step, ...], done: int) -> None:
+    def begin(self, work: Path, done: int) -> None:
         pass
 
     def quantize(self, step: Step, weight: F32) -> Quantized:

@@ -72,8 +72,8 @@ def module_lines(plan: Plan) -> list[str]:
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def plan_tables(plan: Plan) -> list[Table]:
-    """Tables of ``--dry-run``: the modules by kind, what is kept, and last what it comes to."""
+def plan_tables(plan: Plan, memory: int) -> list[Table]:
+    """Tables of ``--dry-run``: the modules by kind, what is kept, and last what it comes to; `memory` is the expected peak."""
     from rich.table import Column, Table
 
     groups: dict[tuple[str, str, str], list[Step]] = defaultdict(list)
@@ -95,7 +95,7 @@ def plan_tables(plan: Plan) -> list[Table]:
             ("quantized modules", str(len(plan.quantized))),
             *_coverage(plan),
             ("bits per quantized weight", f"{bits:.2f}"),
-            ("expected peak memory", _mb(plan.peak_memory())),
+            ("expected peak memory", _mb(memory)),
             ("size now", _mb(source)),
             ("size then", f"{_mb(plan.output_bytes())} ({source / plan.output_bytes():.2f} x smaller)"),
         ],

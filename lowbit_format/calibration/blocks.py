@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 Batch = Mapping[str, Any]
 
@@ -133,17 +134,35 @@ def _giving(outputs: Outputs) -> Callable[..., Any]:
 def order_of_execution(model: nn.Module, lists: list[Blocks], batch: Batch) -> list[Blocks]:
     """The lists whose first block the model calls for a batch, in the order of these calls.
 
-    Weights need not be there: the batch and the model may be on the meta device.
+    Args:
+        model: on the meta device.
+        lists: of its blocks.
+        batch: its arguments, on the meta device too.
     """
     called: list[Blocks] = []
-    hooks = [
-        blocks.modules[0].register_forward_pre_hook(lambda m, a, blocks=blocks: called.append(blocks))
-        for blocks in lists
-    ]
+
+    def call(blocks: Blocks) -> Callable[..., None]:
+        return lambda module, args: called.append(blocks)
+
+    hooks = [blocks.modules[0].register_forward_pre_hook(call(blocks)) for blocks in lists]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.device("meta"), _AnyValue():
             model(**batch)
+    except Exception:  # whatever a model's code does without values; the others then stand in the model's order
+        called += [blocks for blocks in lists if blocks not in called]
     finally:
         for hook in hooks:
             hook.remove()
     return list(dict.fromkeys(called))
+
+
+class _AnyValue(TorchFunctionMode):
+    """Tensors on the meta device, which have no values, answer as if they had one: code that asks then goes on."""
+
+    _ANSWERS = {"__bool__": True, "__int__": 1, "__index__": 1, "__float__": 1.0, "item": 1}  # noqa: RUF012
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = self._ANSWERS.get(getattr(func, "__name__", ""))
+        if answer is not None and isinstance(args[0], Tensor) and args[0].is_meta:
+            return answer
+        return func(*args, **(kwargs or {}))

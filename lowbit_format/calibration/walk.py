@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,12 @@ class Place:
         return self.blocks.modules[self.index]
 
 
+def places_of(lists: Sequence[Blocks]) -> list[Place]:
+    """All blocks of lists, one list after the other."""
+    pairs = [(blocks, index) for blocks in lists for index in range(len(blocks.modules))]
+    return [Place(position, blocks, index) for position, (blocks, index) in enumerate(pairs)]
+
+
 class Walk:
     """The state of a calibration between two blocks.
 
@@ -63,11 +69,8 @@ class Walk:
     ) -> None:
         self.samples = len(batches) - held_out
         self.model, self.batches, self.activations, self.device = model, batches, activations, device
-        self.places: list[Place] = []
-        for blocks in lists:
-            for index in range(len(blocks.modules)):
-                self.places.append(Place(len(self.places), blocks, index))
         self._lists = list(lists)
+        self._first = {id(p.blocks): p.position for p in places_of(lists) if p.index == 0}
 
     def known(self, place: Place | None, kind: str, batch: int) -> dict[nn.Module, Outputs]:
         """Stored outputs for the blocks before a place (for all, if it is None): those of the last one stand for all
@@ -78,8 +81,7 @@ class Walk:
             if place is not None and blocks is place.blocks:
                 before = place.index
             if before:
-                first = next(p.position for p in self.places if p.blocks is blocks)
-                outputs = self._load(first + before - 1, kind, batch)
+                outputs = self._load(self._first[id(blocks)] + before - 1, kind, batch)
                 known.update(dict.fromkeys(blocks.modules[:before], outputs))
             if place is not None and blocks is place.blocks:
                 break
@@ -111,7 +113,6 @@ class Walk:
         place: Place,
         targets: Mapping[str, Target],
         effort: Effort,
-        report: Callable[[], None] = lambda: None,
     ) -> BlockResult:
         """Quantize the layers of a block, and store what it gives.
 
@@ -119,15 +120,17 @@ class Walk:
             place: the block, with its float weights.
             targets: of its layers, by name within it.
             effort: how much work to do.
-            report: called after every pass over the data.
         """
+        if place.index and not self.activations.has(place.position - 1, len(self.batches)):
+            raise CalibrationError(
+                f"{self.activations.directory}: lacks what the block before {place.path} gave, from which an interrupted "
+                "run goes on; remove the unfinished conversion and begin again"
+            )
         self._store(place, "float")
-        report()
         result = quantize_block(place.module, targets, _Inputs(self, place), effort, path=place.path)
-        report()
         self._store(place, "quantized")
-        if place.index and place.position >= 1:
-            self.activations.drop(place.position - 2) if place.index > 1 else None
+        if place.index >= 2:  # an interrupted run may go on from the block before; the last of a list are needed later
+            self.activations.drop(place.position - 2)
         return result
 
     def _store(self, place: Place, kind: str) -> None:
