@@ -31,6 +31,7 @@ from ..quantize import Quantized
 from ..quantize.calibrated import quantize_for_outputs
 from ..quantize.recognise import recognise
 from ..quantize.solve import measured
+from ..reference import decode
 from .float_model import FloatModel
 from .plan import BASE_MEMORY, Plan, Step
 from .quantizer import WithoutData
@@ -133,8 +134,19 @@ class Calibrated:
             held_out=self._data.held_out,
         )
         self._float.load("", leave=tuple(blocks.path for blocks in self._all_lists))
+        for step in self.steps[:done]:  # an interrupted run has quantized these: others are to see them so
+            if step.target is not None and self._place[id(step)] is None:
+                self.quantize(step, self._weight(step))
 
     def quantize(self, step: Step, weight: F32) -> Quantized:
+        found = self._quantize(step, weight)
+        if self._place[id(step)] is None:
+            decoded = torch.from_numpy(decode(found.matrix))
+            transposed = step.destination.kind == "conv1d"
+            self._walk.replace_outside(step.destination.target, decoded.T if transposed else decoded)
+        return found
+
+    def _quantize(self, step: Step, weight: F32) -> Quantized:
         assert step.target is not None  # noqa: S101 - the driver quantizes only what has a target
         if not _needs_data(step):
             return self._without.quantize(step, weight)

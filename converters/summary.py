@@ -73,7 +73,10 @@ def module_lines(plan: Plan) -> list[str]:
 
 
 def plan_tables(plan: Plan, memory: int) -> list[Table]:
-    """Tables of ``--dry-run``: the modules by kind, what is kept, and last what it comes to; `memory` is the expected peak."""
+    """Tables of ``--dry-run``: the modules by kind, what is kept, and last what it comes to.
+
+    `memory` is the expected peak, in bytes.
+    """
     from rich.table import Column, Table
 
     groups: dict[tuple[str, str, str], list[Step]] = defaultdict(list)

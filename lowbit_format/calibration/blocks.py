@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 Batch = Mapping[str, Any]
@@ -100,19 +101,29 @@ def replaced_forward(modules: Mapping[nn.Module, Callable[..., Any]]) -> Iterato
             del module.forward
 
 
-def run(model: nn.Module, batch: Batch, known: Mapping[nn.Module, Outputs]) -> Any:
-    """The model's output for a batch, where the blocks `known` give stored outputs."""
+def run(model: nn.Module, batch: Batch, known: Mapping[nn.Module, Outputs], weights: Mapping[str, Tensor]) -> Any:
+    """The model's output for a batch.
+
+    Args:
+        known: blocks that give stored outputs.
+        weights: parameters to use in place of the model's, by name.
+    """
     with replaced_forward({module: _giving(outputs) for module, outputs in known.items()}):
-        return model(**batch)
+        return functional_call(model, dict(weights), kwargs=dict(batch))
 
 
 def arguments(
-    model: nn.Module, block: nn.Module, batch: Batch, known: Mapping[nn.Module, Outputs]
+    model: nn.Module,
+    block: nn.Module,
+    batch: Batch,
+    known: Mapping[nn.Module, Outputs],
+    weights: Mapping[str, Tensor],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The arguments with which the model calls `block` for a batch; None if it does not.
 
     Args:
         known: outputs of the blocks that are called before.
+        weights: parameters to use in place of the model's, by name.
     """
 
     def reached(*args: Any, **kwargs: Any) -> Any:
@@ -121,7 +132,7 @@ def arguments(
     forwards = {module: _giving(outputs) for module, outputs in known.items()}
     with replaced_forward({**forwards, block: reached}):
         try:
-            model(**batch)
+            functional_call(model, dict(weights), kwargs=dict(batch))
         except _Reached as here:
             return here.arguments
     return None

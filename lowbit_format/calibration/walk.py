@@ -68,6 +68,7 @@ class Walk:
         held_out: int = 0,
     ) -> None:
         self.samples = len(batches) - held_out
+        self._outside: dict[str, Tensor] = {}
         self.model, self.batches, self.activations, self.device = model, batches, activations, device
         self._lists = list(lists)
         self._first = {id(p.blocks): p.position for p in places_of(lists) if p.index == 0}
@@ -92,6 +93,13 @@ class Walk:
         values = tuple(None if v is None else v.to(self.device) for v in found.values)
         return Outputs(values, found.is_tuple)
 
+    def replace_outside(self, name: str, weight: Tensor) -> None:
+        """From now on a parameter outside of blocks is this one where blocks are quantized."""
+        self._outside[name] = weight.to(self.device)
+
+    def _weights(self, kind: str) -> dict[str, Tensor]:
+        return self._outside if kind == "quantized" else {}
+
     def batch(self, i: int) -> dict[str, Any]:
         """A batch on the device."""
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.batches[i].items()}
@@ -103,7 +111,8 @@ class Walk:
     def arguments(self, place: Place, kind: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a block for a batch, after float or quantized blocks."""
         with torch.no_grad():
-            found = arguments(self.model, place.module, self.batch(batch), self.known(place, kind, batch))
+            known = self.known(place, kind, batch)
+            found = arguments(self.model, place.module, self.batch(batch), known, self._weights(kind))
         if found is None:
             raise CalibrationError(f"{place.path}: the model does not call it for batch {batch} of the data")
         return found
@@ -123,8 +132,8 @@ class Walk:
         """
         if place.index and not self.activations.has(place.position - 1, len(self.batches)):
             raise CalibrationError(
-                f"{self.activations.directory}: lacks what the block before {place.path} gave, from which an interrupted "
-                "run goes on; remove the unfinished conversion and begin again"
+                f"{self.activations.directory}: lacks what the block before {place.path} gave, which an interrupted run "
+                "needs to go on; remove the unfinished conversion and begin again"
             )
         self._store(place, "float")
         result = quantize_block(place.module, targets, _Inputs(self, place), effort, path=place.path)
@@ -148,7 +157,7 @@ class Walk:
     def output(self, batch: int, kind: str) -> Any:
         """The model's output for a batch, after its float or its quantized blocks."""
         with torch.no_grad():
-            return run(self.model, self.batch(batch), self.known(None, kind, batch))
+            return run(self.model, self.batch(batch), self.known(None, kind, batch), self._weights(kind))
 
 
 class _Inputs:

@@ -10,7 +10,8 @@ For inputs X of a layer, the squared error of its outputs is a quadratic form: w
    (cyclic coordinate descent, as in LNQ, Kim et al. 2025, arXiv:2505.07004), then the group's parameters become the
    solution of their normal equations. A row keeps a change only if its error falls, so no sweep makes a row worse.
 
-With nested precisions, a code is chosen for the sum of the errors at all of them, each divided by its first value.
+With nested precisions, a code is chosen for the sum of the errors at all of them, each divided by what it was before
+the sweep: it is the product of the errors that falls.
 
 All of it is torch, on the device of the weight. The result is a :class:`StoredMatrix` on the host.
 """
@@ -188,7 +189,7 @@ class _State:
         self.shift: dict[int, Tensor | None] = {}
         self.decoded = {target.bits: torch.empty_like(weight)}
         self._start(target.bits)
-        self._first: dict[int, float] = {}
+        self._errors: dict[int, float] = {}
 
     def _start(self, bits: int) -> None:
         rows, groups = len(self.weight), -(-self.weight.shape[1] // self.size)
@@ -244,10 +245,10 @@ class _State:
             gradient = -self.weight @ self.hessian
             for group, start, stop in self._groups():
                 gradient += self._refit(bits, group, start, stop, gradient)
-        self._first = {k: max(self.error(k), 1e-12) for k in self.grids}
 
     def descend(self) -> None:
         """One sweep over all groups: their codes, then their parameters."""
+        self._errors = {k: max(self.error(k), 1e-12) for k in self.grids}
         gradients = {k: (self.decoded[k] - self.weight) @ self.hessian for k in self.grids}
         for group, start, stop in self._groups():
             for begin in range(start, stop, BLOCK):
@@ -259,7 +260,7 @@ class _State:
         """The best code of each column from `begin` to `end`, while all others stay."""
         here, bits = slice(begin, end), list(self.grids)
         levels = torch.stack([grid.levels(*self._get(k, group)) for k, grid in self.grids.items()])
-        shares = torch.tensor([1 / self._first[k] for k in bits], device=levels.device)
+        shares = torch.tensor([1 / self._errors[k] for k in bits], device=levels.device)
         gradient = torch.stack([gradients[k][:, here] for k in bits])
         before = torch.stack([self.decoded[k][:, here] for k in bits])
         decoded = before.clone()

@@ -84,7 +84,7 @@ def test_block_by_block_the_model_gives_what_it_gives_at_once(name: str, tmp_pat
 def test_layers_with_the_same_input_are_one_stage() -> None:
     model, batch, _ = built("llama")
     block = model.model.layers[0]
-    found = arguments(model, block, batch, {})
+    found = arguments(model, block, batch, {}, {})
     assert found is not None
     args, kwargs = found
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
@@ -115,7 +115,7 @@ def test_padding_does_not_count() -> None:
 
 def test_a_block_that_the_model_does_not_call_is_told() -> None:
     model, batch, _ = built("t5")
-    assert arguments(model, nn.Linear(2, 2), batch, {}) is None
+    assert arguments(model, nn.Linear(2, 2), batch, {}, {}) is None
 
 
 def test_what_a_block_gave_survives_the_disk(tmp_path: Path) -> None:
