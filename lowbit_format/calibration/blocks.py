@@ -93,7 +93,7 @@ def _is_below(path: str, other: str) -> bool:
 def replaced_forward(modules: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
     """Give modules another ``forward`` for a while; all else of them, which their parents may read, stays."""
     for module, forward in modules.items():
-        module.forward = forward  # type: ignore[method-assign, assignment]
+        module.forward = forward
     try:
         yield
     finally:

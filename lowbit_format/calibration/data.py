@@ -171,7 +171,7 @@ def hub_texts(name: str, samples: int, tokenizer: Any) -> list[str]:
         CalibrationError: the package ``datasets`` is missing, or the data set cannot be read or has no text.
     """
     try:
-        import datasets  # type: ignore[import-not-found, unused-ignore]
+        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ModuleNotFoundError:
         raise CalibrationError(
             f"{name}: no such file; a data set of the Hub needs the package datasets (pip install datasets)"

@@ -7,7 +7,7 @@ as query, key and value, and share a Hessian. Those of later stages see what the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,9 +96,8 @@ def collect(block: nn.Module, stage: Stage, calls: Iterable[tuple[Callable[[], A
         calls: each runs the block on one batch, which has this mask of tokens.
     """
     layer = block.get_submodule(stage.layers[0])
-    weight: Tensor = layer.weight
-    columns = weight.shape[0] if is_transposed(layer) else weight.shape[1]
-    collector = Collector(columns, weight.device)
+    weight = weight_of(layer)
+    collector = Collector(weight.shape[1], weight.device)
     mask: Tensor | None = None
 
     def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -120,6 +119,8 @@ def is_transposed(layer: nn.Module) -> bool:
     return not isinstance(layer, nn.Linear)
 
 
-def weights_of(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The weights of layers as ``[rows, cols]``."""
-    return {n: m.weight.detach().T if is_transposed(m) else m.weight.detach() for n, m in layers.items()}
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer as ``[rows, cols]``."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)  # noqa: S101 - a layer has one; tells the type checker
+    return weight.detach().T if is_transposed(layer) else weight.detach()

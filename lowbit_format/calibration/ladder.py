@@ -20,7 +20,7 @@ from ..quantize import Target
 from ..quantize.calibrated import Calibrated, quantize_for_outputs
 from ..quantize.solve import rounded
 from .effort import Effort
-from .hessians import collect, find_stages, is_transposed, weights_of
+from .hessians import collect, find_stages, is_transposed, weight_of
 
 LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
 
@@ -77,7 +77,7 @@ def quantize_block(
         CalibrationError: what the block gives or gets is not finite.
     """
     layers = {name: block.get_submodule(name) for name in targets}
-    weights = weights_of(layers)
+    weights = {name: weight_of(layer) for name, layer in layers.items()}
 
     def call(batch: int) -> Any:
         args, kwargs = inputs.arguments(batch)
@@ -111,9 +111,9 @@ def quantize_block(
 
 def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
     """Give a layer the weight that the matrix decodes to."""
-    old: Tensor = layer.weight
-    new = operators.dequantize(_plane_matrix(matrix, old.device))
-    old.data = (new.T if is_transposed(layer) else new).to(old.dtype).contiguous()
+    old = weight_of(layer)
+    new = operators.dequantize(_plane_matrix(matrix, old.device)).to(old.dtype)
+    layer.weight = nn.Parameter((new.T if is_transposed(layer) else new).contiguous(), requires_grad=False)
 
 
 def _plane_matrix(matrix: StoredMatrix, device: torch.device) -> PlaneMatrix:
@@ -178,7 +178,7 @@ def _train(
     units: dict[str, float] = {}
     trained: list[Tensor] = []
     for name, result in found.items():
-        w = _plane_matrix(result.matrix, layers[name].weight.device)
+        w = _plane_matrix(result.matrix, weight_of(layers[name]).device)
         units[name] = float(w.scales.abs().mean())
         w = w._replace(scales=(w.scales / units[name]).requires_grad_())
         trained.append(w.scales)
@@ -214,8 +214,8 @@ def _train(
     with torch.no_grad():
         for name, result in found.items():
             w, matrix = current(name), result.matrix
-            shift = None if w.shift is None else w.shift.cpu().numpy()
-            params = rounded(Params(w.scales.detach().cpu().numpy(), shift), matrix.scheme.scale_dtype)
+            exact = Params(w.scales.cpu().numpy(), None if w.shift is None else w.shift.cpu().numpy())
+            params = rounded(exact, matrix.scheme.scale_dtype)
             results[name] = replace(result, matrix=replace(matrix, params=params))
             _set_weight(layers[name], results[name].matrix)
     return results

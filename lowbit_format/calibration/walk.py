@@ -132,8 +132,8 @@ class Walk:
         """
         if place.index and not self.activations.has(place.position - 1, len(self.batches)):
             raise CalibrationError(
-                f"{self.activations.directory}: lacks what the block before {place.path} gave, which an interrupted run "
-                "needs to go on; remove the unfinished conversion and begin again"
+                f"{self.activations.directory}: lacks what the block before {place.path} gave, from which it would go "
+                "on; remove the unfinished conversion and begin again"
             )
         self._store(place, "float")
         result = quantize_block(place.module, targets, _Inputs(self, place), effort, path=place.path)

@@ -50,7 +50,7 @@ def _measure(
 
     from ..evaluation import evaluate as measure
 
-    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place)
     except Exception as e:  # of many kinds, by what is missing

@@ -123,7 +123,7 @@ def test_nested_precisions(checkpoint: Checkpoint, tmp_path: Path) -> None:
     convert(source, tmp_path / "with", data, recipe)
     convert_hf_to_lowbit(str(source), tmp_path / "without", recipe)
     found = [divergence(tmp_path / name, source, data, bits=2).mean_divergence for name in ("with", "without")]
-    assert found[0] < 0.8 * found[1]
+    assert found[0] < 0.9 * found[1]
 
 
 def test_only_one_block_is_in_memory(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any], Any]) ->
     """Let the driver write other tensors than it should."""
     carry_out = driver._carry_out
 
-    def spoilt(step: Any, data: Any) -> Any:
-        tensors, outcome = carry_out(step, data)
+    def spoilt(quantizer: Any, step: Any, data: Any) -> Any:
+        tensors, outcome = carry_out(quantizer, step, data)
         return change(step, tensors), outcome
 
     monkeypatch.setattr(driver, "_carry_out", spoilt)
