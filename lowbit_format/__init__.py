@@ -14,9 +14,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .calibration.data import Data
     from .container.reader import ModelReader
-    from .converters import Recipe, Rule, convert_hf_to_lowbit
+    from .converters import Calibration, Recipe, Rule, convert_hf_to_lowbit
     from .errors import LowbitError
+    from .evaluation import evaluate
     from .loading import from_pretrained
     from .quantize import Target
     from .runtime.autotune import autotune
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
+    "Data",
     "LowbitError",
     "ModelReader",
     "Recipe",
@@ -39,6 +43,7 @@ __all__ = [
     "__version__",
     "autotune",
     "convert_hf_to_lowbit",
+    "evaluate",
     "from_pretrained",
     "list_tasks",
     "load_task",
@@ -52,6 +57,8 @@ __all__ = [
 ]
 
 _LAZY = {  # public name -> module that defines it
+    "Calibration": "lowbit_format.converters",
+    "Data": "lowbit_format.calibration.data",
     "LowbitError": "lowbit_format.errors",
     "ModelReader": "lowbit_format.container.reader",
     "Recipe": "lowbit_format.converters",
@@ -60,6 +67,7 @@ _LAZY = {  # public name -> module that defines it
     "TaskCallback": "lowbit_format.tasks.trainer",
     "autotune": "lowbit_format.runtime.autotune",
     "convert_hf_to_lowbit": "lowbit_format.converters",
+    "evaluate": "lowbit_format.evaluation",
     "from_pretrained": "lowbit_format.loading",
     "list_tasks": "lowbit_format.tasks.serving",
     "load_task": "lowbit_format.tasks.serving",
