@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,52 +63,72 @@ def find_stages(block: nn.Module, layers: Iterable[str], call: Callable[[], Any]
 
 
 class Collector:
-    """Sums up ``x^T x`` of one layer.
+    """Sums up products of the inputs of one layer.
 
     Attributes:
-        total: float32 ``[cols, cols]``.
+        total: ``x^T x``, float32 ``[cols, cols]``.
+        cross: ``y^T x``, y being the inputs that the layer has in the float model; or None.
         rows: number of inputs.
     """
 
-    def __init__(self, cols: int, device: torch.device) -> None:
+    def __init__(self, cols: int, device: torch.device, *, with_cross: bool = False) -> None:
         self.total = torch.zeros(cols, cols, device=device)
+        self.cross = torch.zeros(cols, cols, device=device) if with_cross else None
         self.rows = 0
 
-    def add(self, x: Tensor, mask: Tensor | None) -> None:
+    def add(self, x: Tensor, mask: Tensor | None, y: Tensor | None = None) -> None:
         """Add the rows of an input ``[..., cols]``, without tokens that `mask` ``[batch, tokens]`` pads out."""
-        if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
-            x = x[mask.to(x.device) != 0]
-        x = x.detach().reshape(-1, x.shape[-1]).float()
+        x = _rows(x, mask)
         self.total.addmm_(x.T, x)
         self.rows += len(x)
+        if self.cross is not None and y is not None:
+            self.cross.addmm_(_rows(y, mask).T, x)
 
     @property
     def hessian(self) -> Tensor:
         return self.total / max(1, self.rows)
 
 
-def collect(block: nn.Module, stage: Stage, calls: Iterable[tuple[Callable[[], Any], Tensor | None]]) -> Collector:
-    """The Hessian of a stage.
+def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
+        x = x[mask.to(x.device) != 0]
+    return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+class Call(NamedTuple):
+    """One batch: running the block on it, after quantized or after float blocks, and its mask of tokens."""
+
+    quantized: Callable[[], Any]
+    float: Callable[[], Any] | None
+    mask: Tensor | None
+
+
+def collect(block: nn.Module, stage: Stage, calls: Iterable[Call]) -> Collector:
+    """The products of a stage's inputs: with those in the float model too, where calls give these.
 
     Args:
         block: holds the layers.
         stage: the layers.
-        calls: each runs the block on one batch, which has this mask of tokens.
+        calls: one for each batch.
     """
     layer = block.get_submodule(stage.layers[0])
-    weight = weight_of(layer)
-    collector = Collector(weight.shape[1], weight.device)
-    mask: Tensor | None = None
+    weight, calls = weight_of(layer), list(calls)
+    collector = Collector(weight.shape[1], weight.device, with_cross=all(call.float for call in calls))
+    seen: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        collector.add(args[0], mask)
+        seen.append(args[0])
         raise Enough
 
     hook = layer.register_forward_pre_hook(see)
     try:
-        for call, mask in calls:  # noqa: B007 - `see` reads the mask
-            with contextlib.suppress(Enough):
-                call()
+        for call in calls:
+            seen.clear()
+            for run in filter(None, (call.quantized, call.float)):
+                with contextlib.suppress(Enough):
+                    run()
+            if seen:
+                collector.add(seen[0], call.mask, seen[-1])
     finally:
         hook.remove()
     return collector

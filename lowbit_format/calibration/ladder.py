@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -17,10 +17,10 @@ from ..kernels import operators
 from ..kernels.matrix import PlaneMatrix
 from ..matrix import Params, StoredMatrix
 from ..quantize import Target
-from ..quantize.calibrated import Calibrated, quantize_for_outputs
+from ..quantize.calibrated import Calibrated, quantize_for_outputs, without_drift
 from ..quantize.solve import rounded
 from .effort import Effort
-from .hessians import collect, find_stages, is_transposed, weight_of
+from .hessians import Call, collect, find_stages, is_transposed, weight_of
 
 LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
 
@@ -34,8 +34,8 @@ class Inputs(Protocol):
 
     batches: int
 
-    def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for a batch, on the quantized prefix."""
+    def arguments(self, batch: int, kind: str = "quantized") -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for a batch, after quantized or after float blocks."""
         ...
 
     def mask(self, batch: int) -> Tensor | None:
@@ -79,16 +79,27 @@ def quantize_block(
     layers = {name: block.get_submodule(name) for name in targets}
     weights = {name: weight_of(layer) for name, layer in layers.items()}
 
-    def call(batch: int) -> Any:
+    originals = {f"{name}.weight": layer.weight for name, layer in layers.items()} if effort.drift else {}
+
+    def quantized(batch: int) -> Any:
         args, kwargs = inputs.arguments(batch)
         return block(*args, **kwargs)
 
-    calls = [functools.partial(call, batch) for batch in range(inputs.batches)]
-    masks = [inputs.mask(batch) for batch in range(inputs.batches)]
+    def plain(batch: int) -> Any:
+        return functional_call(block, originals, *inputs.arguments(batch, "float"))
+
+    calls = [
+        Call(
+            functools.partial(quantized, batch),
+            functools.partial(plain, batch) if effort.drift else None,
+            inputs.mask(batch),
+        )
+        for batch in range(inputs.batches)
+    ]
     found: dict[str, Calibrated] = {}
     with torch.no_grad():
-        for stage in find_stages(block, targets, calls[0]):
-            seen = collect(block, stage, zip(calls, masks, strict=True))
+        for stage in find_stages(block, targets, calls[0].quantized):
+            seen = collect(block, stage, calls)
             if not bool(torch.isfinite(seen.total).all()):
                 raise CalibrationError(
                     f"{path}.{stage.layers[0]}: gets inputs that are not finite; leave out the text that causes them, "
@@ -97,8 +108,9 @@ def quantize_block(
             if seen.rows < LEAST_ROWS:
                 continue
             for name in stage.layers:
+                weight = weights[name] if seen.cross is None else without_drift(weights[name], seen.cross, seen.total)
                 found[name] = quantize_for_outputs(
-                    weights[name], targets[name], seen.hessian, sweeps=effort.sweeps, name=f"{path}.{name}"
+                    weight, targets[name], seen.hessian, sweeps=effort.sweeps, name=f"{path}.{name}"
                 )
                 _set_weight(layers[name], found[name].matrix)
         errors = {"layer by layer": _error(calls, inputs)}
@@ -144,12 +156,12 @@ def _first(output: Any) -> Tensor:
     return found
 
 
-def _error(calls: Sequence[Callable[[], Any]], inputs: Inputs, most: int = 8) -> float:
+def _error(calls: Sequence[Call], inputs: Inputs, most: int = 8) -> float:
     """Squared error of the block's outputs relative to their variance, over some batches."""
     error = size = 0.0
     for i in range(0, len(calls), -(-len(calls) // most)):
         wanted, mask = inputs.wanted(i), inputs.mask(i)
-        away = (_first(calls[i]()) - wanted).float()
+        away = (_first(calls[i].quantized()) - wanted).float()
         wanted = wanted.float() - wanted.float().mean()
         if mask is not None and wanted.shape[:2] == mask.shape:
             away, wanted = away[mask != 0], wanted[mask != 0]

@@ -167,8 +167,8 @@ class _Inputs:
         self._walk, self._place = walk, place
         self.batches = walk.samples
 
-    def arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self._walk.arguments(self._place, "quantized", batch)
+    def arguments(self, batch: int, kind: str = "quantized") -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._walk.arguments(self._place, kind, batch)
 
     def mask(self, batch: int) -> Tensor | None:
         return self._walk.mask(batch)

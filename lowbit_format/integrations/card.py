@@ -62,12 +62,14 @@ def base_card(
 pip install lowbit-format
 ```
 ```python
-import lowbit_format  # registers the format with transformers; without this line the weights would be RANDOM
+import lowbit_format
 
 model = lowbit_format.from_pretrained("{place}"){comment}
 ```
 
-After the import, `from_pretrained` of transformers' own classes works too.
+`from_pretrained` of transformers' own classes works too, and needs no import of lowbit_format: torch registers the format.
+Only where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` is set, write `import lowbit_format` before loading; without it transformers
+would load **random** weights.
 
 {sections}"""
     ).rstrip() + "\n"

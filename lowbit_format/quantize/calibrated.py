@@ -98,6 +98,18 @@ def damped(hessian: Tensor) -> Tensor:
     return hessian + DAMPING * mean * torch.eye(len(hessian), device=hessian.device)
 
 
+def without_drift(weight: Tensor, cross: Tensor, total: Tensor) -> Tensor:
+    """The weight that gives, for the inputs x that a layer gets after quantized ones, most nearly what `weight` gives
+    for the inputs y that it had in the float model (GPTAQ, Li et al. 2025, arXiv:2504.02692).
+
+    Args:
+        weight: float32 ``[rows, cols]``.
+        cross, total: sums of ``y^T x`` and of ``x^T x``, float32 ``[cols, cols]``.
+    """
+    shift = DAMPING * total.diagonal().mean() * torch.eye(len(total), device=total.device)
+    return torch.linalg.solve(total + shift, (weight @ (cross + shift)).T).T.contiguous()
+
+
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
     """Squared error of the outputs relative to the squared outputs; 0 for a weight of zeros."""
     error, size = (float(((d @ hessian) * d).sum()) for d in (decoded - weight, weight))

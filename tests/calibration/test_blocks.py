@@ -15,7 +15,7 @@ from torch import nn
 from lowbit_format.calibration.activations import Activations
 from lowbit_format.calibration.blocks import Outputs, arguments, find_blocks, order_of_execution
 from lowbit_format.calibration.effort import EFFORTS
-from lowbit_format.calibration.hessians import collect, find_stages
+from lowbit_format.calibration.hessians import Call, collect, find_stages
 from lowbit_format.calibration.walk import Walk, places_of
 
 IDS = torch.arange(2, 26).reshape(2, 12)
@@ -107,8 +107,8 @@ def test_padding_does_not_count() -> None:
     block = model.encoder.layer[0]
     stage = find_stages(block, ["attention.self.query"], lambda: model(**batch))[0]
     with torch.no_grad():
-        padded = collect(block, stage, [(lambda: model(**batch), batch["attention_mask"])])
-        whole = collect(block, stage, [(lambda: model(input_ids=batch["input_ids"]), None)])
+        padded = collect(block, stage, [Call(lambda: model(**batch), None, batch["attention_mask"])])
+        whole = collect(block, stage, [Call(lambda: model(input_ids=batch["input_ids"]), None, None)])
     assert (padded.rows, whole.rows) == (19, 24)
     assert not torch.allclose(padded.hessian, whole.hessian)
 

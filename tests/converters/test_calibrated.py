@@ -22,7 +22,7 @@ from lowbit_format.converters.calibrated import Calibrated
 from lowbit_format.errors import CalibrationError, OutputError
 from lowbit_format.quantize import Target
 
-QUICK = Effort(sweeps=2, steps=0, learning_rate=0.0, samples=8)
+QUICK = Effort(sweeps=2, steps=0, learning_rate=0.0, drift=False, samples=8)
 RECIPE = Recipe(Target(bits=2, group_size=32))
 Checkpoint = Callable[..., Path]
 
@@ -85,7 +85,7 @@ def test_encoders_and_pairs_of_encoder_and_decoder(checkpoint: Checkpoint, tmp_p
 
 def test_training_of_scales_lowers_the_error_of_a_block(checkpoint: Checkpoint, tmp_path: Path) -> None:
     results: list[BlockResult] = []
-    effort = Effort(sweeps=2, steps=30, learning_rate=0.01, samples=8)
+    effort = Effort(sweeps=2, steps=30, learning_rate=0.01, drift=False, samples=8)
     for codec, bits in (("bcq", 2), ("uniform", 2), ("codebook", 4)):
         recipe = Recipe(
             Target(codec, bits=bits, group_size=32) if codec != "codebook" else Target(codec, group_size=32)
@@ -151,7 +151,7 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("effort", [QUICK, Effort(sweeps=1, steps=4, learning_rate=0.01, samples=8)])
+@pytest.mark.parametrize("effort", [QUICK, Effort(sweeps=1, steps=4, learning_rate=0.01, drift=False, samples=8)])
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
     effort: Effort, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
