@@ -62,14 +62,12 @@ def base_card(
 pip install lowbit-format
 ```
 ```python
-import lowbit_format
+import lowbit_format  # registers the format with transformers; without this line the weights would be RANDOM
 
 model = lowbit_format.from_pretrained("{place}"){comment}
 ```
 
-`from_pretrained` of transformers' own classes works too, and needs no import of lowbit_format: torch registers the format.
-Only where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` is set, write `import lowbit_format` before loading; without it transformers
-would load **random** weights.
+After the import, `from_pretrained` of transformers' own classes works too.
 
 {sections}"""
     ).rstrip() + "\n"
