@@ -25,7 +25,7 @@ class Effort:
 
 
 EFFORTS = {
-    "fast": Effort(sweeps=2, steps=0, learning_rate=0.0, drift=False, samples=32),
-    "default": Effort(sweeps=4, steps=48, learning_rate=0.01, drift=False, samples=64),
-    "high": Effort(sweeps=6, steps=200, learning_rate=0.01, drift=False, samples=128),
+    "fast": Effort(sweeps=2, steps=0, learning_rate=0.0, drift=True, samples=32),
+    "default": Effort(sweeps=4, steps=48, learning_rate=0.01, drift=True, samples=64),
+    "high": Effort(sweeps=6, steps=200, learning_rate=0.01, drift=True, samples=128),
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +22,7 @@ from ..quantize.solve import rounded
 from .effort import Effort
 from .hessians import Call, collect, find_stages, is_transposed, weight_of
 
+_MEASURED = 4  # batches on which the error of a block is measured
 LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
 
 
@@ -53,11 +54,13 @@ class BlockResult:
 
     Attributes:
         layers: by name within the block; absent where too little data reached a layer.
+        last: name of the last step.
         errors: squared error of the block's outputs relative to their variance, after each step.
     """
 
     layers: dict[str, Calibrated]
-    errors: dict[str, float]
+    last: str
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 def quantize_block(
@@ -113,12 +116,13 @@ def quantize_block(
                     weight, targets[name], seen.hessian, sweeps=effort.sweeps, name=f"{path}.{name}"
                 )
                 _set_weight(layers[name], found[name].matrix)
-        errors = {"layer by layer": _error(calls, inputs)}
-    if effort.steps and found:
-        found = _train(block, layers, found, inputs, effort, seed)
-        with torch.no_grad():
-            errors["scales together"] = _error(calls, inputs)
-    return BlockResult(found, errors)
+        if not effort.steps or not found:
+            return BlockResult(found, "layer by layer")
+        before = OutputError(inputs.batches)
+        for i in before.batches:
+            before.add(first_output(quantized(i)), inputs.wanted(i), inputs.mask(i))
+    found = _train(block, layers, found, inputs, effort, seed)
+    return BlockResult(found, "scales together", {"layer by layer": before.value})
 
 
 def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
@@ -150,24 +154,35 @@ def _plane_matrix(matrix: StoredMatrix, device: torch.device) -> PlaneMatrix:
     )
 
 
-def _first(output: Any) -> Tensor:
+def first_output(output: Any) -> Tensor:
+    """The hidden states in what a block gives."""
     found = output[0] if isinstance(output, (tuple, list)) else output
     assert isinstance(found, Tensor)  # noqa: S101 - a block's first output is its hidden states
     return found
 
 
-def _error(calls: Sequence[Call], inputs: Inputs, most: int = 8) -> float:
-    """Squared error of the block's outputs relative to their variance, over some batches."""
-    error = size = 0.0
-    for i in range(0, len(calls), -(-len(calls) // most)):
-        wanted, mask = inputs.wanted(i), inputs.mask(i)
-        away = (_first(calls[i].quantized()) - wanted).float()
-        wanted = wanted.float() - wanted.float().mean()
+class OutputError:
+    """Squared error of a block's outputs relative to their variance, over some of the batches.
+
+    Attributes:
+        batches: that are looked at.
+    """
+
+    def __init__(self, samples: int) -> None:
+        self.batches = range(0, samples, -(-samples // _MEASURED))
+        self._error = self._size = 0.0
+
+    def add(self, found: Tensor, wanted: Tensor, mask: Tensor | None) -> None:
+        """Add the hidden states that a block gives for a batch, and those that it should give."""
+        away, wanted = (found - wanted).float(), wanted.float() - wanted.float().mean()
         if mask is not None and wanted.shape[:2] == mask.shape:
             away, wanted = away[mask != 0], wanted[mask != 0]
-        error += float(away.square().sum())
-        size += float(wanted.square().sum())
-    return error / size if size > 0 else 0.0
+        self._error += float(away.square().sum())
+        self._size += float(wanted.square().sum())
+
+    @property
+    def value(self) -> float:
+        return self._error / self._size if self._size > 0 else 0.0
 
 
 # --- training of scales ----------------------------------------------------------------------------
@@ -214,7 +229,7 @@ def _train(
         new = {f"{name}.weight": w.T if is_transposed(layers[name]) else w for name, w in new.items()}
         args, kwargs = inputs.arguments(i)
         wanted, mask = inputs.wanted(i), inputs.mask(i)
-        away = _first(functional_call(block, new, args, kwargs)) - wanted
+        away = first_output(functional_call(block, new, args, kwargs)) - wanted
         size = (wanted - wanted.mean()).square().mean()
         if mask is not None and away.shape[:2] == mask.shape:
             away = away[mask != 0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..quantize import Target
 from .activations import Activations
 from .blocks import Batch, Blocks, Outputs, arguments, run
 from .effort import Effort
-from .ladder import BlockResult, quantize_block
+from .ladder import BlockResult, OutputError, quantize_block
 
 
 @dataclass(frozen=True)
@@ -137,12 +137,14 @@ class Walk:
             )
         self._store(place, "float")
         result = quantize_block(place.module, targets, _Inputs(self, place), effort, path=place.path)
-        self._store(place, "quantized")
+        error = OutputError(self.samples)
+        self._store(place, "quantized", error)
+        result = replace(result, errors={**result.errors, result.last: error.value})
         if place.index >= 2:  # an interrupted run may go on from the block before; the last of a list are needed later
             self.activations.drop(place.position - 2)
         return result
 
-    def _store(self, place: Place, kind: str) -> None:
+    def _store(self, place: Place, kind: str, error: OutputError | None = None) -> None:
         for i in range(len(self.batches)):
             args, kwargs = self.arguments(place, kind, i)
             with torch.no_grad():
@@ -153,6 +155,8 @@ class Walk:
                     "them, or keep this block in full precision"
                 )
             self.activations.save(place.position, kind, i, outputs)
+            if error is not None and i in error.batches:
+                error.add(outputs.hidden, self._load(place.position, "float", i).hidden, self.mask(i))
 
     def output(self, batch: int, kind: str) -> Any:
         """The model's output for a batch, after its float or its quantized blocks."""
