@@ -114,9 +114,8 @@ def _self_written(calibration: Calibration, directory: Path, meta: Any, samples:
 
     if not _is_causal(meta):
         raise CalibrationError(f"{type(meta).__name__} writes no text: give --calibrate a file instead of {SELF!r}")
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    model = model.to(torch.device(calibration.device))
-    model.eval()  # type: ignore[no-untyped-call]
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    model = model.to(torch.device(calibration.device)).eval()
     return self_written(model, samples=samples, length=calibration.length, seed=calibration.seed)
 
 

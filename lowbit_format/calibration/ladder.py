@@ -82,7 +82,7 @@ def quantize_block(
     layers = {name: block.get_submodule(name) for name in targets}
     weights = {name: weight_of(layer) for name, layer in layers.items()}
 
-    originals = {f"{name}.weight": layer.weight for name, layer in layers.items()} if effort.drift else {}
+    originals: dict[str, Tensor] = {f"{name}.weight": layer.weight for name, layer in layers.items()}  # type: ignore[misc]
 
     def quantized(batch: int) -> Any:
         args, kwargs = inputs.arguments(batch)

@@ -107,7 +107,8 @@ def without_drift(weight: Tensor, cross: Tensor, total: Tensor) -> Tensor:
         cross, total: sums of ``y^T x`` and of ``x^T x``, float32 ``[cols, cols]``.
     """
     shift = DAMPING * total.diagonal().mean() * torch.eye(len(total), device=total.device)
-    return torch.linalg.solve(total + shift, (weight @ (cross + shift)).T).T.contiguous()
+    found: Tensor = torch.linalg.solve(total + shift, (weight @ (cross + shift)).T)
+    return found.T.contiguous()
 
 
 def output_error(weight: Tensor, decoded: Tensor, hessian: Tensor) -> float:
