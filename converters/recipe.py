@@ -48,7 +48,6 @@ from ..quantize import Target
 _TARGET_KEYS = {f.name for f in fields(Target)}
 _KEYS = ", ".join(sorted(_TARGET_KEYS))
 _MEANT_FOR = {  # key of a target -> the codecs that it means something for; keys that are not here mean it for all
-    "bits": ("bcq", "uniform"),
     "nested": ("bcq", "uniform"),
     "offset": ("bcq",),
     "solver": ("uniform",),
@@ -148,20 +147,20 @@ def make_target(settings: Mapping[str, Any], base: Target) -> Target:
     """`base` with `settings`; raises SchemeError for a bad value, and for a setting that the codec would ignore."""
     codec = settings.get("codec", base.codec)
     settings = dict(settings)
-    if codec == "codebook":  # which has none; the default's are not meant for it
+    if settings.get("bits", 4) is None:
+        raise SchemeError("bits is null, expected 1 to 8; leave it out to keep the default's")
+    if codec == "codebook":  # bits and nested precisions of the default are not meant for it
+        settings.setdefault("bits", None)
         settings.setdefault("nested", ())
     target = replace(base, **settings)
     for key, codecs in _MEANT_FOR.items():
-        if key not in settings or codec in codecs or _says_the_same(key, settings[key], target):
+        no_nested = key == "nested" and settings.get(key) == ()  # a codebook may say that it has none
+        if key not in settings or codec in codecs or no_nested:
             continue
-        found = f"a codebook has the bits of its table, {target.bits}" if key == "bits" else f"codec is {codec!r}"
-        raise SchemeError(f"{key} is for {' and '.join(codecs)}, and {found}: leave {key} out, or choose another codec")
+        raise SchemeError(
+            f"{key} is for {' and '.join(codecs)}, and codec is {codec!r}: leave {key} out, or choose another codec"
+        )
     return target
-
-
-def _says_the_same(key: str, value: Any, target: Target) -> bool:
-    """Whether a codebook has the value anyway: no nested precisions, or the bits of its table."""
-    return target.codec == "codebook" and key in ("bits", "nested") and value == getattr(target, key)
 
 
 def _rule(obj: Any, default: Target, where: str) -> Rule:
