@@ -1,4 +1,4 @@
-"""The plan of a conversion, made from names and shapes alone: what becomes of every tensor."""
+"""The plan of a conversion, made from names and shapes alone: what is done with every tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba; its compi
 
 @dataclass(frozen=True)
 class Step:
-    """What becomes of one tensor of the checkpoint.
+    """What is done with one tensor of the checkpoint.
 
     Attributes:
         tensor: the tensor.
@@ -64,7 +64,7 @@ class Plan:
         named: the model class that the config names, of which `architecture` may be the base model.
         absent: parameters of that class that the checkpoint does not have.
         side: the files beside the weights.
-        renamed: what was taken off the names of the checkpoint's tensors.
+        renamed: prefixes that were taken off the names of the checkpoint's tensors.
     """
 
     steps: tuple[Step, ...]
@@ -116,7 +116,7 @@ class Plan:
         return sum(s.tensor.nbytes if s.target is None else -(-stored_bits(s.module()) // 8) for s in self.steps)
 
     def peak_memory(self) -> int:
-        """Expected peak of resident memory in bytes: the libraries, and what the largest tensor takes in all forms."""
+        """Expected peak of resident memory in bytes: the libraries, and the largest tensor in float and quantized."""
         largest = max((s.tensor.numel for s in self.quantized), default=0)
         copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
         return _BASE_MEMORY + max(11 * largest, copied)

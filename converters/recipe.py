@@ -24,12 +24,12 @@ Every key that a file can have::
       "lm_head": false          // quantize an output head that no rule matches
     }
 
-(A file is plain JSON, without the comments.) A pattern is matched against the module's path; ``*`` and ``?`` as in
-file names, and ``*`` crosses dots. A rule inherits from the default what it does not say. A rule that matches an
-embedding or the output head quantizes it, which the default does not. A key that means nothing for its codec is an
+(A file is plain JSON, without the comments.) A pattern is matched against the module's path, with ``*`` and ``?`` as in
+file names; ``*`` matches dots too. A rule inherits from the default the keys that it leaves out. A rule that matches an
+embedding or the output head quantizes it; the default alone does not. A key that means nothing for its codec is an
 error, and so is a pattern that matches no module.
 
-A rule's keys come before the command's options, these before the file's default, and that before what is built in.
+Precedence, highest first: a rule's keys, the command's options, the file's default, the built-in default.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ class Recipe:
     lm_head: bool = False
 
     def rule_for(self, path: str) -> Rule | None:
-        """The rule that decides about the module, or None for the default."""
+        """The first rule that matches the module, or None if the default applies."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(path, rule.match)), None)
 
     def check_matches(self, paths: Iterable[str]) -> None:
-        """Raise RecipeError for a pattern that no module's path fits: it is a misprint."""
+        """Raise RecipeError for a pattern that matches no module's path: it is misspelt."""
         known = list(paths)
         for rule in self.rules:
             if not any(fnmatch.fnmatchcase(path, rule.match) for path in known):
@@ -105,8 +105,8 @@ def load_recipe(path: Path, base: Recipe = _BUILT_IN, options: Mapping[str, Any]
 
     Args:
         path: the file.
-        base: for what the file leaves open.
-        options: keys of :class:`Target`, and ``embeddings`` and ``lm_head``, that come before the file's default.
+        base: for keys that the file leaves out.
+        options: keys of :class:`Target`, and ``embeddings`` and ``lm_head``, that override the file's default.
 
     Raises:
         RecipeError: the file cannot be read, or has an unknown key or a bad value.

@@ -1,12 +1,11 @@
 """Sixteen groups side by side: the loops that all solvers share.
 
-A *block* holds `LANES` groups, one in each lane: ``x[c, l]`` is column `c` of group `l`. Every operation
-is then the same in all lanes, so that it runs in vector registers, needs no horizontal sums, and gives the
-same bits on every machine whatever the width of its registers.
+A *block* holds `LANES` groups, one in each lane: ``x[c, l]`` is column `c` of group `l`. Every operation is the same in
+all lanes. So it runs in SIMD registers, needs no sums across lanes, and gives the same bits on every machine, however
+wide its registers are.
 
-The two innermost loops are LLVM vector code emitted through Numba intrinsics, since Numba keeps no array in
-registers: :func:`sums_above` (statistics of an assignment) and :func:`codes_of` (the assignment). The code names
-no instruction set; LLVM lowers ``<16 x float>`` to what the machine has.
+The innermost loops are Numba intrinsics made with :mod:`..machine.llvm`: :func:`sums_above` (statistics of an
+assignment), :func:`codes_of` (the assignment), and products, signs and exchanges of single rows of lanes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recipe files: what they say, and each way to be wrong."""
+"""Recipe files: what they say, and each mistake that is refused."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_tasks_of_a_part(directories: Directories, tmp_path: Path) -> None:
 
 
 def test_with_the_config_of_the_part(directories: Directories) -> None:
-    """As an object, which ``quantization_config`` does not reach on any way of its own."""
+    """As an object, into which ``quantization_config`` has to be put by hand."""
     out, decoded = directories("clip")
     config = hf.AutoConfig.from_pretrained(out)
     model = hf.CLIPVisionModel.from_pretrained(out, config=config.vision_config)

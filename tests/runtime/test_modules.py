@@ -1,4 +1,4 @@
-"""Modules with a packed matrix: declared dtypes, the stand-in for ``weight``, copies and compilation."""
+"""Modules with a quantized matrix: declared dtypes, the stand-in for ``weight``, copies and compilation."""
 
 from __future__ import annotations
 

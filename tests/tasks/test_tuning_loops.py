@@ -1,4 +1,4 @@
-"""Tuning in the loops that people have: a plain one, the Trainer, DDP, autocast, checkpointing, torch.compile."""
+"""Tuning in the usual training loops: a plain one, the Trainer, DDP, autocast, checkpointing, torch.compile."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_compiled(name: str, bases: Bases, fresh_compiler: None) -> None:
 def test_switching_compiles_nothing(
     name: str, modules_to_save: list[str], bases: Bases, tmp_path: Path, fresh_compiler: None
 ) -> None:
-    """Two loaded tasks of the same shapes are served by one graph, and the base by one more."""
+    """Two loaded tasks of the same shapes share one graph; the base has another."""
     for seed, task in enumerate(("a", "b")):
         model = prepared(bases, name, modules_to_save=modules_to_save)
         scatter(model, 0.05, seed)

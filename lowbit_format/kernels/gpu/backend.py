@@ -110,7 +110,7 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
 
 
 def decoded_linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    """The library's product of x ``[n, cols]`` with the weight, decoded one chunk at a time from tiled `w`."""
+    """``torch.mm`` of x ``[n, cols]`` with the weight, decoded one chunk at a time from tiled `w`."""
     with no_autocast(x):
         return decode_then_matmul.linear(x, w, deltas, task_ids, _decoded_chunks)
 

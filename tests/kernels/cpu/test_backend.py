@@ -434,8 +434,8 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_both_ways_to_the_kernel_give_the_same(kind: Scheme, batch: int) -> None:
-    """Where nobody looks on no operator is called."""
+def test_both_doors_to_the_kernel_give_the_same(kind: Scheme, batch: int) -> None:
+    """Where no autograd, tracing or dispatch mode is active, the kernel is called directly."""
     call = random_call(drawn(kind, 4, 32, 33, 100), batch)
     x, w, *rest = call
     for form in (w, backend.tile(w)):

@@ -514,7 +514,7 @@ def test_saving_while_serving(scheme: Scheme) -> None:
 
 
 def test_a_moved_module_is_tiled_again_at_once() -> None:
-    """A compiled one has no other time for it: while it runs, nobody may change it."""
+    """A compiled module may not change its layout while it runs, so it is tiled before."""
     module = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
     module.to(torch.float16)
     assert not module.is_tiled
