@@ -102,7 +102,7 @@ class _LowbitModel:
 
 
 class _FloatModel:
-    """A Hugging Face checkpoint, with the module paths that its conversion would have (needs torch and transformers)."""
+    """A Hugging Face checkpoint, with the module paths of its conversion (needs torch and transformers)."""
 
     def __init__(self, directory: Path) -> None:
         from ..converters.huggingface import open_checkpoint
