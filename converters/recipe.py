@@ -147,10 +147,8 @@ def make_target(settings: Mapping[str, Any], base: Target) -> Target:
     """`base` with `settings`; raises SchemeError for a bad value, and for a setting that the codec would ignore."""
     codec = settings.get("codec", base.codec)
     settings = dict(settings)
-    if settings.get("bits", 4) is None:
-        raise SchemeError("bits is null, expected 1 to 8; leave it out to keep the default's")
     if codec == "codebook":  # bits and nested precisions of the default are not meant for it
-        settings.setdefault("bits", None)
+        settings.setdefault("bits", Target().bits)
         settings.setdefault("nested", ())
     target = replace(base, **settings)
     for key, codecs in _MEANT_FOR.items():

@@ -12,8 +12,8 @@ from ..schema import MAX_DIMENSION, SCALE_DTYPES, Scheme, is_int
 from . import codebook, uniform
 
 
-class _OwnBits(int):
-    """Bits that nobody chose: they give way to those of a table when ``replace`` makes a codebook of the target."""
+class _Unchosen(int):
+    """Bits that were left out. Those of a codebook's table take their place, also in ``dataclasses.replace``."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Target:
     """
 
     codec: str = "bcq"
-    bits: int = None  # type: ignore[assignment]  # an int from __post_init__ on
+    bits: int = _Unchosen(4)
     group_size: int = 128
     offset: bool = True
     nested: tuple[int, ...] = ()
@@ -51,9 +51,7 @@ class Target:
                 raise SchemeError(message)
 
         check(self.codec in CODECS, f"codec is {self.codec!r}, expected one of {', '.join(CODECS)}")
-        check(
-            self.bits is None or (is_int(self.bits) and 1 <= self.bits <= 8), f"bits is {self.bits!r}, expected 1 to 8"
-        )
+        check(is_int(self.bits) and 1 <= self.bits <= 8, f"bits is {self.bits!r}, expected 1 to 8")
         check(
             is_int(self.group_size) and 0 <= self.group_size <= MAX_DIMENSION,
             f"group_size is {self.group_size!r}, expected 0 (the whole row) or a number of columns",
@@ -87,12 +85,10 @@ class Target:
                 check(len(set(values)) > 1, "the table has one value only")
             own = codebook.table_bits(self.values())
             check(
-                self.bits is None or isinstance(self.bits, _OwnBits) or self.bits == own,
+                isinstance(self.bits, _Unchosen) or self.bits == own,
                 f"bits is {self.bits}, and a codebook has the bits of its table, {own}: leave bits out",
             )
-            object.__setattr__(self, "bits", _OwnBits(own))
-        elif self.bits is None:
-            object.__setattr__(self, "bits", _OwnBits(4))
+            object.__setattr__(self, "bits", _Unchosen(own))
         check(
             all(is_int(k) and 1 <= k < self.bits for k in self.nested),
             f"nested is {list(self.nested)}, expected precisions from 1 to bits - 1 = {self.bits - 1}",

@@ -121,7 +121,7 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ({"default": {"bits": 9}}, "default: bits is 9, expected 1 to 8"),
         ({"default": {"bits": "4"}}, "default: bits is '4'"),
         ({"default": {"bits": 4.0}}, "default: bits is 4.0"),
-        ({"default": {"bits": None}}, "default: bits is null"),
+        ({"default": {"bits": None}}, "default: bits is None, expected 1 to 8"),
         ({"default": {"codec": "gptq"}}, "default: codec is 'gptq'"),
         ({"default": {"codec": ["bcq"]}}, "default: "),
         ({"default": {"group_size": None}}, "default: group_size is None"),

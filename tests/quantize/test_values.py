@@ -36,7 +36,7 @@ def test_all_zero_groups_stay_zero_beside_others(codec: str) -> None:
 def test_a_single_column(codec: str) -> None:
     weight = spread_matrix(9, 1)
     np.testing.assert_allclose(
-        decode(quantize(weight, Target(codec, None if codec == "codebook" else 2)).matrix), weight, rtol=2.0**-9
+        decode(quantize(weight, Target(codec, 4 if codec == "codebook" else 2)).matrix), weight, rtol=2.0**-9
     )
 
 
