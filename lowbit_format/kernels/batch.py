@@ -112,7 +112,8 @@ def check_linear(
         raise ShapeError(f"expected an input of {w.cols} columns for this matrix, found {list(x.shape)}")
     if bias is not None and bias.shape != (w.rows,):
         raise ShapeError(f"expected a bias of {w.rows} numbers for this matrix, found {list(bias.shape)}")
-    check_tasks(w, deltas, task_ids, x.numel() // w.cols)
+    if deltas is not None:
+        check_tasks(w, deltas, task_ids, x.numel() // w.cols)
 
 
 def check_tasks(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, batch: int) -> None:

@@ -1,4 +1,4 @@
-"""The operators: bit-equal to the reference (DEC-1 to DEC-5), right gradients, and good citizens of torch."""
+"""The operators: bit-equal to the reference (DEC-1 to DEC-5), right gradients, and correct registration with torch."""
 
 from __future__ import annotations
 

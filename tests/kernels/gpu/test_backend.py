@@ -67,7 +67,7 @@ def terms_of(w: PlaneMatrix) -> PlaneMatrix:
 
 
 def weights_of(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, n: int) -> Tensor:
-    """Absolute values of the weights that each of n rows of x is multiplied by: float64 ``[n, rows, cols]``."""
+    """Absolute values of the weights for each of n rows of x: float64 ``[n, rows, cols]``."""
     out = torch.empty(n, w.scales.shape[1], w.cols, dtype=torch.float64)
     for rows, weight in truth.each_task(exact(w), deltas, task_ids, n):
         out[rows] = weight.abs()
