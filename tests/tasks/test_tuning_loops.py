@@ -78,7 +78,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name: str, bases: Ba
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_checkpointing(name: str, reentrant: bool, bases: Bases) -> None:
-    """The same gradients bit for bit, with dropout; the embeddings are frozen, so a block's input may need no gradient."""
+    """The same gradients bit for bit, with dropout; embeddings are frozen, so a block's input may need no gradient."""
     model = prepared(bases, name, offsets=True).train()
     scatter(model, 0.01)
     found, data = [], batch(model)
