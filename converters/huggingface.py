@@ -114,7 +114,7 @@ def _without_empty(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_local(place: Path, source: str) -> None:
-    """Raise SourceError for what is on this machine and is not a checkpoint: it says what it is and what to do."""
+    """Raise SourceError if `place` exists and is no checkpoint; the message says what it is and what to do."""
     if place.is_file():
         if place.suffix == ".gguf":
             advice = _gguf(place)
@@ -136,7 +136,7 @@ def _check_local(place: Path, source: str) -> None:
 
 
 def _is_whole(config: Path) -> bool:
-    """Whether the folder of a ``config.json`` is the model's, and not that of a layer behind it."""
+    """Whether a ``config.json`` is that of a model, and not of a layer behind it."""
     try:
         return "model_type" in json.loads(config.read_text("utf-8"))
     except (OSError, ValueError, TypeError, RecursionError):
@@ -144,7 +144,7 @@ def _is_whole(config: Path) -> bool:
 
 
 def _instead(names: list[str], place: Path) -> str:
-    """What files of these names are, and what to do with them, where they are no checkpoint to convert."""
+    """What files of these names are, if no checkpoint to convert, and what to do with them; empty if unknown."""
     if "adapter_config.json" in names:
         return (
             "is an adapter (PEFT), not a whole model; load its base with transformers, attach the adapter, call "
@@ -178,7 +178,7 @@ def _gguf(file: Path) -> str:
 
 
 def _not_here(source: str) -> str:
-    """That there is no such directory, and which one beside it has a name like this."""
+    """A message: there is no such directory, and which one beside it has a similar name."""
     place = Path(source).expanduser()
     if not place.parent.is_dir() or place.parent == Path("."):
         return f"{source}: no such directory"
@@ -235,7 +235,7 @@ def _download(repo_id: str, revision: str | None, leave_out: Iterable[str]) -> P
             info = hub.HfApi().model_info(repo_id, revision=revision)
         except (HfHubHTTPError, HFValidationError):
             raise
-        except Exception as e:  # no way to the Hub, which clients of HTTP say in many ways: what the cache has
+        except Exception as e:  # the Hub cannot be reached (each HTTP client has its own errors): use the cache
             try:
                 return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
             except LocalEntryNotFoundError:

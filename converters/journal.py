@@ -1,6 +1,6 @@
-"""The journal of a conversion: its progress, from which an interrupted run can resume (DIR-7).
+"""The journal of a conversion: its progress, from which an interrupted run resumes (DIR-7).
 
-It is a file beside the unfinished shards, written atomically after the data that it lists is on the disk.
+It is a file beside the unfinished shards. It is written atomically, after the data that it lists is on the disk.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What each tensor of a checkpoint is to transformers: a module of which kind, under which name.
+"""Destinations: to which module and parameter of a transformers model each tensor of a checkpoint belongs.
 
-The model is built on the meta device, and names go through transformers' own conversion mapping, so that what
-is written loads whatever renames a release of transformers makes.
+The model is built on the meta device, and names go through transformers' own conversion mapping. So the output loads
+whatever renames a release of transformers makes.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ class Destination:
     Attributes:
         key: name in the checkpoint.
         path: the module's path in the model.
-        kind: ``linear``, ``conv1d`` or ``embedding`` where it is the weight of such a module; ``expert`` for a part
-            of a
-            fused experts parameter; ``other``.
-        head: the module lies outside of the base model, or gives the output.
+        kind: ``linear``, ``conv1d`` or ``embedding`` for the weight of such a module, ``expert`` for a part of a fused
+            experts parameter, else ``other``.
+        head: whether the module lies outside of the base model, or gives the output.
         reason: why it cannot be quantized, or None.
         target: name of the parameter in the model; empty if transformers makes it from several tensors.
     """

@@ -1,4 +1,4 @@
-"""The plan of a conversion, made from names and shapes alone: what becomes of every tensor."""
+"""The plan of a conversion, made from names and shapes alone: what is done with every tensor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from ..errors import CoverageError, NothingToQuantizeError, SourceError
+from ..errors import CoverageError, NothingToQuantizeError, RecipeError, SourceError
 from ..integrations.conversion_record import ConversionRecord
 from ..quantize import Target
 from ..schema import ModuleEntry
@@ -23,7 +23,7 @@ BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba; its compil
 
 @dataclass(frozen=True)
 class Step:
-    """What becomes of one tensor of the checkpoint.
+    """What is done with one tensor of the checkpoint.
 
     Attributes:
         tensor: the tensor.
@@ -64,7 +64,7 @@ class Plan:
         named: the model class that the config names, of which `architecture` may be the base model.
         absent: parameters of that class that the checkpoint does not have.
         side: the files beside the weights.
-        renamed: what was taken off the names of the checkpoint's tensors.
+        renamed: prefixes that were taken off the names of the checkpoint's tensors.
     """
 
     steps: tuple[Step, ...]
@@ -116,7 +116,7 @@ class Plan:
         return sum(s.tensor.nbytes if s.target is None else -(-stored_bits(s.module()) // 8) for s in self.steps)
 
     def peak_memory(self) -> int:
-        """Expected peak of resident memory in bytes: the libraries, and what the largest tensor takes in all forms."""
+        """Expected peak of resident memory in bytes: the libraries, and the largest tensor in float and quantized."""
         largest = max((s.tensor.numel for s in self.quantized), default=0)
         copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
         return BASE_MEMORY + max(11 * largest, copied)
@@ -130,11 +130,13 @@ def make_plan(
     Raises:
         NothingToQuantizeError: no module would be quantized.
         CoverageError: less than `min_coverage` of the matrices would be.
-        RecipeError: a pattern of the recipe matches nothing.
+        RecipeError: a pattern of the recipe matches nothing, or it asks for embeddings or an output head that the model
+            does not have.
         SourceError: a tensor to quantize has a dtype that is no float.
     """
     quantizable = [r for r in names.destinations.values() if r.kind in ("linear", "conv1d", "embedding")]
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
+    _check_asked(recipe, names)
     steps, dropped, tied = [], {}, {}
     owners = set(names.tied.values())
     by_path = {r.path: r for r in names.destinations.values()}
@@ -193,6 +195,19 @@ def _decide(destination: Destination, owner: str, names: Names, recipe: Recipe) 
     if all(heads) or (destination.head and len(places) == 1):  # tied to a Linear of the body, it is one of the body
         return (recipe.default, "") if recipe.lm_head else (None, "output head")
     return recipe.default, ""
+
+
+def _check_asked(recipe: Recipe, names: Names) -> None:
+    """Raise RecipeError if the recipe is to quantize embeddings or an output head, and the model has none."""
+    shared = {*names.tied, *names.tied.values()}
+    matrices = [d for d in names.destinations.values() if d.kind in ("linear", "conv1d")]
+    embeddings = [d for d in names.destinations.values() if d.kind == "embedding"]
+    has_embedding = embeddings or any(names.kinds.get(path) == "embedding" for path in shared)
+    has_head = any(d.head for d in matrices) or not names.heads.isdisjoint(shared)
+    for key, found, what in (("embeddings", has_embedding, "embedding"), ("lm_head", has_head, "output head")):
+        if getattr(recipe, key) and not found:
+            option = f"--{key.replace('_', '-')}"
+            raise RecipeError(f"{key}, or {option}: {names.architecture} has no {what}; leave it out")
 
 
 def _check(plan: Plan, min_coverage: float) -> None:

@@ -24,12 +24,12 @@ Every key that a file can have::
       "lm_head": false          // quantize an output head that no rule matches
     }
 
-(A file is plain JSON, without the comments.) A pattern is matched against the module's path; ``*`` and ``?`` as in
-file names, and ``*`` crosses dots. A rule inherits from the default what it does not say. A rule that matches an
-embedding or the output head quantizes it, which the default does not. A key that means nothing for its codec is an
+(A file is plain JSON, without the comments.) A pattern is matched against the module's path, with ``*`` and ``?`` as in
+file names; ``*`` matches dots too. A rule inherits from the default the keys that it leaves out. A rule that matches an
+embedding or the output head quantizes it; the default alone does not. A key that means nothing for its codec is an
 error, and so is a pattern that matches no module.
 
-A rule's keys come before the command's options, these before the file's default, and that before what is built in.
+Precedence, highest first: a rule's keys, the command's options, the file's default, the built-in default.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from ..quantize import Target
 _TARGET_KEYS = {f.name for f in fields(Target)}
 _KEYS = ", ".join(sorted(_TARGET_KEYS))
 _MEANT_FOR = {  # key of a target -> the codecs that it means something for; keys that are not here mean it for all
-    "bits": ("bcq", "uniform"),
     "nested": ("bcq", "uniform"),
     "offset": ("bcq",),
     "solver": ("uniform",),
@@ -81,11 +80,11 @@ class Recipe:
     lm_head: bool = False
 
     def rule_for(self, path: str) -> Rule | None:
-        """The rule that decides about the module, or None for the default."""
+        """The first rule that matches the module, or None if the default applies."""
         return next((rule for rule in self.rules if fnmatch.fnmatchcase(path, rule.match)), None)
 
     def check_matches(self, paths: Iterable[str]) -> None:
-        """Raise RecipeError for a pattern that no module's path fits: it is a misprint."""
+        """Raise RecipeError for a pattern that matches no module's path: it is misspelt."""
         known = list(paths)
         for rule in self.rules:
             if not any(fnmatch.fnmatchcase(path, rule.match) for path in known):
@@ -106,8 +105,8 @@ def load_recipe(path: Path, base: Recipe = _BUILT_IN, options: Mapping[str, Any]
 
     Args:
         path: the file.
-        base: for what the file leaves open.
-        options: keys of :class:`Target`, and ``embeddings`` and ``lm_head``, that come before the file's default.
+        base: for keys that the file leaves out.
+        options: keys of :class:`Target`, and ``embeddings`` and ``lm_head``, that override the file's default.
 
     Raises:
         RecipeError: the file cannot be read, or has an unknown key or a bad value.
@@ -148,20 +147,18 @@ def make_target(settings: Mapping[str, Any], base: Target) -> Target:
     """`base` with `settings`; raises SchemeError for a bad value, and for a setting that the codec would ignore."""
     codec = settings.get("codec", base.codec)
     settings = dict(settings)
-    if codec == "codebook":  # which has none; the default's are not meant for it
+    if codec == "codebook":  # bits and nested precisions of the default are not meant for it
+        settings.setdefault("bits", Target().bits)
         settings.setdefault("nested", ())
     target = replace(base, **settings)
     for key, codecs in _MEANT_FOR.items():
-        if key not in settings or codec in codecs or _says_the_same(key, settings[key], target):
+        no_nested = key == "nested" and settings.get(key) == ()  # a codebook may say that it has none
+        if key not in settings or codec in codecs or no_nested:
             continue
-        found = f"a codebook has the bits of its table, {target.bits}" if key == "bits" else f"codec is {codec!r}"
-        raise SchemeError(f"{key} is for {' and '.join(codecs)}, and {found}: leave {key} out, or choose another codec")
+        raise SchemeError(
+            f"{key} is for {' and '.join(codecs)}, and codec is {codec!r}: leave {key} out, or choose another codec"
+        )
     return target
-
-
-def _says_the_same(key: str, value: Any, target: Target) -> bool:
-    """Whether a codebook has the value anyway: no nested precisions, or the bits of its table."""
-    return target.codec == "codebook" and key in ("bits", "nested") and value == getattr(target, key)
 
 
 def _rule(obj: Any, default: Target, where: str) -> Rule:

@@ -1,11 +1,11 @@
 """One low-bit model, many tasks: a bit-plane format for Hugging Face models.
 
-Importing this package registers the format with transformers and costs next to nothing: torch, transformers
-and numba are imported by the names below when these are first used. Importing torch does the same, where this package
-is installed (see :mod:`.integrations.registration`).
+Importing this package registers the format with transformers and costs next to nothing: torch, transformers and numba
+are imported when a name below is first used. Where this package is installed, importing torch registers the format too
+(see :mod:`.integrations.registration`).
 
-Public are the names in ``__all__`` and the modules that the pages in ``docs/`` describe: a public name that is to go
-gives a DeprecationWarning, which says what takes its place, for two minor releases before it does.
+Public are the names in ``__all__``, :mod:`.testing` and :mod:`.errors`, and the commands with their options. A public
+name is taken away only after one minor release in which its use gives a DeprecationWarning.
 """
 
 from __future__ import annotations

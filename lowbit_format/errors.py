@@ -117,6 +117,10 @@ class LoadError(LowbitError):
     """A model could not be built from a lowbit directory."""
 
 
+class ShapeError(LowbitError, ValueError):
+    """A tensor given to an operator does not fit the matrix or the batch."""
+
+
 class UnsupportedOperationError(LowbitError):
     """An operation that a weight stored as bit-planes does not support."""
 

@@ -65,19 +65,19 @@ def diff(
 
 
 class _Model(Protocol):
-    """One side of a comparison. Paths of modules and names of other tensors are those of the lowbit file."""
+    """One side of a comparison. Module paths and names of other tensors are those of a lowbit file."""
 
     def scheme(self, path: str) -> str | None:
         """How the module at `path` is stored, in words; None if there is none."""
 
     def decode(self, path: str) -> NDArray[np.float32]:
-        """Its weight, float32 ``[rows, cols]`` (or ``[experts, rows, cols]``)."""
+        """The weight of the module at `path`, float32 ``[rows, cols]`` (or ``[experts, rows, cols]``)."""
 
     def others(self, modules: set[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Dtype and shape of every tensor that belongs to none of `modules`, by name."""
 
     def raw(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of such a tensor."""
+        """The bytes of a tensor of :meth:`others`."""
 
 
 class _LowbitModel:
@@ -102,7 +102,7 @@ class _LowbitModel:
 
 
 class _FloatModel:
-    """A Hugging Face checkpoint, seen as what converting it would store (needs torch and transformers)."""
+    """A Hugging Face checkpoint, with the module paths of its conversion (needs torch and transformers)."""
 
     def __init__(self, directory: Path) -> None:
         from ..converters.huggingface import open_checkpoint

@@ -62,12 +62,14 @@ def base_card(
 pip install lowbit-format
 ```
 ```python
-import lowbit_format  # registers the format with transformers; without this line the weights would be RANDOM
+import lowbit_format
 
 model = lowbit_format.from_pretrained("{place}"){comment}
 ```
 
-After the import, `from_pretrained` of transformers' own classes works too.
+`from_pretrained` of transformers' own classes works too, without that import: torch registers the format by itself.
+Only where `TORCH_DEVICE_BACKEND_AUTOLOAD=0` is set, `import lowbit_format` before loading: without it transformers
+would load **random** weights.
 
 {sections}"""
     ).rstrip() + "\n"

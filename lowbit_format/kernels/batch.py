@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from ..errors import ShapeError
 from .matrix import PlaneMatrix, with_delta
 
 WeightGrad = TypeVar("WeightGrad")  # the gradient of a weight, in whatever type a backend's decoder takes it
@@ -99,34 +100,48 @@ def grads_of_sums(w: PlaneMatrix, signed: Tensor, total: Tensor) -> tuple[Tensor
     return (code - zero * total)[None], None if w.zeros is None else -total * w.scales[0].float()
 
 
-def check_tasks(scales: tuple[int, int, int], deltas: Tensor, task_ids: Tensor | None, batch: int) -> None:
-    """Check shapes before a kernel, which checks no bounds.
+def check_linear(
+    x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None
+) -> None:
+    """Check the shapes of a product's arguments (:meth:`.operators.Backend.linear`); kernels check no bounds.
+
+    Raises:
+        ShapeError: `x` or the bias does not fit the matrix, or as :func:`check_tasks`.
+    """
+    if x.shape[-1] != w.cols:
+        raise ShapeError(f"expected an input of {w.cols} columns for this matrix, found {list(x.shape)}")
+    if bias is not None and bias.shape != (w.rows,):
+        raise ShapeError(f"expected a bias of {w.rows} numbers for this matrix, found {list(bias.shape)}")
+    if deltas is not None:
+        check_tasks(w, deltas, task_ids, x.numel() // w.cols)
+
+
+def check_tasks(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, batch: int) -> None:
+    """Check the shapes of deltas and task ids; kernels check no bounds.
 
     Args:
-        scales: planes, rows and groups of the matrix's scales.
         batch: rows of the flattened input.
 
     Raises:
-        ValueError: deltas do not fit the scales, or task ids the batch.
+        ShapeError: deltas do not fit the scales of `w`, or task ids the batch.
     """
-    planes, rows, groups = scales
-    shape = (len(deltas), min(deltas.shape[1], planes), rows, groups)[: deltas.dim()]
-    if tuple(deltas.shape) != shape:
-        raise ValueError(f"expected deltas {list(shape)} for this matrix, found {list(deltas.shape)}")
-    if task_ids is not None and task_ids.numel() != batch:
-        raise ValueError(f"expected a task for each of {batch} rows, found {task_ids.numel()}")
+    if deltas is None:
+        return
+    planes, rows, groups = w.scales.shape
+    found = deltas.shape
+    if not 3 <= len(found) <= 4 or found[1] > planes or found[2:] != (rows, groups)[: len(found) - 2]:
+        raise ShapeError(
+            f"expected deltas [tasks, up to {planes}, {rows}] or [tasks, up to {planes}, {rows}, {groups}] for this "
+            f"matrix, found {list(found)}"
+        )
+    if task_ids is not None and task_ids.shape != (batch,):
+        raise ShapeError(f"expected a task for each of {batch} rows, found {list(task_ids.shape)}")
 
 
 def check_task_ids(deltas: Tensor, task_ids: Tensor) -> None:
     """Raise IndexError for a task without deltas. It reads a value: on a GPU that would wait for the device."""
     if task_ids.numel() and int(task_ids.max()) >= len(deltas):
         raise IndexError(f"task {int(task_ids.max())} of {len(deltas)}")
-
-
-def check_bias(rows: int, bias: Tensor | None) -> None:
-    """Check the bias before a kernel, which checks no bounds; raises ValueError unless it is ``[rows]``."""
-    if bias is not None and bias.numel() != rows:
-        raise ValueError(f"expected a bias of {rows} numbers, found {list(bias.shape)}")
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import ParamGrads, Rows, each_task, no_autocast, sum_over_tasks
+from .batch import ParamGrads, Rows, check_linear, check_tasks, each_task, no_autocast, sum_over_tasks
 from .matrix import PlaneMatrix, select_rows, with_delta
 
 Decoder = Callable[[PlaneMatrix], Tensor]  # gives the weight, float32 [rows, cols] (DEC-1 to DEC-4)
@@ -23,6 +23,7 @@ DecoderGrads = Callable[[PlaneMatrix, RowGrads], tuple[Tensor, Tensor | None]]  
 
 def dequantize(w: PlaneMatrix, deltas: Tensor | None, dtype: torch.dtype, *, decode: Decoder) -> Tensor:
     """The weight ``[rows, cols]``, rounded once to `dtype` (DEC-5); with `deltas`, that of task 0."""
+    check_tasks(w, deltas, None, 0)
     return decode(w if deltas is None else with_delta(w, deltas[0])).to(dtype).contiguous()
 
 
@@ -44,6 +45,7 @@ def linear(
     decode: Decoder,
 ) -> Tensor:
     """``x @ weight.T + bias`` with the weight in the dtype of `x`: ``[..., cols]`` to ``[..., rows]``."""
+    check_linear(x, w, bias, deltas, task_ids)
     flat, bias = x.reshape(-1, w.cols), None if bias is None else bias.to(x.dtype)
     out = x.new_empty(flat.shape[0], w.rows)
     with no_autocast(x):
@@ -96,6 +98,7 @@ def embedding(
     select: RowSelector = select_rows,
 ) -> Tensor:
     """Rows `ids` (integers ``[...]``) of the weight in `dtype`, ``[..., cols]``; no other row is decoded."""
+    check_tasks(w, deltas, task_ids, ids.numel())
     flat = ids.reshape(-1).long()
     out = torch.empty(flat.shape[0], w.cols, dtype=dtype, device=ids.device)
     for rows, mine in each_task(w, deltas, task_ids):

@@ -1,4 +1,4 @@
-"""Products of many rows of x: the weight is decoded one chunk of rows at a time, for the library's matrix product.
+"""Products of many rows of x: the weight is decoded one chunk of rows at a time, for ``torch.mm``.
 
 A backend decides how to decode and how large a chunk is. It passes a function `chunks`, which yields the first row of
 each chunk, the row after its last, and its weight ``[rows of the chunk, cols]`` in a dtype. The next chunk may reuse

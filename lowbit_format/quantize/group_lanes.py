@@ -1,12 +1,11 @@
 """Sixteen groups side by side: the loops that all solvers share.
 
-A *block* holds `LANES` groups, one in each lane: ``x[c, l]`` is column `c` of group `l`. Every operation
-is then the same in all lanes, so that it runs in vector registers, needs no horizontal sums, and gives the
-same bits on every machine whatever the width of its registers.
+A *block* holds `LANES` groups, one in each lane: ``x[c, l]`` is column `c` of group `l`. Every operation is the same in
+all lanes. So it runs in SIMD registers, needs no sums across lanes, and gives the same bits on every machine, however
+wide its registers are.
 
-The two innermost loops are LLVM vector code emitted through Numba intrinsics, since Numba keeps no array in
-registers: :func:`sums_above` (statistics of an assignment) and :func:`codes_of` (the assignment). The code names
-no instruction set; LLVM lowers ``<16 x float>`` to what the machine has.
+The innermost loops are Numba intrinsics made with :mod:`..machine.llvm`: :func:`sums_above` (statistics of an
+assignment), :func:`codes_of` (the assignment), and products, signs and exchanges of single rows of lanes.
 """
 
 from __future__ import annotations
@@ -20,93 +19,72 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..bits import U8
-from ..machine.llvm import I8, I64, LANES, VECTOR_F32, VECTOR_I8, loop
+from ..machine.llvm import I8, I64, LANES, VECTOR_F32, VECTOR_I8, ZERO, array_address, at, load, loop, splat, store
 from ..machine.threads import parallel_rows
 
+ROW_F32, ROW_I8 = 4 * LANES, LANES  # bytes of a row of lanes
 _TOGETHER = 4  # thresholds held in registers at a time: 8 accumulators
 
 
-def _load(builder: Any, pointer: Any, index: Any, align: int = 4) -> Any:
-    value = builder.load(builder.gep(pointer, [index]))
-    value.align = align
-    return value
-
-
 @intrinsic
-def _sums_above(typingctx, x, w, wx, cols, mids, quads, weights, sums):
-    """See :func:`sums_above`; arguments are addresses, `quads` counts thresholds in fours."""
-    signature = types.void(*[types.uint64] * 3, types.int64, types.uint64, types.int64, *[types.uint64] * 2)
+def _sums_above(typingctx, x, w, wx, mids, weights, sums):
+    """See :func:`sums_above`."""
 
     def codegen(context, builder, signature, args):
-        px, pw, pwx, pm, pout_w, pout_s = (
-            builder.inttoptr(args[i], VECTOR_F32.as_pointer()) for i in (0, 1, 2, 4, 6, 7)
-        )
-        zero = ir.Constant(VECTOR_F32, [0.0] * LANES)
+        px, pw, pwx, pmids, pweights, psums = _addresses(context, builder, signature, args)
+        cols, fours = _length(context, builder, signature, args, 0), _length(context, builder, signature, args, 3)
+        fours = builder.sdiv(fours, I64(_TOGETHER))
 
         def four(q: Any, _: list[Any]) -> list[Any]:
-            base = builder.mul(q, I64(_TOGETHER))
-            at = [builder.add(base, I64(t)) for t in range(_TOGETHER)]
-            mid = [_load(builder, pm, a) for a in at]
+            offset = builder.mul(q, I64(_TOGETHER * ROW_F32))
+            mid = [load(builder, at(builder, pmids, (1, offset), (t, ROW_F32)), VECTOR_F32) for t in range(_TOGETHER)]
 
             def column(c: Any, acc: list[Any]) -> list[Any]:
-                vx, vw, vwx = (_load(builder, p, c) for p in (px, pw, pwx))
+                vx, vw, vwx = (load(builder, at(builder, p, (c, ROW_F32)), VECTOR_F32) for p in (px, pw, pwx))
                 out = []
                 for t in range(_TOGETHER):
                     above = builder.fcmp_ordered(">=", vx, mid[t])
-                    out.append(builder.fadd(acc[2 * t], builder.select(above, vw, zero)))
-                    out.append(builder.fadd(acc[2 * t + 1], builder.select(above, vwx, zero)))
+                    out.append(builder.fadd(acc[2 * t], builder.select(above, vw, ZERO)))
+                    out.append(builder.fadd(acc[2 * t + 1], builder.select(above, vwx, ZERO)))
                 return out
 
-            acc = loop(builder, args[3], column, [zero] * (2 * _TOGETHER))
+            acc = loop(builder, cols, column, [ZERO] * (2 * _TOGETHER))
             for t in range(_TOGETHER):
-                builder.store(acc[2 * t], builder.gep(pout_w, [at[t]])).align = 4
-                builder.store(acc[2 * t + 1], builder.gep(pout_s, [at[t]])).align = 4
+                store(builder, acc[2 * t], at(builder, pweights, (1, offset), (t, ROW_F32)))
+                store(builder, acc[2 * t + 1], at(builder, psums, (1, offset), (t, ROW_F32)))
             return []
 
-        loop(builder, args[5], four, [])
+        loop(builder, fours, four, [])
         return context.get_dummy_value()
 
-    return signature, codegen
+    return types.void(x, w, wx, mids, weights, sums), codegen
 
 
 @intrinsic
-def _codes_of(typingctx, x, cols, mids, steps, codes, out):
-    """See :func:`codes_of`; arguments are addresses, `steps` counts thresholds."""
-    signature = types.void(types.uint64, types.int64, types.uint64, types.int64, types.uint64, types.uint64)
+def _codes_of(typingctx, x, mids, codes, steps, out):
+    """See :func:`codes_of`; `steps` is an int64."""
 
     def codegen(context, builder, signature, args):
-        px, pm = (builder.inttoptr(args[i], VECTOR_F32.as_pointer()) for i in (0, 2))
-        pc, pout = (builder.inttoptr(args[i], VECTOR_I8.as_pointer()) for i in (4, 5))
-        first = _load(builder, pc, I64(0), 1)
+        px, pmids, pcodes, pout = (_address(context, builder, signature, args, i) for i in (0, 1, 2, 4))
+        cols, steps = _length(context, builder, signature, args, 0), args[3]
+        first = load(builder, pcodes, VECTOR_I8, 1)
 
         def column(c: Any, _: list[Any]) -> list[Any]:
-            vx = _load(builder, px, c)
+            vx = load(builder, at(builder, px, (c, ROW_F32)), VECTOR_F32)
 
             def step(i: Any, code: list[Any]) -> list[Any]:
-                above = builder.fcmp_ordered(">=", vx, _load(builder, pm, i))
-                following = _load(builder, pc, builder.add(i, I64(1)), 1)
+                above = builder.fcmp_ordered(">=", vx, load(builder, at(builder, pmids, (i, ROW_F32)), VECTOR_F32))
+                following = load(builder, at(builder, pcodes, (i, ROW_I8), (1, ROW_I8)), VECTOR_I8, 1)
                 return [builder.select(above, following, code[0])]
 
-            (code,) = loop(builder, args[3], step, [first])
-            builder.store(code, builder.gep(pout, [c])).align = 1
+            (code,) = loop(builder, steps, step, [first])
+            store(builder, code, at(builder, pout, (c, ROW_I8)), 1)
             return []
 
-        loop(builder, args[1], column, [])
+        loop(builder, cols, column, [])
         return context.get_dummy_value()
 
-    return signature, codegen
-
-
-def _row(context: Any, builder: Any, signature: Any, args: Any, i: int, vector: Any) -> Any:
-    """Vector pointer to the data of array argument `i`, a row of LANES elements."""
-    array = context.make_array(signature.args[i])(context, builder, args[i])
-    return builder.bitcast(array.data, vector.as_pointer())
-
-
-def _get(builder: Any, pointer: Any, align: int = 4) -> Any:
-    value = builder.load(pointer)
-    value.align = align
-    return value
+    return types.void(x, mids, codes, types.int64, out), codegen
 
 
 @intrinsic
@@ -118,9 +96,9 @@ def add_product(typingctx, out, a, b):
     """
 
     def codegen(context, builder, signature, args):
-        po, pa, pb = (_row(context, builder, signature, args, i, VECTOR_F32) for i in range(3))
-        total = builder.fadd(_get(builder, po), builder.fmul(_get(builder, pa), _get(builder, pb)))
-        builder.store(total, po).align = 4
+        pout, pa, pb = _addresses(context, builder, signature, args)
+        vout, va, vb = (load(builder, p, VECTOR_F32) for p in (pout, pa, pb))
+        store(builder, builder.fadd(vout, builder.fmul(va, vb)), pout)
         return context.get_dummy_value()
 
     return types.void(out, a, b), codegen
@@ -128,11 +106,11 @@ def add_product(typingctx, out, a, b):
 
 @intrinsic
 def set_product(typingctx, out, a, b):
-    """``out = a * b`` over one row of lanes."""
+    """``out = a * b`` over one row of lanes: three float32 ``[LANES]`` arrays."""
 
     def codegen(context, builder, signature, args):
-        po, pa, pb = (_row(context, builder, signature, args, i, VECTOR_F32) for i in range(3))
-        builder.store(builder.fmul(_get(builder, pa), _get(builder, pb)), po).align = 4
+        pout, pa, pb = _addresses(context, builder, signature, args)
+        store(builder, builder.fmul(load(builder, pa, VECTOR_F32), load(builder, pb, VECTOR_F32)), pout)
         return context.get_dummy_value()
 
     return types.void(out, a, b), codegen
@@ -143,15 +121,12 @@ def set_signs(typingctx, out, code, mask):
     """``out = 1 where code & mask, else -1`` over one row of lanes: float32, uint8 ``[LANES]``, and a uint8."""
 
     def codegen(context, builder, signature, args):
-        po = _row(context, builder, signature, args, 0, VECTOR_F32)
-        codes = _get(builder, _row(context, builder, signature, args, 1, VECTOR_I8), 1)
+        pout, pcode = (_address(context, builder, signature, args, i) for i in (0, 1))
         mask_value = builder.trunc(args[2], I8) if args[2].type.width > 8 else args[2]
-        masks = ir.Constant(VECTOR_I8, ir.Undefined)
-        for lane in range(LANES):
-            masks = builder.insert_element(masks, mask_value, ir.IntType(32)(lane))
-        bit = builder.icmp_unsigned("!=", builder.and_(codes, masks), ir.Constant(VECTOR_I8, [0] * LANES))
-        signs = builder.select(bit, ir.Constant(VECTOR_F32, [1.0] * LANES), ir.Constant(VECTOR_F32, [-1.0] * LANES))
-        builder.store(signs, po).align = 4
+        masked = builder.and_(load(builder, pcode, VECTOR_I8, 1), splat(builder, mask_value))
+        bit = builder.icmp_unsigned("!=", masked, ir.Constant(VECTOR_I8, [0] * LANES))
+        one, minus_one = (ir.Constant(VECTOR_F32, [sign] * LANES) for sign in (1.0, -1.0))
+        store(builder, builder.select(bit, one, minus_one), pout)
         return context.get_dummy_value()
 
     return types.void(out, code, mask), codegen
@@ -165,48 +140,64 @@ def order(typingctx, level_a, level_b, code_a, code_b):
     """
 
     def codegen(context, builder, signature, args):
-        pla, plb = (_row(context, builder, signature, args, i, VECTOR_F32) for i in (0, 1))
-        pca, pcb = (_row(context, builder, signature, args, i, VECTOR_I8) for i in (2, 3))
-        la, lb, ca, cb = _get(builder, pla), _get(builder, plb), _get(builder, pca, 1), _get(builder, pcb, 1)
+        pla, plb, pca, pcb = _addresses(context, builder, signature, args)
+        la, lb = (load(builder, p, VECTOR_F32) for p in (pla, plb))
+        ca, cb = (load(builder, p, VECTOR_I8, 1) for p in (pca, pcb))
         tie = builder.and_(builder.fcmp_ordered("==", la, lb), builder.icmp_unsigned(">", ca, cb))
         swap = builder.or_(builder.fcmp_ordered(">", la, lb), tie)
-        builder.store(builder.select(swap, lb, la), pla).align = 4
-        builder.store(builder.select(swap, la, lb), plb).align = 4
-        builder.store(builder.select(swap, cb, ca), pca).align = 1
-        builder.store(builder.select(swap, ca, cb), pcb).align = 1
+        store(builder, builder.select(swap, lb, la), pla)
+        store(builder, builder.select(swap, la, lb), plb)
+        store(builder, builder.select(swap, cb, ca), pca, 1)
+        store(builder, builder.select(swap, ca, cb), pcb, 1)
         return context.get_dummy_value()
 
     return types.void(level_a, level_b, code_a, code_b), codegen
+
+
+def _address(context: Any, builder: Any, signature: Any, args: Any, i: int) -> Any:
+    """Address of the first element of array argument `i`."""
+    return array_address(context, builder, signature.args[i], args[i])
+
+
+def _addresses(context: Any, builder: Any, signature: Any, args: Any) -> list[Any]:
+    """Address of the first element of each argument; all are arrays."""
+    return [_address(context, builder, signature, args, i) for i in range(len(args))]
+
+
+def _length(context: Any, builder: Any, signature: Any, args: Any, i: int) -> Any:
+    """First dimension of array argument `i`, an int64."""
+    array = context.make_array(signature.args[i])(context, builder, args[i])
+    return builder.extract_value(array.shape, 0)
 
 
 @numba.njit(nogil=True, cache=True)
 def sums_above(x, w, wx, mids, weights, sums):
     """Sums over the columns above each threshold, for every lane.
 
-    ``weights[t]`` is the sum of w, ``sums[t]`` that of wx, over columns with ``x >= mids[t]``.
+    ``weights[t]`` is the sum of `w`, ``sums[t]`` that of `wx`, over columns with ``x >= mids[t]``.
 
-    x, w, wx are float32 ``[cols, LANES]``; mids, weights, sums are float32 ``[T, LANES]``, T a multiple of 4 (pad
-    with inf).
+    Args:
+        x, w, wx: float32 ``[cols, LANES]``.
+        mids: float32 ``[T, LANES]``; T is a multiple of 4, pad with inf.
+        weights, sums: float32 ``[T, LANES]``, written.
     """
-    _sums_above(
-        np.uint64(x.ctypes.data), np.uint64(w.ctypes.data), np.uint64(wx.ctypes.data), np.int64(x.shape[0]),
-        np.uint64(mids.ctypes.data), np.int64(mids.shape[0] // 4), np.uint64(weights.ctypes.data),
-        np.uint64(sums.ctypes.data),
-    )  # fmt: skip
+    _sums_above(x, w, wx, mids, weights, sums)
 
 
 @numba.njit(nogil=True, cache=True)
 def codes_of(x, mids, codes, steps, out):
     """Code of the nearest level: ``out[c] = codes[number of the first `steps` mids that are <= x[c]]`` in every lane.
 
-    x float32 ``[cols, LANES]``; mids float32 ``[>= steps, LANES]`` ascending; codes uint8 ``[steps + 1, LANES]`` in
-    the order of
-    their levels; out uint8 ``[cols, LANES]``. A weight on a midpoint gets the larger level (ENC-1).
+    A weight on a midpoint gets the larger level (ENC-1).
+
+    Args:
+        x: float32 ``[cols, LANES]``.
+        mids: float32 ``[>= steps, LANES]``, ascending.
+        codes: uint8 ``[steps + 1, LANES]``, in the order of their levels.
+        steps: number of thresholds.
+        out: uint8 ``[cols, LANES]``, written.
     """
-    _codes_of(
-        np.uint64(x.ctypes.data), np.int64(x.shape[0]), np.uint64(mids.ctypes.data), np.int64(steps),
-        np.uint64(codes.ctypes.data), np.uint64(out.ctypes.data),
-    )  # fmt: skip
+    _codes_of(x, mids, codes, steps, out)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -12,13 +12,18 @@ from ..schema import MAX_DIMENSION, SCALE_DTYPES, Scheme, is_int
 from . import codebook, uniform
 
 
+class _Unchosen(int):
+    """Bits that were left out. Those of a codebook's table take their place, also in ``dataclasses.replace``."""
+
+
 @dataclass(frozen=True)
 class Target:
     """How to quantize one matrix.
 
     Attributes:
         codec: ``"bcq"``, ``"uniform"`` or ``"codebook"``.
-        bits: number of planes, 1 to 8 (of a codebook: set by the size of its table).
+        bits: number of planes, 1 to 8; 4 if left out. A codebook has the bits of its table: leave them out, or give the
+            same.
         group_size: number of columns that share parameters; 0 is the whole row.
         offset: bcq only: fit an offset for each group.
         nested: bcq and uniform: lower precisions that get their own parameters.
@@ -30,7 +35,7 @@ class Target:
     """
 
     codec: str = "bcq"
-    bits: int = 4
+    bits: int = _Unchosen(4)
     group_size: int = 128
     offset: bool = True
     nested: tuple[int, ...] = ()
@@ -64,11 +69,6 @@ class Target:
         check(isinstance(self.nested, (tuple, list)), f"nested is {self.nested!r}, expected several precisions: (2, 3)")
         for key in ("offset", "recognise"):
             check(isinstance(getattr(self, key), bool), f"{key} is {getattr(self, key)!r}, expected true or false")
-        check(
-            all(is_int(k) and 1 <= k < self.bits for k in self.nested),
-            f"nested is {list(self.nested)}, expected precisions from 1 to bits - 1 = {self.bits - 1}",
-        )
-        object.__setattr__(self, "nested", tuple(sorted(set(self.nested))))
         if self.codec == "codebook":
             check(not self.nested, "a codebook has no nested precisions")
             if isinstance(self.table, str):
@@ -83,7 +83,17 @@ class Target:
                     bool(np.isfinite(values.astype(np.float32)).all()), "the table has a value that float32 cannot hold"
                 )
                 check(len(set(values)) > 1, "the table has one value only")
-            object.__setattr__(self, "bits", codebook.table_bits(self.values()))
+            own = codebook.table_bits(self.values())
+            check(
+                isinstance(self.bits, _Unchosen) or self.bits == own,
+                f"bits is {self.bits}, and a codebook has the bits of its table, {own}: leave bits out",
+            )
+            object.__setattr__(self, "bits", _Unchosen(own))
+        check(
+            all(is_int(k) and 1 <= k < self.bits for k in self.nested),
+            f"nested is {list(self.nested)}, expected precisions from 1 to bits - 1 = {self.bits - 1}",
+        )
+        object.__setattr__(self, "nested", tuple(sorted(set(self.nested))))
 
     def values(self) -> list[float]:
         """The values of the table of a codebook target."""

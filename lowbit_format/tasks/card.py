@@ -98,7 +98,7 @@ def _loading(
 pip install lowbit-format
 ```
 ```python
-import lowbit_format as lb  # registers the format: without this line transformers would load RANDOM weights{imported}
+import lowbit_format as lb{imported}
 
 model = {load}
 {task}

@@ -76,8 +76,8 @@ def _only_inside(model: Any) -> Any:
         raise TaskError(f"this {kind} was loaded from a lowbit model, but none of its own modules is quantized")
     if "lowbit" in str(getattr(getattr(model, "config", None), "quantization_config", "")):
         raise TaskError(
-            f"this {kind} has the config of a lowbit model but no lowbit modules, as if loaded before `import "
-            "lowbit_format`: its weights are RANDOM. Load it with from_pretrained, after that import"
+            f"this {kind} has the config of a lowbit model but no lowbit modules, as if transformers did not know the "
+            "format: its weights are RANDOM. Load it with from_pretrained after `import lowbit_format`"
         )
     raise TaskError(
         f"a {kind} is no lowbit model: load one with from_pretrained from a directory that convert_hf_to_lowbit wrote"

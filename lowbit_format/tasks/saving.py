@@ -34,21 +34,21 @@ def save_task(
 
     Args:
         model: a lowbit model, also inside of DDP or ``torch.compile``.
-        directory: made if it is not there; a bundle that it holds is replaced. A ``README.md`` of something else stays.
+        directory: made if it does not exist. A bundle in it is replaced; a ``README.md`` that is no task's card stays.
         name: which task; by default the active one.
         dtype: of the deltas in the file. ``"float32"`` keeps them exactly; ``"float16"`` and ``"bfloat16"`` halve the
-            file, and the card says what that loses.
-        base_model, revision: where people find the base; by default where this model came from.
+            file, and the card says what is lost.
+        base_model, revision: Hub id and revision of the base; by default where this model was loaded from.
         metrics: results to put on the card.
         **card: more for the card: ``dataset`` (Hub id), ``language``, ``license``, ``notes`` (Markdown), and
-            ``repo_id`` and ``subfolder`` where the bundle is going to be.
+            ``repo_id`` and ``subfolder`` of the place that the bundle will be pushed to.
 
     Returns:
         `directory`.
 
     Raises:
-        TaskError: no task is active, the named one is not loaded, an unknown `dtype`, or a directory with a model.
-        BundleError: a delta is not finite, or does not fit into `dtype`. OutputError: the disk refuses.
+        TaskError: no task is active, the named one is not loaded, an unknown `dtype`, or `directory` holds a model.
+        BundleError: a delta is not finite, or does not fit into `dtype`. OutputError: the files cannot be written.
     """
     _check_dtype(dtype)
     bundle = bundle_of(model, name, base_model=base_model, revision=revision)
@@ -112,7 +112,7 @@ def _check_dtype(dtype: str) -> None:
 
 
 def _labels(model: Any) -> int | None:
-    """How many labels the model's head tells apart, if that is not what transformers takes for granted."""
+    """Number of labels of a classifier's head, or None if it is transformers' default, 2, or the head has none."""
     labels = getattr(model.config, "num_labels", 2)
     return labels if labels != 2 and "Classification" in type(model).__name__ else None
 

@@ -1,6 +1,6 @@
 """Tasks of a model in memory: load, choose, mix in one batch, list, unload.
 
-A loaded task takes the memory of its deltas (and of a copy of its head), nothing else; planes are never touched.
+A loaded task takes memory for its deltas and a copy of its head. Planes are never changed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .operations import split_delta
 log = logging.getLogger(__name__)
 
 
-# Sequence before batch, or one relative-position table through projections that tasks change.
+# The batch is not the first axis, or projections that tasks change are applied to one table of relative positions.
 NOT_BATCH_FIRST = ("longformer", "led", "xlnet", "fsmt", "deberta", "deberta-v2")
 
 
@@ -49,18 +49,18 @@ def load_task(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> str:
-    """Load a task's bundle beside the tasks that `model` has. It is chosen by :func:`set_task` or :func:`use_tasks`.
+    """Load a task's bundle into `model`, beside its other tasks. :func:`set_task` or :func:`use_tasks` makes it active.
 
     Args:
         model: a loaded lowbit model.
         source: directory, Hub id, or a bundle in memory.
-        name: to choose it by; by default the last part of `subfolder` or `source`.
+        name: of the task in this model; by default the last part of `subfolder` or `source`.
         subfolder: of the directory or repository.
         revision: branch, tag or commit on the Hub.
         token: of the Hub; by default the saved one.
         cache_dir: of the Hub's files; by default that of huggingface_hub.
-        local_files_only: take it from the cache and do not ask the Hub.
-        force_download: get it from the Hub again, whatever the cache holds.
+        local_files_only: read the cache and do not ask the Hub.
+        force_download: download again, whatever the cache holds.
 
     Returns:
         The name.
@@ -68,7 +68,7 @@ def load_task(
     Raises:
         TaskError: the name is taken, or the bundle has a head that the model does not have.
         FingerprintError: it was tuned on another base. PrecisionError, BundleError: another precision, a delta that
-            does not fit, a damaged or ill-formed bundle (TSK and MAT rules). HubError: it cannot be had.
+            does not fit, a damaged or ill-formed bundle (TSK and MAT rules). HubError: it cannot be downloaded.
     """
     model = unwrapped(model)
     state = state_of(model)
@@ -116,8 +116,8 @@ def load_task(
 def set_task(model: Any, name: Name) -> None:
     """Compute with task `name`, or with the base (None), wherever no :func:`use_tasks` block says otherwise.
 
-    Takes effect for all threads, also for one that is computing: a server with several chooses by :func:`use_tasks`.
-    Raises TaskError if the task is not loaded.
+    Takes effect for all threads, also for one that is computing: a server with several threads uses :func:`use_tasks`
+    instead. Raises TaskError if the task is not loaded.
     """
     model = unwrapped(model)
     state = state_of(model)
@@ -130,11 +130,11 @@ def set_task(model: Any, name: Name) -> None:
 
 @contextlib.contextmanager
 def use_tasks(model: Any, tasks: Sequence[Name] | Name) -> Iterator[None]:
-    """Inside the block, compute each row of a batch with a task of its own.
+    """Inside the block, compute each row of a batch with the task given for it.
 
-    Only the thread (or asyncio task) that opens the block is concerned: one that is started inside, such as
-    ``generate`` for a ``TextIteratorStreamer``, opens its own. A backward pass belongs into the block too. Rows may
-    multiply, as in beam search, if those of one input stay together.
+    The block holds for the thread (or asyncio task) that opens it. A thread started inside, such as that of
+    ``generate`` for a ``TextIteratorStreamer``, opens its own block. The backward pass has to run inside the block too.
+    Rows may be repeated, as in beam search, if those of one input stay together.
 
     Args:
         model: a lowbit model.
@@ -165,7 +165,7 @@ def list_tasks(model: Any) -> list[LoadedTask]:
 
 
 def unload_task(model: Any, name: str) -> None:
-    """Forget a task and free its memory; what is being trained too. Raises TaskError if it is not loaded."""
+    """Remove a task and free its memory, also one in training. Raises TaskError if it is not loaded."""
     model = unwrapped(model)
     state = state_of(model)
     if name is None:
@@ -184,7 +184,7 @@ def unload_task(model: Any, name: str) -> None:
 
 
 def _deltas(bundle: TaskBundle, modules: dict[str, Any]) -> dict[str, Delta]:
-    """Deltas by the names of modules, without those of modules that the model's class lacks, which a warning names."""
+    """Deltas by module name. Those of modules that the model's class lacks are left out, with a warning."""
     found, missing = dict[str, Delta](), set[str]()
     for name, values in bundle.deltas.items():
         module, operation = split_delta(name)

@@ -48,8 +48,8 @@ def push_task_to_hub(
         repo_id, subfolder, revision, private, token, commit_message, create_pr, tag: see
             :func:`lowbit_format.tasks.repository.push_task`.
         name: which of the model's tasks; by default the active one.
-        base_model: Hub id of the base, where people will find it; by default what the model or bundle says.
-        metrics: what the task reached, by name, for the card.
+        base_model: Hub id of the base; by default the one that the model or bundle names.
+        metrics: results of the task by name, for the card.
         dtype: of a model's deltas in the file, as in ``save_task``.
         **card_options: ``dataset``, ``language``, ``license`` and ``notes`` of :func:`.card.task_card`.
 
@@ -99,7 +99,7 @@ def push_task_to_hub(
 
 
 def _published(config: TaskConfig, base_model: str | None, repo_id: str) -> TaskConfig:
-    """`config` with the base's id on the Hub, or with none in place of a path here, which is of no use to others."""
+    """`config` with the base's id on the Hub; a local path, of no use to others, is replaced by None."""
     base = base_model or config.base_model_name_or_path
     if base is not None and not is_hub_id(base):
         log.warning("%s: give the base's id on the Hub (base_model=, --base-model), for people to find it", repo_id)

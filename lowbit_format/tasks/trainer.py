@@ -19,10 +19,10 @@ WEIGHTS_FILE = "model.safetensors"  # what the Trainer looks for in a checkpoint
 class TaskCallback(transformers.TrainerCallback):
     """Give it to the ``Trainer`` that trains a model after :func:`prepare_scale_tuning`.
 
-    A checkpoint, and what ``trainer.save_model`` writes, then holds the task's bundle, which ``load_task`` reads as it
-    does any other, and beside it, in ``model.safetensors``, what was trained under the model's own names. From those
-    the Trainer resumes (deltas and head; optimizer, scheduler and random state are its own files), and loads the best
-    model at the end.
+    A checkpoint, and what ``trainer.save_model`` writes, then holds two things: the task's bundle, which ``load_task``
+    reads, and ``model.safetensors`` with the trained parameters (deltas and head) under the model's names. From the
+    latter the Trainer resumes, and loads the best model at the end; optimizer, scheduler and random state are in the
+    Trainer's files.
 
     Args:
         **card: for the bundles' model cards, as in :func:`save_task`.
@@ -32,7 +32,7 @@ class TaskCallback(transformers.TrainerCallback):
         self.card = card
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """From here on the Trainer writes the task; ``model.save_pretrained(directory)`` writes the base as ever."""
+        """From here on the Trainer writes the task; ``model.save_pretrained(directory)`` still writes the base."""
         inner = unwrapped(model)
         if tuned_task(inner) is None:
             raise TuningError("there is no task to train: call prepare_scale_tuning before the Trainer")

@@ -2,14 +2,14 @@
 
 AlphaTuning (Kwon et al. 2022, arXiv:2210.03858) trains the first scale of every row of a binary-coded matrix, PEQA
 (Kim et al. 2023, arXiv:2305.14152) the step size of a uniform one. Here both train a float32 *delta* on the scale, by
-default its relative change ``scale * (1 + delta)``, one for each row. That has three uses: what is saved is what was
-trained, bit for bit; learning rates do not depend on the size of the weights (try 1e-2); and weight
-decay pulls towards the base instead of towards zero.
+default its relative change ``scale * (1 + delta)``, one for each row. So what is saved is what was trained, bit for
+bit; learning rates do not depend on the size of the weights (try 1e-2); and weight decay pulls towards the base
+instead of towards zero.
 
-The gradient of a scale is a sum over the columns it serves. AlphaTuning's equation 4 divides it by their number. That
-is not done here: Adam divides each gradient by a running measure of its own size, which cancels any constant factor but
-for epsilon (1e-8), and this function changes no gradients, so that they are what autograd says they are. With plain
-SGD, choose the learning rate smaller by that number.
+The gradient of a scale is a sum over the columns that share it. AlphaTuning's equation 4 divides it by their number;
+here gradients are those of autograd. With Adam this makes no difference: it divides each gradient by a running measure
+of the gradient's size, which cancels any constant factor (but for epsilon, 1e-8). With plain SGD, divide the learning
+rate by that number.
 """
 
 from __future__ import annotations
@@ -109,15 +109,15 @@ def prepare_scale_tuning(
         model: a loaded lowbit model, trained by no other task; or a module around one, such as a SentenceTransformer.
         method: ``"alphatuning"`` (bcq: the first scale), ``"peqa"`` (uniform: the step size) or ``"scales"`` (all).
         kind: ``"mul"``: one factor for each row and plane, shared by the row's groups; ``"add"``: one addend for each
-            group. A bundle of the second kind of a grouped base is larger by the number of groups. Addends are in the
-            units of the weights and want a smaller learning rate, of about 1e-3.
-        offsets: train the offsets (bcq) or zero points (uniform) too, one addend for each group; they too are in the
-            units of the weights (zero points: of codes).
+            group, so the bundle is larger by the number of groups. Addends are in the units of the weights and need a
+            smaller learning rate, about 1e-3.
+        offsets: train the offsets (bcq) or zero points (uniform) too, one addend for each group, in the units of the
+            weights (zero points: of codes).
         include: lowbit modules to train; by default all but embeddings and what is tied to them.
-        exclude: of these, not to be trained.
-        modules_to_save: float modules to train whole, and to save with the task. By default a classifier's head
-            (:data:`HEADS`), and modules that were newly initialised when the model was loaded, since its files did
-            not have them; ``[]`` for none. A module that was put into the model later has to be named.
+        exclude: modules of `include` not to train.
+        modules_to_save: float modules to train whole and to save with the task. By default a classifier's head
+            (:data:`HEADS`), and modules that were newly initialised because the model's files do not have them;
+            ``[]`` for none. A module that was put into the model later has to be named.
         name: of the task.
         start: a loaded task to start from; by default all deltas are zero, which is the base.
 
@@ -126,7 +126,7 @@ def prepare_scale_tuning(
 
     Raises:
         TuningError: an unknown method or kind, a pattern that matches nothing, a module that does not fit the method.
-        TaskError: no lowbit model, or one that is being trained already; a name that is taken.
+        TaskError: the model is no lowbit model, or is being trained already; the name is taken.
     """
     whole, model = model, unwrapped(model)
     state = state_of(model)
@@ -245,7 +245,7 @@ def _matching(patterns: Iterable[str], paths: Iterable[str], what: str) -> list[
 
 
 def _check_covers(model: Any, start: str, modules: dict[str, LowbitModule], saved: Sequence[str]) -> None:
-    """TuningError if task `start` changes what is not going to be trained, and would lose it."""
+    """Raise TuningError if task `start` changes a module that is not going to be trained: its change would be lost."""
     trained = {id(module) for module in modules.values()}
     kept = {bundle_path(model, path) for path in saved}
     lost = [n for n, m in named_modules(model).items() if m.delta_of(start) is not None and id(m) not in trained]
@@ -283,7 +283,7 @@ def _from(task: Delta | None, zeros: Delta, path: str, name: str) -> Delta:
 
 
 def _train_whole(model: Any, path: str, state: Any, name: str, start: str | None) -> None:
-    """Let the module hold the task's parameters from here on, and a copy of it the base's."""
+    """From here on the module holds the task's parameters, and a copy of the module holds the base's."""
     module: Any = switched(model.get_submodule(path), path, state)
     base: Any = plain_copy(module)
     if start is not None:

@@ -276,7 +276,7 @@ def rounding_error(
 ) -> Tensor:
     """How far a result may be off: by float32 rounding of sums of `terms`, and one rounding to `dtype`.
 
-    In half precision a library's product rounds weights and what several tasks share, too: then `one_rounding` is
+    In half precision ``torch.mm`` rounds weights and what several tasks share, too: then `one_rounding` is
     false.
     """
     at_most = tolerance * terms

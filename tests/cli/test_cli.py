@@ -16,7 +16,7 @@ from lowbit_format import ModelReader
 from lowbit_format.cli.main import app
 from lowbit_format.container.header import read_header
 from lowbit_format.container.writer import seal
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.converters.summary import Totals
 from lowbit_format.quantize import Target
 
@@ -187,7 +187,7 @@ def test_diff_with_the_float_model_gives_the_error_of_the_conversion(
     architecture: str, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source = checkpoint(architecture)
-    recipe = Recipe(Target(bits=3, group_size=32), embeddings=True, lm_head=True)
+    recipe = Recipe(rules=(Rule("*", Target(bits=3, group_size=32)),))
     done = convert_hf_to_lowbit(str(source), tmp_path / "out", recipe)
     error = Totals.of(done.plan, done.outcomes).relative_error
     result = lowbit("diff", source, done.directory)

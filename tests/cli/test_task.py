@@ -55,7 +55,7 @@ def refused(result: Result) -> str:
 
 @pytest.fixture
 def digested(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the tensors that have been read and digested for a bundle."""
+    """Sizes of the tensors that were read and digested for a bundle."""
     sizes = list[int]()
 
     def sha256(content: bytes) -> Any:

@@ -12,7 +12,7 @@ import transformers as hf
 
 import lowbit_format
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.export import dequantize_directory
 from lowbit_format.quantize import Target
 
@@ -95,7 +95,8 @@ def test_computes_what_the_dequantized_checkpoint_computes(name: str, everything
     make, inputs = MODELS[name]
     hf.set_seed(0)
     make().save_pretrained(tmp_path / "source")
-    recipe = Recipe(Target(bits=3, group_size=32), embeddings=everything, lm_head=everything)
+    target = Target(bits=3, group_size=32)
+    recipe = Recipe(target, (Rule("*", target),) if everything else ())
     done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "lowbit", recipe, min_coverage=0.0)
     assert (done.plan.coverage < 0.9) == (name in ("mixtral", "qwen3-moe"))
     reader = ModelReader(tmp_path / "lowbit")

@@ -1,4 +1,4 @@
-"""A conversion looks at its own result: what is not as meant is an error, and nothing looks finished."""
+"""A conversion checks its output: a difference from the plan is an error, and nothing looks finished."""
 
 from __future__ import annotations
 

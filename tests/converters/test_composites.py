@@ -12,7 +12,7 @@ import transformers
 from support.checkpoints import edit_weights, weights
 
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit, plan_conversion
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, plan_conversion
 from lowbit_format.export import dequantize_directory
 from lowbit_format.integrations.conversion_record import KEY
 from lowbit_format.quantize import Target
@@ -20,7 +20,7 @@ from lowbit_format.quantize import Target
 Checkpoint = Callable[..., Path]
 
 RECIPE = Recipe(Target(bits=3, group_size=16))
-ALL = Recipe(Target(bits=3, group_size=16), embeddings=True, lm_head=True)
+ALL = Recipe(rules=(Rule("*", Target(bits=3, group_size=16)),))
 RENAMED = ["gemma3", "qwen2-vl", "qwen2.5-vl", "llava-onevision", "internvl", "dinov3"]
 
 

@@ -33,7 +33,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @pytest.mark.parametrize("name", DENSE)
 def test_decoded_weights_are_what_the_solver_gives(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source, recipe = checkpoint(name), Recipe(TARGET, embeddings=True, lm_head=True)
+    source, recipe = checkpoint(name), Recipe(rules=(Rule("*", TARGET),))
     done = convert_hf_to_lowbit(str(source), tmp_path / "out", recipe)
     reader, plain = ModelReader(done.directory), weights(source)
     assert reader.verify() == 0

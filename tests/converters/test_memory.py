@@ -43,7 +43,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shapes |= {f"model.layers.{i}.{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
     shapes["model.norm.weight"] = (HIDDEN,)
     random = np.random.default_rng(0).standard_normal(VOCAB * HIDDEN, np.float32) * np.float32(0.02)
-    words = (random.view(np.uint32) >> 16).astype("<u2")  # one pool of values serves all tensors
+    words = (random.view(np.uint32) >> 16).astype("<u2")  # all tensors are cut from one pool of values
     with open(directory / "model.safetensors", "wb") as f:
         f.write(build_header([(name, "BF16", shape) for name, shape in shapes.items()], {"format": "pt"}))
         for i, shape in enumerate(shapes.values()):

@@ -13,7 +13,7 @@ from support.checkpoints import ARCHITECTURES, build, edit_weights, weights
 from support.config_files import edit_config
 
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.converters.names import Names, map_names
 from lowbit_format.errors import SourceError
 from lowbit_format.quantize import Target
@@ -21,7 +21,7 @@ from lowbit_format.runtime import known_modules
 
 Checkpoint = Callable[..., Path]
 
-BOTH = Recipe(Target(bits=2, group_size=32), embeddings=True, lm_head=True)
+ALL = Recipe(rules=(Rule("*", Target(bits=2, group_size=32)),))
 
 # architecture: model class, base_model_prefix, number of matrices of each kind
 EXPECTED = {
@@ -65,7 +65,7 @@ def test_the_output_head_is_told_apart(name: str, checkpoint: Checkpoint) -> Non
 @pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "mixtral"])
 def test_config_of_the_output_has_names_ties_and_prefix(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = checkpoint(name)
-    convert_hf_to_lowbit(str(source), tmp_path / "out", BOTH)
+    convert_hf_to_lowbit(str(source), tmp_path / "out", ALL)
     config, names = ModelReader(tmp_path / "out").config, names_of(source)
     assert config.tied == TIED.get(name, {})
     assert config.base_model_prefix == names.base_model_prefix
@@ -81,7 +81,7 @@ def test_a_tied_matrix_that_the_checkpoint_holds_twice_is_stored_once(
 ) -> None:
     source = own_checkpoint("llama-tied")
     edit_weights(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
-    convert_hf_to_lowbit(str(source), tmp_path / "out", BOTH)
+    convert_hf_to_lowbit(str(source), tmp_path / "out", ALL)
     reader = ModelReader(tmp_path / "out")
     assert reader.config.tied == {"lm_head": "model.embed_tokens"}
     assert not [name for name in reader.names() if name.startswith("lm_head")]
@@ -91,7 +91,7 @@ def test_copies_of_a_tied_matrix_that_differ_are_refused(own_checkpoint: Checkpo
     source = own_checkpoint("llama-tied")
     edit_weights(source, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(SourceError, match=r"lm_head\.weight: is tied to model\.embed_tokens\.weight .* differ"):
-        convert_hf_to_lowbit(str(source), tmp_path / "out", BOTH)
+        convert_hf_to_lowbit(str(source), tmp_path / "out", ALL)
     assert not (tmp_path / "out").exists()
 
 
@@ -108,7 +108,7 @@ def test_keys_without_the_base_prefix_are_named_as_the_model_names_them(
     names = names_of(source)
     assert names.architecture == "BertForSequenceClassification"
     assert {destination.path.split(".")[0] for destination in names.destinations.values()} == {"bert", "classifier"}
-    convert_hf_to_lowbit(str(source), tmp_path / "out", BOTH)
+    convert_hf_to_lowbit(str(source), tmp_path / "out", ALL)
     assert {path.split(".")[0] for path in ModelReader(tmp_path / "out").config.modules} == {"bert", "classifier"}
 
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(missing: str, own_checkpoin
     """transformers would load it with random values in place of the tensor."""
     source = edit_weights(own_checkpoint("llama"), lambda tensors: tensors.pop(missing))
     with pytest.raises(SourceError, match=f"lacks 1 tensors of LlamaForCausalLM, such as '{missing}'"):
-        convert_hf_to_lowbit(str(source), tmp_path / "out", BOTH)
+        convert_hf_to_lowbit(str(source), tmp_path / "out", ALL)
     assert not (tmp_path / "out").exists()
 
 
@@ -185,6 +185,6 @@ def test_a_tied_matrix_is_kept_in_both_places_if_one_cannot_be_quantized(
     transformers.Gemma3ForCausalLM(config).save_pretrained(tmp_path / "source")
     edit_weights(tmp_path / "source", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     monkeypatch.setattr(known_modules, "_SCALED", "of no such class")
-    done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", BOTH)
+    done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", ALL)
     assert not {"model.embed_tokens", "lm_head"} & set(done.outcomes)
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(ModelReader(tmp_path / "out").names())

@@ -53,6 +53,20 @@ def test_options_quantize_embeddings_and_head(planned: Callable[..., Plan], opti
     assert kept(planned("llama", **options)) == left
 
 
+@pytest.mark.parametrize(
+    ("name", "option", "message"),
+    [
+        ("bert", "lm_head", "lm_head, or --lm-head: BertModel has no output head; leave it out"),
+        ("dinov3", "embeddings", "embeddings, or --embeddings: DINOv3ViTModel has no embedding; leave it out"),
+    ],
+)
+def test_what_the_model_does_not_have_is_not_asked_for(
+    planned: Callable[..., Plan], name: str, option: str, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        planned(name, **{option: True})
+
+
 @pytest.mark.parametrize("option", ["embeddings", "lm_head"])
 def test_a_tied_embedding_is_quantized_by_either_option(planned: Callable[..., Plan], option: str) -> None:
     assert kept(planned("llama-tied")) == {"model.embed_tokens": "embedding, tied to the output head"}

@@ -12,13 +12,13 @@ import transformers
 from support.checkpoints import SPECIAL
 from torch import nn
 
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.converters.reads import READ, weights_read
 from lowbit_format.quantize import Target
 
 Checkpoint = Callable[..., Path]
 
-RECIPE = Recipe(Target(bits=3, group_size=16), embeddings=True, lm_head=True)
+RECIPE = Recipe(rules=(Rule("*", Target(bits=3, group_size=16)),))
 SOUND = {"input_values": torch.linspace(-1, 1, 2000).reshape(1, -1)}
 TEXT = {"input_ids": torch.arange(1, 7)[None]}
 PICTURE = {"pixel_values": torch.linspace(-1, 1, 3 * 64 * 64).reshape(1, 3, 64, 64)}

@@ -1,4 +1,4 @@
-"""Recipe files: what they say, and each way to be wrong."""
+"""Recipe files: what they say, and each mistake that is refused."""
 
 from __future__ import annotations
 
@@ -121,6 +121,7 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ({"default": {"bits": 9}}, "default: bits is 9, expected 1 to 8"),
         ({"default": {"bits": "4"}}, "default: bits is '4'"),
         ({"default": {"bits": 4.0}}, "default: bits is 4.0"),
+        ({"default": {"bits": None}}, "default: bits is None, expected 1 to 8"),
         ({"default": {"codec": "gptq"}}, "default: codec is 'gptq'"),
         ({"default": {"codec": ["bcq"]}}, "default: "),
         ({"default": {"group_size": None}}, "default: group_size is None"),
@@ -132,7 +133,10 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ({"default": {"codec": "codebook", "table": []}}, "default: the table has 0 values"),
         ({"default": {"codec": "codebook", "table": ["a", "b"]}}, "default: "),
         ({"default": {"codec": "codebook", "table": 4}}, "default: "),
-        ({"default": {"codec": "codebook", "bits": 3}}, "default: bits is for bcq and uniform, and a codebook has"),
+        (
+            {"default": {"codec": "codebook", "bits": 3}},
+            "default: bits is 3, and a codebook has the bits of its table, 4",
+        ),
         ({"default": {"table": "nf4"}}, "default: table is for codebook, and codec is 'bcq'"),
         ({"default": {"codec": "uniform", "offset": True}}, "default: offset is for bcq, and codec is 'uniform'"),
         ({"rules": [{"match": "a", "solver": "mse"}]}, "rule 1: solver is for uniform, and codec is 'bcq'"),

@@ -199,7 +199,7 @@ def test_a_source_that_was_written_again_is_another_one(own_checkpoint: Checkpoi
 
 
 def test_two_conversions_to_one_place_do_not_meet(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """While one works, another neither begins nor resumes there."""
+    """While one conversion works in a directory, another neither begins nor resumes there."""
     tried = []
 
     def meet(step: Step, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Files beside the weights: what comes along, what is converted, what is left out, and that nothing is lost unsaid."""
+"""Files beside the weights: copied, converted or left out; nothing is lost without a message."""
 
 from __future__ import annotations
 

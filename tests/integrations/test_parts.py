@@ -82,7 +82,7 @@ def test_a_part_is_as_from_the_decoded_directory(name: str, cls: str, directorie
     ("name", "cls"), [("clip", "CLIPTextModel"), ("qwen2_5_vl", "Qwen2_5_VLTextModel"), ("mllama", "MllamaForCausalLM")]
 )
 def test_a_part_of_what_was_saved_again(name: str, cls: str, directories: Directories, tmp_path: Path) -> None:
-    """There all tensors have the names that they have in the whole model."""
+    """All tensors have the names of the whole model."""
     out, decoded = directories(name)
     lowbit_format.from_pretrained(out).save_pretrained(tmp_path)
     model = lowbit_format.from_pretrained(tmp_path, model_class=getattr(hf, cls), verify=True)
@@ -124,7 +124,7 @@ def test_tasks_of_a_part(directories: Directories, tmp_path: Path) -> None:
 
 
 def test_with_the_config_of_the_part(directories: Directories) -> None:
-    """As an object, which ``quantization_config`` does not reach on any way of its own."""
+    """As an object, into which ``quantization_config`` has to be put by hand."""
     out, decoded = directories("clip")
     config = hf.AutoConfig.from_pretrained(out)
     model = hf.CLIPVisionModel.from_pretrained(out, config=config.vision_config)

@@ -1,4 +1,4 @@
-"""LoRA over a lowbit model: PEFT takes the modules without further ado, and refuses to merge by name."""
+"""LoRA over a lowbit model: PEFT accepts the modules as they are, and merging is refused with a named error."""
 
 from __future__ import annotations
 

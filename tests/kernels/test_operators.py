@@ -1,4 +1,4 @@
-"""The operators: bit-equal to the reference (DEC-1 to DEC-5), right gradients, and good citizens of torch."""
+"""The operators: bit-equal to the reference (DEC-1 to DEC-5), right gradients, and correct registration with torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_decodes_as_the_reference(kind: Scheme, bits: int) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("module", sorted({*operators.BACKENDS.values(), "naive"}))
 def test_every_module_of_kernels_agrees_with_the_naive_one(kind: Scheme, module: str) -> None:
-    """Weights bit for bit; products to rounding: a library's product may depend on where its operands lie."""
+    """Weights bit for bit; products to rounding: ``torch.mm`` may depend on where its operands lie."""
     kernels = importlib.import_module(f"lowbit_format.kernels.{module}")
     for rows, cols, group_size in SHAPES:
         w = float32_matrix(random_matrix(replace(kind, bits=3, group_size=group_size), rows, cols))
@@ -104,7 +104,7 @@ def test_gradients_are_those_of_a_plain_decode(kind: Scheme) -> None:
 @pytest.mark.parametrize("kind", [k for k in KINDS if not k.row_bits], ids=str)
 @pytest.mark.parametrize("module", sorted({*operators.BACKENDS.values(), "naive"}))
 def test_gradients_of_parameters_are_contiguous(kind: Scheme, module: str) -> None:
-    """As the operators' fakes say, though packed parameters have other strides: compiled graphs rely on it."""
+    """As the operators' fakes say, though tiled parameters have other strides: compiled graphs rely on it."""
     kernels = importlib.import_module(f"lowbit_format.kernels.{module}")
     w = float32_matrix(random_matrix(replace(kind, bits=3, group_size=32), 32, 64))
     w = kernels.tile(w)

@@ -1,4 +1,4 @@
-"""Exact recognition (ENC-3): weights that lie on a grid are stored without loss, others are never said to be."""
+"""Exact recognition (ENC-3): weights on a grid are stored without loss; no others are reported as lossless."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_grid_is_stored_without_loss(kind: str, group: int, scale_dtype: str, 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_value_off_the_grid_is_not_lossless(kind: str, dtype: str) -> None:
-    """Values a rounding away from the grid's would need a level of their own."""
+    """Values that differ from the grid's by a rounding would need another level."""
     weight = round_to(grid(kind, COLS), dtype)
     weight[ROWS - 1, COLS - 1] = round_to(np.float32(0.37) * np.abs(weight[ROWS - 1]).max(keepdims=True), dtype)[0]
     result = quantize(weight, Target(bits=KINDS[kind], group_size=64), source_dtype=dtype)
@@ -126,7 +126,7 @@ def test_a_grid_with_more_codes_than_asked_for_is_not_taken(kind: str) -> None:
 
 
 def test_float64_is_never_called_lossless() -> None:
-    """What float32 has lost on the way cannot be had back."""
+    """What rounding to float32 has lost cannot be restored."""
     assert not quantize(grid("ternary", COLS), Target(), source_dtype="F64").lossless
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
+from dataclasses import asdict, replace
+
 import numpy as np
 import pytest
 from support.quantizing import spread_matrix
@@ -31,7 +35,9 @@ def test_all_zero_groups_stay_zero_beside_others(codec: str) -> None:
 @pytest.mark.parametrize("codec", ["bcq", "uniform", "codebook"])
 def test_a_single_column(codec: str) -> None:
     weight = spread_matrix(9, 1)
-    np.testing.assert_allclose(decode(quantize(weight, Target(codec, 2)).matrix), weight, rtol=2.0**-9)
+    np.testing.assert_allclose(
+        decode(quantize(weight, Target(codec, 4 if codec == "codebook" else 2)).matrix), weight, rtol=2.0**-9
+    )
 
 
 @pytest.mark.parametrize("codec", ["bcq", "uniform", "codebook"])
@@ -83,8 +89,28 @@ def test_what_is_no_matrix_is_refused(shape: tuple[int, ...]) -> None:
         {"codec": "codebook", "nested": (1,)}, {"codec": "codebook", "table": "nf5"},
         {"codec": "codebook", "table": (1.0,)}, {"codec": "codebook", "table": (1.0, 1.0)},
         {"codec": "codebook", "table": (1.0, float("nan"))}, {"codec": "codebook", "table": tuple(range(257))},
+        {"codec": "codebook", "bits": 3}, {"codec": "codebook", "bits": 4, "table": "ternary"},
     ],
 )  # fmt: skip
 def test_options_that_make_no_scheme_are_refused(options: dict) -> None:
     with pytest.raises(SchemeError):
         Target(**options)
+
+
+def test_bits_left_out_are_those_of_the_table_or_four() -> None:
+    """Also after ``replace``; bits that were given stay, and contradict a table."""
+    nf4, three = Target("codebook"), Target(bits=3)
+    assert (Target().bits, nf4.bits, replace(nf4, table="ternary").bits) == (4, 4, 2)
+    assert replace(Target(), codec="codebook", table="ternary") == Target("codebook", 2, table="ternary")
+    assert replace(three, group_size=32).bits == Target(**asdict(three)).bits == 3
+    assert Target(**asdict(nf4)) == Target(**json.loads(json.dumps(asdict(nf4)))) == copy.deepcopy(nf4) == nf4
+    with pytest.raises(SchemeError, match="bits is 3, and a codebook has the bits of its table, 4: leave bits out"):
+        replace(three, codec="codebook")
+
+
+def test_bits_left_out_make_the_same_matrix() -> None:
+    weight = spread_matrix(5, 40)
+    for codec in ("bcq", "uniform", "codebook"):
+        left_out, given = (quantize(weight, Target(codec, **bits)).matrix for bits in ({}, {"bits": 4}))
+        assert left_out.scheme.to_dict() == given.scheme.to_dict()
+        np.testing.assert_array_equal(left_out.planes, given.planes)

@@ -1,4 +1,4 @@
-"""Modules with a packed matrix: declared dtypes, the stand-in for ``weight``, copies and compilation."""
+"""Modules with a quantized matrix: declared dtypes, the stand-in for ``weight``, copies and compilation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_weight_has_everything_but_data() -> None:
 
 
 def test_reading_the_weight_names_the_module() -> None:
-    """As the code of a model that multiplies by ``self.head.weight`` does."""
+    """As in models whose code multiplies by ``self.head.weight``."""
     module = linear()
     module.path = "mixer.dt_proj"
     expected = r"^mixer\.dt_proj \(LowbitLinear\): aten.*code around the module.*--keep 'mixer\.dt_proj'"

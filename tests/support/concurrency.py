@@ -1,4 +1,4 @@
-"""Work in several threads at once and in forked processes, for tests; nothing waits for ever."""
+"""Work in several threads at once and in forked processes, for tests, with time limits."""
 
 from __future__ import annotations
 

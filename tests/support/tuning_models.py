@@ -50,7 +50,7 @@ CLASSES: dict[str, Any] = {  # bert gets a head that its files do not have
     "llama": AutoModelForCausalLM,
     "gpt2": AutoModelForCausalLM,
 }
-TUNED = {  # what is tuned by default: all packed modules but embeddings and what is tied to them
+TUNED = {  # what is tuned by default: all quantized modules but embeddings and what is tied to them
     "bert": {
         *(f"bert.encoder.layer.{i}.attention.self.{m}" for i in range(2) for m in ("query", "key", "value")),
         *(
@@ -78,7 +78,7 @@ class Bases:
         self.root = root
 
     def path(self, model: str, scheme: str = "bcq", *, embeddings: bool = True) -> Path:
-        """`embeddings`: they are packed too."""
+        """`embeddings`: they are quantized too."""
         path = self.root / f"{model}-{scheme}-{embeddings}"
         if not path.exists():
             torch.manual_seed(0)

@@ -351,7 +351,7 @@ def test_another_base_is_named_in_full(reader: ModelReader) -> None:
 
 
 def test_another_precision_is_refused(reader: ModelReader) -> None:
-    """MAT-3, both ways; a number not below the base's own bits is its own precision."""
+    """MAT-3, in both directions; a number not below the base's own bits is its own precision."""
     own, at_two, mine = read_bundle(GOOD), read_bundle(VALID / "nested" / "bundle"), reader.fingerprint()
     for bundle, bits in ((own, 2), (at_two, None), (at_two, 3)):
         with pytest.raises(BundleError) as caught:

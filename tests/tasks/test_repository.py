@@ -348,7 +348,7 @@ def test_a_race_is_lost_as_a_whole(hub: HubServer, make: MakeBundle) -> None:
 
 
 def test_a_lost_answer(hub: HubServer, make: MakeBundle) -> None:
-    """The commit was made, but nobody heard of it: pushing again makes no second one."""
+    """The commit was made, but its answer was lost: pushing again makes no second one."""
     hub.fail("POST", "/commit/", status=500, after=True)
     with pytest.raises(HubError):
         push(make(), REPO)
@@ -513,7 +513,7 @@ def test_a_directorys_card_is_kept_or_made(hub: HubServer, make: MakeBundle) -> 
 
 
 def test_keys_of_a_later_version_travel(hub: HubServer, make: MakeBundle) -> None:
-    """TSK-5: a reader ignores them; but they are not ours to drop, also where the base gets another name."""
+    """TSK-5: a reader ignores them, but keeps them, also where the base gets another name."""
     directory = make()
     config = {
         **json.loads((directory / TASK_CONFIG_FILE).read_bytes()),

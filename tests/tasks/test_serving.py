@@ -485,7 +485,7 @@ def test_a_block_sees_what_changes_in_it(llama: Any) -> None:
 
 
 def test_what_does_not_work_row_by_row_is_refused(llama: Any, tmp_path: Path) -> None:
-    """A wrong row is worse than an error."""
+    """Where rows cannot be assigned to tasks, an error is raised, and no row gets another one's task."""
     lb.load_task(llama, task(llama, 1), name="a")
     projection = llama.model.layers[0].self_attn.q_proj
     with lb.use_tasks(llama, ["a", None]):

@@ -371,7 +371,7 @@ def test_a_tied_matrix_has_one_delta(scheme: str, include: list[str] | None, bas
 
 @pytest.mark.parametrize("name", MODELS)
 def test_backward_keeps_no_weights(name: str, bases: Bases) -> None:
-    """What autograd keeps for the backward pass has no float tensor of a packed matrix's size."""
+    """What autograd keeps for the backward pass has no float tensor of a quantized matrix's size."""
     model = bases.load(name)
     prepare_scale_tuning(model, "scales", offsets=True)
     tuned = [m for m in model.modules() if isinstance(m, LowbitModule) and m.tuned is not None]

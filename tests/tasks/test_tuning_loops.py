@@ -1,4 +1,4 @@
-"""Tuning in the loops that people have: a plain one, the Trainer, DDP, autocast, checkpointing, torch.compile."""
+"""Tuning in the usual training loops: a plain one, the Trainer, DDP, autocast, checkpointing, torch.compile."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(name: str, bases: Ba
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_checkpointing(name: str, reentrant: bool, bases: Bases) -> None:
-    """The same gradients bit for bit, dropout and all; the embeddings are frozen, which has stopped others."""
+    """The same gradients bit for bit, with dropout; embeddings are frozen, so a block's input may need no gradient."""
     model = prepared(bases, name, offsets=True).train()
     scatter(model, 0.01)
     found, data = [], batch(model)
@@ -157,7 +157,7 @@ def test_compiled(name: str, bases: Bases, fresh_compiler: None) -> None:
 def test_switching_compiles_nothing(
     name: str, modules_to_save: list[str], bases: Bases, tmp_path: Path, fresh_compiler: None
 ) -> None:
-    """Two loaded tasks of the same shapes are served by one graph, and the base by one more."""
+    """Two loaded tasks of the same shapes share one graph; the base has another."""
     for seed, task in enumerate(("a", "b")):
         model = prepared(bases, name, modules_to_save=modules_to_save)
         scatter(model, 0.05, seed)
@@ -275,7 +275,7 @@ def test_the_best_model_is_loaded_at_the_end(bases: Bases, tmp_path: Path) -> No
 
 
 def test_a_checkpoint_without_the_task_is_refused(bases: Bases, tmp_path: Path) -> None:
-    """Written without the callback it holds the base, head and all; going on from it would be starting anew."""
+    """Without the callback a checkpoint holds the base with its head, so training would start anew from it."""
     trainer(prepared(bases, "bert"), tmp_path / "run", callback=False).train()
     model = prepared(bases, "bert")
     with pytest.raises(TaskError, match=r"lacks 13 of 15 tensors in training.*TaskCallback"):
@@ -355,7 +355,7 @@ def test_buffers_of_a_head_are_in_the_checkpoint(bases: Bases, tmp_path: Path) -
 
 
 def test_whole_state_dicts_of_tied_models_load(bases: Bases, tmp_path: Path) -> None:
-    """As accelerate's ``load_state`` does it, which wants to hear of names that tied tensors leave out."""
+    """As accelerate's ``load_state``, which expects the names that tied tensors leave out in the result."""
     model = prepared(bases, "llama", include=["embed_tokens"])
     scatter(model)
     save_model(model, tmp_path / "all.safetensors")

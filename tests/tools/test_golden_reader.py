@@ -22,7 +22,7 @@ GOLDEN = VECTORS.parents[1] / "tools" / "golden"
 
 @pytest.fixture(scope="module")
 def reader() -> ModuleType:
-    """tools/golden/reader.py, loaded by its path as somebody would who copied it."""
+    """tools/golden/reader.py, loaded by its path, as a copy of it would be."""
     spec = importlib.util.spec_from_file_location("example_reader", GOLDEN / "reader.py")
     assert spec is not None
     assert spec.loader is not None

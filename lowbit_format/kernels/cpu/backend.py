@@ -23,7 +23,7 @@ from ...bits import to_ragged
 from ...machine.llvm import LANES
 from ...machine.threads import parallel_rows
 from .. import by_decoding, decode_then_matmul, naive
-from ..batch import check_task_ids, grads_of_sums, no_autocast
+from ..batch import check_linear, check_task_ids, grads_of_sums, no_autocast
 from ..by_decoding import RowGrads
 from ..matrix import PlaneMatrix, select_rows
 from ..parameter_order import group_major, map_parameters
@@ -85,6 +85,7 @@ def _decode_from_file_layout(w: PlaneMatrix) -> Tensor:
 
 def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
     """As :func:`..naive.linear`. Few rows are multiplied in float32, whatever the dtype of `x`, and rounded once."""
+    check_linear(x, w, bias, deltas, task_ids)
     plan, rows = products.plan(w) if x.dtype in _DTYPES else None, x.numel() // w.cols
     if plan is not None and 0 < rows <= plan.most_rows:
         return _few(x, plan, bias, deltas, task_ids)

@@ -31,7 +31,7 @@ from numba import literally  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...machine.llvm import LANES, features
-from ..batch import check_bias, check_task_ids, check_tasks
+from ..batch import check_task_ids
 from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
 from . import parallel, tiles
@@ -151,18 +151,24 @@ class Plan:
     def multiply(self, x: Tensor, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``, float32 ``[batch, rows]``; tasks as in :func:`..naive.linear`.
 
+        The kernel checks no bounds: shapes are checked before (:func:`..batch.check_linear`), task ids here.
+
         Args:
             x: ``[batch, cols]``, of any dtype.
             bias: float32 ``[rows]``, contiguous.
+
+        Raises:
+            IndexError: a task does not exist.
         """
         x = x.detach().float().contiguous()
         if self.cols % WORD:
             x = F.pad(x, (0, -self.cols % WORD))
         batch, parts = len(x), 1
         out, job = torch.empty(batch, self.rows), ProductJob.from_buffer_copy(self.job)
-        check_bias(self.rows, bias)
         if deltas is not None:
-            deltas, task_ids = self._checked(deltas, task_ids, batch)
+            task_ids = torch.zeros(batch, dtype=torch.int64) if task_ids is None else task_ids.long().contiguous()
+            check_task_ids(deltas, task_ids)
+            deltas = deltas.detach().float().contiguous()
             job.task_ids = task_ids.data_ptr()
             if deltas.dim() == 3:
                 job.factors, job.factor_planes = deltas.data_ptr(), deltas.shape[1]
@@ -182,14 +188,6 @@ class Plan:
         job.bias, job.out = _address(bias), out.data_ptr()
         _multiply(job, threads)
         return out
-
-    def _checked(self, deltas: Tensor, task_ids: Tensor | None, batch: int) -> tuple[Tensor, Tensor]:
-        """Deltas and ids as the kernel reads them. It checks no bounds, so this does."""
-        check_tasks((1 if self.one_part else self.planes, self.rows, self.groups), deltas, task_ids, batch)
-        if task_ids is None:
-            task_ids = torch.zeros(batch, dtype=torch.int64)
-        check_task_ids(deltas, task_ids)
-        return deltas.detach().float().contiguous(), task_ids.long().contiguous()
 
 
 def plan(w: PlaneMatrix) -> Plan | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import decode_then_matmul, naive
-from ..batch import ParamGrads, check_bias, check_tasks, grads_of_sums, is_capturing, no_autocast, sum_over_tasks
+from ..batch import ParamGrads, check_linear, check_tasks, grads_of_sums, is_capturing, no_autocast, sum_over_tasks
 from ..matrix import PlaneMatrix, with_delta
 from ..parameter_order import TILE_ROWS
 from . import decoding, gradients, launch, products, tiles
@@ -63,18 +63,13 @@ def _supported(w: PlaneMatrix, *dtypes: torch.dtype) -> PlaneMatrix | None:
     return tiles.tile(w) if tiles.can_tile(w) else None
 
 
-def _check_tasks(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, batch: int) -> None:
-    if deltas is not None:
-        planes, rows, groups = w.scales.shape
-        check_tasks((planes, rows, groups), deltas, task_ids, batch)
-
-
 @_on_its_device
 def dequantize(w: PlaneMatrix, deltas: Tensor | None, dtype: torch.dtype) -> Tensor:
     """As :func:`..naive.dequantize`."""
     tiled = _supported(w, dtype)
     if tiled is None:
         return naive.dequantize(untile(w), deltas, dtype)
+    check_tasks(w, deltas, None, 0)
     return decoding.decode(tiled if deltas is None else with_delta(tiled, deltas[0]), dtype)
 
 
@@ -97,9 +92,8 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     tiled = _supported(w, x.dtype)
     if tiled is None:
         return naive.linear(x, untile(w), bias, deltas, task_ids)
+    check_linear(x, w, bias, deltas, task_ids)
     flat = x.reshape(-1, w.cols)
-    check_bias(w.rows, bias)
-    _check_tasks(tiled, deltas, task_ids, len(flat))
     if not len(flat):
         return x.new_empty(*x.shape[:-1], w.rows)
     config = launch.choose(tiled)
@@ -116,7 +110,7 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
 
 
 def decoded_linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    """The library's product of x ``[n, cols]`` with the weight, decoded one chunk at a time from tiled `w`."""
+    """``torch.mm`` of x ``[n, cols]`` with the weight, decoded one chunk at a time from tiled `w`."""
     with no_autocast(x):
         return decode_then_matmul.linear(x, w, deltas, task_ids, _decoded_chunks)
 
@@ -168,7 +162,7 @@ def embedding(
     tiled = _supported(w, dtype)
     if tiled is None:
         return naive.embedding(ids, untile(w), deltas, task_ids, dtype)
-    _check_tasks(tiled, deltas, task_ids, ids.numel())
+    check_tasks(w, deltas, task_ids, ids.numel())
     out = decoding.decode_chosen(tiled, ids.reshape(-1).long(), deltas, task_ids, dtype)
     return out.reshape(*ids.shape, w.cols)
 

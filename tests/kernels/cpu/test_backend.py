@@ -103,7 +103,7 @@ def test_every_codec_bits_and_batch(kind: Scheme, bits: int) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("rows", [1, 16, 70])
 def test_many_rows_straight_from_planes(kind: Scheme, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are multiplied in parts, and so are the tasks of rows."""
+    """Large batches are multiplied in parts, with the task ids of their rows."""
     monkeypatch.setattr(products, "most_rows", lambda bits: float("inf"))
     w = drawn(kind, 3, 64, rows, 100, dtype="F16")
     for batch in (63, 64, 65, 128, 150):
@@ -205,7 +205,7 @@ def test_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_several_python_threads_at_once(known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each has activations of its own; here the same matrices get different ones."""
+    """The same matrices with different activations in each call."""
     monkeypatch.setenv("LOWBIT_NUM_THREADS", "2")
     monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
 
@@ -284,7 +284,7 @@ def by_order(x: Tensor) -> None:
 @pytest.mark.parametrize("change", [by_item, by_numpy, by_data, by_order])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_activations_changed_in_place(change: Callable[[Tensor], None], mode: Any) -> None:
-    """What is made of activations, and may be kept from one product to the next, is never used for other numbers."""
+    """Slices of activations that are cached between products are never used for other activations."""
     one, two = (backend.tile(drawn(KINDS[1], bits, 32, 40, 100)) for bits in (2, 3))
     with mode():
         x = torch.randn(2, 100)
@@ -333,7 +333,7 @@ def test_one_input_of_matrices_with_other_groups() -> None:
 @pytest.mark.parametrize("rows", [32, 37])
 @pytest.mark.parametrize("group_size", [0, 32])
 def test_a_matrix_changed_in_place(kind: Scheme, rows: int, group_size: int) -> None:
-    """What is kept with a matrix holds for its numbers of now."""
+    """What is cached with a matrix follows its current values."""
     w = backend.tile(drawn(kind, 4, group_size, rows, 100))
     x = torch.randn(2, 100)
     for name in ("scales", "offsets", "zeros", "codebook", "planes"):
@@ -434,8 +434,8 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("batch", [1, 4])
-def test_both_ways_to_the_kernel_give_the_same(kind: Scheme, batch: int) -> None:
-    """Where nobody looks on no operator is called."""
+def test_both_doors_to_the_kernel_give_the_same(kind: Scheme, batch: int) -> None:
+    """Where no autograd, tracing or dispatch mode is active, the kernel is called directly."""
     call = random_call(drawn(kind, 4, 32, 33, 100), batch)
     x, w, *rest = call
     for form in (w, backend.tile(w)):

@@ -230,7 +230,7 @@ def test_a_pickle_has_the_files_tensors_only(scheme: Scheme) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 @pytest.mark.parametrize("assign", [False, True])
 def test_loaded_values_are_used(scheme: Scheme, assign: bool) -> None:
-    """Whatever was computed before; the memory may be the same."""
+    """The result does not depend on earlier calls, even in the same memory."""
     module = module_of(scheme)
     x = torch.randn(2, COLS)
     for seed in range(20):
@@ -271,7 +271,7 @@ def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
 
 
 def _tensors_of(module: LowbitModule) -> list[Tensor]:
-    """What is kept with the planes, and with the layout that they have."""
+    """What is cached with the planes, and with their layout."""
     found, seen, queue = list[Tensor](), set[int](), [module._parameters["planes"], module.tiled]
     while queue:
         thing: Any = queue.pop()
@@ -385,7 +385,7 @@ def test_a_module_trains_as_it_does_with_plain_planes(scheme: Scheme, monkeypatc
 
 
 def test_a_state_dict_between_forward_and_backward() -> None:
-    """What autograd has kept changes its layout meanwhile."""
+    """Tensors that autograd has saved change their layout before the backward pass."""
     grads = []
     x = torch.randn(3, COLS)
     for look in (False, True):
@@ -494,7 +494,7 @@ def test_the_first_forwards_come_at_once(scheme: Scheme) -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 def test_saving_while_serving(scheme: Scheme) -> None:
-    """Threads that compute beside threads that ask for the file's bytes, of one matrix in two places."""
+    """Some threads compute while others read the file's bytes, of one matrix in two modules."""
     embedding, head = module_of(scheme, LowbitEmbedding), module_of(scheme)
     head.tie_to(embedding)
     ids, x, file = torch.tensor([0, 36, 5]), torch.randn(2, COLS), file_of(scheme)
@@ -514,7 +514,7 @@ def test_saving_while_serving(scheme: Scheme) -> None:
 
 
 def test_a_moved_module_is_tiled_again_at_once() -> None:
-    """A compiled one has no other time for it: while it runs, nobody may change it."""
+    """A compiled module may not change its layout while it runs, so it is tiled before."""
     module = filled(LowbitLinear(Scheme("bcq", 3, 32, "F32"), 20, 64))
     module.to(torch.float16)
     assert not module.is_tiled

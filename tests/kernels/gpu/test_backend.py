@@ -40,7 +40,7 @@ from lowbit_format.testing.products import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
-WHOLE = [k for k in KINDS if not k.row_bits]  # ragged rows have no packed form
+WHOLE = [k for k in KINDS if not k.row_bits]  # ragged rows have no tiled layout
 CODECS = [k for k in WHOLE if k.offset or k.codec != "bcq"]  # one kind of each codec, the richest
 NAMES_OF = {"ids": lambda kind: f"{kind.codec}-offset" if kind.offset else kind.codec}
 GROUPS = [32, 64, 96, 128, 256, 0]
@@ -67,7 +67,7 @@ def terms_of(w: PlaneMatrix) -> PlaneMatrix:
 
 
 def weights_of(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, n: int) -> Tensor:
-    """Absolute values of the weights that each of n rows of x is multiplied by: float64 ``[n, rows, cols]``."""
+    """Absolute values of the weights for each of n rows of x: float64 ``[n, rows, cols]``."""
     out = torch.empty(n, w.scales.shape[1], w.cols, dtype=torch.float64)
     for rows, weight in truth.each_task(exact(w), deltas, task_ids, n):
         out[rows] = weight.abs()
@@ -135,7 +135,7 @@ def some_of(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 def multiply(call: Call, config: Config = PLANES) -> Tensor:
-    """The product of packed `call.w`, on the device and from planes."""
+    """The product of tiled `call.w`, on the device and from planes."""
     x, w, *rest = on_device(call)
     return products.multiply(x, w if w.is_tiled else tiles.tile(w), *rest, config)
 

@@ -1,4 +1,4 @@
-"""The packed form on a GPU: bit by bit where its definition says, and in place of the file's bytes while serving."""
+"""The tiled layout on a GPU: each bit where its definition says, and in place of the file's while a model runs."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_large_matrices_in_parts(at_once: int, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.undo()
 
 
-def without_a_form() -> dict[str, PlaneMatrix]:
+def without_tiles() -> dict[str, PlaneMatrix]:
     more = drawn(Scheme("bcq", offset=True), 4, 32, 20, 70)
     double = drawn(KINDS[1], 3, 32, 20, 70)
     assert double.offsets is not None
@@ -121,10 +121,10 @@ def without_a_form() -> dict[str, PlaneMatrix]:
     }
 
 
-@pytest.mark.parametrize("which", without_a_form())
-def test_what_has_no_packed_form(which: str) -> None:
-    """It is served all the same."""
-    w = without_a_form()[which]
+@pytest.mark.parametrize("which", without_tiles())
+def test_what_has_no_tiled_layout(which: str) -> None:
+    """Its products are computed all the same."""
+    w = without_tiles()[which]
     assert not backend.can_tile(w)
     there = on_device(w)
     call = random_call(w, 3, tasks="mul")
@@ -155,7 +155,7 @@ def test_what_has_no_packed_form(which: str) -> None:
 
 
 @pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules and operators compute with the kernels of a GPU, wherever they are."""
     monkeypatch.setattr(operators, "BACKENDS", {DEVICE: "gpu.backend"})
 
@@ -189,7 +189,7 @@ def assert_same_tensors(found: dict[str, Any], scheme: Scheme) -> None:
         assert torch.equal(found[role].cpu(), t), role
 
 
-WAYS: dict[str, Callable[[LowbitModule], dict[str, Any]]] = {  # to the tensors of a module
+ACCESSES: dict[str, Callable[[LowbitModule], dict[str, Any]]] = {  # to the tensors of a module
     "state_dict": lambda m: m.state_dict(),
     "planes": lambda m: {"planes": m.planes, **m.matrix_parameters()},
     "to": lambda m: m.to(torch.float64).to(torch.float32).state_dict(),
@@ -197,35 +197,35 @@ WAYS: dict[str, Callable[[LowbitModule], dict[str, Any]]] = {  # to the tensors 
     "to another device": lambda m: m.cpu().to(DEVICE).state_dict(),
     "deepcopy": lambda m: copy.deepcopy(m).state_dict(),
     "pickle": lambda m: pickle.loads(pickle.dumps(m)).state_dict(),
-    "unpack": lambda m: m.untile() or m.matrix_parameters(),
+    "untile": lambda m: m.untile() or m.matrix_parameters(),
 }
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 @pytest.mark.parametrize("scheme", CODECS, **NAMES_OF)
 @pytest.mark.parametrize("kind", [LowbitLinear, LowbitEmbedding])
 def test_the_files_bytes_come_back(scheme: Scheme, kind: type[LowbitModule]) -> None:
-    """In every way that there is to a module's tensors, and it computes the same afterwards."""
+    """By every access to a module's tensors; the module computes the same afterwards."""
     module = module_of(scheme, kind)
     x = some_input(module)
     with torch.no_grad():
         if module.bias is not None:
             module.bias.copy_(module.bias.half())  # a cast and back changes nothing
         want = module(x)
-        for name, way in WAYS.items():
+        for name, access in ACCESSES.items():
             module.tile()
             assert is_tiled(module)
-            assert_same_tensors(way(module), scheme)
+            assert_same_tensors(access(module), scheme)
             if name not in ("deepcopy", "pickle", "to another device"):
                 assert not is_tiled(module), name
         assert torch.equal(module(x), want)
         assert is_tiled(module)
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 @pytest.mark.parametrize("scheme", SCHEMES, **NAMES_OF)
 def test_forward_of_modules(scheme: Scheme) -> None:
-    """As the naive way computes it; with a task, too."""
+    """As the naive backend computes it, with and without a task."""
     w = of_file(scheme)
     for kind in (LowbitLinear, LowbitEmbedding):
         module = module_of(scheme, kind)
@@ -244,7 +244,7 @@ def test_forward_of_modules(scheme: Scheme) -> None:
                 torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 @pytest.mark.parametrize("dtype", [d for d in FLOATS if d != torch.float32], ids=str)
 def test_casts_between_forwards(dtype: torch.dtype) -> None:
     """The compute dtype changes, the declared dtypes do not."""
@@ -259,7 +259,7 @@ def test_casts_between_forwards(dtype: torch.dtype) -> None:
     assert module.scales.dtype == torch.float16
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 def test_copies_are_independent() -> None:
     module = module_of(SCHEMES[1])
     x = some_input(module)
@@ -273,7 +273,7 @@ def test_copies_are_independent() -> None:
     assert_same_tensors(module.state_dict(), SCHEMES[1])
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 def test_a_tied_head_stays_tied() -> None:
     """TIE-1: one matrix, whichever of the two packs it or gives its bytes."""
     embedding, head = module_of(SCHEMES[1], LowbitEmbedding), module_of(SCHEMES[1])
@@ -303,11 +303,11 @@ def leaves_of(w: PlaneMatrix, call: Any) -> tuple[PlaneMatrix, dict[str, Tensor]
     return w, leaves
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 @pytest.mark.parametrize("scheme", SCHEMES, **NAMES_OF)
 @pytest.mark.parametrize("tasks", [None, "mul", "add"])
 def test_autograd(scheme: Scheme, tasks: str | None) -> None:
-    """Through the operators, over the packed form: as torch differentiates the product with a decoded weight."""
+    """Through the operators, over the tiled layout: as torch differentiates the product with a decoded weight."""
     w = of_file(scheme)
     call = random_call(w, 3, tasks=tasks)
     rows = torch.tensor([0, 19, 19])
@@ -367,9 +367,9 @@ def differentiable(w: PlaneMatrix, delta: Tensor | None) -> Tensor:
     return (level if w.zeros is None else level - w.zeros[:, group]) * scales[0][:, group]
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 def test_training_a_module() -> None:
-    """Scales and x get gradients from the packed form, and a state_dict in between changes nothing."""
+    """Scales and x get gradients from the tiled layout, and a state_dict in between changes nothing."""
     found = []
     for look in (False, True):
         module = module_of(SCHEMES[1])
@@ -386,7 +386,7 @@ def test_training_a_module() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 def test_compiled_modules() -> None:
     """In one graph, with gradients."""
     embedding, head = module_of(SCHEMES[1], LowbitEmbedding), module_of(SCHEMES[2])
@@ -402,7 +402,7 @@ def test_compiled_modules() -> None:
     torch.testing.assert_close(head.scales.grad, grad)
 
 
-@pytest.mark.usefixtures("served")
+@pytest.mark.usefixtures("gpu_backend")
 @pytest.mark.parametrize(("name", "scheme"), list(zip(("linear", "embedding", "dequantize"), CODECS, strict=True)))
 def test_opcheck(name: str, scheme: Scheme) -> None:
     w = backend.tile(on_device(plane_matrix(random_matrix(replace(scheme, bits=1, scale_dtype="F32"), 4, 40))))
