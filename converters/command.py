@@ -156,7 +156,6 @@ def convert(
         }  # fmt: skip
         if out is None or dry_run:
             opened, plan, _ = plan_conversion(source, plan_recipe, **options)
-            _check_used(plan, given)
             _print_modules(plan, console, modules)
             memory = plan.peak_memory() if data is None else calibrated(opened, plan, data).peak_memory()
             for one in plan_tables(plan, memory):
@@ -164,8 +163,6 @@ def convert(
             if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
                 console.print(f"Note: {escape(str(out))} exists already; the conversion will need another name.")
             return
-        if given.keys() & set(_OF_RECIPE):
-            _check_used(plan_conversion(source, plan_recipe, **options)[1], given)
         with _progress(console) as progress:
             task = progress.add_task("reading", total=None)
             done = convert_hf_to_lowbit(
@@ -220,16 +217,6 @@ def _recipe(file: Path | None, given: dict[str, Any]) -> Recipe:
         return load_recipe(file, options=given)
     target = make_target({name: given[name] for name in _OF_TARGET if name in given}, Target())
     return Recipe(target, (), **{name: given[name] for name in _OF_RECIPE if name in given})
-
-
-def _check_used(plan: Plan, given: dict[str, Any]) -> None:
-    """Raise RecipeError for --embeddings or --lm-head where the model has no such matrix."""
-    embeddings = any(s.destination.kind == "embedding" for s in plan.steps)
-    head = any(s.destination.head and s.destination.kind in ("linear", "conv1d") for s in plan.steps)
-    tied = bool(plan.tied)  # a head that shares the embedding's matrix
-    for option, found, what in (("embeddings", embeddings, "embedding"), ("lm_head", head or tied, "output head")):
-        if given.get(option) and not found:
-            raise RecipeError(f"--{option.replace('_', '-')}: {plan.architecture} has no {what}; leave the option out")
 
 
 def _print_modules(plan: Plan, console: Console, wanted: bool) -> None:
