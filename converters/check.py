@@ -21,6 +21,7 @@ from ..runtime.active_tasks import TaskState
 from .architecture import meta_model
 from .completeness import fit
 from .driver import load_step
+from .experts import first_matrix
 from .plan import Plan, Step
 from .source import Source
 
@@ -57,8 +58,14 @@ def _samples(plan: Plan) -> list[Step]:
 
 def _compare(source: Source, step: Step, reader: ModelReader) -> None:
     assert step.target is not None  # noqa: S101 - for the type checker: samples are quantized
-    expected = quantize(load_step(source, step), step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
-    if not np.array_equal(decode(expected.matrix), reader.decode(step.path)):
+    if step.stack is not None:
+        expected = first_matrix(source, step.stack, step.target, reader.module(step.path).scheme)
+        found = decode(reader.matrix(step.path, 0))
+    else:
+        weight = load_step(source, step)
+        expected = quantize(weight, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name).matrix
+        found = reader.decode(step.path)
+    if expected is None or not np.array_equal(decode(expected), found):
         raise ConversionError(
             f"{step.path}: decodes to other weights than the solver gave, which is a fault of lowbit_format or of the "
             "disk; nothing was published. Please run again, and report it if it stays"

@@ -29,6 +29,7 @@ from ..container.writer import ShardWriter, StoredTensor, data_file, module_tens
 from ..errors import OutputError, SourceError
 from ..quantize import Quantized, quantize
 from ..schema import QuantizationConfig
+from .experts import quantize_stack
 from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, working_shard
 from .plan import Plan, Step
 from .source import Source, as_float32
@@ -178,7 +179,10 @@ def _write_shards(
     saved = time.monotonic()
     try:
         for step, data in _read_ahead(source, plan.steps[done.steps :]):
-            tensors, outcome = _carry_out(step, data)
+            if step.stack is not None and step.target is not None:
+                tensors, outcome = quantize_stack(source, step.stack, step.target)
+            else:
+                tensors, outcome = _carry_out(step, data)
             del data  # the next tensor is in memory already
             if writer is not None and writer.nbytes + sum(t.nbytes for t in tensors) > max_shard_bytes:
                 _close(writer, work, settings, done)
@@ -231,7 +235,12 @@ def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step,
 
 
 def load_step(source: Source, step: Step) -> NDArray[Any]:
-    """A tensor to quantize as a float32 matrix ``[rows, cols]``; a tensor to keep as its bytes."""
+    """A tensor to quantize as a float32 matrix ``[rows, cols]``; a tensor to keep as its bytes.
+
+    Nothing of a stack of experts, which is read an expert at a time.
+    """
+    if step.stack is not None:
+        return np.empty(0, np.float32)
     raw = source.read(step.tensor.name)
     if step.target is None:
         return raw

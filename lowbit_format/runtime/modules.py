@@ -65,15 +65,20 @@ class LowbitModule(PlaneModule):
         """From now on compute with task `name` outside of ``use_tasks`` blocks."""
         self._task, self._delta = name, None if self._is_tuned(name) else self.delta_of(name)
 
+    def parameters_with(self, delta: Delta) -> dict[str, Tensor]:
+        """Scales and shift with `delta`, by role, as the task computes with them (TSK-8)."""
+        w = shifted(self.plane_matrix, delta)
+        w = w if delta.scales is None else with_delta(w, delta.scales)
+        values = {"scales": w.scales, "offsets": w.offsets, "zeros": w.zeros}
+        return {role: v for role, v in values.items() if v is not None}
+
     def merged_parameters(self, delta: Delta, dtype: str | None) -> dict[str, Tensor]:
         """Scales and shift with `delta` merged in, by role, as `dtype` (``"F32"``; None: their present dtype).
 
         Raises TaskError if the dtype cannot hold them.
         """
-        w, to = shifted(self.plane_matrix, delta), TORCH_DTYPES[dtype or self.scheme.scale_dtype]
-        scales = w.scales if delta.scales is None else with_delta(w, delta.scales).scales
-        values = {"scales": scales, "offsets": w.offsets, "zeros": w.zeros}
-        stored = {role: v.detach().to(to) for role, v in values.items() if v is not None}
+        to = TORCH_DTYPES[dtype or self.scheme.scale_dtype]
+        stored = {role: v.detach().to(to) for role, v in self.parameters_with(delta).items()}
         if not all(bool(torch.isfinite(v).all()) for v in stored.values()):
             raise TaskError(f"{self.path}: {to} cannot hold the scales of the task; merge it into float32")
         return stored
@@ -192,7 +197,7 @@ class LowbitConv1D(LowbitLinear):
         with torch.device("meta"):
             return _with_parameters(Conv1D(self.rows, self.cols), weight, self)  # type: ignore[no-untyped-call]
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def _weight_shape(self) -> tuple[int, ...]:
         return self.cols, self.rows
 
 
