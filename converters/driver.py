@@ -179,10 +179,7 @@ def _write_shards(
     saved = time.monotonic()
     try:
         for step, data in _read_ahead(source, plan.steps[done.steps :]):
-            if step.stack is not None and step.target is not None:
-                tensors, outcome = quantize_stack(source, step.stack, step.target)
-            else:
-                tensors, outcome = _carry_out(step, data)
+            tensors, outcome = _carry_out(step, data) if step.stack is None else _carry_out_stack(source, step)
             del data  # the next tensor is in memory already
             if writer is not None and writer.nbytes + sum(t.nbytes for t in tensors) > max_shard_bytes:
                 _close(writer, work, settings, done)
@@ -257,6 +254,13 @@ def _carry_out(step: Step, data: NDArray[Any]) -> tuple[list[StoredTensor], Outc
     tensors = module_tensors(module, result.matrix)
     nbytes = sum(t.nbytes for t in tensors)
     return tensors, Outcome(module, nbytes, result.squared_error, result.squared_norm, result.lossless, result.widened)
+
+
+def _carry_out_stack(source: Source, step: Step) -> tuple[list[StoredTensor], Outcome | None]:
+    """As :func:`_carry_out`, for a stack of experts."""
+    if step.stack is None or step.target is None:
+        raise ValueError(f"{step.path}: is no stack to quantize")
+    return quantize_stack(source, step.stack, step.target)
 
 
 def _compare_dropped(source: Source, plan: Plan) -> None:

@@ -192,13 +192,13 @@ def _stack(
 def _is_for_each(operation: Any, fused: bool) -> bool:
     """Whether the operation does the same to every expert, so that it can be applied to one alone."""
     if _is(operation, "MergeModulelist"):
-        return not fused and operation.dim == 0
+        return bool(not fused and operation.dim == 0)
     if _is(operation, "Concatenate") or _is(operation, "Interleave"):
-        return operation.dim != 0
+        return bool(operation.dim != 0)
     return _is(operation, "Transpose") and 0 not in (operation.dim0, operation.dim1)
 
 
-def _is(operation: Any, name: str) -> bool:
+def _is(operation: object, name: str) -> bool:
     return type(operation).__name__ == name
 
 

@@ -28,7 +28,7 @@ class ExpertForward(Mixin):
     find them.
     """
 
-    @torch.compiler.disable  # which experts are chosen is data
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # which experts are chosen is data
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         """As the float module: ``[tokens, hidden]`` to the same, or of sorted experts (see :func:`is_sorted`)."""
         if is_sorted(self):  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ class ExpertForward(Mixin):
         found: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, found, errors)  # type: ignore[misc]
         unexpected += [name for name in found if _stack_of(self, name.removeprefix(prefix)) is None]
-        for name, stack in self._modules.items():  # type: ignore[attr-defined]
+        for name, stack in self._modules.items():
             if isinstance(stack, LowbitExperts):
                 stack.load_own(state_dict, f"{prefix}{name}.", metadata, strict, missing, errors)
 

@@ -18,7 +18,7 @@ from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
 from ..kernels.parameter_order import group_major
 from ..schema import Scheme
 from .active_tasks import RowTasks
-from .deltas import Delta, shifted, stackable
+from .deltas import Delta, shifted, stack, stackable
 from .modules import LowbitModule
 
 Segment = tuple[int, int, int]  # expert, and the first row and the end of the rows that are for it
@@ -160,10 +160,10 @@ class LowbitExperts(LowbitModule):
     ) -> Tensor:
         """As :meth:`products`, with the delta ``deltas[ids[i]]`` for row i."""
         parts = []
-        stacked = self._stacked(tasks, deltas) if stackable(deltas) else None
+        stacked = self._stacked(tasks, deltas).unbind(0) if stackable(deltas) else None
         for e, i, j in segments:
             if stacked is not None:
-                parts.append(operators.linear(x[i:j], self.matrix_of(e), None, stacked[:, e].contiguous(), ids[i:j]))
+                parts.append(operators.linear(x[i:j], self.matrix_of(e), None, stacked[e], ids[i:j]))
                 continue
             out: Tensor | None = None
             for task, delta in enumerate(deltas):
@@ -176,6 +176,13 @@ class LowbitExperts(LowbitModule):
                 out = out.index_put((rows,), part)
             parts.append(out)  # type: ignore[arg-type]
         return torch.cat(parts)
+
+    def _stack(self, deltas: list[Delta | None]) -> Tensor:
+        """As for one matrix, for each expert: ``[experts, tasks, p, rows(, groups)]``."""
+        planes_first = [
+            None if d is None else Delta(d.scales.movedim(1, 0)) for d in deltas if d is None or d.scales is not None
+        ]
+        return stack(planes_first).movedim(2, 0).contiguous()
 
     def _with_delta_of(self, expert: int, delta: Delta | None) -> tuple[PlaneMatrix, Tensor | None]:
         """Matrix and deltas of one expert, as operators take them, from what a task changes in it."""

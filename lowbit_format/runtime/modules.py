@@ -140,12 +140,15 @@ class LowbitModule(PlaneModule):
     def _stacked(self, tasks: RowTasks, deltas: list[Delta | None]) -> Tensor:
         """The deltas as one tensor, kept for the whole block: it is the same at every step."""
         if self.tuned_name in tasks.names:  # changes at every step, and needs a new autograd graph at each
-            return stack(deltas)
+            return self._stack(deltas)
         known, stacked = tasks.kept.get(id(self), ((), None))
         if stacked is None or len(known) != len(deltas) or any(a is not b for a, b in zip(known, deltas, strict=True)):
-            stacked = stack(deltas)
+            stacked = self._stack(deltas)
             tasks.kept[id(self)] = (tuple(deltas), stacked)
         return stacked
+
+    def _stack(self, deltas: list[Delta | None]) -> Tensor:
+        return stack(deltas)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Deltas move with the module and stay float32."""
