@@ -73,6 +73,12 @@ class Renamer:
         """Name in the model, and whether a conversion beyond renaming is needed."""
         return self._rename(key, self._state)
 
+    def conversion(self, key: str) -> tuple[str, Any, str | None]:
+        """Name in the model, and the conversion that makes it with the pattern that `key` matches, or None twice."""
+        name, pattern = self._rename_with_pattern(key, self._state)
+        found = next((c for c in self._converters if pattern in c.source_patterns), None) if pattern else None
+        return name, found, pattern
+
     def targets(self, key: str) -> list[str]:
         """All names in the model that the tensor has a part in; a conversion may split it."""
         from transformers.core_model_loading import rename_source_key
@@ -90,13 +96,22 @@ class Renamer:
         probes = {f"{path}.{role}": self._state[name] for role in ("planes", "scales")}
         return all(self._rename(probe, {**self._state, **probes}) == (probe, False) for probe in probes)
 
+    def keeps_stack(self, name: str) -> bool:
+        """As :meth:`keeps`, for a parameter of stacked experts."""
+        probes = {f"{name}_{role}": self._state[name] for role in ("planes", "scales")}
+        return all(self._rename(probe, {**self._state, **probes}) == (probe, False) for probe in probes)
+
     def _rename(self, key: str, state: dict[str, Any]) -> tuple[str, bool]:
+        renamed, pattern = self._rename_with_pattern(key, state)
+        return renamed, pattern is not None
+
+    def _rename_with_pattern(self, key: str, state: dict[str, Any]) -> tuple[str, str | None]:
         from transformers.core_model_loading import rename_source_key
 
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, state)
         if renamed not in state and key in state:
             renamed, pattern = rename_source_key(key, [], [], self._prefix, state)
-        return renamed, pattern is not None
+        return renamed, pattern
 
 
 def bare_model(model: Any) -> Any:

@@ -1,7 +1,7 @@
 """A look at a conversion before it is published: every tensor has its place, and it decodes to what was meant.
 
-The model is built without data, so this takes no memory to speak of. One module of each kind is
-read back, and must have the very error that it had when it was quantized.
+The model is built without data, so this takes no memory to speak of. One module of each kind is read
+back, and must have the very error that it had when it was quantized.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..container.reader import ModelReader
 from ..errors import ConversionError, LowbitError
 from ..integrations.file_names import FileNames
 from ..integrations.placement import place_modules, tie
 from ..quantize.solve import measured
+from ..reference import decode
 from ..runtime.active_tasks import TaskState
 from .architecture import meta_model
 from .completeness import fit
 from .driver import load_step
+from .experts import first_matrix
 from .journal import Outcome
 from .plan import Plan, Step
 from .source import Source
@@ -55,8 +59,14 @@ def _samples(plan: Plan) -> list[Step]:
 
 
 def _compare(source: Source, step: Step, outcome: Outcome, reader: ModelReader) -> None:
-    stored = measured(load_step(source, step), reader.matrix(step.path))
-    if stored.squared_error != outcome.squared_error:
+    if step.stack is not None:
+        assert step.target is not None  # noqa: S101 - for the type checker: samples are quantized
+        expected = first_matrix(source, step.stack, step.target, reader.module(step.path).scheme)
+        same = expected is not None and np.array_equal(decode(expected), decode(reader.matrix(step.path, 0)))
+    else:
+        stored = measured(load_step(source, step), reader.matrix(step.path))
+        same = stored.squared_error == outcome.squared_error
+    if not same:
         raise ConversionError(
             f"{step.path}: decodes to other weights than the solver gave, which is a fault of lowbit_format or of the "
             "disk; nothing was published. Please run again, and report it if it stays"

@@ -41,6 +41,11 @@ class FloatModel:
         self._keys: dict[str, str] = {}
         for step in plan.steps:
             target = step.destination.target
+            if step.stack is not None:
+                raise CalibrationError(
+                    f"{plan.architecture}: experts such as {step.path} are not calibrated yet; convert it without "
+                    "--calibrate"
+                )
             if not target:
                 raise CalibrationError(
                     f"{step.tensor.name}: transformers makes a parameter of {plan.architecture} of several tensors "

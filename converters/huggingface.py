@@ -68,12 +68,12 @@ class SafetensorsSource:
                 self._place[t.name] = (directory / file, t.begin)
         self.identity = file_identity([directory / f for f in files])
 
-    def read(self, name: str) -> NDArray[np.uint8]:
-        path, begin = self._place[name]
-        out = np.empty(self.tensors[name].nbytes, np.uint8)
+    def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
+        path, place = self._place[name]
+        out = np.empty(self.tensors[name].nbytes - begin if nbytes is None else nbytes, np.uint8)
         try:
             with open(path, "rb", buffering=0) as f:
-                f.seek(begin)
+                f.seek(place + begin)
                 done = 0
                 while done < len(out):  # one read call gives at most 2 GiB
                     n = f.readinto(out[done:].data)

@@ -14,6 +14,7 @@ from ..errors import SourceError
 from ..runtime.known_modules import known
 from .architecture import Renamer, meta_model, output_heads, tied_keys
 from .completeness import fit
+from .experts import Stack, find_stacks
 from .reads import READ, weights_read
 
 
@@ -24,11 +25,13 @@ class Destination:
     Attributes:
         key: name in the checkpoint.
         path: the module's path in the model.
-        kind: ``linear``, ``conv1d`` or ``embedding`` for the weight of such a module, ``expert`` for a part of a fused
-            experts parameter, else ``other``.
+        kind: ``linear``, ``conv1d`` or ``embedding`` for the weight of such a module; ``experts`` or
+            ``experts_transposed`` for a part of a stack of experts, ``expert`` if such a stack cannot be quantized;
+            else ``other``.
         head: whether the module lies outside of the base model, or gives the output.
         reason: why it cannot be quantized, or None.
         target: name of the parameter in the model; empty if transformers makes it from several tensors.
+        stack: of experts, to which it belongs.
     """
 
     key: str
@@ -37,6 +40,7 @@ class Destination:
     head: bool = False
     reason: str | None = None
     target: str = ""
+    stack: Stack | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,7 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
     read = weights_read(model, matrices)
     prefix = model.base_model_prefix or ""
     has_body = any(name == prefix for name in modules) and prefix != ""
+    stacks, of_experts = find_stacks(model, rename, shapes)
     destinations = {}
     for key, shape in shapes.items():
         target, converted = rename(key)
@@ -91,9 +96,12 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
         owner = tied.get(path, path)
         head = path in heads or (has_body and not path.startswith(f"{prefix}."))
         kind, reason = _kind(module)
-        if _is_expert(model, target):
-            kind, reason = "expert", "fused experts are not quantized yet"
-        elif converted and kind != "other":
+        if key in of_experts:
+            stack = stacks.get(target)
+            kind, reason = (stack.kind, None) if stack is not None else ("expert", of_experts[key][1])
+            destinations[key] = Destination(key, target, kind, head, reason, "" if converted else target, stack)
+            continue
+        if converted and kind != "other":
             reason = "transformers converts it on loading"
         elif kind != "other" and module is not None and tuple(module.weight.shape) != tuple(shape):
             raise SourceError(
@@ -121,17 +129,3 @@ def _kind(module: Any) -> tuple[str, str | None]:
         if isinstance(module, base):
             return kind, f"{type(module).__name__} is a subclass with a forward of its own"
     return "other", None
-
-
-def _is_expert(model: Any, name: str) -> bool:
-    """Whether the parameter is a stack of expert matrices: three dimensions, in a module that says so by its name."""
-    import torch
-
-    path, _, leaf = name.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return False
-    parameter = getattr(module, leaf, None)
-    named = "expert" in f"{path} {type(module).__name__}".lower()
-    return named and isinstance(parameter, torch.nn.Parameter) and parameter.ndim == 3

@@ -11,22 +11,23 @@ from ..integrations.conversion_record import ConversionRecord
 from ..quantize import Target
 from ..schema import ModuleEntry
 from ..tensors import stored_bits
+from .experts import KINDS, Stack
 from .names import Destination, Names
 from .reads import READ
 from .recipe import Recipe
 from .side import SideFiles
 from .source import FLOATS, Source, SourceTensor
 
-MATRICES = ("linear", "conv1d", "expert")  # the kinds that coverage counts
+MATRICES = ("linear", "conv1d", *KINDS, "expert")  # the kinds that coverage counts
 BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is done with one tensor of the checkpoint.
+    """What is done with one tensor of the checkpoint, or with all tensors of a stack of experts.
 
     Attributes:
-        tensor: the tensor.
+        tensor: the tensor; of a stack to quantize, the parameter that it makes, whose shape is that of its matrices.
         destination: its place in the model.
         target: how to quantize it; None keeps it as it is.
         path: path of the module that it becomes (the owner, if tied).
@@ -45,6 +46,11 @@ class Step:
             raise ValueError(f"{self.tensor.name} is not quantized")
         shape = self.tensor.shape[::-1] if self.destination.kind == "conv1d" else self.tensor.shape
         return ModuleEntry(self.path, self.target.scheme(scheme_dtype), self.destination.kind, shape)
+
+    @property
+    def stack(self) -> Stack | None:
+        """The stack of experts that is quantized in this step, if it is one."""
+        return None if self.target is None else self.destination.stack
 
     @property
     def counted(self) -> bool:
@@ -97,13 +103,20 @@ class Plan:
 
     def record(self) -> ConversionRecord:
         """What the output tells of the checkpoint's names."""
-        names = {}
+        names, experts = {}, {}
         for step in self.steps:
+            if step.stack is not None:
+                if patterns := step.stack.patterns:
+                    experts[step.path] = patterns
+                elif not step.stack.operations and step.stack.first != step.path:
+                    names[step.path] = step.stack.first
+                continue
             target = step.destination.target if step.target is None else f"{step.path}.weight"
             if target and target != step.tensor.name:
                 names[target] = step.tensor.name
         copies = {key: f"{path}.weight" for key, path in self.dropped.items()}
-        return ConversionRecord(names, copies, self.absent if self.architecture == self.named else ())
+        absent = self.absent if self.architecture == self.named else ()
+        return ConversionRecord(names, copies, absent, experts)
 
     def kept(self) -> list[Step]:
         """Matrices that might have been quantized and are not, largest first."""
@@ -117,9 +130,16 @@ class Plan:
 
     def peak_memory(self) -> int:
         """Expected peak of resident memory in bytes: the libraries, and the largest tensor in float and quantized."""
-        largest = max((s.tensor.numel for s in self.quantized), default=0)
+        largest = max((11 * s.tensor.numel for s in self.quantized if s.stack is None), default=0)
         copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
-        return BASE_MEMORY + max(11 * largest, copied)
+        stacked = max((_stack_memory(s) for s in self.quantized if s.stack is not None), default=0)
+        return BASE_MEMORY + max(largest, copied, stacked)
+
+
+def _stack_memory(step: Step) -> int:
+    """A stack of experts: its result, and one expert in all forms, with the next one read and put together."""
+    module = step.module()
+    return stored_bits(module) // 8 + (11 + 8) * module.rows * module.cols
 
 
 def make_plan(
@@ -134,7 +154,7 @@ def make_plan(
             does not have.
         SourceError: a tensor to quantize has a dtype that is no float.
     """
-    quantizable = [r for r in names.destinations.values() if r.kind in ("linear", "conv1d", "embedding")]
+    quantizable = [r for r in names.destinations.values() if r.kind in ("linear", "conv1d", "embedding", *KINDS)]
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     _check_asked(recipe, names)
     steps, dropped, tied = [], {}, {}
@@ -147,6 +167,11 @@ def make_plan(
         if target is not None and destination.path != owner and owner in by_path:
             dropped[key] = owner
             continue
+        stack = destination.stack
+        if target is not None and stack is not None:
+            if key != stack.first:
+                continue  # the step of the first makes the whole stack
+            tensor = stack.tensor(source.tensors)
         if target is not None and tensor.dtype not in FLOATS:
             raise SourceError(
                 f"{key}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; is it quantized already?"

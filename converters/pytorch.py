@@ -66,11 +66,14 @@ class PytorchSource:
             )
         self.identity = file_identity([directory / f for f in files])
 
-    def read(self, name: str) -> NDArray[np.uint8]:
+    def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         import torch
 
         flat = self._loaded[name].contiguous().reshape(-1)
-        return np.array(flat.view(torch.uint8).numpy()) if flat.numel() else np.empty(0, np.uint8)
+        if not flat.numel():
+            return np.empty(0, np.uint8)
+        end = None if nbytes is None else begin + nbytes
+        return np.array(flat.view(torch.uint8)[begin:end].numpy())
 
 
 def _load(path: Path) -> dict[str, Any]:

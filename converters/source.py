@@ -50,8 +50,8 @@ class Source(Protocol):
     repo_id: str | None
     revision: str | None
 
-    def read(self, name: str) -> NDArray[np.uint8]:
-        """The bytes of a tensor, row-major and little-endian, as a new uint8 array."""
+    def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
+        """The bytes of a tensor, row-major and little-endian, as a new uint8 array; or `nbytes` from `begin` on."""
         ...
 
 
@@ -75,8 +75,8 @@ class RenamedSource:
             self._old[new], self.tensors[new] = old, replace(source.tensors[old], name=new)
         self.identity = hashlib.sha256("\n".join([source.identity, *self._old]).encode()).hexdigest()
 
-    def read(self, name: str) -> NDArray[np.uint8]:
-        return self._source.read(self._old[name])
+    def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
+        return self._source.read(self._old[name], begin, nbytes)
 
 
 def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .container.atomic import atomic_directory, write_json
 from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
@@ -17,6 +18,8 @@ from .container.writer import SHARD_BYTES, ShardWriter, StoredTensor, shard_name
 from .dtypes import BY_NAME, from_float32
 from .errors import OutputError
 from .integrations.conversion_record import KEY, ConversionRecord
+from .reference import decode
+from .schema import ModuleEntry
 
 
 def dequantize_directory(
@@ -28,7 +31,7 @@ def dequantize_directory(
     max_shard_bytes: int = SHARD_BYTES,
     report: Callable[[], None] = lambda: None,
 ) -> str:
-    """Write the model with its quantized weights decoded (DEC-5), one module in memory at a time.
+    """Write the model with its quantized weights decoded (DEC-5), one module in memory at a time, or one expert.
 
     The tensors get the names that they had in the checkpoint, where the model's ``config.json`` tells them.
 
@@ -64,15 +67,15 @@ def dequantize_directory(
         for name in reader.names():
             if name in planes:
                 module = planes[name]
-                tensor = _decoded(reader, module.path, chosen, bits)
+                decoded = _decoded(reader, module, chosen, bits, named.experts(module))
                 report()
             elif name in lowbit:
                 continue
             else:
                 reader.check_digest(name)
                 info = reader.info(name)
-                tensor = StoredTensor(name, info.dtype, info.shape, reader.raw(name))
-            for one in (replace(tensor, name=name) for name in named(tensor.name)):
+                decoded = iter([StoredTensor(name, info.dtype, info.shape, reader.raw(name))])
+            for one in (replace(tensor, name=name) for tensor in decoded for name in named(tensor.name)):
                 if writer is not None and writer.nbytes + one.nbytes > max_shard_bytes:
                     shards.append(writer.close())
                     total, writer = total + writer.nbytes, None
@@ -96,25 +99,54 @@ class _Names:
         for copy, owner in record.copies.items():
             if owner in self._names:
                 self._names[owner].append(copy)
+        self._experts = {m.path: record.experts[m.path] for m in reader.config if _has_parts(m, record)}
         if len({name for names in self._names.values() for name in names}) < sum(map(len, self._names.values())):
             self._names = {name: [name] for name in given}  # the record is of another model
+            self._experts = {}
 
     def __call__(self, name: str) -> list[str]:
-        return self._names[name]
+        return self._names.get(name, [name])
+
+    def experts(self, module: ModuleEntry) -> list[str]:
+        """Names of the tensors of each expert, ``*`` being its number; empty where one tensor held them all."""
+        return self._experts.get(module.path, [])
 
 
-def _decoded(reader: ModelReader, path: str, dtype: str, bits: int | None) -> StoredTensor:
-    """The model's parameter (CFG-5), decoded and rounded once."""
-    module = reader.module(path)
-    for spec in reader.specs(path):
+def _has_parts(module: ModuleEntry, record: ConversionRecord) -> bool:
+    patterns = record.experts.get(module.path, [])
+    whole = bool(patterns) and module.rows % len(patterns) == 0 and len(set(patterns)) == len(patterns)
+    return whole and module.kind == "experts" and all(p.count("*") == 1 for p in patterns)
+
+
+def _decoded(
+    reader: ModelReader, module: ModuleEntry, dtype: str, bits: int | None, patterns: list[str]
+) -> Iterator[StoredTensor]:
+    """The model's parameter (CFG-5), decoded and rounded once; of experts with `patterns`, the tensors of each."""
+    for spec in reader.specs(module.path):
         reader.check_digest(spec.name)
-    weight = reader.decode(path, bits)
-    if module.kind in ("conv1d", "experts_transposed"):
-        weight = np.swapaxes(weight, -1, -2)
+    if module.experts is None:
+        weight = reader.decode(module.path, bits)
+        yield _rounded(module.weight, weight.T if module.kind == "conv1d" else weight, dtype)
+        return
+    whole: NDArray[Any] | None = None
+    for expert in range(module.experts):
+        weight = decode(reader.matrix(module.path, expert, only=bits))
+        if patterns:
+            for pattern, part in zip(patterns, np.split(weight, len(patterns)), strict=True):
+                yield _rounded(pattern.replace("*", str(expert)), part, dtype)
+            continue
+        one = _rounded(module.weight, weight.T if module.kind == "experts_transposed" else weight, dtype)
+        whole = np.empty((module.experts, *one.shape), one.data.dtype) if whole is None else whole
+        whole[expert] = one.data
+    if whole is not None:
+        yield StoredTensor(module.weight, BY_NAME[dtype], whole.shape, whole)
+
+
+def _rounded(name: str, weight: NDArray[np.float32], dtype: str) -> StoredTensor:
     data = from_float32(np.ascontiguousarray(weight), BY_NAME[dtype])
     if dtype == "float16" and not np.isfinite(data).all():
-        raise OutputError(f"{module.weight}: has values that float16 cannot hold; use --dtype bfloat16 or float32")
-    return StoredTensor(module.weight, BY_NAME[dtype], data.shape, data)
+        raise OutputError(f"{name}: has values that float16 cannot hold; use --dtype bfloat16 or float32")
+    return StoredTensor(name, BY_NAME[dtype], data.shape, data)
 
 
 def _finish(reader: ModelReader, work: Path, shards: list[list[str]], total: int, dtype: str) -> None:

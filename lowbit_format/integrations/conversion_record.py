@@ -20,11 +20,14 @@ class ConversionRecord:
         source_names: name of a tensor in the model -> its name in the checkpoint, where the two differ.
         copies: name in the checkpoint of a second copy of a tied tensor -> name of the parameter that has its values.
         absent: parameters of the model that the checkpoint does not have, and that its use does not need.
+        experts: parameter of stacked experts -> names of the checkpoint's tensors, ``*`` being the expert's number;
+            the rows of an expert's matrix are those of the tensors, in equal parts.
     """
 
     source_names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    experts: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, without what is empty; deterministic."""
@@ -32,6 +35,7 @@ class ConversionRecord:
             "source_names": dict(sorted(self.source_names.items())),
             "copies": dict(sorted(self.copies.items())),
             "absent": sorted(self.absent),
+            "experts": dict(sorted(self.experts.items())),
         }
         return {key: value for key, value in found.items() if value}
 
@@ -46,9 +50,19 @@ class ConversionRecord:
             _names(found.get("source_names")),
             _names(found.get("copies")),
             tuple(name for name in absent if isinstance(name, str)) if isinstance(absent, list) else (),
+            _lists(found.get("experts")),
         )
 
 
 def _names(found: object) -> dict[str, str]:
     pairs = found.items() if isinstance(found, Mapping) else ()
     return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
+
+
+def _lists(found: object) -> dict[str, list[str]]:
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {
+        k: list(v)
+        for k, v in pairs
+        if isinstance(k, str) and isinstance(v, list) and v and all(isinstance(n, str) and "*" in n for n in v)
+    }

@@ -7,6 +7,7 @@ The class of a loaded model is a subclass of its former class, of the same name,
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -84,7 +85,7 @@ class LowbitModel(Mixin):
                 continue
             matrix = module.matrix_parameters().values() if isinstance(module, LowbitModule) else ()
             if matrix and not only_trainable and module.matrix_id not in seen:
-                total += module.rows * module.cols
+                total += math.prod(module.shape)
                 seen.update(id(p) for p in matrix)
             for p in module.parameters(recurse=False):
                 if id(p) not in seen and (p.requires_grad or not only_trainable):

@@ -16,6 +16,9 @@ from torch import nn
 from ..container.reader import ModelReader
 from ..errors import LoadError
 from ..runtime.active_tasks import TaskState
+from ..runtime.expert_forward import put_in
+from ..runtime.experts import EXPERTS
+from ..runtime.known_experts import expert_parameters
 from ..runtime.known_modules import known
 from ..runtime.modules import MODULES, LowbitModule
 from ..schema import ModuleEntry, QuantizationConfig
@@ -51,13 +54,14 @@ def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskSta
     reader.check_precision(bits)
     placed, modules = Placement(), dict(model.named_modules())
     for entry in reader.config:
-        if entry.experts is not None:
-            raise LoadError(f"{entry.path}: this version of lowbit_format cannot load {entry.kind}; update it")
         path = files.path(entry.weight)
         if path is None:
             files.check_config(entry.weight)
             continue
-        _replace(model, path, modules[path], reader, entry, bits)
+        if entry.experts is not None:
+            _replace_experts(model, path, entry, bits)
+        else:
+            _replace(model, path, modules[path], reader, entry, bits)
         placed.files[path] = entry
     for place, owner in _tied_places(model, modules, files, placed):
         _replace(model, place, modules[place], reader, placed.files[owner], bits)
@@ -103,7 +107,7 @@ def describe(model: Any, placed: Placement) -> QuantizationConfig:
     modules = {}
     for path in placed.files:
         m = model.get_submodule(path)
-        modules[path] = ModuleEntry(path, m.scheme, m.kind, (m.rows, m.cols))
+        modules[path] = ModuleEntry(path, m.scheme, m.kind, m.shape)
     return QuantizationConfig(modules, dict(placed.tied), model.base_model_prefix)
 
 
@@ -172,6 +176,30 @@ def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: 
     model.set_submodule(path, new)
 
 
+def _replace_experts(model: Any, path: str, entry: ModuleEntry, bits: int | None) -> None:
+    parent_path, _, name = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    kind = expert_parameters(parent).get(name)
+    if kind != entry.kind:
+        raise LoadError(
+            f"{path}: the file has {entry.kind}, and what a {type(parent).__name__} of this version of transformers "
+            f"computes with its parameter is {'not known' if kind is None else f'that of {kind}'}; use the version "
+            "with which the model was converted, or convert it again"
+        )
+    old = getattr(parent, name)
+    experts, rows, cols = entry.shape
+    expected = (experts, rows, cols) if kind == "experts" else (experts, cols, rows)
+    if tuple(old.shape) != expected:
+        raise LoadError(
+            f"{path}: the file has {entry.kind} {list(entry.shape)}, which make a parameter {list(expected)}; that of "
+            f"{type(model).__name__} is {list(old.shape)}: the model's config (config.json, or options given to "
+            "from_pretrained) does not fit the weights"
+        )
+    dtype = _kept_dtype(model, path) or old.dtype
+    stack = EXPERTS[kind](entry.scheme, rows, cols, experts=experts, bits=bits, dtype=dtype, device="meta")
+    put_in(parent, name, stack.train(parent.training))
+
+
 def _look_at(module: nn.Module, path: str) -> tuple[str, tuple[int, int], dict[str, Any]]:
     """Kind, shape ``(rows, cols)`` and options of a float module whose forward is known."""
     found = known(module)
@@ -199,6 +227,6 @@ def _kept_dtype(model: Any, path: str) -> torch.dtype | None:
     """
     plan = model._get_dtype_plan(torch.get_default_dtype()) if hasattr(model, "_get_dtype_plan") else model.dtype_plan
     for pattern, dtype in plan.items():
-        if re.search(pattern.replace("*", ".*"), f"{path}.weight"):
+        if re.search(pattern.replace("*", ".*"), f"{path}.weight"):  # of experts, whose path is a parameter's, too
             return dtype  # type: ignore[no-any-return]
     return None

@@ -25,6 +25,8 @@ from ..container.reader import CONFIG_FILE, ModelReader
 from ..container.writer import file_metadata
 from ..errors import LoadError
 from ..runtime.active_tasks import TaskState
+from ..runtime.expert_forward import take_out
+from ..runtime.experts import LowbitExperts
 from ..runtime.modules_to_save import SwitchedModule
 from ..schema import QUANT_METHOD, QuantizationConfig
 from ..tensors import tensor_specs
@@ -113,7 +115,7 @@ class LowbitQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """At a lower precision the file has more planes than the module: that is no mismatch of shapes."""
-        return self.options.bits is not None and param_name.endswith(".planes")
+        return self.options.bits is not None and param_name.endswith((".planes", "_planes"))
 
     def get_weight_conversions(self) -> list[Any]:
         return list(self.exact_names)
@@ -135,7 +137,7 @@ class LowbitQuantizer(HfQuantizer):
         if self.options.bits is not None:  # the parameters of other precisions are not loaded
             ignored = model._keys_to_ignore_on_load_unexpected  # None, a list or a set: versions differ
             kind = list if ignored is None else type(ignored)
-            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), r"\.(scales|offsets|zeros)(_k\d)?$"])
+            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), r"[._](scales|offsets|zeros)(_k\d)?$"])
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -171,6 +173,10 @@ class LowbitQuantizer(HfQuantizer):
             if isinstance(module, SwitchedModule):
                 module.become_plain(module.task_state.active)
         for path, module in list(lowbit_modules(model)):
+            if isinstance(module, LowbitExperts):
+                parent, _, name = path.rpartition(".")
+                take_out(model.get_submodule(parent), name, module.float_parameter(dtype))
+                continue
             if module.matrix_id not in weights:
                 weights[module.matrix_id] = nn.Parameter(module.dequantize(dtype).contiguous())
             model.set_submodule(path, module.float_module(weights[module.matrix_id]))

@@ -216,6 +216,11 @@ def _split(args: tuple[Any, ...]) -> tuple[PlaneMatrix, tuple[Any, ...]]:
     return PlaneMatrix(*args[:TENSORS], *args[-SCHEME:]), args[TENSORS:-SCHEME]
 
 
+def _no_view(out: Tensor) -> Tensor:
+    """`out` itself: autograd forbids changing the result of a custom operator in place if it is a view."""
+    return out.detach() if out._is_view() else out
+
+
 def _tensors(grads: ParamGrads) -> tuple[Tensor, ...]:
     return tuple(grads[0].new_empty(0) if g is None else g for g in grads)
 
@@ -236,8 +241,7 @@ def _dequantize_param_grads(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 @_define("linear", f"(Tensor x, {_MATRIX}, Tensor? bias, {_TASKS}, {_SCHEME}) -> Tensor")
 def _linear(x: Tensor, *args: Any) -> Tensor:
     w, (bias, deltas, task_ids) = _split(args)
-    out: Tensor = backend_of(w).linear(x, w, bias, deltas, task_ids)
-    return out
+    return _no_view(backend_of(w).linear(x, w, bias, deltas, task_ids))
 
 
 @_define("linear_input_grad", f"(Tensor grad, {_MATRIX}, {_TASKS}, {_SCHEME}) -> Tensor")
@@ -256,8 +260,7 @@ def _linear_param_grads(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ..
 @_define("embedding", f"(Tensor ids, {_MATRIX}, {_TASKS}, ScalarType dtype, {_SCHEME}) -> Tensor")
 def _embedding(ids: Tensor, *args: Any) -> Tensor:
     w, (deltas, task_ids, dtype) = _split(args)
-    out: Tensor = backend_of(w).embedding(ids, w, deltas, task_ids, dtype)
-    return out
+    return _no_view(backend_of(w).embedding(ids, w, deltas, task_ids, dtype))
 
 
 @_define("embedding_param_grads", f"(Tensor grad, Tensor ids, {_MATRIX}, {_TASKS}, {_SCHEME}) -> {_GRADS}")

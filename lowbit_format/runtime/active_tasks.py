@@ -110,6 +110,19 @@ class RowTasks:
             self._ids[key] = self._rows.repeat_interleave(rows // len(self)).to(device)
         return self._ids[key]
 
+    def ids_of_tokens(self, tokens: int, device: torch.device, path: str) -> Tensor:
+        """As :meth:`task_ids` for `tokens` tokens that lie one row of the batch after the other, as a router gets them.
+
+        Raises TaskError where they do not tell to which rows of the batch they belong.
+        """
+        rows, call = batch_rows(), _call.get()
+        if call.apart or (rows is not None and tokens % rows):
+            raise TaskError(
+                f"{path} gets {tokens} tokens in a batch of {rows} rows, and they do not tell to which rows they "
+                f"belong: tasks that change it {_APART}"
+            )
+        return self.task_ids(tokens, device, path)
+
     def check_rows(self, rows: int, what: str) -> None:
         """Raise TaskError unless `rows` is a multiple (1, or the number of beams) of the number of tasks."""
         if rows == 0 or rows % len(self):

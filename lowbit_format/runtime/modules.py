@@ -65,15 +65,20 @@ class LowbitModule(PlaneModule):
         """From now on compute with task `name` outside of ``use_tasks`` blocks."""
         self._task, self._delta = name, None if self._is_tuned(name) else self.delta_of(name)
 
+    def parameters_with(self, delta: Delta) -> dict[str, Tensor]:
+        """Scales and shift with `delta`, by role, as the task computes with them (TSK-8)."""
+        w = shifted(self.plane_matrix, delta)
+        w = w if delta.scales is None else with_delta(w, delta.scales)
+        values = {"scales": w.scales, "offsets": w.offsets, "zeros": w.zeros}
+        return {role: v for role, v in values.items() if v is not None}
+
     def merged_parameters(self, delta: Delta, dtype: str | None) -> dict[str, Tensor]:
         """Scales and shift with `delta` merged in, by role, as `dtype` (``"F32"``; None: their present dtype).
 
         Raises TaskError if the dtype cannot hold them.
         """
-        w, to = shifted(self.plane_matrix, delta), TORCH_DTYPES[dtype or self.scheme.scale_dtype]
-        scales = w.scales if delta.scales is None else with_delta(w, delta.scales).scales
-        values = {"scales": scales, "offsets": w.offsets, "zeros": w.zeros}
-        stored = {role: v.detach().to(to) for role, v in values.items() if v is not None}
+        to = TORCH_DTYPES[dtype or self.scheme.scale_dtype]
+        stored = {role: v.detach().to(to) for role, v in self.parameters_with(delta).items()}
         if not all(bool(torch.isfinite(v).all()) for v in stored.values()):
             raise TaskError(f"{self.path}: {to} cannot hold the scales of the task; merge it into float32")
         return stored
@@ -135,12 +140,15 @@ class LowbitModule(PlaneModule):
     def _stacked(self, tasks: RowTasks, deltas: list[Delta | None]) -> Tensor:
         """The deltas as one tensor, kept for the whole block: it is the same at every step."""
         if self.tuned_name in tasks.names:  # changes at every step, and needs a new autograd graph at each
-            return stack(deltas)
+            return self._stack(deltas)
         known, stacked = tasks.kept.get(id(self), ((), None))
         if stacked is None or len(known) != len(deltas) or any(a is not b for a, b in zip(known, deltas, strict=True)):
-            stacked = stack(deltas)
+            stacked = self._stack(deltas)
             tasks.kept[id(self)] = (tuple(deltas), stacked)
         return stacked
+
+    def _stack(self, deltas: list[Delta | None]) -> Tensor:
+        return stack(deltas)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Deltas move with the module and stay float32."""
@@ -192,7 +200,7 @@ class LowbitConv1D(LowbitLinear):
         with torch.device("meta"):
             return _with_parameters(Conv1D(self.rows, self.cols), weight, self)  # type: ignore[no-untyped-call]
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def _weight_shape(self) -> tuple[int, ...]:
         return self.cols, self.rows
 
 

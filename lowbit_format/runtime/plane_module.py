@@ -31,9 +31,11 @@ class TiledPlanes:
     Attributes:
         planes: what their parameter holds too; None while the parameter has the file's layout. Read this once per
             call: another thread may switch the layout.
+        experts: of stacked matrices, each as a view of `planes`.
     """
 
     planes: Tensor | None = None
+    experts: tuple[PlaneMatrix, ...] | None = None
 
 
 _changing_layout = threading.RLock()
@@ -49,6 +51,7 @@ class PlaneModule(nn.Module):
         plane_rows: first dimension of ragged planes (MIX-2); only for schemes with ``row_bits``.
         bias: a bias ``[rows]`` exists.
         dtype: compute dtype: that of the bias, and of what an embedding returns.
+        experts: number of stacked matrices, for expert kinds; None for one matrix.
         device: where to make the (uninitialised) parameters.
 
     Attributes:
@@ -79,21 +82,26 @@ class PlaneModule(nn.Module):
         plane_rows: int | None = None,
         bias: bool = False,
         dtype: torch.dtype = torch.float32,
+        experts: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         if (plane_rows is not None) != scheme.row_bits:
             raise ValueError("plane_rows belongs to schemes with row_bits, and to them only")
         self.scheme, self.rows, self.cols, self.compute_dtype = scheme, rows, cols, dtype
+        self.shape = (rows, cols) if experts is None else (experts, rows, cols)
+        self.experts = experts
         self.precision = None if bits is None or bits >= scheme.bits else bits
-        specs = {s.role: s for s in tensor_specs(ModuleEntry("", scheme, self.kind, (rows, cols)))}
+        specs = {s.role: s for s in tensor_specs(ModuleEntry("", scheme, self.kind, self.shape))}
         self._plane_rows = plane_rows if plane_rows is not None else (self.precision or scheme.bits)
         for role in ("planes", "scales", "offsets", "zeros", "codebook", "row_bits"):
             self.register_parameter(role, None)
         for role, spec in specs.items():
             if role != "planes" and self.precision is not None and not self._belongs_to_precision(role):
                 continue
-            shape = (self._plane_rows, *spec.shape[1:]) if role == "planes" else spec.shape
+            shape = spec.shape
+            if role == "planes":
+                shape = (*shape[: self._plane_axis], self._plane_rows, *shape[self._plane_axis + 1 :])
             empty = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
             self.register_parameter(role, nn.Parameter(empty, requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None)
@@ -155,9 +163,7 @@ class PlaneModule(nn.Module):
             return
         with _changing_layout, torch.inference_mode(False):  # parameters made in that mode could never be trained
             if not self.is_tiled:
-                tiled = operators.tile(self.plane_matrix)
-                self._set_data(tiled)
-                self.tiled.planes = tiled.planes
+                self._tile()
 
     def untile(self) -> None:
         """Undo :meth:`tile`, exactly."""
@@ -165,9 +171,17 @@ class PlaneModule(nn.Module):
             return
         with _changing_layout, torch.inference_mode(False):
             if self.is_tiled:
-                restored = operators.untile(self.plane_matrix)
-                self.tiled.planes = None
-                self._set_data(restored)
+                self._untile()
+
+    def _tile(self) -> None:
+        tiled = operators.tile(self.plane_matrix)
+        self._set_data(tiled)
+        self.tiled.planes = tiled.planes
+
+    def _untile(self) -> None:
+        restored = operators.untile(self.plane_matrix)
+        self.tiled.planes = None
+        self._set_data(restored)
 
     def _set_data(self, w: PlaneMatrix) -> None:
         """Give the parameters the tensors of `w`; the parameters themselves stay, since others refer to them."""
@@ -186,7 +200,7 @@ class PlaneModule(nn.Module):
             LoadError: a lower precision is offloaded: what brings the tensors back knows them by names that this
                 method changes.
         """
-        for spec in tensor_specs(ModuleEntry("", self.scheme, self.kind, (self.rows, self.cols))):
+        for spec in tensor_specs(ModuleEntry("", self.scheme, self.kind, self.shape)):
             param = self._parameters.get(spec.role)
             if param is None:
                 continue
@@ -213,6 +227,11 @@ class PlaneModule(nn.Module):
         self._parameters.update(owner.matrix_parameters())
         self.scheme, self.precision, self.tiled = owner.scheme, owner.precision, owner.tiled
 
+    @property
+    def _plane_axis(self) -> int:
+        """The axis of the parameter ``planes`` along which a lower precision has fewer."""
+        return 0 if self.experts is None else 1
+
     def _belongs_to_precision(self, role: str) -> bool:
         return role in ("codebook", "row_bits") or role.endswith(f"_k{self.precision}")
 
@@ -234,9 +253,11 @@ class PlaneModule(nn.Module):
         A loader assigns the file's whole tensor. The prefix is copied at once, not in :meth:`finish_loading`: the
         full planes of all modules would otherwise be in memory together.
         """
-        if planes.shape[0] <= self._plane_rows:
+        axis = self._plane_axis
+        if planes.shape[axis] <= self._plane_rows:
             return planes
-        prefix = nn.Parameter(planes.detach()[: self._plane_rows].clone(), requires_grad=False)
+        first = planes.detach().narrow(axis, 0, self._plane_rows).clone()
+        prefix = nn.Parameter(first, requires_grad=False)
         prefix.__dict__.update(planes.__dict__)
         return prefix
 
@@ -251,7 +272,7 @@ class PlaneModule(nn.Module):
     def weight(self, value: object) -> None:
         raise _no_weight(self)
 
-    def _weight_shape(self) -> tuple[int, int]:
+    def _weight_shape(self) -> tuple[int, ...]:
         return self.rows, self.cols
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

@@ -108,7 +108,7 @@ def delta_name(module: str, field: str, ndim: int, shift: str | None) -> str:
     Args:
         module: the module's name in bundles.
         field: of the ``Delta``: ``"scales"`` or ``"shift"``.
-        ndim: number of the tensor's axes.
+        ndim: number of the tensor's axes, without that of stacked experts.
         shift: role of the shift of the module's scheme.
     """
     roles = ("scales", shift)

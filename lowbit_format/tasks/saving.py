@@ -97,7 +97,8 @@ def bundle_of(
         for field, tensor in (delta._asdict() if delta is not None else {}).items():
             if tensor is not None:
                 values = tensor.detach().cpu().float().contiguous().numpy().copy()
-                deltas[delta_name(module_name, field, values.ndim, module.scheme.shift)] = values
+                axes = values.ndim - (module.experts is not None)
+                deltas[delta_name(module_name, field, axes, module.scheme.shift)] = values
     saved = []
     for listed in config.modules_to_save:
         path = model_path(model, listed)

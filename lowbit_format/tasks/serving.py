@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from ..errors import BundleError, TaskError
 from ..integrations.placement import lowbit_modules
-from ..kernels.matrix import with_delta
 from ..runtime.active_tasks import Name
-from ..runtime.deltas import Delta, shifted
+from ..runtime.deltas import Delta
 from ..runtime.modules import LowbitModule
 from ..runtime.modules_to_save import SwitchedModule, plain_copy, switched
 from ..runtime.stored_tensors import TORCH_DTYPES, to_torch
@@ -202,10 +201,8 @@ def _checked(delta: Delta, module: Any) -> Delta:
     if module.device.type == "meta":
         raise TaskError(f"{module.path} is offloaded: tasks need the whole model in memory")
     delta = delta.map(lambda t: t.to(module.device))
-    w = shifted(module.plane_matrix, delta)
-    w = w if delta.scales is None else with_delta(w, delta.scales)
-    for values in (w.scales, w.offsets, w.zeros):
-        if values is not None and not bool(torch.isfinite(values).all()):
+    for values in module.parameters_with(delta).values():
+        if not bool(torch.isfinite(values).all()):
             raise BundleError("MAT-6", "the deltas make a scale, offset or zero infinite", tensor=module.path)
     return delta
 

@@ -259,7 +259,7 @@ def _check_covers(model: Any, start: str, modules: dict[str, LowbitModule], save
 
 def _start(module: LowbitModule, method: Method, kind: str, offsets: bool) -> Delta:
     """Zeros of the right shapes, on the module's device."""
-    planes, rows, groups = module.scales.shape
+    *stack, planes, rows, groups = module.scales.shape  # of experts, their number stands in front (TSK-7)
     p = planes if method.planes is None else min(method.planes, planes)
     shape = OPERATIONS[f"scales.{kind}"].shape(p, rows, groups)
     shift = module.offsets if module.offsets is not None else module.zeros
@@ -267,8 +267,8 @@ def _start(module: LowbitModule, method: Method, kind: str, offsets: bool) -> De
         raise TuningError(
             f"{module.path!r} has no offsets or zero points to train: convert with an offset, or leave it"
         )
-    zeros = torch.zeros(shape, device=module.scales.device)
-    return Delta(zeros, torch.zeros(rows, groups, device=zeros.device) if offsets else None)
+    zeros = torch.zeros(*stack, *shape, device=module.scales.device)
+    return Delta(zeros, torch.zeros(*stack, rows, groups, device=zeros.device) if offsets else None)
 
 
 def _from(task: Delta | None, zeros: Delta, path: str, name: str) -> Delta:

@@ -20,7 +20,7 @@ from lowbit_format.container import writer
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.converters.driver import work_directory
-from lowbit_format.errors import CoverageError, NonFiniteWeightError, NothingToQuantizeError, OutputError, SourceError
+from lowbit_format.errors import NonFiniteWeightError, NothingToQuantizeError, OutputError, SourceError
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode
 
@@ -174,29 +174,6 @@ def test_two_runs_give_the_same_bytes(checkpoint: Checkpoint, tmp_path: Path, mo
         monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
         convert_hf_to_lowbit(str(checkpoint("gpt2")), tmp_path / run / "out", RECIPE, max_shard_bytes=20_000)
     assert content(tmp_path / "1" / "out") == content(tmp_path / "2" / "out")
-
-
-# --- experts and coverage ---------------------------------------------------------------------------
-
-
-def test_experts_are_kept_counted_and_refused_by_default(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(CoverageError, match=r"only \d+\.\d% .*\(fused experts are not quantized yet\)"):
-        convert_hf_to_lowbit(str(checkpoint("mixtral")), tmp_path / "out", RECIPE)
-    assert not list(tmp_path.iterdir())
-
-
-def test_experts_are_kept_when_coverage_may_be_low(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = checkpoint("mixtral")
-    done = convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE, min_coverage=0.1)
-    reader, plain = ModelReader(tmp_path / "out"), weights(source)
-    assert reader.verify() == 0
-    experts = [name for name in plain if "experts" in name]
-    assert experts
-    for name in experts:
-        assert bytes(reader.raw(name)) == plain[name].numpy().tobytes()
-    attention = sum(t.numel() for name, t in plain.items() if "proj" in name and "self_attn" in name)
-    counted = attention + sum(plain[name].numel() for name in experts)
-    assert done.plan.coverage == pytest.approx(attention / counted, abs=0.02)  # the router may count as a matrix
 
 
 # --- bad endings ------------------------------------------------------------------------------------

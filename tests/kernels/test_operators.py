@@ -124,6 +124,18 @@ def test_tensors_without_data() -> None:
     assert operators.linear(torch.empty(3, 64, device="meta"), w).shape == (3, 4)
 
 
+@pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
+def test_results_may_be_changed_in_place(shape: tuple[int, ...]) -> None:
+    """Models add to what a layer gives; autograd refuses that for a view that a custom operator returns."""
+    w = float32_matrix(random_matrix(Scheme("bcq", 2, 32), 64, 64))
+    x = torch.randn(shape, requires_grad=True)
+    deltas = torch.zeros(1, 1, 64, requires_grad=True)
+    operators.linear(x, w, None, deltas).add_(1).sum().backward()
+    operators.embedding(torch.zeros(shape[:-1], dtype=torch.int64), w, deltas).add_(1).sum().backward()
+    assert x.grad is not None
+    assert bool(deltas.grad.any())  # type: ignore[union-attr]
+
+
 def test_planes_and_codebook_get_no_gradient() -> None:
     w = float32_matrix(random_matrix(Scheme("codebook", 2, 0), 3, 8))
     w = w._replace(scales=w.scales.requires_grad_(), codebook=w.codebook.requires_grad_())  # type: ignore[union-attr]

@@ -1,0 +1,305 @@
+"""Stacks of expert matrices: which tensors of a checkpoint make one, and their quantization, an expert at a time.
+
+A checkpoint has a tensor for each expert and projection, or a stack of its own. transformers' conversion mapping says
+how its model's stack comes from these: here the same operations are applied to what each single expert has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..container.writer import StoredTensor, module_tensors
+from ..errors import QuantizationError, SourceError
+from ..matrix import F32, StoredMatrix
+from ..quantize import Quantized, Target, quantize
+from ..runtime.known_experts import expert_parameters
+from ..schema import ModuleEntry, Scheme
+from .architecture import Renamer
+from .journal import Outcome
+from .source import Source, SourceTensor, as_float32
+
+KINDS = ("experts", "experts_transposed")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The tensors of a checkpoint that make one parameter of stacked experts.
+
+    Attributes:
+        path: of the parameter in the model.
+        kind: ``experts`` or ``experts_transposed``.
+        shape: ``(experts, rows, cols)`` of its matrices.
+        parts: names of the tensors: of each part of a matrix (such as gate and up), one for each expert, or a single
+            one that has all experts in its first dimension.
+        operations: transformers', which make the parameter from the parts.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, int, int]
+    parts: tuple[tuple[str, ...], ...]
+    operations: tuple[Any, ...] = ()
+
+    @property
+    def first(self) -> str:
+        """The tensor that stands for all of them."""
+        return self.parts[0][0]
+
+    @property
+    def patterns(self) -> list[str]:
+        """Names of the tensors with ``*`` for the expert's number; empty unless each expert has tensors of its own,
+        whose rows are those of its matrix, one after the other."""
+        plain = self.kind == "experts" and all(
+            _is(op, "MergeModulelist") or (_is(op, "Concatenate") and op.dim == 1) for op in self.operations
+        )
+        if not plain or len(self.parts[0]) != self.shape[0] or self.shape[0] < 2:
+            return []
+        found = []
+        for names in self.parts:
+            pattern = _pattern(names)
+            if pattern is None:
+                return []
+            found.append(pattern)
+        return found
+
+    def tensor(self, tensors: dict[str, SourceTensor]) -> SourceTensor:
+        """What the parts come to, as one tensor of the model's."""
+        own = [tensors[name] for names in self.parts for name in names]
+        return SourceTensor(self.path, own[0].dtype, self.shape, sum(t.nbytes for t in own))
+
+    def matrix(self, source: Source, expert: int) -> F32:
+        """The matrix of one expert, float32 ``[rows, cols]``."""
+        import torch
+
+        experts, rows, cols = self.shape
+        collected: dict[str, Any] = {}
+        for i, names in enumerate(self.parts):
+            tensor = source.tensors[names[0 if len(names) == 1 else expert]]
+            if len(names) == experts and not self._is_fused(tensor):
+                one = as_float32(source.read(tensor.name), tensor)
+                collected[f"part{i}"] = [torch.from_numpy(one)]
+            else:
+                nbytes = tensor.nbytes // experts
+                raw = source.read(tensor.name, expert * nbytes, nbytes)
+                shape = (1, *tensor.shape[1:])
+                one = as_float32(raw, replace(tensor, shape=shape, nbytes=nbytes))
+                collected[f"part{i}"] = [torch.from_numpy(one)]
+        sources = list(collected)
+        for operation in self.operations:
+            collected = operation.convert(collected, source_patterns=sources, target_patterns=["whole"])
+        whole = next(iter(collected.values()))
+        whole = whole[0] if isinstance(whole, list) else whole
+        matrix: Any = whole.numpy().reshape(whole.shape[-2:])
+        matrix = matrix.T if self.kind == "experts_transposed" else matrix
+        if matrix.shape != (rows, cols):
+            raise SourceError(
+                f"{self.path}: expert {expert} comes to {list(matrix.shape)}, expected {[rows, cols]}; transformers "
+                "converts it in a way that this version of lowbit_format does not follow: keep it (--keep)"
+            )
+        return np.ascontiguousarray(matrix, np.float32)
+
+    def _is_fused(self, tensor: SourceTensor) -> bool:
+        return len(tensor.shape) == 3
+
+
+def find_stacks(
+    model: Any, rename: Renamer, shapes: dict[str, tuple[int, ...]]
+) -> tuple[dict[str, Stack], dict[str, tuple[str, str]]]:
+    """The stacks of a model, and the tensors of a checkpoint that belong to one.
+
+    Args:
+        model: on the meta device.
+        rename: its renaming.
+        shapes: of the checkpoint's tensors, by name.
+
+    Returns:
+        The stack of each parameter that can be quantized, by the parameter's path; and of every tensor with a part in
+        experts, by name, the parameter's path and why it cannot be quantized (empty if it can).
+    """
+    from transformers.core_model_loading import dot_natural_key
+
+    modules = dict(model.named_modules())
+    parts: dict[str, dict[str, list[str]]] = {}
+    converters: dict[str, Any] = {}
+    for key in sorted(shapes, key=dot_natural_key):
+        target, converter, pattern = rename.conversion(key)
+        path, _, leaf = target.rpartition(".")
+        if path in modules and _is_stack(modules[path], leaf):
+            parts.setdefault(target, {}).setdefault(pattern or "", []).append(key)
+            converters[target] = converter
+    stacks, belongs = dict[str, Stack](), dict[str, tuple[str, str]]()
+    for target, by_pattern in parts.items():
+        parent, _, leaf = target.rpartition(".")
+        stack, reason = _stack(modules[parent], leaf, target, by_pattern, converters[target], shapes)
+        if stack is not None and not rename.keeps_stack(target):
+            stack, reason = None, "transformers would rename it on loading"
+        if stack is not None:
+            stacks[target] = stack
+        belongs.update({key: (target, reason) for names in by_pattern.values() for key in names})
+    return stacks, belongs
+
+
+def _is_stack(module: Any, leaf: str) -> bool:
+    """Whether a parameter is a stack of expert matrices: three dimensions, in a module that says so by its name."""
+    import torch
+
+    parameter = getattr(module, leaf, None)
+    named = "expert" in type(module).__name__.lower() or bool(expert_parameters(module))
+    return named and isinstance(parameter, torch.nn.Parameter) and parameter.ndim == 3
+
+
+def _stack(
+    module: Any, leaf: str, path: str, by_pattern: dict[str, list[str]], converter: Any, shapes: dict[str, Any]
+) -> tuple[Stack | None, str]:
+    """The stack of one parameter, or why it cannot be quantized."""
+    kind = expert_parameters(module).get(leaf)
+    if kind is None:
+        return None, f"what {type(module).__name__} computes with its experts is not known"
+    shape = tuple(getattr(module, leaf).shape)
+    experts, *matrix = shape
+    rows, cols = reversed(matrix) if kind == "experts_transposed" else matrix
+    operations = () if converter is None else tuple(converter.operations)
+    order = [""] if converter is None else [p for p in converter.source_patterns if p in by_pattern]
+    parts = tuple(tuple(by_pattern[p]) for p in order)
+    fused = all(len(names) == 1 and len(shapes[names[0]]) == 3 for names in parts)
+    if not fused and any(len(names) != experts for names in parts):
+        found = next(len(names) for names in parts if len(names) != experts)
+        raise SourceError(
+            f"{path}: the checkpoint has {found} tensors such as {parts[0][0]!r} for {experts} experts; get it again, "
+            "or correct config.json"
+        )
+    if fused and any(shapes[names[0]][0] != experts for names in parts):
+        raise SourceError(f"{parts[0][0]}: has shape {list(shapes[parts[0][0]])}, the model expects {list(shape)}")
+    kept = []
+    for operation in operations:
+        if _is(operation, "Transpose") and getattr(operation, "check_dims", False):
+            if tuple(shapes[parts[0][0]]) == shape:  # by the sizes of the whole stack, as transformers looks at it
+                continue
+            operation = type(operation)(operation.dim0, operation.dim1)
+        if not _is_for_each(operation, fused):
+            return None, "transformers converts it on loading"
+        kept.append(operation)
+    if not operations and tuple(shapes[parts[0][0]]) != shape:
+        raise SourceError(f"{parts[0][0]}: has shape {list(shapes[parts[0][0]])}, the model expects {list(shape)}")
+    return Stack(path, kind, (experts, rows, cols), parts, tuple(kept)), ""
+
+
+def _is_for_each(operation: Any, fused: bool) -> bool:
+    """Whether the operation does the same to every expert, so that it can be applied to one alone."""
+    if _is(operation, "MergeModulelist"):
+        return bool(not fused and operation.dim == 0)
+    if _is(operation, "Concatenate") or _is(operation, "Interleave"):
+        return bool(operation.dim != 0)
+    return _is(operation, "Transpose") and 0 not in (operation.dim0, operation.dim1)
+
+
+def _is(operation: object, name: str) -> bool:
+    return type(operation).__name__ == name
+
+
+def _pattern(names: tuple[str, ...]) -> str | None:
+    """The name that `names` have in common, ``*`` being the expert's number; None if there is none."""
+    zeros, ones = names[0].split("."), names[1].split(".")
+    at = [i for i, (a, b) in enumerate(zip(zeros, ones, strict=False)) if a != b]
+    if len(zeros) != len(ones) or len(at) != 1:
+        return None
+    pattern = ".".join("*" if i == at[0] else part for i, part in enumerate(zeros))
+    same = all(pattern.replace("*", str(e)) == name for e, name in enumerate(names))
+    return pattern if same and pattern.count("*") == 1 else None
+
+
+# --- quantizing -------------------------------------------------------------------------------------
+
+
+def quantize_stack(source: Source, stack: Stack, target: Target) -> tuple[list[StoredTensor], Outcome]:
+    """The tensors of a stack, and the outcome. One expert is in memory as floats at a time, and the next as bytes.
+
+    All experts have one scheme and one codebook (EXP-1): where some lie on a grid and others do not, or scales of some
+    need a wider dtype, all are quantized again alike.
+
+    Raises QuantizationError and SourceError, as for a matrix.
+    """
+    for attempt, why in _attempts(target):
+        found = _quantize_alike(source, stack, attempt)
+        if found is not None:
+            tensors, outcome = found
+            return tensors, replace(outcome, widened=why or outcome.widened)
+    raise QuantizationError(f"{stack.path}: its experts cannot be stored alike; keep it in full precision (--keep)")
+
+
+def first_matrix(source: Source, stack: Stack, target: Target, scheme: Scheme) -> StoredMatrix | None:
+    """What :func:`quantize_stack` makes of the first expert, where the stack came out with `scheme`."""
+    weight, dtype = stack.matrix(source, 0), source.tensors[stack.first].dtype
+    found = (quantize(weight, attempt, source_dtype=dtype, name=stack.path).matrix for attempt, _ in _attempts(target))
+    return next((matrix for matrix in found if matrix.scheme == scheme), None)
+
+
+def _attempts(target: Target) -> list[tuple[Target, str | None]]:
+    """How all experts of a stack are quantized, until all have the same scheme, and why parameters are wider then."""
+    plain = replace(target, recognise=False)
+    why = f"{target.scale_dtype} cannot hold the parameters of all experts, F32 can"
+    first: list[tuple[Target, str | None]] = [(target, None), (plain, None)] if target.recognise else [(plain, None)]
+    return [*first, (replace(plain, scale_dtype="F32"), why)]
+
+
+def _quantize_alike(source: Source, stack: Stack, target: Target) -> tuple[list[StoredTensor], Outcome] | None:
+    """As :func:`quantize_stack` with this target; None if the experts come out with different schemes or tables."""
+    dtype = source.tensors[stack.first].dtype
+    first: Quantized | None = None
+    out: list[StoredTensor] = []
+    error = norm = 0.0
+    lossless = True
+    for expert, weight in enumerate(_matrices(source, stack)):
+        one = quantize(weight, target, source_dtype=dtype, name=f"{stack.path}[{expert}]")
+        del weight
+        first = first or one
+        if one.matrix.scheme != first.matrix.scheme or not _same_table(one, first):
+            return None
+        entry = ModuleEntry(stack.path, one.matrix.scheme, "linear", stack.shape[1:])
+        tensors = module_tensors(entry, one.matrix)
+        if not out:
+            out = _empty(replace(entry, kind=stack.kind, shape=stack.shape), entry, tensors)
+        for whole, part in zip(out, tensors, strict=True):
+            if whole.data.ndim > part.data.ndim:
+                whole.data[expert] = part.data
+        error, norm = error + one.squared_error, norm + one.squared_norm
+        lossless = lossless and one.lossless
+    assert first is not None  # noqa: S101 - for the type checker: a stack has experts
+    module = ModuleEntry(stack.path, first.matrix.scheme, stack.kind, stack.shape)
+    nbytes = sum(t.nbytes for t in out)
+    return out, Outcome(module, nbytes, error, norm, lossless, first.widened)
+
+
+def _matrices(source: Source, stack: Stack) -> Iterator[F32]:
+    """The matrix of every expert; while the caller works on one, the next is read."""
+    with ThreadPoolExecutor(1, thread_name_prefix="lowbit-expert") as reader:
+        following = reader.submit(stack.matrix, source, 0)
+        for expert in range(stack.shape[0]):
+            weight = following.result()
+            if expert + 1 < stack.shape[0]:
+                following = reader.submit(stack.matrix, source, expert + 1)
+            yield weight
+            del weight
+
+
+def _empty(whole: ModuleEntry, single: ModuleEntry, of_one: list[StoredTensor]) -> list[StoredTensor]:
+    """Room for the tensors of all experts, by those of one; the codebook is that of all."""
+    out = []
+    for t in of_one:
+        name = whole.tensor(t.name.removeprefix(single.tensor("")))
+        if t.name == single.tensor("codebook"):
+            out.append(replace(t, name=name))
+        else:
+            data = np.empty((whole.experts or 0, *t.shape), t.data.dtype)
+            out.append(StoredTensor(name, t.dtype, data.shape, data))
+    return out
+
+
+def _same_table(a: Quantized, b: Quantized) -> bool:
+    left, right = a.matrix.codebook, b.matrix.codebook
+    return left is right or (left is not None and right is not None and np.array_equal(left, right))

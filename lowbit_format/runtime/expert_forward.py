@@ -1,0 +1,169 @@
+"""The forward of a module of experts that holds packed matrices, in front of its own class.
+
+All else of the float module stays: activation, gate, biases, norms. Rows that a router sends to one expert are
+multiplied together, and experts that none is sent to are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tensors import all_roles
+from .class_mixin import Mixin, mix_in, restore_class
+from .experts import LowbitExperts, Segment
+from .known_experts import is_sorted
+
+_ROLES = all_roles()
+
+
+class ExpertForward(Mixin):
+    """Mixin in front of a module of experts, some of whose parameters are :class:`LowbitExperts` now.
+
+    Their tensors can be read and set by the names of the file, such as ``gate_up_proj_planes`` (EXP-1): so loaders
+    find them.
+    """
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # which experts are chosen is data
+    def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
+        """As the float module: ``[tokens, hidden]`` to the same, or of sorted experts (see :func:`is_sorted`)."""
+        if is_sorted(self):  # type: ignore[arg-type]
+            return _sorted_forward(self, hidden_states)
+        index, weights = (*routing, *named.values())
+        return _routed_forward(self, hidden_states, index, weights)
+
+    def __getattr__(self, name: str) -> Any:
+        if (found := _stack_of(self, name)) is not None:
+            return getattr(*found)
+        return super().__getattr__(name)  # type: ignore[misc]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if (found := _stack_of(self, name)) is not None:
+            setattr(*found, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        found: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, found, errors)  # type: ignore[misc]
+        unexpected += [name for name in found if _stack_of(self, name.removeprefix(prefix)) is None]
+        for name, stack in self._modules.items():
+            if isinstance(stack, LowbitExperts):
+                stack.load_own(state_dict, f"{prefix}{name}.", metadata, strict, missing, errors)
+
+
+def put_in(parent: nn.Module, name: str, stack: LowbitExperts) -> None:
+    """Put `stack` in the place of the parameter `name` of a module of experts."""
+    if not isinstance(parent, ExpertForward):
+        mix_in(ExpertForward, parent)
+    delattr(parent, name)
+    parent.add_module(name, stack)
+
+
+def take_out(parent: Any, name: str, parameter: nn.Parameter) -> None:
+    """Undo :func:`put_in`."""
+    delattr(parent, name)
+    parent.register_parameter(name, parameter)
+    if not any(isinstance(m, LowbitExperts) for m in parent.children()):
+        restore_class(parent)
+
+
+def _stack_of(module: Any, name: str) -> tuple[LowbitExperts, str] | None:
+    """Which stack and role the name of a tensor in the file means; None if none."""
+    modules: dict[str, Any] = module.__dict__.get("_modules", {})
+    for own, stack in modules.items():
+        role = name[len(own) + 1 :]
+        if isinstance(stack, LowbitExperts) and role in _ROLES and name == f"{own}_{role}":
+            return (stack, role) if stack._parameters.get(role) is not None else None
+    return None
+
+
+def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The experts' part of a layer.
+
+    Args:
+        module: of experts.
+        hidden: ``[tokens, hidden]``.
+        index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last expert mean none.
+        weights: float ``[tokens, k]``.
+    """
+    tokens, k = index.shape
+    flat = index.reshape(-1)
+    ids, order = torch.sort(flat, stable=True)
+    segments = _segments(ids.tolist(), module.num_experts)
+    if not segments:
+        return torch.zeros_like(hidden)
+    chosen = segments[-1][2]  # behind it are rows that are for no expert
+    ids, rows = ids[:chosen], order[:chosen]
+    token = rows // k
+    out = _experts(module, hidden[token], segments, ids, token, tokens)
+    out = out * weights.reshape(-1)[rows, None]
+    if chosen == tokens * k:  # the usual case: every slot is filled
+        slots = torch.empty_like(out)
+        slots = slots.index_copy(0, rows, out)
+    else:
+        slots = out.new_zeros(tokens * k, out.shape[1]).index_copy(0, rows, out)
+    return slots.view(tokens, k, -1).sum(1).to(hidden.dtype)
+
+
+def _sorted_forward(module: Any, hidden: Tensor) -> Tensor:
+    """As :func:`_routed_forward` for ``[experts * tokens, hidden]``, zeros where a token is not for an expert.
+
+    Those give zeros, since there is no bias: they are not computed.
+    """
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    at = (rows != 0).any(-1).nonzero()[:, 0]
+    count = len(rows) // module.num_experts
+    ids = at // count
+    segments = _segments(ids.tolist(), module.num_experts)
+    if not segments:
+        return torch.zeros_like(rows)
+    out = _experts(module, rows[at], segments, ids, at % count, count).to(rows.dtype)
+    return torch.zeros_like(rows).index_copy(0, at, out)
+
+
+def _experts(module: Any, x: Tensor, segments: Sequence[Segment], ids: Tensor, token: Tensor, tokens: int) -> Tensor:
+    """What the experts make of `x`, whose rows are sorted by expert."""
+    has_gate = "gate_up_proj" in module._parameters or "gate_up_proj" in module._modules
+    up = _product(module, "gate_up_proj" if has_gate else "up_proj", x, segments, ids, token, tokens)
+    if not has_gate:
+        up = module.act_fn(up)
+    elif is_sorted(module):
+        gate, up = up.chunk(2, dim=-1)
+        up = up * module.act_fn(gate)
+    else:
+        up = module._apply_gate(up)
+    out = _product(module, "down_proj", up, segments, ids, token, tokens)
+    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+
+
+def _product(
+    module: Any, name: str, x: Tensor, segments: Sequence[Segment], ids: Tensor, token: Tensor, tokens: int
+) -> Tensor:
+    """`x` by the matrices of parameter `name`, and its bias."""
+    stack = getattr(module, name)
+    if isinstance(stack, LowbitExperts):
+        out = stack.products(x, segments, token, tokens)
+    else:  # kept in full precision
+        transposed = is_sorted(module) or module.is_transposed
+        out = torch.cat([F.linear(x[i:j], stack[e].t() if transposed else stack[e]) for e, i, j in segments])
+    bias = getattr(module, f"{name}_bias", None) if getattr(module, "has_bias", False) else None
+    return out if bias is None else out + bias[ids]
+
+
+def _segments(ids: list[int], experts: int) -> list[Segment]:
+    """Runs of equal numbers in a sorted list, without those from `experts` on."""
+    found: list[Segment] = []
+    begin = 0
+    for i in range(1, len(ids) + 1):
+        if i == len(ids) or ids[i] != ids[begin]:
+            if ids[begin] < experts:
+                found.append((ids[begin], begin, i))
+            begin = i
+    return found

@@ -1,0 +1,43 @@
+"""Modules of transformers that hold experts as stacked matrices, and how they compute with them.
+
+Since version 5, such a module has parameters of three dimensions, ``gate_up_proj`` and ``down_proj`` (or ``up_proj``
+where there is no gate), and nearly all of them share one interface: ``forward(hidden_states, top_k_index,
+top_k_weights)``, which transformers' decorator ``use_experts_implementation`` may compute in other ways. What it may
+replace, :mod:`.expert_forward` may replace too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+SORTED = ("Llama4TextExperts",)  # classes that get the rows of every expert, sorted, instead of a router's choice
+_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def expert_parameters(module: nn.Module) -> dict[str, str]:
+    """The stacks of matrices that `module` multiplies with, each by name with its kind (CFG-5).
+
+    Empty for modules whose forward is not known. Stacks that are lowbit modules already are among them.
+    """
+    own: Any = module
+    if is_sorted(module):
+        transposed = True
+    elif hasattr(own, "_apply_gate") and hasattr(own, "is_transposed"):  # the decorator's marks
+        transposed = bool(own.is_transposed)
+    else:
+        return {}
+    kind = "experts_transposed" if transposed else "experts"
+    return {name: kind for name in _PARAMETERS if _is_stack(getattr(own, name, None))}
+
+
+def is_sorted(module: nn.Module) -> bool:
+    """Whether the forward of `module` takes ``[experts * tokens, hidden]``, every token for every expert."""
+    return any(cls.__name__ in SORTED for cls in type(module).__mro__)
+
+
+def _is_stack(value: Any) -> bool:
+    if isinstance(value, nn.Module):
+        return str(getattr(value, "kind", "")).startswith("experts")
+    return isinstance(value, nn.Parameter) and value.ndim == 3
