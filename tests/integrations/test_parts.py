@@ -16,11 +16,12 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from support.composites import COMPOSITES, assert_equal_to, converted, missing_classes
 from support.config_files import edit_config
+from transformers import initialization
 
 import lowbit_format
 from lowbit_format import Recipe, Target
 from lowbit_format.container.writer import seal
-from lowbit_format.errors import FingerprintError, LoadError
+from lowbit_format.errors import FingerprintError, LoadError, UnsupportedOperationError
 from lowbit_format.runtime.modules import LowbitModule
 
 IDS = torch.tensor([[5, 9, 2, 33], [8, 8, 40, 3]])
@@ -249,6 +250,52 @@ def test_a_part_that_the_source_never_had(bert: tuple[Path, Path], tmp_path: Pat
     _, info = hf.BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert {name.rpartition(".")[0] for name in info["missing_keys"]} == {"bert.pooler.dense", "classifier"}
     assert lowbit_modules(model)
+
+
+def test_a_tied_matrix_under_the_name_that_the_file_has(tmp_path: Path) -> None:
+    """A decoder's file has the embedding of the whole under the decoder's name, not under that of its owner."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64, "max_position_embeddings": 32}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    recipe = Recipe(default=Target(codec="uniform", bits=8, group_size=16), embeddings=True)
+    out, decoded = converted(hf.BlenderbotForCausalLM(hf.BlenderbotConfig(**sizes)), tmp_path, recipe)
+    want, info = hf.BlenderbotModel.from_pretrained(decoded, output_loading_info=True)
+    model = hf.BlenderbotModel.from_pretrained(out)
+    assert all(name.startswith("encoder.") for name in info["missing_keys"])
+    assert_equal_to(want, model, info["missing_keys"])
+    assert len({m.matrix_id for p, m in model.named_modules() if p.endswith(("embed_tokens", "shared"))}) == 1
+
+
+class Initialising(hf.BertModel):
+    """Gives a row of its embedding a value."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "word_embeddings"):
+            initialization.zeros_(module.word_embeddings.weight[0])
+
+
+def test_a_part_of_a_weight_is_initialised(tmp_path: Path) -> None:
+    """As transformers does with the padding of some models; what the file has stays as it is."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    recipe = Recipe(default=Target(codec="uniform", bits=8, group_size=16), embeddings=True)
+    out, decoded = converted(hf.BertModel(hf.BertConfig(**sizes, vocab_size=64)), tmp_path, recipe)
+    model = Initialising.from_pretrained(out)
+    assert_equal_to(hf.BertModel.from_pretrained(decoded), model)
+    with pytest.raises(UnsupportedOperationError, match="word_embeddings"):
+        model.embeddings.word_embeddings.weight[0]
+
+
+class Computed(hf.BertForMaskedLM):
+    """Computes the names of its tied weights, as a detector does whose layers may share a head."""
+
+    @property
+    def _tied_weights_keys(self) -> Any:
+        return dict(hf.BertForMaskedLM._tied_weights_keys)
+
+
+def test_tied_names_that_a_class_computes(bert: tuple[Path, Path]) -> None:
+    out, decoded = bert
+    assert_equal_to(hf.BertForMaskedLM.from_pretrained(decoded), Computed.from_pretrained(out))
 
 
 @pytest.mark.parametrize("first", ["save", "dequantize"])

@@ -29,7 +29,8 @@ def model_classes() -> list[str]:
 
     by_module: dict[str, list[str]] = defaultdict(list)
     for name, module in transformers._class_to_module.items():
-        if ".modeling_" in str(module) and name[0].isupper() and not name.endswith(("PreTrainedModel", "PretrainedModel")):
+        abstract = name.lower().endswith("pretrainedmodel") or name[0].islower()
+        if ".modeling_" in str(module) and ".auto." not in str(module) and not abstract:
             by_module[str(module)].append(name)
 
     def rank(name: str) -> tuple[int, str]:
@@ -87,7 +88,7 @@ def report(names: list[str], results: dict[str, dict[str, Any]]) -> str:
     rows = {
         "classes": len(names),
         "tried": len(found),
-        **{status: n for status, n in sorted(Counter(r["status"] for r in found).items())},
+        **dict(sorted(Counter(r["status"] for r in found).items())),
         "... with a forward": sum(r["ran"] for r in converted),
         "... coverage of 90% or more": sum(r["coverage"] >= 0.9 for r in converted),
         "... all agrees": sum(not r["faults"] for r in converted),
@@ -95,7 +96,9 @@ def report(names: list[str], results: dict[str, dict[str, Any]]) -> str:
     lines = [f"{n:6d}  {what}" for what, n in rows.items()]
     for status in ("refused", "not built", "error of the sweep", "crashed", "too slow"):
         lines += _groups(status, [(r["class"], r.get("message", "")) for r in found if r["status"] == status])
-    lines += _groups("coverage below 90%", [(r["class"], "; ".join(r["kept"])) for r in converted if r["coverage"] < 0.9])
+    lines += _groups(
+        "coverage below 90%", [(r["class"], "; ".join(r["kept"])) for r in converted if r["coverage"] < 0.9]
+    )
     partial = [(r["class"], message) for r in converted for message in r["refused"]]
     lines += _groups("not loaded by an auto class that would give the float directory random tensors", partial)
     lines += _groups("disagrees", [(r["class"], fault) for r in converted for fault in r["faults"]])

@@ -60,9 +60,14 @@ def tiny_config(config_class: Any, size: Size) -> Any:
         value = getattr(default, name)
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             kwargs[name] = tiny_config(type(value), size)
+        elif "rope" in name and isinstance(value, dict) and not size.layers_only:
+            kwargs[name] = _rope(value, size)
         elif parameter.default is not None and value is not None:  # what is None is derived from the rest
             kwargs[name] = _shrunk(name, value, size)
     kwargs.update(EXCEPTIONS.get(config_class.__name__, {}) if not size.layers_only else {})
+    if type(kwargs.get("backbone_config")).__name__ == "TimmBackboneConfig":  # timm need not be installed
+        kwargs |= {"backbone_config": _resnet(), "use_timm_backbone": False, "backbone": None}
+        kwargs = {name: value for name, value in kwargs.items() if hasattr(default, name)}
     if isinstance(kwargs.get("layer_types"), (list, tuple)):
         kwargs["layer_types"] = _two_kinds(kwargs["layer_types"])
     return config_class(**kwargs)
@@ -73,6 +78,18 @@ def has_experts(config: Any) -> bool:
     parts = [config, *(v for v in vars(config).values() if hasattr(v, "model_type"))]
     counts = [v for p in parts for n, v in vars(p).items() if _EXPERTS.search(n)]
     return any(isinstance(v, int) and not isinstance(v, bool) and v > 1 for v in counts)
+
+
+def _resnet() -> Any:
+    """A backbone with four stages of outputs."""
+    import transformers
+
+    return transformers.ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[16, 16, 32, 32],
+        depths=[1, 1, 1, 1],
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
 
 
 _EXPERTS = re.compile(r"num_(local_|routed_)?experts$|n_routed_experts|moe_num_experts|num_experts_per_tok")
@@ -120,6 +137,10 @@ def _width(value: int, size: Size) -> int:
     return min(value, size.width)
 
 
+def _inner(value: int, size: Size) -> int:
+    return min(value, 2 * size.width)
+
+
 def _token(value: int, size: Size) -> int:
     return value if value < _TOKENS - 28 else _TOKENS - 28 + value % 28
 
@@ -132,7 +153,7 @@ def _named(pattern: str, rule: Rule) -> tuple[re.Pattern[str], Rule]:
 _LAYER_RULES = (
     _named(r"^depths$|layers_per|blocks_per|num_stages_layers", _at_most(1)),
     _named(r"first_k_dense|max_window_layers", _at_most(1)),
-    _named(r"(^|_)layers?$|^n_layers?$|(^|_)depth$|num_(hidden_)?(layers|blocks)|_layers_num|num_.*_layers$", _at_most(2)),
+    _named(r"(^|_)layers?$|^n_layers?$|(^|_)depth$|num_(hidden_)?(layers|blocks)|num_.*_layers$", _at_most(2)),
 )  # fmt: skip
 _RULES = (
     _named(r"token_(id|index|idx)s?$|_(start|end)_id$", _token),
@@ -140,7 +161,7 @@ _RULES = (
     _named(r"head_?dim|d_kv$|kv_channels|head_size|rotary_dim|d_head", lambda v, s: min(v, s.head_dim)),
     _named(r"heads?$|n_head", lambda v, s: min(v, s.heads)),
     _named(r"vocab_size|vocabulary", _at_most(_TOKENS)),
-    _named(r"intermediate|ffn|d_ff|n_inner|mlp_(dim|size|hidden)|feedforward|inner_dim", lambda v, s: min(v, 2 * s.width)),
+    _named(r"intermediate|ffn|d_ff|n_inner|mlp_(dim|size|hidden)|feedforward|inner_dim", _inner),
     _named(r"image_size|input_size|img_size|^resolution", lambda v, s: min(v, s.image)),
     _named(r"^patch_size", _at_most(8)),
     _named(r"max_(source_|target_)?position|n_positions|n_ctx|max_seq|context_length|block_size", _at_most(_TOKENS)),

@@ -54,7 +54,9 @@ def _made(model: Any, names: list[str], patches: bool) -> Iterator[dict[str, Any
 
 def _patches(config: Any, names: list[str]) -> dict[str, Any]:
     """Sixteen patches of a picture, as Qwen's vision towers take them."""
-    c, t, p = (_first(config, *n) or d for n, d in ((_CHANNELS, 3), (("temporal_patch_size",), 1), (("patch_size",), 8)))
+    c, t, p = (
+        _first(config, *n) or d for n, d in ((_CHANNELS, 3), (("temporal_patch_size",), 1), (("patch_size",), 8))
+    )
     name = "hidden_states" if "hidden_states" in names else "pixel_values"
     return {name: _noise(16, c * t * p * p), "grid_thw": torch.tensor([[1, 4, 4]])}
 
@@ -98,7 +100,9 @@ def _pixels(config: Any) -> Iterator[Tensor]:
 
 
 def _mels(config: Any) -> int:
-    return _first(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim") or 80
+    return (
+        _first(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feature_projection_input_dim") or 80
+    )
 
 
 def _features(config: Any) -> Iterator[Tensor]:
