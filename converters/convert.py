@@ -23,6 +23,7 @@ from .plan import Plan, Step, make_plan
 from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
+from .splits import split
 
 DEFAULT_RECIPE = Recipe()
 
@@ -67,6 +68,7 @@ def plan_conversion(
     side = side_files(opened.directory, opened.files, opened.tensors, leave_out)
     if strip_prefix:
         opened = _stripped(opened, strip_prefix)
+    opened = split(opened)
     names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
     plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side)
     plan = replace(plan, renamed=", ".join(strip_prefix))
