@@ -17,8 +17,8 @@ from .architecture import Renamer, meta_model
 from .source import Source, SourceTensor
 
 
-def split(source: Source) -> Source:
-    """The source with such tensors cut as transformers would cut them; `source` itself if it has none.
+def split(source: Source) -> tuple[Source, dict[str, list[str]]]:
+    """The source with such tensors cut as transformers would cut them, and the names of the parts of each.
 
     Only cuts into blocks of equal numbers of rows are made: their bytes are a range of the tensor's.
 
@@ -29,8 +29,8 @@ def split(source: Source) -> Source:
     parts = {key: cut for key, tensor in source.tensors.items() if (cut := list(_cut(rename, model, tensor)))}
     names = [part.name for cut in parts.values() for part in cut]
     if not parts or len({*names, *(source.tensors.keys() - parts)}) < len(names) + len(source.tensors) - len(parts):
-        return source
-    return SplitSource(source, parts)
+        return source, {}
+    return SplitSource(source, parts), {key: [part.name for part in cut] for key, cut in parts.items()}
 
 
 class SplitSource:

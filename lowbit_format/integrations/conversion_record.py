@@ -20,11 +20,13 @@ class ConversionRecord:
         source_names: name of a tensor in the model -> its name in the checkpoint, where the two differ.
         copies: name in the checkpoint of a second copy of a tied tensor -> name of the parameter that has its values.
         absent: parameters of the model that the checkpoint does not have, and that its use does not need.
+        joined: name of a tensor in the checkpoint -> names in the model of the blocks of rows that it was cut into.
     """
 
     source_names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    joined: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, without what is empty; deterministic."""
@@ -32,6 +34,7 @@ class ConversionRecord:
             "source_names": dict(sorted(self.source_names.items())),
             "copies": dict(sorted(self.copies.items())),
             "absent": sorted(self.absent),
+            "joined": dict(sorted(self.joined.items())),
         }
         return {key: value for key, value in found.items() if value}
 
@@ -46,9 +49,15 @@ class ConversionRecord:
             _names(found.get("source_names")),
             _names(found.get("copies")),
             tuple(name for name in absent if isinstance(name, str)) if isinstance(absent, list) else (),
+            _parts(found.get("joined")),
         )
 
 
 def _names(found: object) -> dict[str, str]:
     pairs = found.items() if isinstance(found, Mapping) else ()
     return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
+
+
+def _parts(found: object) -> dict[str, list[str]]:
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, list) and all(isinstance(n, str) for n in v)}
