@@ -32,15 +32,40 @@ class Size:
         return self.width // self.heads
 
 
-SIZES = (Size(), Size(heads=2, image=64), Size(width=48, heads=6), Size(layers_only=True))  # tried in this order
+SIZES = (
+    Size(),
+    Size(heads=2, image=64),
+    Size(width=48, heads=6),
+    Size(128, 1),
+    Size(layers_only=True),
+)  # tried in this order
 
 # Fields that no rule by names gets right: by the config's class, instead of what the rules give.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BarkFineConfig": {"n_codes_total": 4, "n_codes_given": 1},
+    "BambaConfig": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "BrosConfig": {"dim_bbox": 8},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 100}},
+    "CvtConfig": {"depth": [1, 2, 3]},
     "DebertaConfig": {"pooler_hidden_size": 64},
+    "Emu3Config": {"vocabulary_map": {"<image>": 100}},
+    "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "FalconH1Config": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16},
     "FunnelConfig": {"block_sizes": [1, 1], "d_head": 16, "num_decoder_layers": 1},
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
+    "Gemma3nTextConfig": {
+        "intermediate_size": 128, "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+        "activation_sparsity_pattern": [0.0, 0.0], "hidden_size_per_layer_input": 16, "laurel_rank": 8,
+        "vocab_size_per_layer_input": 128,
+    },
+    "HunYuanDenseV1Config": {"head_dim": 16},
+    "HunYuanVLTextConfig": {"head_dim": 16},
+    "LayoutLMv3Config": {"coordinate_size": 10, "shape_size": 12},
+    "LEDConfig": {"attention_window": [4, 4]},
     "LongformerConfig": {"attention_window": 4},
+    "Mamba2Config": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
+    "MarkupLMConfig": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
+    "MimiConfig": {"upsample_groups": 64},
     "ReformerConfig": {
         "axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh"],
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2, "max_position_embeddings": 32,
@@ -55,19 +80,23 @@ def tiny_config(config_class: Any, size: Size) -> Any:
     default = config_class()
     kwargs: dict[str, Any] = {}
     for name, parameter in inspect.signature(config_class.__init__).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or not hasattr(default, name):
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or name not in vars(default):
             continue
-        value = getattr(default, name)
+        value = vars(default)[name]
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             kwargs[name] = tiny_config(type(value), size)
         elif "rope" in name and isinstance(value, dict) and not size.layers_only:
             kwargs[name] = _rope(value, size)
         elif parameter.default is not None and value is not None:  # what is None is derived from the rest
             kwargs[name] = _shrunk(name, value, size)
+    if "use_cache" in kwargs:
+        kwargs["use_cache"] = False  # caches of two layers of one kind are not always whole
     kwargs.update(EXCEPTIONS.get(config_class.__name__, {}) if not size.layers_only else {})
     if type(kwargs.get("backbone_config")).__name__ == "TimmBackboneConfig":  # timm need not be installed
         kwargs |= {"backbone_config": _resnet(), "use_timm_backbone": False, "backbone": None}
-        kwargs = {name: value for name, value in kwargs.items() if hasattr(default, name)}
+        kwargs = {name: value for name, value in kwargs.items() if name in vars(default)}
+    if "encoder_in_channels" in kwargs and "backbone_config" in kwargs:
+        kwargs |= {"backbone_config": _resnet(3), "encoder_in_channels": [16, 32, 32]}
     if isinstance(kwargs.get("layer_types"), (list, tuple)):
         kwargs["layer_types"] = _two_kinds(kwargs["layer_types"])
     return config_class(**kwargs)
@@ -80,15 +109,15 @@ def has_experts(config: Any) -> bool:
     return any(isinstance(v, int) and not isinstance(v, bool) and v > 1 for v in counts)
 
 
-def _resnet() -> Any:
-    """A backbone with four stages of outputs."""
+def _resnet(outputs: int = 4) -> Any:
+    """A backbone of four stages, the last of which have an output."""
     import transformers
 
     return transformers.ResNetConfig(
         embedding_size=8,
         hidden_sizes=[16, 16, 32, 32],
         depths=[1, 1, 1, 1],
-        out_features=["stage1", "stage2", "stage3", "stage4"],
+        out_features=["stage1", "stage2", "stage3", "stage4"][-outputs:],
     )
 
 
@@ -137,6 +166,11 @@ def _width(value: int, size: Size) -> int:
     return min(value, size.width)
 
 
+def _heads(value: int, size: Size) -> int:
+    """As many as divide the width."""
+    return next(n for n in range(min(value, size.heads), -1, -1) if n < 2 or size.width % n == 0)
+
+
 def _inner(value: int, size: Size) -> int:
     return min(value, 2 * size.width)
 
@@ -157,9 +191,9 @@ _LAYER_RULES = (
 )  # fmt: skip
 _RULES = (
     _named(r"token_(id|index|idx)s?$|_(start|end)_id$", _token),
-    _named(r"(key_value|kv|query_group).*heads?|n_head_kv|num_kv", lambda v, s: min(v, s.heads // 2)),
+    _named(r"(key_value|kv|query_group).*heads?|n_head_kv|num_kv", lambda v, s: min(v, max(1, s.heads // 2))),
     _named(r"head_?dim|d_kv$|kv_channels|head_size|rotary_dim|d_head", lambda v, s: min(v, s.head_dim)),
-    _named(r"heads?$|n_head", lambda v, s: min(v, s.heads)),
+    _named(r"heads?$|n_head", _heads),
     _named(r"vocab_size|vocabulary", _at_most(_TOKENS)),
     _named(r"intermediate|ffn|d_ff|n_inner|mlp_(dim|size|hidden)|feedforward|inner_dim", _inner),
     _named(r"image_size|input_size|img_size|^resolution", lambda v, s: min(v, s.image)),

@@ -21,7 +21,12 @@ def candidates(model: Any) -> Iterator[dict[str, Any]]:
     sets = [
         [main, *required],
         [main, *required, *_present(parameters, "decoder_input_ids")],
-        [main, *required, *_present(parameters, "pixel_values", "decoder_input_ids")],
+        [main, *required, *_present(parameters, "pixel_values", "input_ids", "decoder_input_ids")],
+        [
+            main,
+            *required,
+            *_present(parameters, "flattened_patches", "visual_feats", "visual_pos", "decoder_input_ids"),
+        ],
         [main, *required, *_present(parameters, "input_ids", "decoder_input_ids", "bbox", "input_values")],
         [*_present(parameters, "input_ids", "bbox", "pixel_values", "input_values", "input_features")],
         [*_present(parameters, "input_ids")],
@@ -48,8 +53,10 @@ def _made(model: Any, names: list[str], patches: bool) -> Iterator[dict[str, Any
     if patches and ("hidden_states" in names or "pixel_values" in names):
         yield {**{n: next(iter(_MAKERS[n](config))) for n in names}, **_patches(config, names)}
     first = next((n for n in names if n in _SEVERAL), names[0])
+    decoder = "decoder_input_ids" if "decoder_input_ids" in names else names[-1]
     for value in _MAKERS[first](config):
-        yield {**{n: next(iter(_MAKERS[n](config))) for n in names if n != first}, first: value}
+        for other in _MAKERS[decoder](config):
+            yield {**{n: next(iter(_MAKERS[n](config))) for n in names}, decoder: other, first: value}
 
 
 def _patches(config: Any, names: list[str]) -> dict[str, Any]:
@@ -92,11 +99,11 @@ def _pixels(config: Any) -> Iterator[Tensor]:
     side = _first(config, "image_size", "input_size", "img_size") or 64
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
     channels, frames = _first(config, *_CHANNELS) or 3, _first(config, "num_frames", "frames_per_clip") or 2
-    yield _noise(1, channels, height, width)
-    yield _noise(1, channels, 64, 64)
-    yield _noise(1, 3, height, width)
-    yield _noise(1, frames, channels, height, width)
-    yield _noise(1, channels, 224, 224)
+    yield _noise(2, channels, height, width)
+    yield _noise(2, channels, 64, 64)
+    yield _noise(2, 3, height, width)
+    yield _noise(2, frames, channels, height, width)
+    yield _noise(2, channels, 224, 224)
 
 
 def _mels(config: Any) -> int:
@@ -107,26 +114,26 @@ def _mels(config: Any) -> int:
 
 def _features(config: Any) -> Iterator[Tensor]:
     frames = 2 * (_first(config, "max_source_positions") or 64)
-    yield _noise(1, _mels(config), frames)
-    yield _noise(1, frames, _mels(config))
-    yield _noise(1, 1, frames, _mels(config))
+    yield _noise(2, _mels(config), frames)
+    yield _noise(2, frames, _mels(config))
+    yield _noise(2, 1, frames, _mels(config))
 
 
 def _waves(config: Any) -> Iterator[Tensor]:
-    yield _noise(1, 4000)
-    yield _noise(1, 1, 4000)
-    yield _noise(1, _first(config, "max_length") or 64, _mels(config))
-    yield _noise(1, 24000)
+    yield _noise(2, 4000)
+    yield _noise(2, 1, 4000)
+    yield _noise(2, _first(config, "max_length") or 64, _mels(config))
+    yield _noise(2, 24000)
 
 
 def _states(config: Any) -> Iterator[Tensor]:
     width = _first(config, "hidden_size", "d_model", "embed_dim", "encoder_hidden_size") or 64
-    yield _noise(1, _LENGTH, width if isinstance(width, int) else width[-1])
+    yield _noise(2, _LENGTH, width if isinstance(width, int) else width[-1])
 
 
 def _other_states(config: Any) -> Iterator[Tensor]:
     width = _first(config, "encoder_hidden_size", "cross_attention_hidden_size")
-    yield _noise(1, _LENGTH, width) if isinstance(width, int) else next(_states(config))
+    yield _noise(2, _LENGTH, width) if isinstance(width, int) else next(_states(config))
 
 
 def _constant(*value: Any) -> Callable[[Any], Iterator[Any]]:
@@ -137,14 +144,25 @@ def _past(*shape: int) -> Callable[[Any], Iterator[Tensor]]:
     def make(config: Any) -> Iterator[Tensor]:
         length = (_first(config, "context_length") or 16) + max(getattr(config, "lags_sequence", None) or [0])
         channels = _first(config, "num_input_channels", "input_size") or 1
-        yield _noise(1, length, channels).abs() if channels > 1 else _noise(1, length).abs()
-        yield _noise(1, length, channels)
+        yield _noise(2, length, channels).abs() if channels > 1 else _noise(2, length).abs()
+        yield _noise(2, length, channels)
 
     return make
 
 
+def _flat(config: Any) -> Iterator[Tensor]:
+    """Patches behind their row and column."""
+    places = torch.tensor([[row, column] for row in range(1, 4) for column in range(1, 4)])
+    patches = _noise(2, 9, _first(config, "patch_embed_hidden_size") or 64)
+    yield torch.cat([places.expand(2, 9, 2).float(), patches], 2)
+
+
 _MAKERS: dict[str, Callable[[Any], Iterator[Any]]] = {
     "input_ids": _ids,
+    "qformer_input_ids": _ids,
+    "flattened_patches": _flat,
+    "visual_feats": lambda config: iter([_noise(2, 4, _first(config, "visual_feat_dim") or 64)]),
+    "visual_pos": lambda config: iter([_noise(2, 4, 4)]),
     "decoder_input_ids": _ids,
     "inputs": _ids,
     "pixel_values": _pixels,
@@ -159,6 +177,6 @@ _MAKERS: dict[str, Callable[[Any], Iterator[Any]]] = {
     "past_values": _past(),
     "audio_codes": _ids,
     "codebook_idx": _constant(1),
-    "spectrogram": lambda config: iter([_noise(1, 16, _first(config, "model_in_dim", "num_mel_bins") or 80)]),
+    "spectrogram": lambda config: iter([_noise(2, 16, _first(config, "model_in_dim", "num_mel_bins") or 80)]),
 }
 _SEVERAL = ("pixel_values", "input_features", "input_values", "past_values", "input_ids")
