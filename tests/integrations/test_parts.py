@@ -6,6 +6,7 @@ Never with weights that transformers has drawn at random in the place of the fil
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,32 @@ def test_a_part_computes_what_the_decoded_part_computes(directories: Directories
             want = cls.from_pretrained(decoded)(**inputs).last_hidden_state
             found = cls.from_pretrained(out)(**inputs).last_hidden_state
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize("cls", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_the_dtype_of_a_part(cls: str, own: Any, expected: str, directories: Directories, tmp_path: Path) -> None:
+    """It is the part's own, else that of the whole; never that of the file's first tensor, a scale."""
+    out, _ = directories("clip")
+    shutil.copytree(out, tmp_path / "out")
+    edit_config(tmp_path / "out", lambda c: (c.update(dtype="bfloat16"), c["text_config"].update(dtype=own)))
+    load = getattr(hf, cls).from_pretrained
+    assert load(tmp_path / "out").dtype == getattr(torch, expected)
+    assert load(tmp_path / "out", dtype="auto").dtype == getattr(torch, expected)
+    assert load(tmp_path / "out", dtype=torch.float16).dtype == torch.float16
+    config = hf.CLIPTextConfig.from_pretrained(tmp_path / "out")
+    assert load(tmp_path / "out", config=config).dtype == getattr(torch, expected)
+
+
+def test_the_dtype_of_a_text_model_by_its_auto_class(directories: Directories, tmp_path: Path) -> None:
+    """transformers takes its config out of the whole's, and gives it the ``quantization_config`` itself."""
+    out, decoded = directories("qwen3_5")
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config["text_config"].get("dtype") is None
+    model = hf.AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.float32
+    assert_equal_to(hf.AutoModelForCausalLM.from_pretrained(decoded), model)
 
 
 def test_tasks_of_a_part(directories: Directories, tmp_path: Path) -> None:
