@@ -61,6 +61,8 @@ def _cut(rename: Renamer, model: Any, tensor: SourceTensor) -> Iterator[SourceTe
     operations, targets = rename.operations(tensor.name), rename.targets(tensor.name)
     if len(operations) != 1 or type(operations[0]).__name__ != "Chunk" or operations[0].dim != 0 or len(targets) < 2:
         return
+    if not tensor.shape:
+        return
     state = model.state_dict()
     shapes = [tuple(state[name].shape) if name in state else () for name in targets]
     rows, *rest = tensor.shape

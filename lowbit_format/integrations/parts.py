@@ -3,7 +3,8 @@
 A quantizer is chosen by the model's config. The config of a part is taken out of the whole model's and has no
 ``quantization_config``, so that transformers would leave the part without lowbit modules, and give it random weights.
 Therefore, when a model is about to be loaded without our quantizer, the directory of its files is asked. If that is a
-lowbit model, loading begins again, with the ``quantization_config`` of the directory.
+lowbit model, loading begins again, with the ``quantization_config`` of the directory; and with its dtype, if the part's
+config has none.
 
 Importing this module puts the two steps into ``PreTrainedModel``; it is imported right behind that class.
 """
