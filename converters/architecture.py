@@ -81,14 +81,25 @@ class Renamer:
 
     def targets(self, key: str) -> list[str]:
         """All names in the model that the tensor has a part in; a conversion may split it."""
+        name, converter = self(key)[0], self._converter(key)
+        if converter is None:
+            return [name]
+        first, *others = converter.target_patterns
+        return [name, *(name.replace(first, other) for other in others)]
+
+    def operations(self, key: str) -> list[Any]:
+        """What transformers does to the tensor on loading, besides renaming it."""
+        converter = self._converter(key)
+        return [] if converter is None else list(converter.operations)
+
+    def _converter(self, key: str) -> Any:
+        """The conversion that the tensor goes into, or None."""
         from transformers.core_model_loading import rename_source_key
 
-        name, converted = self(key)
-        for converter in self._converters if converted else ():
+        for converter in self._converters if self(key)[1] else ():
             if rename_source_key(key, self._renamings, [converter], self._prefix, self._state)[1] is not None:
-                first, *others = converter.target_patterns
-                return [name, *(name.replace(first, other) for other in others)]
-        return [name]
+                return converter
+        return None
 
     def keeps(self, name: str) -> bool:
         """Whether the lowbit tensors of the weight `name` of the model load under their own names."""

@@ -24,6 +24,7 @@ from .plan import Plan, Step, make_plan
 from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
+from .splits import split
 
 if TYPE_CHECKING:
     from ..calibration.compare import Comparison
@@ -84,12 +85,13 @@ def plan_conversion(
     side = side_files(opened.directory, opened.files, opened.tensors, leave_out)
     if strip_prefix:
         opened = _stripped(opened, strip_prefix)
+    opened, joined = split(opened)
     names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
     plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side)
     plan = replace(plan, renamed=", ".join(strip_prefix))
     if plan.architecture != plan.named:  # of which it holds the base model alone
         config = {**config, "architectures": [plan.architecture]}
-    if record := plan.record().to_dict():
+    if record := replace(plan.record(), joined=joined).to_dict():
         config = {**config, KEY: record}
     if "dtype" not in config and "torch_dtype" not in config:
         # transformers would take the dtype of the first float tensor, which may be a scale.

@@ -164,6 +164,8 @@ def make_plan(
         tensor = source.tensors[key]
         owner = names.tied.get(destination.path, destination.path)
         target, reason = _decide(destination, owner, names, recipe)
+        if target is not None and tensor.numel == 0:
+            target, reason = None, "has no weights"
         if target is not None and destination.path != owner and owner in by_path:
             dropped[key] = owner
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def dequantize_directory(
     lowbit = reader.lowbit_names()
     planes = {m.tensor("planes"): m for m in reader.config}
     named = _Names(ConversionRecord.of(reader.model_config), reader)
+    joined = _Joined(ConversionRecord.of(reader.model_config), set(named))
     with atomic_directory(out) as work:
         shards: list[list[str]] = []
         writer: ShardWriter | None = None
@@ -75,7 +76,7 @@ def dequantize_directory(
                 reader.check_digest(name)
                 info = reader.info(name)
                 decoded = iter([StoredTensor(name, info.dtype, info.shape, reader.raw(name))])
-            for one in (replace(tensor, name=name) for tensor in decoded for name in named(tensor.name)):
+            for one in joined(replace(tensor, name=name) for tensor in decoded for name in named(tensor.name)):
                 if writer is not None and writer.nbytes + one.nbytes > max_shard_bytes:
                     shards.append(writer.close())
                     total, writer = total + writer.nbytes, None
@@ -110,6 +111,44 @@ class _Names:
     def experts(self, module: ModuleEntry) -> list[str]:
         """Names of the tensors of each expert, ``*`` being its number; empty where one tensor held them all."""
         return self._experts.get(module.path, [])
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for names in self._names.values() for name in names)
+
+
+class _Joined:
+    """Makes one tensor again of the blocks of rows that a conversion cut the checkpoint's tensor into.
+
+    Blocks that are not all there, or have several dtypes, stay as they are: transformers knows these names too.
+    """
+
+    def __init__(self, record: ConversionRecord, names: set[str]) -> None:
+        whole = {key: parts for key, parts in record.joined.items() if names.issuperset(parts) and key not in names}
+        self._key = {part: key for key, parts in whole.items() for part in parts}
+        if len(self._key) < sum(map(len, whole.values())):
+            self._key = {}  # the record is not one of ours
+        self._parts, self._waiting = whole, dict[str, dict[str, StoredTensor]]()
+
+    def __call__(self, tensors: Iterable[StoredTensor]) -> Iterator[StoredTensor]:
+        for tensor in tensors:
+            key = self._key.get(tensor.name)
+            if key is None:
+                yield tensor
+                continue
+            found = self._waiting.setdefault(key, {})
+            found[tensor.name] = tensor
+            if len(found) == len(self._parts[key]):
+                yield from _join(key, [found[name] for name in self._parts[key]])
+                del self._waiting[key]
+
+
+def _join(key: str, parts: list[StoredTensor]) -> Iterator[StoredTensor]:
+    first = parts[0]
+    if any((part.dtype, part.shape[1:]) != (first.dtype, first.shape[1:]) for part in parts):
+        yield from parts
+        return
+    data = np.concatenate([np.ascontiguousarray(part.data).reshape(-1).view(np.uint8) for part in parts])
+    yield StoredTensor(key, first.dtype, (sum(part.shape[0] for part in parts), *first.shape[1:]), data)
 
 
 def _has_parts(module: ModuleEntry, record: ConversionRecord) -> bool:

@@ -22,12 +22,14 @@ class ConversionRecord:
         absent: parameters of the model that the checkpoint does not have, and that its use does not need.
         experts: parameter of stacked experts -> names of the checkpoint's tensors, ``*`` being the expert's number;
             the rows of an expert's matrix are those of the tensors, in equal parts.
+        joined: name of a tensor in the checkpoint -> names in the model of the blocks of rows that it was cut into.
     """
 
     source_names: dict[str, str] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
     experts: dict[str, list[str]] = field(default_factory=dict)
+    joined: dict[str, list[str]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object, without what is empty; deterministic."""
@@ -36,6 +38,7 @@ class ConversionRecord:
             "copies": dict(sorted(self.copies.items())),
             "absent": sorted(self.absent),
             "experts": dict(sorted(self.experts.items())),
+            "joined": dict(sorted(self.joined.items())),
         }
         return {key: value for key, value in found.items() if value}
 
@@ -51,6 +54,7 @@ class ConversionRecord:
             _names(found.get("copies")),
             tuple(name for name in absent if isinstance(name, str)) if isinstance(absent, list) else (),
             _lists(found.get("experts")),
+            _parts(found.get("joined")),
         )
 
 
@@ -66,3 +70,8 @@ def _lists(found: object) -> dict[str, list[str]]:
         for k, v in pairs
         if isinstance(k, str) and isinstance(v, list) and v and all(isinstance(n, str) and "*" in n for n in v)
     }
+
+
+def _parts(found: object) -> dict[str, list[str]]:
+    pairs = found.items() if isinstance(found, Mapping) else ()
+    return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, list) and all(isinstance(n, str) for n in v)}

@@ -23,6 +23,7 @@ from ..runtime.class_mixin import Mixin, mix_in, restore_class
 from ..runtime.deltas import TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.modules_to_save import SwitchedModule
+from ..runtime.placeholder import initialising
 from .base_model import Base
 from .card import model_base_card
 from .file_names import FileNames
@@ -99,6 +100,11 @@ class LowbitModel(Mixin):
         if kwargs.get("missing_keys") and self.lowbit_files is not None:
             refuse_missing(self, self.lowbit_files, kwargs["missing_keys"])
             self.lowbit_fresh = tuple(sorted(kwargs["missing_keys"]))
+
+    def initialize_weights(self) -> None:
+        """As in transformers, which calls this while loading: quantized weights have their values already."""
+        with initialising():
+            super().initialize_weights()  # type: ignore[misc]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As in transformers: the base, whatever task is active (``save_task`` writes a task).

@@ -3,7 +3,8 @@
 A quantizer is chosen by the model's config. The config of a part is taken out of the whole model's and has no
 ``quantization_config``, so that transformers would leave the part without lowbit modules, and give it random weights.
 Therefore, when a model is about to be loaded without our quantizer, the directory of its files is asked. If that is a
-lowbit model, loading begins again, with the ``quantization_config`` of the directory.
+lowbit model, loading begins again, with the ``quantization_config`` of the directory; and with its dtype, if the part's
+config has none.
 
 Importing this module puts the two steps into ``PreTrainedModel``; it is imported right behind that class.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,19 @@ from ..schema import QUANT_METHOD
 
 
 class _LowbitFilesError(Exception):
-    """A model without our quantizer is about to be loaded from a lowbit directory."""
+    """A model is about to be loaded from a lowbit directory without our quantizer, or with a config without dtype.
 
-    def __init__(self, section: dict[str, Any]) -> None:
+    Attributes:
+        config: the directory's ``config.json``.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("a lowbit model")
-        self.section = section
+        self.config = config
 
+
+# The config that was given has no dtype, and the call names none.
+_no_dtype: ContextVar[bool] = ContextVar("lowbit_no_dtype", default=False)
 
 _from_pretrained: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 _load_pretrained_model: Any = PreTrainedModel._load_pretrained_model
@@ -40,11 +49,41 @@ _load_pretrained_model: Any = PreTrainedModel._load_pretrained_model
 @functools.wraps(_from_pretrained)
 def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
     """As in transformers; the config of a part of a lowbit model gets the ``quantization_config`` of the whole."""
+    config = kwargs.get("config")
+    auto = all(kwargs.get(name, "auto") == "auto" for name in ("dtype", "torch_dtype"))
+    token = _no_dtype.set(auto and hasattr(config, "to_dict") and getattr(config, "dtype", None) is None)
     try:
         return _from_pretrained(cls, *args, **kwargs)
     except _LowbitFilesError as found:
-        section = found.section
-    return _from_pretrained(cls, *args, **{**kwargs, "quantization_config": AutoQuantizationConfig.from_dict(section)})
+        whole = found.config
+    finally:
+        _no_dtype.reset(token)
+    if getattr(config, "quantization_config", None) is None:
+        kwargs["quantization_config"] = AutoQuantizationConfig.from_dict(whole["quantization_config"])
+    if auto:
+        kwargs.pop("torch_dtype", None)
+        kwargs["dtype"] = _dtype_of_part(cls, config, whole) or _dtype(whole) or "auto"
+    return _from_pretrained(cls, *args, **kwargs)
+
+
+def _dtype_of_part(cls: Any, config: Any, whole: dict[str, Any]) -> Any:
+    """The dtype that the config of a part names, or None.
+
+    Then transformers would take the dtype of a file's first float tensor, which may be a scale.
+    """
+    if hasattr(config, "to_dict"):
+        return getattr(config, "dtype", None)
+    own = getattr(cls, "config_class", None)
+    waiting: list[Any] = [whole]
+    for section in waiting:  # grows: parts may have parts
+        if section is not whole and section.get("model_type") == getattr(own, "model_type", None):
+            return _dtype(section)
+        waiting.extend(value for value in section.values() if isinstance(value, dict))
+    return None
+
+
+def _dtype(section: dict[str, Any]) -> Any:
+    return section.get("dtype") or section.get("torch_dtype")
 
 
 def load_pretrained_model(
@@ -53,15 +92,19 @@ def load_pretrained_model(
     """As in transformers; raises :class:`_LowbitFilesError` where the weights would be random."""
     quantizer = load_config.hf_quantizer
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
+    if method == QUANT_METHOD and checkpoint_files and _no_dtype.get():
+        config = _lowbit_config(Path(checkpoint_files[0]))
+        if config is not None and _dtype(config):
+            raise _LowbitFilesError(config)
     if method != QUANT_METHOD and checkpoint_files:
-        section = _section(Path(checkpoint_files[0]))
-        if section is not None and quantizer is not None:
+        config = _lowbit_config(Path(checkpoint_files[0]))
+        if config is not None and quantizer is not None:
             raise LoadError(
                 f"{Path(checkpoint_files[0]).parent}: is a lowbit model, which {getattr(method, 'value', method)} "
                 "cannot quantize again; load it without quantization_config"
             )
-        if section is not None:
-            raise _LowbitFilesError(section)
+        if config is not None:
+            raise _LowbitFilesError(config)
     if method != QUANT_METHOD and _has_planes(state_dict, checkpoint_files):
         raise LoadError(
             f"{type(model).__name__}: these are tensors of a lowbit model without its config.json, so that its weights "
@@ -70,16 +113,17 @@ def load_pretrained_model(
     return _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
 
-def _section(file: Path) -> dict[str, Any] | None:
-    """The ``quantization_config`` of the lowbit directory of a model's weight file; None for any other file."""
+def _lowbit_config(file: Path) -> dict[str, Any] | None:
+    """The ``config.json`` of the lowbit directory of a model's weight file; None for any other file."""
     config = file.parent / CONFIG_FILE
     if not config.is_file() or file.name.startswith("adapter_"):
         return None
     try:
-        section = json.loads(config.read_text("utf-8")).get("quantization_config")
+        found = json.loads(config.read_text("utf-8"))
+        section = found.get("quantization_config")
     except (ValueError, AttributeError):  # not for us to judge
         return None
-    return section if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD else None
+    return found if isinstance(section, dict) and section.get("quant_method") == QUANT_METHOD else None
 
 
 def _has_planes(state_dict: Any, checkpoint_files: Any) -> bool:

@@ -99,7 +99,9 @@ def tie(model: Any, placed: Placement) -> None:
                 for t, s in keys.items()
                 if t.startswith(prefix) and s.startswith(prefix)
             }
-            module.all_tied_weights_keys, module._tied_weights_keys = mine, dict(mine)
+            module.all_tied_weights_keys = mine
+            if not isinstance(getattr(type(module), "_tied_weights_keys", None), property):
+                module._tied_weights_keys = dict(mine)  # a property names modules, whose planes it finds by itself
 
 
 def describe(model: Any, placed: Placement) -> QuantizationConfig:
@@ -152,11 +154,23 @@ def _tied_places(
             seen.add(at)
             yield at, owner_at
     stored = {target for name, target in files.of.items() if name.removesuffix(".weight") not in tied}
+    for members in _tie_groups(model):
+        owner = next((path for path in members if path in placed.files), None)
+        for place in members if owner is not None else ():
+            if place != owner and place in modules and place not in seen and f"{place}.weight" not in stored:
+                seen.add(place)
+                yield place, owner
+
+
+def _tie_groups(model: Any) -> list[list[str]]:
+    """Paths of the modules whose weights transformers ties to one another, the source first.
+
+    A file may have any of them: that of a decoder alone has its embedding, which a whole model has under another name.
+    """
+    groups: dict[str, list[str]] = {}
     for target, source in model.all_tied_weights_keys.items():
-        place, owner = target.removesuffix(".weight"), source.removesuffix(".weight")
-        if owner in placed.files and place in modules and place not in seen and target not in stored:
-            seen.add(place)
-            yield place, owner
+        groups.setdefault(source, [source.removesuffix(".weight")]).append(target.removesuffix(".weight"))
+    return list(groups.values())
 
 
 def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: ModuleEntry, bits: int | None) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, plan_conversion
-from lowbit_format.converters.plan import Plan
+from lowbit_format.converters.names import Destination, Names
+from lowbit_format.converters.plan import Plan, make_plan
+from lowbit_format.converters.source import SourceTensor
 from lowbit_format.errors import CoverageError, NothingToQuantizeError, RecipeError
 from lowbit_format.quantize import Target
 
@@ -133,3 +136,13 @@ def test_the_planned_size_is_the_real_one(name: str, checkpoint: Checkpoint, tmp
 
 def _suggested(error: pytest.ExceptionInfo[CoverageError]) -> float:
     return float(str(error.value).split("--min-coverage ")[1].split()[0])
+
+
+def test_a_matrix_without_weights_is_kept() -> None:
+    """Some detectors have a Linear without outputs where they have one level of features."""
+    shapes = {"a": (0, 64), "b": (8, 64)}
+    tensors = {f"{p}.weight": SourceTensor(f"{p}.weight", "F32", s, 4 * s[0] * s[1]) for p, s in shapes.items()}
+    names = Names({f"{p}.weight": Destination(f"{p}.weight", p, "linear") for p in shapes})
+    plan = make_plan(SimpleNamespace(tensors=tensors), names, Recipe(TARGET))  # type: ignore[arg-type]
+    assert quantized(plan) == {"b"}
+    assert kept(plan) == {"a": "has no weights"}

@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import edit_weights

@@ -6,6 +6,7 @@ Never with weights that transformers has drawn at random in the place of the fil
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from support.composites import COMPOSITES, assert_equal_to, converted, missing_classes
 from support.config_files import edit_config
+from transformers import initialization
 
 import lowbit_format
 from lowbit_format import Recipe, Target
 from lowbit_format.container.writer import seal
-from lowbit_format.errors import FingerprintError, LoadError
+from lowbit_format.errors import FingerprintError, LoadError, UnsupportedOperationError
 from lowbit_format.runtime.modules import LowbitModule
 
 IDS = torch.tensor([[5, 9, 2, 33], [8, 8, 40, 3]])
@@ -98,6 +100,32 @@ def test_a_part_computes_what_the_decoded_part_computes(directories: Directories
             want = cls.from_pretrained(decoded)(**inputs).last_hidden_state
             found = cls.from_pretrained(out)(**inputs).last_hidden_state
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, "bfloat16"), ("float32", "float32")])
+@pytest.mark.parametrize("cls", ["CLIPTextModel", "CLIPTextModelWithProjection"])
+def test_the_dtype_of_a_part(cls: str, own: Any, expected: str, directories: Directories, tmp_path: Path) -> None:
+    """It is the part's own, else that of the whole; never that of the file's first tensor, a scale."""
+    out, _ = directories("clip")
+    shutil.copytree(out, tmp_path / "out")
+    edit_config(tmp_path / "out", lambda c: (c.update(dtype="bfloat16"), c["text_config"].update(dtype=own)))
+    load = getattr(hf, cls).from_pretrained
+    assert load(tmp_path / "out").dtype == getattr(torch, expected)
+    assert load(tmp_path / "out", dtype="auto").dtype == getattr(torch, expected)
+    assert load(tmp_path / "out", dtype=torch.float16).dtype == torch.float16
+    config = hf.CLIPTextConfig.from_pretrained(tmp_path / "out")
+    assert load(tmp_path / "out", config=config).dtype == getattr(torch, expected)
+
+
+def test_the_dtype_of_a_text_model_by_its_auto_class(directories: Directories, tmp_path: Path) -> None:
+    """transformers takes its config out of the whole's, and gives it the ``quantization_config`` itself."""
+    out, decoded = directories("qwen3_5")
+    config = json.loads((out / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config["text_config"].get("dtype") is None
+    model = hf.AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.float32
+    assert_equal_to(hf.AutoModelForCausalLM.from_pretrained(decoded), model)
 
 
 def test_tasks_of_a_part(directories: Directories, tmp_path: Path) -> None:
@@ -249,6 +277,52 @@ def test_a_part_that_the_source_never_had(bert: tuple[Path, Path], tmp_path: Pat
     _, info = hf.BertForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert {name.rpartition(".")[0] for name in info["missing_keys"]} == {"bert.pooler.dense", "classifier"}
     assert lowbit_modules(model)
+
+
+def test_a_tied_matrix_under_the_name_that_the_file_has(tmp_path: Path) -> None:
+    """A decoder's file has the embedding of the whole under the decoder's name, not under that of its owner."""
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 64, "max_position_embeddings": 32}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    recipe = Recipe(default=Target(codec="uniform", bits=8, group_size=16), embeddings=True)
+    out, decoded = converted(hf.BlenderbotForCausalLM(hf.BlenderbotConfig(**sizes)), tmp_path, recipe)
+    want, info = hf.BlenderbotModel.from_pretrained(decoded, output_loading_info=True)
+    model = hf.BlenderbotModel.from_pretrained(out)
+    assert all(name.startswith("encoder.") for name in info["missing_keys"])
+    assert_equal_to(want, model, info["missing_keys"])
+    assert len({m.matrix_id for p, m in model.named_modules() if p.endswith(("embed_tokens", "shared"))}) == 1
+
+
+class Initialising(hf.BertModel):
+    """Gives a row of its embedding a value."""
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "word_embeddings"):
+            initialization.zeros_(module.word_embeddings.weight[0])
+
+
+def test_a_part_of_a_weight_is_initialised(tmp_path: Path) -> None:
+    """As transformers does with the padding of some models; what the file has stays as it is."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    recipe = Recipe(default=Target(codec="uniform", bits=8, group_size=16), embeddings=True)
+    out, decoded = converted(hf.BertModel(hf.BertConfig(**sizes, vocab_size=64)), tmp_path, recipe)
+    model = Initialising.from_pretrained(out)
+    assert_equal_to(hf.BertModel.from_pretrained(decoded), model)
+    with pytest.raises(UnsupportedOperationError, match="word_embeddings"):
+        model.embeddings.word_embeddings.weight[0]
+
+
+class Computed(hf.BertForMaskedLM):
+    """Computes the names of its tied weights, as a detector does whose layers may share a head."""
+
+    @property
+    def _tied_weights_keys(self) -> Any:
+        return dict(hf.BertForMaskedLM._tied_weights_keys)
+
+
+def test_tied_names_that_a_class_computes(bert: tuple[Path, Path]) -> None:
+    out, decoded = bert
+    assert_equal_to(hf.BertForMaskedLM.from_pretrained(decoded), Computed.from_pretrained(out))
 
 
 @pytest.mark.parametrize("first", ["save", "dequantize"])
