@@ -155,11 +155,11 @@ def _tied_places(
             yield at, owner_at
     stored = {target for name, target in files.of.items() if name.removesuffix(".weight") not in tied}
     for members in _tie_groups(model):
-        owner = next((path for path in members if path in placed.files), None)
-        for place in members if owner is not None else ():
-            if place != owner and place in modules and place not in seen and f"{place}.weight" not in stored:
+        given = [path for path in members if path in placed.files]
+        for place in members if given else ():
+            if place in modules and place not in seen and f"{place}.weight" not in stored:
                 seen.add(place)
-                yield place, owner
+                yield place, given[0]
 
 
 def _tie_groups(model: Any) -> list[list[str]]:

@@ -94,6 +94,8 @@ class PlaneModule(nn.Module):
         self.precision = None if bits is None or bits >= scheme.bits else bits
         specs = {s.role: s for s in tensor_specs(ModuleEntry("", scheme, self.kind, self.shape))}
         self._plane_rows = plane_rows if plane_rows is not None else (self.precision or scheme.bits)
+        # The bias comes first: models ask the first parameter of a part for the dtype that they compute in.
+        self.register_parameter("bias", nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None)
         for role in ("planes", "scales", "offsets", "zeros", "codebook", "row_bits"):
             self.register_parameter(role, None)
         for role, spec in specs.items():
@@ -104,7 +106,6 @@ class PlaneModule(nn.Module):
                 shape = (*shape[: self._plane_axis], self._plane_rows, *shape[self._plane_axis + 1 :])
             empty = torch.empty(shape, dtype=TORCH_DTYPES[spec.dtype], device=device)
             self.register_parameter(role, nn.Parameter(empty, requires_grad=False))
-        self.register_parameter("bias", nn.Parameter(torch.empty(rows, dtype=dtype, device=device)) if bias else None)
         self.path = type(self).__name__
 
     # --- the matrix ---

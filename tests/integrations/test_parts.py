@@ -320,6 +320,13 @@ class Computed(hf.BertForMaskedLM):
         return dict(hf.BertForMaskedLM._tied_weights_keys)
 
 
+def test_the_first_parameter_of_a_part_tells_its_dtype(bert: tuple[Path, Path]) -> None:
+    """Swin v2 makes a table in it that is not saved; in the dtype of planes the table would be of integers."""
+    model = hf.BertForMaskedLM.from_pretrained(bert[0], dtype=torch.bfloat16)
+    assert lowbit_modules(model.bert.encoder.layer[0].intermediate)
+    assert next(model.bert.encoder.layer[0].intermediate.parameters()).dtype == torch.bfloat16
+
+
 def test_tied_names_that_a_class_computes(bert: tuple[Path, Path]) -> None:
     out, decoded = bert
     assert_equal_to(hf.BertForMaskedLM.from_pretrained(decoded), Computed.from_pretrained(out))
