@@ -179,9 +179,7 @@ class LowbitExperts(LowbitModule):
 
     def _stack(self, deltas: list[Delta | None]) -> Tensor:
         """As for one matrix, for each expert: ``[experts, tasks, p, rows(, groups)]``."""
-        planes_first = [
-            None if d is None else Delta(d.scales.movedim(1, 0)) for d in deltas if d is None or d.scales is not None
-        ]
+        planes_first = [None if d is None else d.map(lambda t: t.movedim(1, 0)) for d in deltas]
         return stack(planes_first).movedim(2, 0).contiguous()
 
     def _with_delta_of(self, expert: int, delta: Delta | None) -> tuple[PlaneMatrix, Tensor | None]:
