@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoadError, TaskError
+from ..errors import TaskError
 from ..kernels import operators
 from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
 from ..kernels.parameter_order import group_major
@@ -91,13 +91,6 @@ class LowbitExperts(LowbitModule):
                 param.data = param.detach().clone(memory_format=torch.contiguous_format)
 
     # --- loading ---
-
-    def finish_loading(self, path: str) -> None:
-        if any(p.is_meta for p in self.matrix_parameters().values()):
-            raise LoadError(
-                f"{path}: stacked experts cannot be offloaded; choose a device_map that keeps them on devices in memory"
-            )
-        super().finish_loading(path)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, _in_file(prefix), keep_vars)

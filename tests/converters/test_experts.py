@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +169,19 @@ def test_a_checkpoint_without_one_expert_is_refused(own_checkpoint: Checkpoint, 
     edit_weights(source, lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w2.weight"))
     with pytest.raises(SourceError, match=r"down_proj: the checkpoint has 3 tensors .* for 4 experts"):
         convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE)
+
+
+@pytest.mark.parametrize(("experts", "shape"), [([2], (64, 95)), (range(4), (63, 96))], ids=["one", "all"])
+def test_experts_of_another_shape_are_refused_before_the_work(
+    experts: Iterable[int], shape: tuple[int, int], own_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = own_checkpoint("mixtral")
+    names = [f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in experts]
+    edit_weights(source, lambda t: t.update({name: torch.zeros(shape) for name in names}))
+    with pytest.raises(
+        SourceError, match=rf"experts\.{names[0].split('.')[5]}\.w2.*has shape \[{shape[0]}, {shape[1]}\]"
+    ):
+        plan_conversion(str(source), RECIPE)
 
 
 def test_a_bad_value_names_the_expert(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
