@@ -134,7 +134,7 @@ def find_stacks(
     for key in sorted(shapes, key=dot_natural_key):
         target, converter, pattern = rename.conversion(key)
         path, _, leaf = target.rpartition(".")
-        if path in modules and _is_stack(modules[path], leaf):
+        if path in modules and _is_stack(modules[path], path, leaf):
             parts.setdefault(target, {}).setdefault(pattern or "", []).append(key)
             converters[target] = converter
     stacks, belongs = dict[str, Stack](), dict[str, tuple[str, str]]()
@@ -149,12 +149,12 @@ def find_stacks(
     return stacks, belongs
 
 
-def _is_stack(module: Any, leaf: str) -> bool:
+def _is_stack(module: Any, path: str, leaf: str) -> bool:
     """Whether a parameter is a stack of expert matrices: three dimensions, in a module that says so by its name."""
     import torch
 
     parameter = getattr(module, leaf, None)
-    named = "expert" in type(module).__name__.lower() or bool(expert_parameters(module))
+    named = "expert" in f"{path} {type(module).__name__}".lower()
     return named and isinstance(parameter, torch.nn.Parameter) and parameter.ndim == 3
 
 
