@@ -116,7 +116,8 @@ def convert_hf_to_lowbit(
 ) -> Conversion:
     """Convert a Hugging Face checkpoint into a lowbit model directory.
 
-    Memory stays at about 1 GiB plus three times the largest tensor in float32, whatever the size of the model.
+    Memory stays at about 1 GiB plus three times the largest tensor in float32, whatever the size of the model. Of a
+    stack of experts, one expert is in float32 at a time, beside the whole stack in its new form.
 
     Args:
         source: a directory, or a repository on the Hub.

@@ -89,13 +89,7 @@ class Stack:
                 shape = (1, *tensor.shape[1:])
                 one = as_float32(raw, replace(tensor, shape=shape, nbytes=nbytes))
                 collected[f"part{i}"] = [torch.from_numpy(one)]
-        sources = list(collected)
-        for operation in self.operations:
-            collected = operation.convert(collected, source_patterns=sources, target_patterns=["whole"])
-        whole = next(iter(collected.values()))
-        whole = whole[0] if isinstance(whole, list) else whole
-        matrix: Any = whole.numpy().reshape(whole.shape[-2:])
-        matrix = matrix.T if self.kind == "experts_transposed" else matrix
+        matrix = _put_together(collected, self).numpy()
         if matrix.shape != (rows, cols):
             raise SourceError(
                 f"{self.path}: expert {expert} comes to {list(matrix.shape)}, expected {[rows, cols]}; transformers "
@@ -105,6 +99,17 @@ class Stack:
 
     def _is_fused(self, tensor: SourceTensor) -> bool:
         return len(tensor.shape) == 3
+
+
+def _put_together(collected: dict[str, Any], stack: Stack) -> Any:
+    """The matrix of one expert, a tensor ``[rows, cols]``, from its parts as transformers collects them."""
+    sources = list(collected)
+    for operation in stack.operations:
+        collected = operation.convert(collected, source_patterns=sources, target_patterns=["whole"])
+    whole = next(iter(collected.values()))
+    whole = whole[0] if isinstance(whole, list) else whole
+    matrix = whole.reshape(whole.shape[-2:])
+    return matrix.T if stack.kind == "experts_transposed" else matrix
 
 
 def find_stacks(
@@ -129,7 +134,7 @@ def find_stacks(
     for key in sorted(shapes, key=dot_natural_key):
         target, converter, pattern = rename.conversion(key)
         path, _, leaf = target.rpartition(".")
-        if path in modules and _is_stack(modules[path], leaf):
+        if path in modules and _is_stack(modules[path], path, leaf):
             parts.setdefault(target, {}).setdefault(pattern or "", []).append(key)
             converters[target] = converter
     stacks, belongs = dict[str, Stack](), dict[str, tuple[str, str]]()
@@ -144,12 +149,12 @@ def find_stacks(
     return stacks, belongs
 
 
-def _is_stack(module: Any, leaf: str) -> bool:
+def _is_stack(module: Any, path: str, leaf: str) -> bool:
     """Whether a parameter is a stack of expert matrices: three dimensions, in a module that says so by its name."""
     import torch
 
     parameter = getattr(module, leaf, None)
-    named = "expert" in type(module).__name__.lower() or bool(expert_parameters(module))
+    named = "expert" in f"{path} {type(module).__name__}".lower()
     return named and isinstance(parameter, torch.nn.Parameter) and parameter.ndim == 3
 
 
@@ -184,9 +189,31 @@ def _stack(
         if not _is_for_each(operation, fused):
             return None, "transformers converts it on loading"
         kept.append(operation)
-    if not operations and tuple(shapes[parts[0][0]]) != shape:
-        raise SourceError(f"{parts[0][0]}: has shape {list(shapes[parts[0][0]])}, the model expects {list(shape)}")
-    return Stack(path, kind, (experts, rows, cols), parts, tuple(kept)), ""
+    stack = Stack(path, kind, (experts, rows, cols), parts, tuple(kept))
+    _check_shapes(stack, shapes, fused)
+    return stack, ""
+
+
+def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool) -> None:
+    """Raise SourceError unless the parts of every expert come to its matrix."""
+    import torch
+
+    _, rows, cols = stack.shape
+    odd = next((n for names in stack.parts for n in names if tuple(shapes[n]) != tuple(shapes[names[0]])), None)
+    name = odd or stack.first
+    if odd is None:
+        found = [shapes[names[0]] for names in stack.parts]
+        ones = [torch.empty((1, *shape[1:]) if fused else tuple(shape), device="meta") for shape in found]
+        try:
+            matrix = _put_together({f"part{i}": [one] for i, one in enumerate(ones)}, stack)
+        except (RuntimeError, ValueError, IndexError):  # as torch says that shapes do not fit
+            matrix = None
+        if matrix is not None and tuple(matrix.shape) == (rows, cols):
+            return
+    raise SourceError(
+        f"{name}: has shape {list(shapes[name])}, which does not fit {stack.path!r}: the model expects {rows} by "
+        f"{cols} for each of {stack.shape[0]} experts"
+    )
 
 
 def _is_for_each(operation: Any, fused: bool) -> bool:

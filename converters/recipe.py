@@ -3,7 +3,7 @@
 Every key that a file can have::
 
     {
-      "default": {              // for all Linear and Conv1D modules that no rule matches; each key may be left out
+      "default": {              // for all Linear, Conv1D and expert weights that no rule matches; keys may be left out
         "codec": "bcq",         // "bcq", "uniform" or "codebook"
         "bits": 4,              // bcq, uniform: planes of a matrix, 1 to 8; a codebook's table decides for itself
         "group_size": 128,      // columns that share parameters; 0 is the whole row
@@ -68,7 +68,7 @@ class Recipe:
     """What to do with each module.
 
     Attributes:
-        default: for Linear and Conv1D modules of the base model that no rule matches.
+        default: for Linear, Conv1D and expert weights of the base model that no rule matches.
         rules: the first that matches decides.
         embeddings: quantize embeddings by default too.
         lm_head: quantize the output head by default too.

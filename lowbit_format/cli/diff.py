@@ -110,7 +110,8 @@ class _FloatModel:
 
         self.source: Source = open_checkpoint(str(directory))
         names = map_names(directory, {t.name: t.shape for t in self.source.tensors.values()})
-        self.weights = {d.path: d for d in names.destinations.values() if d.kind in ("linear", "conv1d", "embedding")}
+        found = names.destinations.values()
+        self.weights = {d.path: d for d in found if d.stack or d.kind in ("linear", "conv1d", "embedding")}
         for place, owner in names.tied.items():  # one matrix, which a checkpoint may hold under either name
             for path, twin in ((owner, place), (place, owner)):
                 if path not in self.weights and twin in self.weights:
@@ -124,16 +125,25 @@ class _FloatModel:
         from ..converters.source import as_float32
 
         destination = self.weights[path]
+        if (stack := destination.stack) is not None:
+            return np.stack([stack.matrix(self.source, expert) for expert in range(stack.shape[0])])
         weight = as_float32(self.source.read(destination.key), self.source.tensors[destination.key])
         return weight.T if destination.kind == "conv1d" else weight
 
     def others(self, modules: set[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
         modules = modules | {place for place, owner in self.tied.items() if owner in modules}
-        inside = {self.weights[path].key for path in modules if path in self.weights}
+        inside = {name for path in modules if path in self.weights for name in self._names(path)}
         return {n: (t.dtype, t.shape) for n, t in self.source.tensors.items() if n not in inside}
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         return self.source.read(name)
+
+    def _names(self, path: str) -> list[str]:
+        """The checkpoint's tensors that make a weight."""
+        destination = self.weights[path]
+        if destination.stack is None:
+            return [destination.key]
+        return [name for part in destination.stack.parts for name in part]
 
 
 def _open(directory: Path) -> _LowbitModel | _FloatModel:

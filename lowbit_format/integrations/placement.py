@@ -6,7 +6,7 @@ Which module of the model a module of the directory is, :mod:`.file_names` knows
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +134,25 @@ def refuse_missing(model: Any, files: FileNames, missing: Iterable[str], *, all_
             f"{files.reader.directory}: {type(model).__name__} has {lost[0]!r} ({len(lost)} such tensors in all), "
             f"which transformers does not find in the files by its name, so that it would be random: {cause}"
         )
+
+
+def refuse_offloaded_experts(placed: Placement, device_map: object) -> None:
+    """Raise LoadError if a device map offloads a stack of experts.
+
+    What brings offloaded tensors back knows them by torch's names, which have a dot where the file's have an
+    underscore (EXP-1).
+    """
+    if not isinstance(device_map, Mapping):
+        return
+    devices = {str(device) for device in device_map.values()}
+    offloaded = {"disk", "cpu"} if devices - {"disk", "cpu"} else {"disk"}
+    for path, entry in placed.files.items():
+        keys = [key for key in device_map if key == "" or f"{path}.".startswith(f"{key}.")]
+        if entry.experts is not None and keys and str(device_map[max(keys, key=len)]) in offloaded:
+            raise LoadError(
+                f"{path}: stacked experts cannot be offloaded, and device_map does; choose one that keeps them in the "
+                "memory of a device that computes"
+            )
 
 
 def lowbit_modules(model: nn.Module) -> Iterator[tuple[str, LowbitModule]]:

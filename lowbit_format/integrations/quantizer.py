@@ -33,7 +33,7 @@ from ..tensors import tensor_specs
 from .base_model import Base, base_of_files, digest
 from .file_names import ExactNames, FileNames, exact_names
 from .model import base_state_dict, generalize, specialize
-from .placement import Placement, describe, lowbit_modules, place_modules, tie
+from .placement import Placement, describe, lowbit_modules, place_modules, refuse_offloaded_experts, tie
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +129,7 @@ class LowbitQuantizer(HfQuantizer):
         reader = self._open(checkpoint_files)
         state, files = TaskState(), FileNames(model, reader)
         self.placed = place_modules(model, files, self.options.bits, state)
+        refuse_offloaded_experts(self.placed, kwargs.get("device_map"))
         specialize(model, state)
         model.lowbit_files = files
         self.exact_names = exact_names(model, _wanted_names(files, self.placed))

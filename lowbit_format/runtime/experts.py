@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LoadError, TaskError
+from ..errors import TaskError
 from ..kernels import operators
 from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
 from ..kernels.parameter_order import group_major
@@ -91,13 +91,6 @@ class LowbitExperts(LowbitModule):
                 param.data = param.detach().clone(memory_format=torch.contiguous_format)
 
     # --- loading ---
-
-    def finish_loading(self, path: str) -> None:
-        if any(p.is_meta for p in self.matrix_parameters().values()):
-            raise LoadError(
-                f"{path}: stacked experts cannot be offloaded; choose a device_map that keeps them on devices in memory"
-            )
-        super().finish_loading(path)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, _in_file(prefix), keep_vars)
@@ -179,9 +172,7 @@ class LowbitExperts(LowbitModule):
 
     def _stack(self, deltas: list[Delta | None]) -> Tensor:
         """As for one matrix, for each expert: ``[experts, tasks, p, rows(, groups)]``."""
-        planes_first = [
-            None if d is None else Delta(d.scales.movedim(1, 0)) for d in deltas if d is None or d.scales is not None
-        ]
+        planes_first = [None if d is None else d.map(lambda t: t.movedim(1, 0)) for d in deltas]
         return stack(planes_first).movedim(2, 0).contiguous()
 
     def _with_delta_of(self, expert: int, delta: Delta | None) -> tuple[PlaneMatrix, Tensor | None]:

@@ -197,6 +197,17 @@ def test_diff_with_the_float_model_gives_the_error_of_the_conversion(
     assert "B is a float model" in lowbit("diff", done.directory, source).output
 
 
+def test_diff_puts_the_experts_of_a_float_model_together(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = checkpoint("mixtral")
+    done = convert_hf_to_lowbit(str(source), tmp_path / "model", Recipe(Target(bits=4, group_size=32)))
+    result = lowbit("diff", source, done.directory)
+    assert "only in" not in result.output
+    outcome = done.outcomes["model.layers.1.mlp.experts.gate_up_proj"]
+    line = next(line for line in result.output.splitlines() if outcome.module.path in line)
+    assert f"{outcome.relative_error:.5f}" in line
+    assert "0 other tensors differ" in result.output
+
+
 def test_diff_of_two_float_models_is_refused(checkpoint: Checkpoint) -> None:
     result = lowbit("diff", checkpoint("llama"), checkpoint("bert"))
     assert result.exit_code == 2

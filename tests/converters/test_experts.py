@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +139,25 @@ def test_plan_and_recipe_name_the_parameter(checkpoint: Checkpoint) -> None:
         plan_conversion(source, Recipe(TARGET, (Rule("*.experts.0.w1", None),)))
 
 
+def test_experts_that_are_not_known_stay_and_count(tmp_path: Path) -> None:
+    """JetMoe's have a forward of another kind."""
+    import transformers as hf
+
+    config = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 8, "vocab_size": 96,
+        "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    hf.JetMoeForCausalLM(hf.JetMoeConfig(**config)).save_pretrained(tmp_path / "source")
+    reason = "what JetMoeParallelExperts computes with its experts is not known"
+    with pytest.raises(CoverageError, match=rf"only \d\.\d% .*\({reason}\)"):
+        convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", RECIPE)
+    done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", RECIPE, min_coverage=0.0)
+    reader, plain = ModelReader(tmp_path / "out"), weights(tmp_path / "source")
+    kept = [s.tensor.name for s in done.plan.kept() if s.reason == reason]
+    assert len(kept) == 4
+    assert all(bytes(reader.raw(name)) == plain[name].numpy().tobytes() for name in kept)
+
+
 def test_experts_that_come_out_differently_are_stored_alike(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """One expert on a grid; then one with scales that float16 cannot hold; then all on one grid."""
 
@@ -169,6 +188,19 @@ def test_a_checkpoint_without_one_expert_is_refused(own_checkpoint: Checkpoint, 
     edit_weights(source, lambda t: t.pop("model.layers.1.block_sparse_moe.experts.2.w2.weight"))
     with pytest.raises(SourceError, match=r"down_proj: the checkpoint has 3 tensors .* for 4 experts"):
         convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE)
+
+
+@pytest.mark.parametrize(("experts", "shape"), [([2], (64, 95)), (range(4), (63, 96))], ids=["one", "all"])
+def test_experts_of_another_shape_are_refused_before_the_work(
+    experts: Iterable[int], shape: tuple[int, int], own_checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = own_checkpoint("mixtral")
+    names = [f"model.layers.1.block_sparse_moe.experts.{e}.w2.weight" for e in experts]
+    edit_weights(source, lambda t: t.update({name: torch.zeros(shape) for name in names}))
+    with pytest.raises(
+        SourceError, match=rf"experts\.{names[0].split('.')[5]}\.w2.*has shape \[{shape[0]}, {shape[1]}\]"
+    ):
+        plan_conversion(str(source), RECIPE)
 
 
 def test_a_bad_value_names_the_expert(own_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -84,3 +84,37 @@ print((peak() - before) / weight.nbytes)
 """
     printed = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout
     assert float(printed) < 2
+
+
+EXPERTS, INNER = 16, 1024
+MOE = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": HIDDEN, "num_hidden_layers": 1,
+    "intermediate_size": INNER, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": 64,
+    "num_local_experts": EXPERTS, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_experts_are_quantized_one_at_a_time(tmp_path: Path) -> None:
+    """A stack of 134 MB in float32: as a matrix alone, it would take three times that."""
+    source = tmp_path / "source"
+    source.mkdir()
+    at = "model.layers.0"
+    shapes = {"model.embed_tokens.weight": (64, HIDDEN), "lm_head.weight": (64, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    shapes |= {f"{at}.self_attn.{n}_proj.weight": (HIDDEN, HIDDEN) for n in "qkvo"}
+    shapes |= {f"{at}.{n}_layernorm.weight": (HIDDEN,) for n in ("input", "post_attention")}
+    shapes |= {f"{at}.mlp.gate.weight": (EXPERTS, HIDDEN), f"{at}.mlp.experts.down_proj": (EXPERTS, HIDDEN, INNER)}
+    shapes |= {f"{at}.mlp.experts.gate_up_proj": (EXPERTS, 2 * INNER, HIDDEN)}
+    words = (np.random.default_rng(0).standard_normal(1 << 20, np.float32).view(np.uint32) >> 16).astype("<u2")
+    with open(source / "model.safetensors", "wb") as f:
+        f.write(build_header([(name, "BF16", shape) for name, shape in shapes.items()], {"format": "pt"}))
+        for shape in shapes.values():
+            f.write(np.resize(words, math.prod(shape)).tobytes())
+    (source / "config.json").write_text(json.dumps(MOE))
+    command = [sys.executable, "-c", CHILD, str(source), str(tmp_path / "out")]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+    assert found["modules"] == 2 + 4 + 2
+    assert found["peak"] <= found["expected"]
+    stack = EXPERTS * 2 * INNER * HIDDEN
+    assert found["expected"] < (768 << 20) + stack + 19 * stack // EXPERTS

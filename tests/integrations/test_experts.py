@@ -19,8 +19,11 @@ from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.errors import LoadError
 from lowbit_format.export import dequantize_directory
+from lowbit_format.integrations.model import trained_state_dict
+from lowbit_format.integrations.placement import Placement, refuse_offloaded_experts
 from lowbit_format.quantize import Target
 from lowbit_format.runtime.experts import LowbitExperts
+from lowbit_format.schema import ModuleEntry, Scheme
 
 IDS = torch.arange(1, 13).reshape(2, 6)
 RECIPE = Recipe(Target(bits=3, group_size=32, nested=(2,)))
@@ -145,6 +148,33 @@ def test_one_of_two_stacks_may_stay_in_full_precision(made: Callable[[str], Path
 def test_a_config_of_other_experts_is_refused(made: Callable[[str], Path]) -> None:
     with pytest.raises(LoadError, match=r"parameter \[4, 32, 48\]; .* is \[5, 32, 48\]"):
         load(made("mixtral") / "lowbit", num_local_experts=5)
+
+
+def test_what_a_checkpoint_of_training_holds_is_read_back(made: Callable[[str], Path]) -> None:
+    model, twin = load(made("mixtral") / "lowbit"), load(made("mixtral") / "lowbit")
+    for one in (model, twin):
+        lb.prepare_scale_tuning(one)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    state = trained_state_dict(model)
+    assert any("experts.gate_up_proj.tuned" in name for name in state)
+    twin.load_state_dict(state, strict=False)
+    assert torch.equal(logits(twin), logits(model))
+
+
+@pytest.mark.parametrize("other", ["disk", "cpu beside a GPU"])
+def test_offloading_by_a_device_map_is_refused(other: str) -> None:
+    entry = ModuleEntry("model.layers.1.mlp.experts.up_proj", Scheme(), "experts", (4, 8, 8))
+    placed = Placement({entry.path: entry, "lm_head": ModuleEntry("lm_head", Scheme(), "linear", (8, 8))})
+    away, main = (other, "cpu") if other == "disk" else ("cpu", 0)
+    refuse_offloaded_experts(placed, {"": away, "model.layers.1": main})
+    refuse_offloaded_experts(placed, {"model.layers.1": main, "lm_head": away})
+    refuse_offloaded_experts(placed, {"": "cpu"})
+    for device_map in ({"": main, "model.layers.1.mlp": away}, {"model.layers": away, "lm_head": main}):
+        with pytest.raises(LoadError, match="cannot be offloaded"):
+            refuse_offloaded_experts(placed, device_map)
 
 
 def test_offloading_is_refused(made: Callable[[str], Path], tmp_path: Path) -> None:
