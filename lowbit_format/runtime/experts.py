@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import TaskError
+from ..errors import UnsupportedOperationError
 from ..kernels import operators
 from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
 from ..kernels.parameter_order import group_major
@@ -194,7 +194,7 @@ class LowbitExperts(LowbitModule):
         return {role: torch.stack(values) for role, values in found.items()}
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
-        raise TaskError(f"{self.path}: stacked experts are a parameter, not a module")  # see float_parameter
+        raise UnsupportedOperationError(f"{self.path}: stacked experts are a parameter; see float_parameter")
 
 
 class LowbitExpertsTransposed(LowbitExperts):
