@@ -53,7 +53,7 @@ class SplitSource:
         """As of any source; or `nbytes` of the tensor's bytes from `begin`."""
         key, first = self._places[name]
         end = self.tensors[name].nbytes if nbytes is None else begin + nbytes
-        data = self._source.read(key)
+        data: NDArray[np.uint8] = self._source.read(key)
         return data[first + begin : first + end].copy()
 
 

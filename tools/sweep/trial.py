@@ -125,13 +125,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _converted(model: Any, inputs: dict[str, Any] | None, root: Path) -> Result:
-    from lowbit_format import Recipe, Target, convert_hf_to_lowbit
+    from lowbit_format import Recipe, Rule, Target, convert_hf_to_lowbit
     from lowbit_format.container.reader import ModelReader
     from lowbit_format.errors import LowbitError
 
     source, out, cls = root / "float", root / "lowbit", type(model)
     model.save_pretrained(source)
-    recipe = Recipe(default=Target(codec="uniform", bits=8, group_size=32), embeddings=True, lm_head=True)
+    target = Target(codec="uniform", bits=8, group_size=32)
+    recipe = Recipe(target, (Rule("*", target),))  # embeddings and heads too, where there are any
     try:
         done = convert_hf_to_lowbit(str(source), out, recipe, min_coverage=0)
     except LowbitError as e:
