@@ -53,8 +53,8 @@ class SplitSource:
         """As of any source; or `nbytes` of the tensor's bytes from `begin`."""
         key, first = self._places[name]
         end = self.tensors[name].nbytes if nbytes is None else begin + nbytes
-        part: NDArray[np.uint8] = self._source.read(key)[first + begin : first + end]
-        return part.copy()
+        part: NDArray[np.uint8] = self._source.read(key)[first + begin : first + end].copy()
+        return part
 
 
 def _cut(rename: Renamer, model: Any, tensor: SourceTensor) -> Iterator[SourceTensor]:
