@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,10 +31,11 @@ from ..quantize.calibrated import quantize_for_outputs
 from ..quantize.recognise import recognise
 from ..quantize.solve import measured
 from ..reference import decode
+from .driver import load_step
 from .float_model import FloatModel
 from .plan import BASE_MEMORY, Plan, Step
 from .quantizer import WithoutData
-from .source import Source, as_float32
+from .source import Source
 
 ACTIVATIONS = "activations"  # in the work directory
 # Bytes of memory for each: of the largest layer, with its codes and all that a solver makes of it; of its Hessian's
@@ -91,6 +91,8 @@ class Calibrated:
             self._place[id(step)] = next((p for p in places if name.startswith(f"{p.path}.")), None)
         key = {id(s): _rank(s, self._place[id(s)], len(places)) for s in plan.steps}
         self.steps = tuple(sorted(plan.steps, key=lambda step: key[id(step)]))
+        last = {place.position: id(s) for s in self.steps if (place := self._place[id(s)]) is not None}
+        self._last = set(last.values())  # ids of the last step of each block
         self._found: dict[str, Quantized] = {}
         self._reached = -1  # position of the block that was quantized last
         self._outside: dict[str, Collector] | None = None
@@ -136,7 +138,7 @@ class Calibrated:
         self._float.load("", leave=tuple(blocks.path for blocks in self._all_lists))
         for step in self.steps[:done]:  # an interrupted run has quantized these: others are to see them so
             if step.target is not None and self._place[id(step)] is None:
-                self.quantize(step, self._weight(step))
+                self.quantize(step, load_step(self._source, step))
 
     def quantize(self, step: Step, weight: F32) -> Quantized:
         found = self._quantize(step, weight)
@@ -150,20 +152,15 @@ class Calibrated:
         assert step.target is not None  # noqa: S101 - the driver quantizes only what has a target
         if not _needs_data(step):
             return self._without.quantize(step, weight)
-        found = recognise(weight, step.target, step.tensor.dtype) if step.target.recognise else None
-        if found is not None:
-            return measured(weight, found, lossless=True)
         place = self._place[id(step)]
         if place is None:
-            return self._quantize_outside(step, weight)
+            return _recognised(step, weight) or self._quantize_outside(step, weight)
         if place.position != self._reached:
             self._quantize_block(place)
         return self._found.pop(step.path, None) or self._unseen(step, weight)
 
     def must_save(self, step: Step) -> bool:
-        place, i = self._place[id(step)], self.steps.index(step)
-        following = self.steps[i + 1] if i + 1 < len(self.steps) else None
-        return place is not None and (following is None or self._place[id(following)] is not place)
+        return id(step) in self._last
 
     def end(self) -> None:
         if self._data.held_out:
@@ -177,26 +174,20 @@ class Calibrated:
 
     def _quantize_block(self, place: Place) -> None:
         steps = {s.path: s for s in self.steps if self._place[id(s)] is place and _needs_data(s)}
-        weights = {path: self._weight(step) for path, step in steps.items()}
+        weights = {path: load_step(self._source, step) for path, step in steps.items()}
+        lossless = {path: found for path, step in steps.items() if (found := _recognised(step, weights[path]))}
         targets = {
             path.removeprefix(f"{place.path}."): step.target
             for path, step in steps.items()
-            if step.target is not None
-            and not (step.target.recognise and recognise(weights[path], step.target, step.tensor.dtype))
+            if step.target is not None and path not in lossless
         }
         self._float.load(place.path)
         result = self._walk.quantize(place, targets, self._effort)
         self._float.release(place.path)
-        self._found = {
-            f"{place.path}.{name}": measured(weights[f"{place.path}.{name}"], found.matrix)
-            for name, found in result.layers.items()
-        }
+        paths = {f"{place.path}.{name}": found.matrix for name, found in result.layers.items()}
+        self._found = lossless | {path: measured(weights[path], matrix) for path, matrix in paths.items()}
         self._reached = place.position
         self._report(place.path, result)
-
-    def _weight(self, step: Step) -> F32:
-        weight = as_float32(self._source.read(step.tensor.name), step.tensor)
-        return np.ascontiguousarray(weight.T) if step.destination.kind == "conv1d" else weight
 
     def _quantize_outside(self, step: Step, weight: F32) -> Quantized:
         """Quantize a layer outside of blocks, on what it sees where all blocks are quantized."""
@@ -245,6 +236,14 @@ def _rank(step: Step, place: Place | None, places: int) -> int:
     if place is not None:
         return place.position
     return places if _needs_data(step) else -1
+
+
+def _recognised(step: Step, weight: F32) -> Quantized | None:
+    """The weight stored without loss, if the target asks for it and the weight is on a grid already (ENC-3)."""
+    if step.target is None or not step.target.recognise:
+        return None
+    found = recognise(weight, step.target, step.tensor.dtype)
+    return None if found is None else measured(weight, found, lossless=True)
 
 
 def _needs_data(step: Step) -> bool:

@@ -19,6 +19,7 @@ from lowbit_format.calibration.effort import EFFORTS, Effort
 from lowbit_format.calibration.ladder import BlockResult
 from lowbit_format.converters import Calibration, Conversion, Recipe, Rule, convert_hf_to_lowbit, plan_conversion
 from lowbit_format.converters.calibrated import Calibrated
+from lowbit_format.converters.driver import load_step
 from lowbit_format.errors import CalibrationError, OutputError
 from lowbit_format.quantize import Target
 
@@ -135,9 +136,20 @@ def test_only_one_block_is_in_memory(checkpoint: Checkpoint, tmp_path: Path) -> 
     assert all(p.is_meta for p in model.model.layers.parameters())
     for step in quantizer.steps:
         if step.target is not None:
-            quantizer.quantize(step, quantizer._weight(step))
+            quantizer.quantize(step, load_step(opened, step))
             assert all(p.is_meta for p in model.model.layers.parameters())
     assert quantizer.peak_memory() > plan.peak_memory()
+
+
+def test_a_block_that_lies_on_a_grid_already_is_stored_without_loss(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def round_block(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if "layers.0." in name and "proj" in name:
+                tensors[name] = tensors[name].sign() * 0.0625
+
+    source = edit_weights(own_checkpoint("llama"), round_block)
+    done = convert(source, tmp_path / "out", Data.of(batches()))
+    assert {path for path, o in done.outcomes.items() if o.lossless} == {p for p in done.outcomes if "layers.0." in p}
 
 
 # --- interrupted -----------------------------------------------------------------------------------
