@@ -79,7 +79,7 @@ def read_data(calibration: Calibration, directory: Path) -> Data:
         texts = data.hub_texts(calibration.source, (samples + held_out) * max(1, calibration.length // 16), tokenizer)
     where = str(calibration.source)
     options: dict[str, Any] = {"samples": samples + held_out, "length": calibration.length, "where": where}
-    if _is_causal(model) or model.config.is_encoder_decoder:
+    if data.is_causal(model) or model.config.is_encoder_decoder:
         batches = data.causal_batches(data.windows(texts, tokenizer, **options))
         if model.config.is_encoder_decoder:
             batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
@@ -89,10 +89,6 @@ def read_data(calibration: Calibration, directory: Path) -> Data:
         held = max(1, round(len(batches) * held_out / (samples + held_out)))
     _check_ids(batches, model, where)
     return data.Data.of(batches, held_out=held)
-
-
-def _is_causal(model: Any) -> bool:
-    return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
 def _tokenizer(directory: Path) -> Any:
@@ -110,9 +106,9 @@ def _self_written(calibration: Calibration, directory: Path, meta: Any, samples:
     import torch
     import transformers
 
-    from ..calibration.data import self_written
+    from ..calibration.data import is_causal, self_written
 
-    if not _is_causal(meta):
+    if not is_causal(meta):
         raise CalibrationError(f"{type(meta).__name__} writes no text: give --calibrate a file instead of {SELF!r}")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model = model.to(torch.device(calibration.device)).eval()

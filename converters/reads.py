@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..calibration.blocks import ANSWERS
+
 READ = "the model reads its weight itself instead of calling the module"
 
 # What a lowbit module's weight answers too: they tell about the weight, and do not compute with it.
@@ -26,8 +28,6 @@ _HARMLESS = {
     "layout", "requires_grad", "grad", "grad_fn", "size", "dim", "numel", "nelement", "is_floating_point", "is_complex",
     "data_ptr", "stride", "is_contiguous", "element_size", "get_device", "__len__", "__repr__", "itemsize", "nbytes",
 }  # fmt: skip
-# A tensor on the meta device has no value to decide by: any will do to go on.
-_ANSWERS = {"__bool__": True, "__int__": 1, "__index__": 1, "__float__": 1.0, "item": 1}
 _PATIENCE = 2000  # such answers, for all forwards
 _NOT_RUN = ("__init__", "_init_weights", "reset_parameters", "post_init", "load_tf_weights", "tie_weights")
 _LENGTH = 5  # tokens of the text that is put in
@@ -102,11 +102,11 @@ class _Watch(TorchFunctionMode):
                 owners = self._owners.get(id(value), ())
                 if owners and not any(path in self._active for path in owners):
                     self.read.update(owners)
-        if name in _ANSWERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
+        if name in ANSWERS and args and isinstance(args[0], Tensor) and args[0].is_meta:
             self._answers += 1
             if self._answers > _PATIENCE:  # a loop that waits for another answer
                 raise RuntimeError("the forward does not end on the meta device")
-            return _ANSWERS[name]
+            return ANSWERS[name]
         return func(*args, **kwargs)
 
 

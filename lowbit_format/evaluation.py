@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .calibration.compare import Comparison
-from .calibration.data import causal_batches, padded_batches, read_texts, windows
+from .calibration.data import causal_batches, is_causal, padded_batches, read_texts, windows
 from .errors import CalibrationError
 
 
@@ -43,8 +43,7 @@ def evaluate(
     path = Path(text)
     options: dict[str, Any] = {"samples": samples, "length": length, "where": str(path)}
     texts = read_texts(path, tokenizer)
-    is_causal = bool(model.can_generate()) and not model.config.is_encoder_decoder
-    if is_causal:
+    if is_causal(model):
         batches = causal_batches(windows(texts, tokenizer, **options))
     elif reference is None:
         raise CalibrationError(f"{type(model).__name__} predicts no next token: give the float model as the reference")

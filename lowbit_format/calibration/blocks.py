@@ -17,6 +17,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 Batch = Mapping[str, Any]
+# A tensor on the meta device has no value to decide by: any will do to go on.
+ANSWERS = {"__bool__": True, "__int__": 1, "__index__": 1, "__float__": 1.0, "item": 1}
 
 
 @dataclass(frozen=True)
@@ -170,10 +172,8 @@ def order_of_execution(model: nn.Module, lists: list[Blocks], batch: Batch) -> l
 class _AnyValue(TorchFunctionMode):
     """Tensors on the meta device, which have no values, answer as if they had one: code that asks then goes on."""
 
-    _ANSWERS = {"__bool__": True, "__int__": 1, "__index__": 1, "__float__": 1.0, "item": 1}  # noqa: RUF012
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = self._ANSWERS.get(getattr(func, "__name__", ""))
+        answer = ANSWERS.get(getattr(func, "__name__", ""))
         if answer is not None and isinstance(args[0], Tensor) and args[0].is_meta:
             return answer
         return func(*args, **(kwargs or {}))

@@ -48,6 +48,11 @@ class Data:
         return cls(tuple(batches), held_out, digest.hexdigest())
 
 
+def is_causal(model: Any) -> bool:
+    """Whether a model of transformers predicts the next token of the text that it is given."""
+    return bool(model.can_generate()) and not model.config.is_encoder_decoder
+
+
 def read_texts(path: Path, tokenizer: Any) -> list[str]:
     """The texts of a file: of ``.jsonl`` the ``text`` or the ``messages`` of each line, else its paragraphs.
 

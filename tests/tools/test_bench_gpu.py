@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from support.tools import ROOT, run_tool
 
 
 def run(*arguments: str) -> str:
-    """What the benchmark prints; its exit status must be 0."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.benchmarks.gpu", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    """What the benchmark prints."""
+    return run_tool("benchmarks.gpu", *arguments)
 
 
 def cells(text: str, heading: str) -> list[list[str]]:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from support.tools import run_tool
 
 
 def sweep(file: Path, *arguments: str) -> str:
-    """What the command prints for one class; its exit status must be 0."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tools.sweep", "--out", str(file), "--only", "BertModel", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
+    """What the command prints for one class."""
+    return run_tool("sweep", "--out", str(file), "--only", "BertModel", *arguments)
 
 
 def test_a_class(tmp_path: Path) -> None:
