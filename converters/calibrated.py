@@ -9,7 +9,7 @@ batch; what blocks give lies in files of the work directory, from which an inter
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..calibration.activations import Activations
 from ..calibration.blocks import Blocks, find_blocks, order_of_execution
-from ..calibration.compare import Comparison
 from ..calibration.data import Data
 from ..calibration.effort import Effort
 from ..calibration.hessians import Collector, is_transposed
@@ -33,9 +32,11 @@ from ..quantize.solve import measured
 from ..reference import decode
 from .driver import load_step
 from .float_model import FloatModel
+from .journal import Outcome
 from .plan import BASE_MEMORY, Plan, Step
 from .quantizer import WithoutData
 from .source import Source
+from .together import FULL, Quality, train_together
 
 ACTIVATIONS = "activations"  # in the work directory
 # Bytes of memory for each: of the largest layer, with its codes and all that a solver makes of it; of its Hessian's
@@ -55,7 +56,7 @@ class Calibrated:
         report: called with the path of a block and what came of it.
 
     Attributes:
-        comparison: with the float model on the batches held out; None before the end, or if there are none.
+        quality: at each precision (None is full) on the batches held out; empty before the end, or if there are none.
         unseen: paths of the layers that too little data reached.
 
     Raises:
@@ -73,7 +74,7 @@ class Calibrated:
         report: Callable[[str, BlockResult], None] = lambda path, result: None,
     ) -> None:
         self.identity = f"{data.identity} {data.held_out} {effort} {device.type}"
-        self.comparison: Comparison | None = None
+        self.quality: dict[int | None, Quality] = {}
         self.unseen: list[str] = []
         self._source, self._data, self._effort, self._device, self._report = source, data, effort, device, report
         self._without = WithoutData()
@@ -162,12 +163,15 @@ class Calibrated:
     def must_save(self, step: Step) -> bool:
         return id(step) in self._last
 
-    def end(self) -> None:
+    def improve(self, work: Path, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], dict[str, Any]]:
+        steps = [s for s in self.steps if s.target is not None]
+        return train_together(
+            work, self._directory, self._source, self._float, self._walk, steps, outcomes, self._effort
+        )
+
+    def end(self, measured: dict[str, Any]) -> None:
         if self._data.held_out:
-            self.comparison = Comparison()
-            for i in range(self._walk.samples, len(self._data.batches)):
-                wanted, found = (self._walk.output(i, kind) for kind in ("float", "quantized"))
-                self.comparison.add(found, wanted, self._walk.batch(i))
+            self.quality = {None if k == FULL else int(k): Quality.from_json(found) for k, found in measured.items()}
         shutil.rmtree(self._directory, ignore_errors=True)
 
     # --- its parts ---

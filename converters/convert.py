@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..calibration.compare import Comparison
     from ..calibration.ladder import BlockResult
     from .calibrated import Calibrated
+    from .together import Quality
 
 DEFAULT_RECIPE = Recipe()
 
@@ -43,7 +44,7 @@ class Conversion:
         plan: what was planned.
         outcomes: of every quantized module, by path.
         seconds: that it took.
-        comparison: with the float model on data that were held out, if the conversion was calibrated.
+        quality: on data that were held out, at each precision (None is full), if the conversion was calibrated.
         unseen: paths of modules that too little of the data reached: they were quantized without.
     """
 
@@ -51,8 +52,13 @@ class Conversion:
     plan: Plan
     outcomes: dict[str, Outcome]
     seconds: float
-    comparison: Comparison | None = None
+    quality: dict[int | None, Quality] = field(default_factory=dict)
     unseen: tuple[str, ...] = ()
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """With the float model, at full precision, on data that were held out; None if there were none."""
+        return self.quality[None].after if None in self.quality else None
 
 
 def plan_conversion(
@@ -157,8 +163,8 @@ def convert_hf_to_lowbit(
         resume=resume,
         report=report,
     )
-    comparison, unseen = (None, ()) if quantizer is None else (quantizer.comparison, tuple(quantizer.unseen))
-    return Conversion(out, plan, outcomes, time.perf_counter() - began, comparison, unseen)
+    quality, unseen = ({}, ()) if quantizer is None else (quantizer.quality, tuple(quantizer.unseen))
+    return Conversion(out, plan, outcomes, time.perf_counter() - began, quality, unseen)
 
 
 def calibrated(

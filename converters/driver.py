@@ -88,8 +88,9 @@ def run(
                 _compare_dropped(source, plan)
                 quantizer.begin(work, done.steps)
                 _write_shards(source, plan, quantizer, work, settings, done, max_shard_bytes, report)
-                quantizer.end()
-                _finish(plan, config, work, done, side, card(done.outcomes))
+                _finish(plan, config, work, done, side)
+                _improve(quantizer, work, settings, done)
+                (work / "README.md").write_text(card(done.outcomes), "utf-8")
                 _check(work, done.outcomes, check)
                 _publish(work, out, settings, done)
         except BaseException:
@@ -286,10 +287,17 @@ def _compare_dropped(source: Source, plan: Plan) -> None:
             )
 
 
-def _finish(
-    plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: Callable[[Path], None], card: str
-) -> None:
-    """Name the shards, write the side files, index, card and config. The config is last: it makes the model valid."""
+def _improve(quantizer: Quantizer, work: Path, settings: str, done: Progress) -> None:
+    """Let the quantizer work on all weights together; what came of it is in the journal, so that it is done once."""
+    if done.measured is None:
+        outcomes, done.measured = quantizer.improve(work, done.outcomes)
+        done.outcomes.update(outcomes)
+        done.save(work, settings, None)
+    quantizer.end(done.measured)
+
+
+def _finish(plan: Plan, config: dict[str, Any], work: Path, done: Progress, side: Callable[[Path], None]) -> None:
+    """Name the shards, write the side files, index and config. The config is last: it makes the model valid."""
     total = len(done.shards)
     shards = {}
     for i, names in enumerate(done.shards):
@@ -299,7 +307,6 @@ def _finish(
     if total > 1:
         write_index(work, shards, done.nbytes)
     side(work)
-    (work / "README.md").write_text(card, "utf-8")
     modules = {o.module.path: o.module for o in done.outcomes.values()}
     quantization = QuantizationConfig(modules, dict(plan.tied), plan.base_model_prefix)
     write_json(work / CONFIG_FILE, {**config, "quantization_config": quantization.to_dict()})

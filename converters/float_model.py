@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,9 +35,9 @@ class FloatModel:
         if type(self.model).__name__ != plan.architecture:  # the checkpoint holds the base model alone
             self.model = self.model.base_model
         self.model.eval()
-        for config in (self.model.config, getattr(self.model.config, "text_config", None)):
-            if config is not None and hasattr(config, "use_cache"):
-                config.use_cache = False
+        for module in self.model.modules():  # each may have a config of its own, as T5's decoder
+            if hasattr(getattr(module, "config", None), "use_cache"):
+                module.config.use_cache = False
         self._keys: dict[str, str] = {}
         for step in plan.steps:
             target = step.destination.target
@@ -66,6 +66,15 @@ class FloatModel:
                 if not buffer.is_meta:
                     self._set(name, buffer.to(self._device))
             self.model.tie_weights()
+
+    def read(self, prefix: str, leave: Container[str] = ()) -> dict[str, Tensor]:
+        """The parameters and buffers of the module `prefix` by name within it, but for those whose name is in `leave`;
+        the model stays as it is."""
+        return {
+            name.removeprefix(f"{prefix}."): self._read(self._keys[name]).to(self._device)
+            for name in self._names
+            if _is_in(name, prefix) and name not in leave
+        }
 
     @contextmanager
     def on_meta(self) -> Iterator[Any]:

@@ -51,6 +51,7 @@ class Progress:
         steps: number of finished steps of the plan, including those of the open shard.
         outcomes: the outcome of each quantized module, by path.
         open: tensors of the shard in progress.
+        measured: what :meth:`.quantizer.Quantizer.improve` measured in the end; None before it is through.
     """
 
     shards: list[list[str]] = field(default_factory=list)
@@ -58,6 +59,7 @@ class Progress:
     steps: int = 0
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     open: list[Written] = field(default_factory=list)
+    measured: dict[str, Any] | None = None
 
     def save(self, work: Path, settings: str, writer: ShardWriter | None) -> None:
         """Write the journal to `work`; before it, sync the data of the open shard's `writer`."""
@@ -74,6 +76,7 @@ class Progress:
                 "steps": self.steps,
                 "open": opened,
                 "outcomes": outcomes,
+                "measured": self.measured,
             },
         )
 
@@ -95,7 +98,7 @@ def load_progress(work: Path, settings: str) -> Progress:
             )
         outcomes = {p: _outcome_from_json(p, o) for p, o in obj["outcomes"].items()}
         opened = [Written(name, dtype, tuple(shape), digest) for name, dtype, shape, digest in obj["open"]]
-        done = Progress(obj["shards"], obj["nbytes"], obj["steps"], outcomes, opened)
+        done = Progress(obj["shards"], obj["nbytes"], obj["steps"], outcomes, opened, obj["measured"])
         for i, names in enumerate(done.shards):
             file = finished_shard(work, i, len(done.shards))
             if sorted(read_header(file).tensors) != sorted(names):

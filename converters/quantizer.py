@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..matrix import F32
 from ..quantize import Quantized, quantize
+from .journal import Outcome
 from .plan import Step
 
 
@@ -31,8 +33,16 @@ class Quantizer(Protocol):
         """Whether the journal must be saved once this step is done: what comes before it will be forgotten."""
         ...
 
-    def end(self) -> None:
-        """Remove what is in the work directory."""
+    def improve(self, work: Path, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], dict[str, Any]]:
+        """Improve the weights of the complete model in `work` together, and measure it.
+
+        Returns new outcomes of the modules that have changed, and what was measured, as JSON takes it. It may be
+        called again after an interruption.
+        """
+        ...
+
+    def end(self, measured: dict[str, Any]) -> None:
+        """Take what :meth:`improve` measured, perhaps in an earlier run, and remove what is in the work directory."""
         ...
 
 
@@ -51,5 +61,8 @@ class WithoutData:
     def must_save(self, step: Step) -> bool:
         return False
 
-    def end(self) -> None:
+    def improve(self, work: Path, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], dict[str, Any]]:
+        return {}, {}
+
+    def end(self, measured: dict[str, Any]) -> None:
         pass

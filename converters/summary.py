@@ -14,9 +14,9 @@ from .plan import Plan, Step
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ..calibration.compare import Comparison
     from ..calibration.ladder import BlockResult
     from .convert import Conversion
+    from .together import Quality
 
 POOR = 0.5  # nats of divergence from the float model from which a result is called poor
 POOR_COSINE = 0.9
@@ -124,16 +124,18 @@ def remarks_on_quality(done: Conversion) -> list[str]:
         lines.append(
             f"Note: too little of the data reached {_some(done.unseen)}, quantized as without data; give more samples."
         )
-    found = done.comparison
-    if found is not None and found.is_causal and found.mean_divergence > POOR:
-        lines.append(
-            f"Warning: a divergence of {found.mean_divergence:.2f} nats is large, the model writes noticeably worse; "
-            "take more bits, more --samples, or a higher --effort."
-        )
-    if found is not None and not found.is_causal and found.mean_cosine < POOR_COSINE:
-        lines.append(
-            f"Warning: a cosine of {found.mean_cosine:.3f} is low; take more bits, more --samples, or another --effort."
-        )
+    for bits, quality in done.quality.items():
+        found, at = quality.after, "" if bits is None else f" at {bits} bits"
+        if found.is_causal and found.mean_divergence > POOR:
+            lines.append(
+                f"Warning: a divergence of {found.mean_divergence:.2f} nats{at} is large, the model writes noticeably "
+                "worse; take more bits, more --samples, or a higher --effort."
+            )
+        if not found.is_causal and found.mean_cosine < POOR_COSINE:
+            lines.append(
+                f"Warning: a cosine of {found.mean_cosine:.3f}{at} is low; take more bits, more --samples, or another "
+                "--effort."
+            )
     return lines
 
 
@@ -170,24 +172,32 @@ def result_tables(done: Conversion) -> list[Table]:
         rows.append(("stored without loss", f"{len(lossless)} modules lay on a grid already"))
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
-    rows.extend(_quality(done.comparison))
+    for bits, quality in done.quality.items():
+        rows.extend(_quality(quality, bits))
     return [errors, worst, *_kept_table(plan), _pairs("Result", rows)]
 
 
-def _quality(found: Comparison | None) -> list[tuple[str, str]]:
-    """What the held-out data say."""
-    if found is None or not found.tokens:
+def _quality(quality: Quality, bits: int | None) -> list[tuple[str, str]]:
+    """What the held-out data say, at a nested precision or (None) at full."""
+    found, before = quality.after, quality.before
+    if not found.tokens:
         return []
-    if not found.is_causal:
-        return [("cosine to the float model", f"{found.mean_cosine:.4f} (mean of {found.tokens:,} held-out samples)")]
-    return [
-        (
-            "perplexity",
-            f"{found.reference_perplexity:.2f} -> {found.perplexity:.2f} ({found.tokens:,} held-out tokens)",
-        ),
-        ("divergence from the float model", f"{found.mean_divergence:.4f} nats a token"),
-        ("same prediction", f"{found.agreement:.1%} of the tokens"),
-    ]
+    at = "" if bits is None else f" at {bits} bits"
+    rows = []
+    if found.is_causal:
+        change = f"{found.reference_perplexity:.2f} -> {found.perplexity:.2f} ({found.tokens:,} held-out tokens)"
+        rows = [
+            (f"perplexity{at}", change),
+            (f"divergence from the float model{at}", f"{found.mean_divergence:.4f} nats a token"),
+            (f"same prediction{at}", f"{found.agreement:.1%} of the tokens"),
+        ]
+    else:
+        samples = f"(mean of {found.tokens:,} held-out samples)"
+        rows = [(f"cosine to the float model{at}", f"{found.mean_cosine:.4f} {samples}")]
+    if before != found:
+        what, old = ("divergence", before.mean_divergence) if found.is_causal else ("cosine", before.mean_cosine)
+        rows.append((f"before scales were trained together{at}", f"{what} {old:.4f}"))
+    return rows
 
 
 def remarks(plan: Plan) -> list[tuple[str, str]]:

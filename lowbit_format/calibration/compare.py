@@ -23,6 +23,7 @@ class Comparison:
         divergence: summed Kullback-Leibler divergence of the model's predictions from the reference's, in nats.
         agreed: tokens for which both predict the same.
         cosine: summed cosine of the outputs (of a model without logits for tokens).
+        is_causal: the model has logits for tokens.
     """
 
     tokens: int = 0
@@ -80,6 +81,11 @@ class Comparison:
     def agreement(self) -> float:
         """Part of the tokens for which both models predict the same."""
         return self.agreed / max(1, self.tokens)
+
+    @property
+    def distance(self) -> float:
+        """How far the model is from the reference: the mean divergence, or what the mean cosine lacks of 1."""
+        return self.mean_divergence if self.is_causal else 1 - self.mean_cosine
 
     @property
     def mean_cosine(self) -> float:

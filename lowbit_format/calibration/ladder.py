@@ -14,13 +14,12 @@ from torch.func import functional_call
 
 from ..errors import CalibrationError
 from ..kernels import operators
-from ..kernels.matrix import PlaneMatrix
-from ..matrix import Params, StoredMatrix
+from ..matrix import StoredMatrix
 from ..quantize import Target
 from ..quantize.calibrated import Calibrated, quantize_for_outputs, without_drift
-from ..quantize.solve import rounded
 from .effort import Effort
 from .hessians import Call, collect, find_stages, is_transposed, weight_of
+from .trained_scales import TrainedScales, plane_matrix
 
 _MEASURED = 4  # batches on which the error of a block is measured
 LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
@@ -128,30 +127,8 @@ def quantize_block(
 def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
     """Give a layer the weight that the matrix decodes to."""
     old = weight_of(layer)
-    new = operators.dequantize(_plane_matrix(matrix, old.device)).to(old.dtype)
+    new = operators.dequantize(plane_matrix(matrix, old.device)).to(old.dtype)
     layer.weight = nn.Parameter((new.T if is_transposed(layer) else new).contiguous(), requires_grad=False)
-
-
-def _plane_matrix(matrix: StoredMatrix, device: torch.device) -> PlaneMatrix:
-    scheme, shift = matrix.scheme, matrix.params.shift
-
-    def tensor(array: np.ndarray[Any, Any] | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-    planes, scales = tensor(matrix.planes), tensor(matrix.params.scales)
-    assert planes is not None and scales is not None  # noqa: S101, PT018 - tells the type checker
-    return PlaneMatrix(
-        planes,
-        scales,
-        tensor(shift) if scheme.codec == "bcq" else None,
-        tensor(shift) if scheme.codec == "uniform" else None,
-        tensor(matrix.codebook),
-        None,
-        scheme.codec,
-        scheme.bits,
-        scheme.group_size,
-        matrix.cols,
-    )
 
 
 def first_output(output: Any) -> Tensor:
@@ -196,36 +173,15 @@ def _train(
     effort: Effort,
     seed: int,
 ) -> dict[str, Calibrated]:
-    """Train scales and offsets of all layers of a block together, by gradients of the error of what it gives.
-
-    They are trained as multiples of a layer's mean scale, so that one learning rate suits all.
-    """
+    """Train scales and offsets of all layers of a block together, by gradients of the error of what it gives."""
     random = np.random.default_rng(seed)
-    matrices: dict[str, PlaneMatrix] = {}
-    units: dict[str, float] = {}
-    trained: list[Tensor] = []
-    for name, result in found.items():
-        w = _plane_matrix(result.matrix, weight_of(layers[name]).device)
-        units[name] = float(w.scales.abs().mean())
-        w = w._replace(scales=(w.scales / units[name]).requires_grad_())
-        trained.append(w.scales)
-        if w.shift is not None:
-            shift = w.shift / units[name] if w.codec == "bcq" else w.shift.clone()
-            w = w.with_shift(shift.requires_grad_())
-            trained.append(shift)
-        matrices[name] = w
-
-    def current(name: str) -> PlaneMatrix:
-        w, unit = matrices[name], units[name]
-        shift = w.shift
-        w = w._replace(scales=w.scales * unit)
-        return w if shift is None else w.with_shift(shift * unit if w.codec == "bcq" else shift)
-
-    optimizer = torch.optim.Adam(trained, lr=effort.learning_rate)
+    device = weight_of(layers[next(iter(found))]).device
+    scales = TrainedScales({name: result.matrix for name, result in found.items()}, device)
+    optimizer = torch.optim.Adam(scales.parameters, lr=effort.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / effort.steps)
     order = np.concatenate([random.permutation(inputs.batches) for _ in range(effort.steps)])[: effort.steps]
     for i in map(int, order):
-        new = {name: operators.dequantize(current(name)) for name in found}
+        new = {name: scales.weight(name) for name in found}
         new = {f"{name}.weight": w.T if is_transposed(layers[name]) else w for name, w in new.items()}
         args, kwargs = inputs.arguments(i)
         wanted, mask = inputs.wanted(i), inputs.mask(i)
@@ -237,12 +193,8 @@ def _train(
         (away.square().mean() / size).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    results = {}
+    results = {name: replace(result, matrix=scales.matrix(name)) for name, result in found.items()}
     with torch.no_grad():
-        for name, result in found.items():
-            w, matrix = current(name), result.matrix
-            exact = Params(w.scales.cpu().numpy(), None if w.shift is None else w.shift.cpu().numpy())
-            params = rounded(exact, matrix.scheme.scale_dtype)
-            results[name] = replace(result, matrix=replace(matrix, params=params))
-            _set_weight(layers[name], results[name].matrix)
+        for name, result in results.items():
+            _set_weight(layers[name], result.matrix)
     return results

@@ -70,14 +70,14 @@ class Walk:
         self.samples = len(batches) - held_out
         self._outside: dict[str, Tensor] = {}
         self.model, self.batches, self.activations, self.device = model, batches, activations, device
-        self._lists = list(lists)
+        self.lists = list(lists)
         self._first = {id(p.blocks): p.position for p in places_of(lists) if p.index == 0}
 
     def known(self, place: Place | None, kind: str, batch: int) -> dict[nn.Module, Outputs]:
         """Stored outputs for the blocks before a place (for all, if it is None): those of the last one stand for all
         of a list, since nothing else of the model reads the others."""
         known: dict[nn.Module, Outputs] = {}
-        for blocks in self._lists:
+        for blocks in self.lists:
             before = len(blocks.modules)
             if place is not None and blocks is place.blocks:
                 before = place.index
@@ -158,10 +158,28 @@ class Walk:
             if error is not None and i in error.batches:
                 error.add(outputs.hidden, self._load(place.position, "float", i).hidden, self.mask(i))
 
-    def output(self, batch: int, kind: str) -> Any:
-        """The model's output for a batch, after its float or its quantized blocks."""
+    def output(self, batch: int, kind: str, piece: int | None = None) -> Any:
+        """The model's output for a batch (or a piece of it, see :meth:`pieces`), after float or quantized blocks."""
+        known = self.known(None, kind, batch)
+        if piece is not None and self.pieces(batch) > 1:
+            known = {block: outputs.sample(piece) for block, outputs in known.items()}
         with torch.no_grad():
-            return run(self.model, self.batch(batch), self.known(None, kind, batch), self._weights(kind))
+            return run(self.model, self.piece(batch, piece), known, self._weights(kind))
+
+    def pieces(self, batch: int) -> int:
+        """Into how many pieces a batch falls that can go through the model one by one: its samples, if it is text."""
+        values = self.batches[batch].values()
+        ids = self.batches[batch].get("input_ids")
+        if ids is None or any(not isinstance(v, Tensor) or v.shape[:1] != ids.shape[:1] for v in values):
+            return 1
+        return len(ids)
+
+    def piece(self, i: int, piece: int | None) -> dict[str, Any]:
+        """A piece of a batch on the device; None is all of it."""
+        batch = self.batch(i)
+        if piece is None or self.pieces(i) == 1:
+            return batch
+        return {name: value[piece : piece + 1] for name, value in batch.items()}
 
 
 class _Inputs:

@@ -191,6 +191,26 @@ def seal(path: Path) -> None:
             shutil.copyfileobj(f, out, _COPY)
 
 
+def replace_tensors(path: Path, new: Mapping[str, StoredTensor]) -> None:
+    """Write a file again, atomically, in which some tensors have other data of the same dtype and shape."""
+    header = read_header(path)
+    writer = ShardWriter(path)
+    try:
+        with open(path, "rb") as f:
+            for t in sorted(header.tensors.values(), key=lambda t: t.begin):
+                tensor = new.get(t.name)
+                if tensor is None:
+                    f.seek(t.begin)
+                    tensor = StoredTensor(t.name, t.dtype, t.shape, np.frombuffer(f.read(t.nbytes), np.uint8))
+                if (tensor.dtype, tensor.shape) != (t.dtype, t.shape):
+                    raise ValueError(f"{t.name}: is {t.dtype} {t.shape}, not {tensor.dtype} {tensor.shape}")
+                writer.add(tensor)
+        writer.close()
+    except BaseException:
+        writer.abort()
+        raise
+
+
 def write_index(directory: Path, shards: Mapping[str, list[str]], nbytes: int) -> None:
     """Write the index of `shards` (file name to tensor names); `nbytes` is the size of all tensors (DIR-4).
 

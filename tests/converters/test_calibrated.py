@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import filecmp
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from support.checkpoints import edit_weights, with_tokenizer
 
@@ -17,7 +19,16 @@ from lowbit_format.calibration.compare import Comparison
 from lowbit_format.calibration.data import Data
 from lowbit_format.calibration.effort import EFFORTS, Effort
 from lowbit_format.calibration.ladder import BlockResult
-from lowbit_format.converters import Calibration, Conversion, Recipe, Rule, convert_hf_to_lowbit, plan_conversion
+from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import (
+    Calibration,
+    Conversion,
+    Recipe,
+    Rule,
+    convert_hf_to_lowbit,
+    plan_conversion,
+    together,
+)
 from lowbit_format.converters.calibrated import Calibrated
 from lowbit_format.converters.driver import load_step
 from lowbit_format.errors import CalibrationError, OutputError
@@ -25,6 +36,7 @@ from lowbit_format.quantize import Target
 
 QUICK = Effort(sweeps=2, steps=0, learning_rate=0.0, drift=False, samples=8)
 RECIPE = Recipe(Target(bits=2, group_size=32))
+TOGETHER = Effort(sweeps=1, steps=0, learning_rate=0.0, drift=False, samples=8, passes=8, end_rate=0.02)
 Checkpoint = Callable[..., Path]
 
 
@@ -127,6 +139,48 @@ def test_nested_precisions(checkpoint: Checkpoint, tmp_path: Path) -> None:
     assert found[0] < 0.9 * found[1]
 
 
+def test_training_all_scales_together_lowers_the_divergence_and_is_stored(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        Target(bits=3, group_size=32, nested=(2,)), (Rule("*.v_proj", Target(bits=2, group_size=32)),), embeddings=True
+    )
+    source, data = checkpoint("llama-tied"), Data.of(batches(), held_out=2)
+    done = convert(source, tmp_path / "out", data, recipe, TOGETHER, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert list(done.quality) == [None, 2]
+    for bits, quality in done.quality.items():
+        found = divergence(tmp_path / "out", source, data, bits=bits)
+        assert found.mean_divergence == pytest.approx(quality.after.mean_divergence, rel=1e-3)
+        assert quality.after.mean_divergence < 0.9 * quality.before.mean_divergence
+    reader = ModelReader(tmp_path / "out")
+    assert reader.verify() == 0
+    for path, outcome in done.outcomes.items():
+        weight = torch.from_numpy(reader.decode(path))
+        assert outcome.squared_norm > 0
+        assert outcome.squared_error == pytest.approx(float((weight - original(source, path)).square().sum()), rel=1e-4)
+
+
+def original(source: Path, path: str) -> torch.Tensor:
+    with safe_open(source / "model.safetensors", "pt") as f:
+        weight: torch.Tensor = f.get_tensor(f"{path}.weight").float()
+    return weight
+
+
+def test_encoders_and_lossless_layers_are_trained_together_too(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def round_block(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if "layer.0." in name and "query.weight" in name:
+                tensors[name] = tensors[name].sign() * 0.0625
+
+    source = edit_weights(own_checkpoint("bert"), round_block)
+    done = convert(source, tmp_path / "out", Data.of(batches(), held_out=2), effort=TOGETHER)
+    (lossless,) = [path for path, o in done.outcomes.items() if o.lossless]
+    assert torch.equal(torch.from_numpy(ModelReader(tmp_path / "out").decode(lossless)), original(source, lossless))
+    quality = done.quality[None]
+    assert quality.after.mean_cosine > quality.before.mean_cosine
+
+
 def test_only_one_block_is_in_memory(checkpoint: Checkpoint, tmp_path: Path) -> None:
     opened, plan, _ = plan_conversion(str(checkpoint("llama")), RECIPE)
     quantizer = Calibrated(opened, plan, Data.of(batches()), QUICK, device=torch.device("cpu"))
@@ -184,6 +238,46 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
             convert(source, out, data, effort=effort, report=stop)
         assert not out.exists()
         convert(source, out, data, effort=effort, resume=True)
+        assert same_files(tmp_path / "whole", out)
+
+
+def test_interrupted_at_the_end_it_goes_on_to_the_same_bytes(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While scales are trained, are kept, and while the shards are written again."""
+    source, data = checkpoint("llama"), Data.of(batches(), held_out=1)
+    options: Any = {"effort": replace(TOGETHER, passes=1), "max_shard_bytes": 15_000}
+    moments = ("tune", "save_file", "replace_tensors", "replace_tensors", "end")
+    calls: list[str] = []
+    never = 99
+    stop_at = never
+
+    def watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            if len(calls) == stop_at + 1 and name == "save_file":
+                raise KeyboardInterrupt
+            found = function(*args, **kwargs)
+            if len(calls) == stop_at + 1:
+                raise KeyboardInterrupt
+            return found
+
+        return call
+
+    for name in ("tune", "save_file", "replace_tensors"):
+        monkeypatch.setattr(together, name, watched(name, getattr(together, name)))
+    monkeypatch.setattr(Calibrated, "end", watched("end", Calibrated.end))
+    convert(source, tmp_path / "whole", data, **options)
+    assert tuple(calls) == moments
+    for moment in range(len(moments)):
+        calls.clear()
+        stop_at, out = moment, tmp_path / f"at {moment}"
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, data, **options)
+        assert not out.exists()
+        stop_at = never
+        done = convert(source, out, data, resume=True, **options)
+        assert done.quality[None].after.tokens > 0
         assert same_files(tmp_path / "whole", out)
 
 
