@@ -8,6 +8,7 @@ batch; what blocks give lies in files of the work directory, from which an inter
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ..calibration.activations import Activations
 from ..calibration.blocks import Blocks, find_blocks, order_of_execution
-from ..calibration.data import Data
+from ..calibration.data import Data, is_causal
 from ..calibration.effort import Effort
 from ..calibration.hessians import Collector, is_transposed
 from ..calibration.ladder import LEAST_ROWS, BlockResult
@@ -30,6 +31,7 @@ from ..quantize.calibrated import quantize_for_outputs
 from ..quantize.recognise import recognise
 from ..quantize.solve import measured
 from ..reference import decode
+from ..tensors import stored_bits, tensor_specs
 from .driver import load_step
 from .float_model import FloatModel
 from .journal import Outcome
@@ -40,8 +42,9 @@ from .together import FULL, Quality, train_together
 
 ACTIVATIONS = "activations"  # in the work directory
 # Bytes of memory for each: of the largest layer, with its codes and all that a solver makes of it; of its Hessian's
-# elements; of a value between two layers of a block, of which a batch has some dozens for each token and column.
-_PER_WEIGHT, _PER_HESSIAN, _PER_VALUE = 64, 20, 4 * 48
+# elements; of a value between two layers of a block, of which a batch has some dozens for each token and column; of
+# what is trained, with gradient and two moments; of a prediction, of which there are six for each word and token.
+_PER_WEIGHT, _PER_HESSIAN, _PER_VALUE, _PER_TRAINED, _PER_LOGIT = 64, 20, 4 * 48, 20, 4 * 6
 
 
 class Calibrated:
@@ -115,14 +118,23 @@ class Calibrated:
         largest = max((s.tensor.numel for s in layers), default=0)
         widest = max((s.module().shape[1] for s in layers), default=0)
         tokens = max(next(iter(batch.values())).numel() for batch in self._data.batches)
-        return (
-            BASE_MEMORY
-            + 4 * outside
-            + 8 * max(inside.values(), default=0)
-            + _PER_WEIGHT * largest
-            + _PER_HESSIAN * widest**2
-            + _PER_VALUE * tokens * widest
-        )
+        block = max(inside.values(), default=0)
+        by_layer = _PER_WEIGHT * largest + _PER_HESSIAN * widest**2 + _PER_VALUE * tokens * widest
+        return BASE_MEMORY + 4 * outside + 8 * block + max(by_layer, self._together_memory(tokens, widest))
+
+    def _together_memory(self, tokens: int, widest: int) -> int:
+        """Bytes, beside a block and what is outside of blocks, while scales are trained together and it is measured."""
+        modules = [s.module() for s in self.steps if s.target is not None]
+        packed = sum(-(-stored_bits(m) // 8) for m in modules)
+        specs = [spec for m in modules for spec in tensor_specs(m) if spec.dtype != "U8"]
+        parameters = sum(math.prod(spec.shape) for spec in specs)
+        logits = 0
+        if is_causal(self._float.model):  # which takes one sample at a time
+            tokens = max(batch["input_ids"].shape[1] for batch in self._data.batches)
+            words = max((s.tensor.shape[0] for s in self.steps if s.destination.kind == "embedding"), default=0)
+            logits = _PER_LOGIT * tokens * words
+        places = len(places_of(self._lists))
+        return packed + _PER_TRAINED * parameters + logits + _PER_VALUE * tokens * widest + 4 * places * tokens * widest
 
     # --- the protocol of a quantizer ---
 

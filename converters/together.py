@@ -21,9 +21,10 @@ from torch import Tensor
 
 from ..calibration.blocks import Batch
 from ..calibration.compare import Comparison
+from ..calibration.decoded import plane_matrix
 from ..calibration.effort import Effort
 from ..calibration.end_to_end import tune
-from ..calibration.trained_scales import TrainedScales, plane_matrix
+from ..calibration.trained_matrix import TrainedMatrix
 from ..calibration.walk import Walk, places_of
 from ..calibration.whole import run_whole
 from ..container.reader import ModelReader
@@ -78,7 +79,7 @@ class Student:
         fixed: Mapping[str, StoredMatrix],
     ) -> None:
         self._float, self._walk = float_model, walk
-        self.scales = TrainedScales(trained, walk.device)
+        self.trained = {path: TrainedMatrix(matrix, walk.device) for path, matrix in trained.items()}
         self._fixed = {path: plane_matrix(matrix, walk.device) for path, matrix in fixed.items()}
         self._steps = {s.destination.target: s for s in steps}
         self._inside: dict[str, dict[str, Step]] = {}  # by path of a block, by name within it
@@ -88,7 +89,7 @@ class Student:
             self._inside[place.path] = {name.removeprefix(f"{place.path}."): self._outside.pop(name) for name in names}
 
     def output(self, batch: Batch) -> Any:
-        """Its output, with gradients for :attr:`scales` where they are enabled."""
+        """Its output, with gradients for :attr:`trained` where they are enabled."""
         return run_whole(self._walk.model, self._walk.lists, batch, self._weights)
 
     def _weights(self, path: str) -> dict[str, Tensor]:
@@ -99,7 +100,7 @@ class Student:
 
     def _weight(self, step: Step) -> Tensor:
         fixed = self._fixed.get(step.path)
-        weight = self.scales.weight(step.path) if fixed is None else operators.dequantize(fixed)
+        weight = self.trained[step.path].weight() if fixed is None else operators.dequantize(fixed)
         return weight.T if step.destination.kind == "conv1d" else weight
 
 
@@ -191,8 +192,9 @@ def _train(
         student = Student(float_model, walk, steps, trained, fixed)
         before = after = compare(walk, student)
         if effort.passes and trained:
-            tune(student.scales, _Samples(walk, student), effort)
-            student.scales.round()
+            tune(student.trained.values(), _Samples(walk, student), effort)
+            for one in student.trained.values():
+                one.round()
             after = compare(walk, student)
             if after.distance > before.distance:
                 after = before
@@ -200,7 +202,7 @@ def _train(
         if after is before:
             continue
         for path in trained:
-            matrix = student.scales.matrix(path)
+            matrix = student.trained[path].stored()
             params[_name(path, "scales", bits)] = matrix.params.scales
             if matrix.params.shift is not None:
                 params[_name(path, "shift", bits)] = matrix.params.shift

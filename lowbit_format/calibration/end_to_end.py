@@ -7,6 +7,7 @@ with the float model as the teacher as in LLM-QAT (Liu et al. 2023, arXiv:2305.1
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 from .effort import Effort
-from .trained_scales import TrainedScales
+from .trained_matrix import TrainedMatrix
 
 _WARM_UP = 4  # steps in which the learning rate rises
 
@@ -38,7 +39,7 @@ class Samples(Protocol):
         ...
 
     def found(self, batch: int, piece: int) -> Any:
-        """The quantized model's output with the scales in training."""
+        """The quantized model's output with the matrices in training."""
         ...
 
     def mask(self, batch: int, piece: int) -> Tensor | None:
@@ -46,11 +47,11 @@ class Samples(Protocol):
         ...
 
 
-def tune(scales: TrainedScales, samples: Samples, effort: Effort, seed: int = 0) -> list[float]:
-    """Train scales in place.
+def tune(matrices: Collection[TrainedMatrix], samples: Samples, effort: Effort, seed: int = 0) -> list[float]:
+    """Train matrices in place.
 
     Args:
-        scales: of all layers.
+        matrices: of all layers.
         samples: to train on.
         effort: says for how long.
         seed: of the order of batches.
@@ -62,7 +63,7 @@ def tune(scales: TrainedScales, samples: Samples, effort: Effort, seed: int = 0)
         CalibrationError: the divergence is not finite.
     """
     random, losses = np.random.default_rng(seed), []
-    optimizer = torch.optim.Adam(scales.parameters, lr=effort.end_rate, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam([t for one in matrices for t in one.tensors], lr=effort.end_rate, betas=(0.9, 0.95))
     order = [int(i) for _ in range(effort.passes) for i in random.permutation(samples.batches)]
 
     def rate(step: int) -> float:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import CalibrationError
-from ..kernels import operators
 from ..matrix import StoredMatrix
 from ..quantize import Target
 from ..quantize.calibrated import Calibrated, quantize_for_outputs, without_drift
+from .decoded import decoded
 from .effort import Effort
 from .hessians import Call, collect, find_stages, is_transposed, weight_of
-from .trained_scales import TrainedScales, plane_matrix
+from .trained_matrix import TrainedMatrix
 
 _MEASURED = 4  # batches on which the error of a block is measured
 LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
@@ -127,7 +127,7 @@ def quantize_block(
 def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
     """Give a layer the weight that the matrix decodes to."""
     old = weight_of(layer)
-    new = operators.dequantize(plane_matrix(matrix, old.device)).to(old.dtype)
+    new = decoded(matrix, old.device).to(old.dtype)
     layer.weight = nn.Parameter((new.T if is_transposed(layer) else new).contiguous(), requires_grad=False)
 
 
@@ -176,12 +176,12 @@ def _train(
     """Train scales and offsets of all layers of a block together, by gradients of the error of what it gives."""
     random = np.random.default_rng(seed)
     device = weight_of(layers[next(iter(found))]).device
-    scales = TrainedScales({name: result.matrix for name, result in found.items()}, device)
-    optimizer = torch.optim.Adam(scales.parameters, lr=effort.learning_rate)
+    trained = {name: TrainedMatrix(result.matrix, device) for name, result in found.items()}
+    optimizer = torch.optim.Adam([t for one in trained.values() for t in one.tensors], lr=effort.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / effort.steps)
     order = np.concatenate([random.permutation(inputs.batches) for _ in range(effort.steps)])[: effort.steps]
     for i in map(int, order):
-        new = {name: scales.weight(name) for name in found}
+        new = {name: trained[name].weight() for name in found}
         new = {f"{name}.weight": w.T if is_transposed(layers[name]) else w for name, w in new.items()}
         args, kwargs = inputs.arguments(i)
         wanted, mask = inputs.wanted(i), inputs.mask(i)
@@ -193,7 +193,7 @@ def _train(
         (away.square().mean() / size).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-    results = {name: replace(result, matrix=scales.matrix(name)) for name, result in found.items()}
+    results = {name: replace(result, matrix=trained[name].stored()) for name, result in found.items()}
     with torch.no_grad():
         for name, result in results.items():
             _set_weight(layers[name], result.matrix)

@@ -13,7 +13,7 @@ from support.checkpoints import ARCHITECTURES
 from lowbit_format.calibration.blocks import find_blocks
 from lowbit_format.calibration.effort import Effort
 from lowbit_format.calibration.end_to_end import divergence, tune
-from lowbit_format.calibration.trained_scales import TrainedScales
+from lowbit_format.calibration.trained_matrix import TrainedMatrix
 from lowbit_format.calibration.whole import run_whole
 from lowbit_format.errors import CalibrationError
 from lowbit_format.quantize import Target, quantize
@@ -54,8 +54,8 @@ class Regression:
 
     batches = 3
 
-    def __init__(self, scales: TrainedScales, weight: torch.Tensor) -> None:
-        self.scales, self.weight = scales, weight
+    def __init__(self, trained: TrainedMatrix, weight: torch.Tensor) -> None:
+        self.trained, self.weight = trained, weight
         self.x = torch.randn(self.batches, 2, 1, 7, weight.shape[1])
 
     def pieces(self, batch: int) -> int:
@@ -65,7 +65,7 @@ class Regression:
         return SimpleNamespace(logits=self.x[batch, piece] @ self.weight.T)
 
     def found(self, batch: int, piece: int) -> Any:
-        return SimpleNamespace(logits=self.x[batch, piece] @ self.scales.weight("w").T)
+        return SimpleNamespace(logits=self.x[batch, piece] @ self.trained.weight().T)
 
     def mask(self, batch: int, piece: int) -> torch.Tensor:
         return torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
@@ -78,26 +78,26 @@ def test_it_lowers_the_divergence_and_gives_what_can_be_stored(target: Target) -
     torch.manual_seed(0)
     weight = torch.randn(16, 24)
     matrix = quantize(weight.numpy(), target).matrix
-    scales = TrainedScales({"w": matrix}, torch.device("cpu"))
-    samples = Regression(scales, weight)
-    losses = tune(scales, samples, WORK)
+    trained = TrainedMatrix(matrix, torch.device("cpu"))
+    samples = Regression(trained, weight)
+    losses = tune([trained], samples, WORK)
     assert len(losses) == samples.batches * WORK.passes
     assert np.mean(losses[-3:]) < 0.95 * np.mean(losses[:3])
-    stored = scales.matrix("w")
+    stored = trained.stored()
     assert np.array_equal(stored.planes, matrix.planes)
     assert np.array_equal(stored.params.scales, stored.params.scales.astype(np.float16))
-    scales.round()
-    assert np.array_equal(scales.matrix("w").params.scales, stored.params.scales)
-    assert tune(TrainedScales({"w": matrix}, torch.device("cpu")), Regression(scales, weight), WORK)  # starts anew
+    trained.round()
+    assert np.array_equal(trained.stored().params.scales, stored.params.scales)
+    assert tune([TrainedMatrix(matrix, torch.device("cpu"))], Regression(trained, weight), WORK)  # starts anew
 
 
 def test_a_divergence_that_is_not_finite_is_told() -> None:
     weight = torch.randn(16, 24)
-    scales = TrainedScales({"w": quantize(weight.numpy(), Target(bits=2)).matrix}, torch.device("cpu"))
-    samples = Regression(scales, weight)
+    trained = TrainedMatrix(quantize(weight.numpy(), Target(bits=2)).matrix, torch.device("cpu"))
+    samples = Regression(trained, weight)
     samples.x[1] = torch.nan
     with pytest.raises(CalibrationError, match="not finite"):
-        tune(scales, samples, WORK)
+        tune([trained], samples, WORK)
 
 
 def test_divergence_looks_at_the_tokens_that_count() -> None:
