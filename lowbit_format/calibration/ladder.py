@@ -19,11 +19,12 @@ from ..matrix import Params, StoredMatrix
 from ..quantize import Target
 from ..quantize.calibrated import Calibrated, quantize_for_outputs, without_drift
 from ..quantize.solve import rounded
+from .decoded import decoded, plane_matrix
 from .effort import Effort
-from .hessians import Call, collect, find_stages, is_transposed, weight_of
+from .experts import StackResult, experts_of, quantize_experts
+from .hessians import LEAST_ROWS, Call, collect, find_stages, is_transposed, weight_of
 
 _MEASURED = 4  # batches on which the error of a block is measured
-LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
 
 
 class Inputs(Protocol):
@@ -56,11 +57,13 @@ class BlockResult:
         layers: by name within the block; absent where too little data reached a layer.
         last: name of the last step.
         errors: squared error of the block's outputs relative to their variance, after each step.
+        stacks: of experts, by name of the parameter within the block; absent where no data reached them.
     """
 
     layers: dict[str, Calibrated]
     last: str
     errors: dict[str, float] = field(default_factory=dict)
+    stacks: dict[str, StackResult] = field(default_factory=dict)
 
 
 def quantize_block(
@@ -70,7 +73,7 @@ def quantize_block(
 
     Args:
         block: with float weights, on the device to compute on.
-        targets: of layers, by name within the block.
+        targets: of layers, and of parameters that are stacks of experts, by name within the block.
         inputs: the block's calls.
         effort: how much work to do.
         path: of the block, for messages.
@@ -79,10 +82,13 @@ def quantize_block(
     Raises:
         CalibrationError: what the block gives or gets is not finite.
     """
-    layers = {name: block.get_submodule(name) for name in targets}
+    experts = experts_of(block, targets)
+    stacked = {f"{path}.{leaf}" for path, leaves in experts.items() for leaf in leaves}
+    layers = {name: block.get_submodule(name) for name in targets if name not in stacked}
     weights = {name: weight_of(layer) for name, layer in layers.items()}
 
     originals: dict[str, Tensor] = {f"{name}.weight": layer.weight for name, layer in layers.items()}  # type: ignore[misc]
+    originals |= {name: block.get_parameter(name) for name in stacked}
 
     def quantized(batch: int) -> Any:
         args, kwargs = inputs.arguments(batch)
@@ -100,8 +106,15 @@ def quantize_block(
         for batch in range(inputs.batches)
     ]
     found: dict[str, Calibrated] = {}
+    stacks: dict[str, StackResult] = {}
     with torch.no_grad():
-        for stage in find_stages(block, targets, calls[0].quantized):
+        for stage in find_stages(block, layers, calls[0].quantized, alone=experts):
+            at = stage.layers[0]
+            if at in experts:
+                own = {leaf: targets[f"{at}.{leaf}"] for leaf in experts[at]}
+                made = quantize_experts(block.get_submodule(at), own, calls, effort, path=f"{path}.{at}")
+                stacks |= {f"{at}.{leaf}": result for leaf, result in made.items()}
+                continue
             seen = collect(block, stage, calls)
             if not bool(torch.isfinite(seen.total).all()):
                 raise CalibrationError(
@@ -117,41 +130,19 @@ def quantize_block(
                 )
                 _set_weight(layers[name], found[name].matrix)
         if not effort.steps or not found:
-            return BlockResult(found, "layer by layer")
+            return BlockResult(found, "layer by layer", stacks=stacks)
         before = OutputError(inputs.batches)
         for i in before.batches:
             before.add(first_output(quantized(i)), inputs.wanted(i), inputs.mask(i))
     found = _train(block, layers, found, inputs, effort, seed)
-    return BlockResult(found, "scales together", {"layer by layer": before.value})
+    return BlockResult(found, "scales together", {"layer by layer": before.value}, stacks)
 
 
 def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
     """Give a layer the weight that the matrix decodes to."""
     old = weight_of(layer)
-    new = operators.dequantize(_plane_matrix(matrix, old.device)).to(old.dtype)
+    new = decoded(matrix, old.device).to(old.dtype)
     layer.weight = nn.Parameter((new.T if is_transposed(layer) else new).contiguous(), requires_grad=False)
-
-
-def _plane_matrix(matrix: StoredMatrix, device: torch.device) -> PlaneMatrix:
-    scheme, shift = matrix.scheme, matrix.params.shift
-
-    def tensor(array: np.ndarray[Any, Any] | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device)
-
-    planes, scales = tensor(matrix.planes), tensor(matrix.params.scales)
-    assert planes is not None and scales is not None  # noqa: S101, PT018 - tells the type checker
-    return PlaneMatrix(
-        planes,
-        scales,
-        tensor(shift) if scheme.codec == "bcq" else None,
-        tensor(shift) if scheme.codec == "uniform" else None,
-        tensor(matrix.codebook),
-        None,
-        scheme.codec,
-        scheme.bits,
-        scheme.group_size,
-        matrix.cols,
-    )
 
 
 def first_output(output: Any) -> Tensor:
@@ -205,7 +196,7 @@ def _train(
     units: dict[str, float] = {}
     trained: list[Tensor] = []
     for name, result in found.items():
-        w = _plane_matrix(result.matrix, weight_of(layers[name]).device)
+        w = plane_matrix(result.matrix, weight_of(layers[name]).device)
         units[name] = float(w.scales.abs().mean())
         w = w._replace(scales=(w.scales / units[name]).requires_grad_())
         trained.append(w.scales)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..tensors import all_roles
 from .class_mixin import Mixin, mix_in, restore_class
 from .experts import LowbitExperts, Segment
-from .known_experts import is_sorted
+from .known_experts import activated, bias_of, is_sorted, name_of_first
 
 _ROLES = all_roles()
 
@@ -94,17 +94,13 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
         weights: float ``[tokens, k]``.
     """
     tokens, k = index.shape
-    flat = index.reshape(-1)
-    ids, order = torch.sort(flat, stable=True)
-    segments = _segments(ids.tolist(), module.num_experts)
+    ids, rows, segments = chosen(index, module.num_experts)
     if not segments:
         return torch.zeros_like(hidden)
-    chosen = segments[-1][2]  # behind it are rows that are for no expert
-    ids, rows = ids[:chosen], order[:chosen]
     token = rows // k
     out = _experts(module, hidden[token], segments, ids, token, tokens)
     out = out * weights.reshape(-1)[rows, None]
-    if chosen == tokens * k:  # the usual case: every slot is filled
+    if len(rows) == tokens * k:  # the usual case: every slot is filled
         slots = torch.empty_like(out)
         slots = slots.index_copy(0, rows, out)
     else:
@@ -118,27 +114,17 @@ def _sorted_forward(module: Any, hidden: Tensor) -> Tensor:
     Those give zeros, since there is no bias: they are not computed.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    at = (rows != 0).any(-1).nonzero()[:, 0]
-    count = len(rows) // module.num_experts
-    ids = at // count
-    segments = _segments(ids.tolist(), module.num_experts)
+    ids, at, segments = chosen_among_all(rows, module.num_experts)
     if not segments:
         return torch.zeros_like(rows)
+    count = len(rows) // module.num_experts
     out = _experts(module, rows[at], segments, ids, at % count, count).to(rows.dtype)
     return torch.zeros_like(rows).index_copy(0, at, out)
 
 
 def _experts(module: Any, x: Tensor, segments: Sequence[Segment], ids: Tensor, token: Tensor, tokens: int) -> Tensor:
     """What the experts make of `x`, whose rows are sorted by expert."""
-    has_gate = "gate_up_proj" in module._parameters or "gate_up_proj" in module._modules
-    up = _product(module, "gate_up_proj" if has_gate else "up_proj", x, segments, ids, token, tokens)
-    if not has_gate:
-        up = module.act_fn(up)
-    elif is_sorted(module):
-        gate, up = up.chunk(2, dim=-1)
-        up = up * module.act_fn(gate)
-    else:
-        up = module._apply_gate(up)
+    up = activated(module, _product(module, name_of_first(module), x, segments, ids, token, tokens))
     out = _product(module, "down_proj", up, segments, ids, token, tokens)
     return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
@@ -153,11 +139,35 @@ def _product(
     else:  # kept in full precision
         transposed = is_sorted(module) or module.is_transposed
         out = torch.cat([F.linear(x[i:j], stack[e].t() if transposed else stack[e]) for e, i, j in segments])
-    bias = getattr(module, f"{name}_bias", None) if getattr(module, "has_bias", False) else None
+    bias = bias_of(module, name)
     return out if bias is None else out + bias[ids]
 
 
-def _segments(ids: list[int], experts: int) -> list[Segment]:
+def chosen(index: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
+    """What a router chose, in the order of experts.
+
+    Args:
+        index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last expert mean none.
+        experts: their number.
+
+    Returns:
+        The expert of each choice, its place in ``index.flatten()``, and the choices of each expert.
+    """
+    ids, places = torch.sort(index.reshape(-1), stable=True)
+    segments = segments_of(ids.tolist(), experts)
+    count = segments[-1][2] if segments else 0  # behind it are choices of no expert
+    return ids[:count], places[:count], segments
+
+
+def chosen_among_all(rows: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
+    """As :func:`chosen`, where a module gets all tokens for every expert, ``[experts * tokens, hidden]``: those that
+    are for it are not all zeros. The places are those of rows."""
+    at = (rows != 0).any(-1).nonzero()[:, 0]
+    ids = at // (len(rows) // experts)
+    return ids, at, segments_of(ids.tolist(), experts)
+
+
+def segments_of(ids: list[int], experts: int) -> list[Segment]:
     """Runs of equal numbers in a sorted list, without those from `experts` on."""
     found: list[Segment] = []
     begin = 0
