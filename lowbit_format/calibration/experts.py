@@ -10,20 +10,22 @@ The inputs of the float model that belong to them are those of the same tokens, 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import CalibrationError
 from ..matrix import StoredMatrix
 from ..quantize import Target, quantize
 from ..quantize.calibrated import quantize_for_outputs, without_drift
-from ..runtime.expert_forward import chosen, chosen_among_all
-from ..runtime.known_experts import activated, bias_of, expert_parameters, is_sorted, name_of_first
+from ..runtime.expert_forward import chosen, chosen_among_all, expert_forward
+from ..runtime.experts import Segment
+from ..runtime.known_experts import activated, bias_of, expert_parameters, is_sorted, name_of_first, normed
 from .decoded import decoded
 from .effort import Effort
 from .hessians import LEAST_ROWS, Call, Collector, Enough
@@ -186,6 +188,47 @@ def alike(matrices: Iterable[StoredMatrix]) -> tuple[StoredMatrix, ...]:
     return matrices if wide is None else tuple(replace(m, scheme=wide) for m in matrices)
 
 
+def set_experts(block: nn.Module, name: str, stack: StackResult) -> None:
+    """Give a block's parameter of stacked experts what the matrices decode to."""
+    path, _, leaf = name.rpartition(".")
+    parameter = _Parameter(block.get_submodule(path), leaf)
+    for expert, matrix in enumerate(stack.matrices):
+        weight = parameter.original(expert)
+        weight.copy_(decoded(matrix, weight.device))
+
+
+def own_matrices(module: nn.Module) -> Callable[[str, int], Tensor]:
+    """A function that gives the matrix ``[rows, cols]`` of a parameter and an expert in a module."""
+    parameters = {name: _Parameter(module, name) for name in expert_parameters(module)}
+    return lambda name, expert: parameters[name].original(expert)
+
+
+def computing_with(module: Any, weight: Callable[[str, int], Tensor]) -> Callable[..., Any]:
+    """A ``forward`` for a module of experts, with other matrices than its own.
+
+    In training, an expert's weights are made again for the gradients: no more than one expert is decoded at a time.
+
+    Args:
+        weight: the matrix ``[rows, cols]`` of a parameter and an expert.
+    """
+    first, last = name_of_first(module), LAST
+
+    def product(name: str, x: Tensor, expert: int) -> Tensor:
+        w, bias = weight(name, expert), bias_of(module, name)
+        return F.linear(x, w, None if bias is None else bias[expert])
+
+    def one(x: Tensor, expert: int) -> Tensor:
+        return normed(module, product(last, activated(module, product(first, x, expert)), expert))
+
+    def experts(module: Any, x: Tensor, segments: Sequence[Segment], *_: Any) -> Tensor:
+        return torch.cat([checkpoint(one, x[i:j], e, use_reentrant=False) for e, i, j in segments])
+
+    def forward(*args: Any, **kwargs: Any) -> Tensor:
+        return expert_forward(module, experts, *args, *kwargs.values())
+
+    return forward
+
+
 class _Parameter:
     """A stack in a module, and its decoded weights so far."""
 
@@ -194,7 +237,7 @@ class _Parameter:
         self._transposed = expert_parameters(module)[name] == "experts_transposed"
         found = getattr(module, name)
         assert isinstance(found, nn.Parameter)  # noqa: S101 - expert_parameters says so; tells the type checker
-        self._original, self._new = found.detach(), None
+        self._original, self._new = found.detach(), torch.empty(0)
         self.count = len(found)
 
     def original(self, expert: int) -> Tensor:
@@ -203,16 +246,15 @@ class _Parameter:
 
     def now(self, expert: int) -> Tensor:
         """Its decoded matrix, if there is one."""
-        return self.original(expert) if self._new is None else self._turned(self._new[expert])
+        return self._turned(self._new[expert]) if len(self._new) else self.original(expert)
 
     def set(self, expert: int, weight: Tensor) -> None:
-        if self._new is None:
+        if not len(self._new):
             self._new = torch.empty_like(self._original)
         self._turned(self._new[expert]).copy_(weight)
 
     def replace(self) -> None:
         """Give the module the decoded weights."""
-        assert self._new is not None  # noqa: S101 - all experts are set; tells the type checker
         self._module.register_parameter(self._name, nn.Parameter(self._new, requires_grad=False))
 
     def _turned(self, matrix: Tensor) -> Tensor:

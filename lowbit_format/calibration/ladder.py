@@ -7,22 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import CalibrationError
-from ..kernels import operators
-from ..kernels.matrix import PlaneMatrix
-from ..matrix import Params, StoredMatrix
+from ..matrix import StoredMatrix
 from ..quantize import Target
 from ..quantize.calibrated import Calibrated, quantize_for_outputs, without_drift
-from ..quantize.solve import rounded
-from .decoded import decoded, plane_matrix
+from .blocks import first_output
+from .decoded import decoded
 from .effort import Effort
-from .experts import StackResult, experts_of, quantize_experts
+from .experts import StackResult, experts_of, quantize_experts, set_experts
 from .hessians import LEAST_ROWS, Call, collect, find_stages, is_transposed, weight_of
+from .training import train
 
 _MEASURED = 4  # batches on which the error of a block is measured
 
@@ -129,12 +127,20 @@ def quantize_block(
                     weight, targets[name], seen.hessian, sweeps=effort.sweeps, name=f"{path}.{name}"
                 )
                 _set_weight(layers[name], found[name].matrix)
-        if not effort.steps or not found:
+        if not effort.steps or not (found or stacks):
             return BlockResult(found, "layer by layer", stacks=stacks)
         before = OutputError(inputs.batches)
         for i in before.batches:
             before.add(first_output(quantized(i)), inputs.wanted(i), inputs.mask(i))
-    found = _train(block, layers, found, inputs, effort, seed)
+    originals.clear()  # memory: the float weights have done their work
+    weights.clear()
+    matrices, stacks = train(block, {name: one.matrix for name, one in found.items()}, stacks, inputs, effort, seed)
+    found = {name: replace(found[name], matrix=matrix) for name, matrix in matrices.items()}
+    with torch.no_grad():
+        for name, matrix in matrices.items():
+            _set_weight(layers[name], matrix)
+        for name, stack in stacks.items():
+            set_experts(block, name, stack)
     return BlockResult(found, "scales together", {"layer by layer": before.value}, stacks)
 
 
@@ -143,13 +149,6 @@ def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
     old = weight_of(layer)
     new = decoded(matrix, old.device).to(old.dtype)
     layer.weight = nn.Parameter((new.T if is_transposed(layer) else new).contiguous(), requires_grad=False)
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden states in what a block gives."""
-    found = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(found, Tensor)  # noqa: S101 - a block's first output is its hidden states
-    return found
 
 
 class OutputError:
@@ -174,66 +173,3 @@ class OutputError:
     @property
     def value(self) -> float:
         return self._error / self._size if self._size > 0 else 0.0
-
-
-# --- training of scales ----------------------------------------------------------------------------
-
-
-def _train(
-    block: nn.Module,
-    layers: Mapping[str, nn.Module],
-    found: dict[str, Calibrated],
-    inputs: Inputs,
-    effort: Effort,
-    seed: int,
-) -> dict[str, Calibrated]:
-    """Train scales and offsets of all layers of a block together, by gradients of the error of what it gives.
-
-    They are trained as multiples of a layer's mean scale, so that one learning rate suits all.
-    """
-    random = np.random.default_rng(seed)
-    matrices: dict[str, PlaneMatrix] = {}
-    units: dict[str, float] = {}
-    trained: list[Tensor] = []
-    for name, result in found.items():
-        w = plane_matrix(result.matrix, weight_of(layers[name]).device)
-        units[name] = float(w.scales.abs().mean())
-        w = w._replace(scales=(w.scales / units[name]).requires_grad_())
-        trained.append(w.scales)
-        if w.shift is not None:
-            shift = w.shift / units[name] if w.codec == "bcq" else w.shift.clone()
-            w = w.with_shift(shift.requires_grad_())
-            trained.append(shift)
-        matrices[name] = w
-
-    def current(name: str) -> PlaneMatrix:
-        w, unit = matrices[name], units[name]
-        shift = w.shift
-        w = w._replace(scales=w.scales * unit)
-        return w if shift is None else w.with_shift(shift * unit if w.codec == "bcq" else shift)
-
-    optimizer = torch.optim.Adam(trained, lr=effort.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / effort.steps)
-    order = np.concatenate([random.permutation(inputs.batches) for _ in range(effort.steps)])[: effort.steps]
-    for i in map(int, order):
-        new = {name: operators.dequantize(current(name)) for name in found}
-        new = {f"{name}.weight": w.T if is_transposed(layers[name]) else w for name, w in new.items()}
-        args, kwargs = inputs.arguments(i)
-        wanted, mask = inputs.wanted(i), inputs.mask(i)
-        away = first_output(functional_call(block, new, args, kwargs)) - wanted
-        size = (wanted - wanted.mean()).square().mean()
-        if mask is not None and away.shape[:2] == mask.shape:
-            away = away[mask != 0]
-        optimizer.zero_grad()
-        (away.square().mean() / size).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    results = {}
-    with torch.no_grad():
-        for name, result in found.items():
-            w, matrix = current(name), result.matrix
-            exact = Params(w.scales.cpu().numpy(), None if w.shift is None else w.shift.cpu().numpy())
-            params = rounded(exact, matrix.scheme.scale_dtype)
-            results[name] = replace(result, matrix=replace(matrix, params=params))
-            _set_weight(layers[name], results[name].matrix)
-    return results

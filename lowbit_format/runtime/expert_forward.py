@@ -6,7 +6,7 @@ multiplied together, and experts that none is sent to are not read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..tensors import all_roles
 from .class_mixin import Mixin, mix_in, restore_class
 from .experts import LowbitExperts, Segment
-from .known_experts import activated, bias_of, is_sorted, name_of_first
+from .known_experts import activated, bias_of, is_sorted, name_of_first, normed
 
 _ROLES = all_roles()
 
@@ -31,10 +31,7 @@ class ExpertForward(Mixin):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which experts are chosen is data
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         """As the float module: ``[tokens, hidden]`` to the same, or of sorted experts (see :func:`is_sorted`)."""
-        if is_sorted(self):  # type: ignore[arg-type]
-            return _sorted_forward(self, hidden_states)
-        index, weights = (*routing, *named.values())
-        return _routed_forward(self, hidden_states, index, weights)
+        return expert_forward(self, _experts, hidden_states, *routing, *named.values())
 
     def __getattr__(self, name: str) -> Any:
         if (found := _stack_of(self, name)) is not None:
@@ -84,7 +81,19 @@ def _stack_of(module: Any, name: str) -> tuple[LowbitExperts, str] | None:
     return None
 
 
-def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+# What experts make of rows sorted by expert: module, rows, segments, and for each row its expert and token; all tokens.
+Experts = Callable[[Any, Tensor, Sequence[Segment], Tensor, Tensor, int], Tensor]
+
+
+def expert_forward(module: Any, experts: Experts, hidden: Tensor, *routing: Tensor) -> Tensor:
+    """What a module of experts gives for its arguments, where `experts` computes what each expert makes of its rows."""
+    if is_sorted(module):
+        return _sorted_forward(module, experts, hidden)
+    index, weights = routing
+    return _routed_forward(module, experts, hidden, index, weights)
+
+
+def _routed_forward(module: Any, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The experts' part of a layer.
 
     Args:
@@ -98,7 +107,7 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     if not segments:
         return torch.zeros_like(hidden)
     token = rows // k
-    out = _experts(module, hidden[token], segments, ids, token, tokens)
+    out = experts(module, hidden[token], segments, ids, token, tokens)
     out = out * weights.reshape(-1)[rows, None]
     if len(rows) == tokens * k:  # the usual case: every slot is filled
         slots = torch.empty_like(out)
@@ -108,7 +117,7 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     return slots.view(tokens, k, -1).sum(1).to(hidden.dtype)
 
 
-def _sorted_forward(module: Any, hidden: Tensor) -> Tensor:
+def _sorted_forward(module: Any, experts: Experts, hidden: Tensor) -> Tensor:
     """As :func:`_routed_forward` for ``[experts * tokens, hidden]``, zeros where a token is not for an expert.
 
     Those give zeros, since there is no bias: they are not computed.
@@ -118,7 +127,7 @@ def _sorted_forward(module: Any, hidden: Tensor) -> Tensor:
     if not segments:
         return torch.zeros_like(rows)
     count = len(rows) // module.num_experts
-    out = _experts(module, rows[at], segments, ids, at % count, count).to(rows.dtype)
+    out = experts(module, rows[at], segments, ids, at % count, count).to(rows.dtype)
     return torch.zeros_like(rows).index_copy(0, at, out)
 
 
@@ -126,7 +135,7 @@ def _experts(module: Any, x: Tensor, segments: Sequence[Segment], ids: Tensor, t
     """What the experts make of `x`, whose rows are sorted by expert."""
     up = activated(module, _product(module, name_of_first(module), x, segments, ids, token, tokens))
     out = _product(module, "down_proj", up, segments, ids, token, tokens)
-    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+    return normed(module, out)
 
 
 def _product(

@@ -62,6 +62,12 @@ def activated(module: Any, up: Tensor) -> Tensor:
     return found
 
 
+def normed(module: Any, out: Tensor) -> Tensor:
+    """What experts give, of what ``down_proj`` and its bias give."""
+    found: Tensor = module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+    return found
+
+
 def _is_stack(value: Any) -> bool:
     if isinstance(value, nn.Module):
         return str(getattr(value, "kind", "")).startswith("experts")
