@@ -44,9 +44,9 @@ from .quantizer import WithoutData
 from .source import Source
 
 ACTIVATIONS = "activations"  # in the work directory
-# Bytes of memory for each: of the largest layer, with its codes and all that a solver makes of it; of its Hessian's
+# Bytes of memory for each: weight of a block, float and decoded; the same with stacks, beside what they become; of the largest layer, with its codes and all that a solver makes of it; of its Hessian's
 # elements; of a value between two layers of a block, of which a batch has some dozens for each token and column.
-_PER_WEIGHT, _PER_HESSIAN, _PER_VALUE = 64, 20, 4 * 48
+_PER_INSIDE, _PER_STACKED, _PER_WEIGHT, _PER_HESSIAN, _PER_VALUE = 8, 10, 64, 20, 4 * 48
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class Calibrated:
         return (
             BASE_MEMORY
             + 4 * outside
-            + 8 * max(inside.values(), default=0)
+            + (_PER_STACKED if stacks else _PER_INSIDE) * max(inside.values(), default=0)
             + 4 * routed * max((s.module().cols for s in stacks), default=0)
             + _PER_WEIGHT * largest
             + _PER_HESSIAN * widest**2
