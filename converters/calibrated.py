@@ -44,9 +44,10 @@ from .quantizer import WithoutData
 from .source import Source
 
 ACTIVATIONS = "activations"  # in the work directory
-# Bytes of memory for each: weight of a block, float and decoded; the same with stacks, beside what they become; of the largest layer, with its codes and all that a solver makes of it; of its Hessian's
-# elements; of a value between two layers of a block, of which a batch has some dozens for each token and column.
-_PER_INSIDE, _PER_STACKED, _PER_WEIGHT, _PER_HESSIAN, _PER_VALUE = 8, 10, 64, 20, 4 * 48
+# Bytes of memory for each: weight of a block, float and decoded, and where it has experts, what they become; of the
+# largest matrix, with its codes and all that a solver makes of it; of its Hessian's elements; of a value between two
+# layers of a block, of which a batch has some dozens for each token and column.
+_PER_INSIDE, _PER_INSIDE_EXPERTS, _PER_WEIGHT, _PER_HESSIAN, _PER_VALUE = 8, 10, 64, 20, 4 * 48
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ class Calibrated:
         return (
             BASE_MEMORY
             + 4 * outside
-            + (_PER_STACKED if stacks else _PER_INSIDE) * max(inside.values(), default=0)
+            + (_PER_INSIDE_EXPERTS if stacks else _PER_INSIDE) * max(inside.values(), default=0)
             + 4 * routed * max((s.module().cols for s in stacks), default=0)
             + _PER_WEIGHT * largest
             + _PER_HESSIAN * widest**2
@@ -215,7 +216,8 @@ class Calibrated:
     def _quantize_block(self, place: Place) -> None:
         everything = {s.path: s for s in self.steps if self._place[id(s)] is place and _needs_data(s)}
         steps = {path: step for path, step in everything.items() if step.stack is None}
-        self._stacks = {p: found for p, s in everything.items() if (found := _recognised_stack(self._source, s))}
+        exact = {path: _recognised_stack(self._source, step) for path, step in everything.items()}
+        self._stacks = {path: matrices for path, matrices in exact.items() if matrices is not None}
         weights = {path: load_step(self._source, step) for path, step in steps.items()}
         lossless = {path: found for path, step in steps.items() if (found := _recognised(step, weights[path]))}
         targets = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -129,19 +129,35 @@ def quantize_block(
                 _set_weight(layers[name], found[name].matrix)
         if not effort.steps or not (found or stacks):
             return BlockResult(found, "layer by layer", stacks=stacks)
-        before = OutputError(inputs.batches)
-        for i in before.batches:
-            before.add(first_output(quantized(i)), inputs.wanted(i), inputs.mask(i))
+        before = _error(quantized, inputs)
     originals.clear()  # memory: the float weights have done their work
     weights.clear()
-    matrices, stacks = train(block, {name: one.matrix for name, one in found.items()}, stacks, inputs, effort, seed)
-    found = {name: replace(found[name], matrix=matrix) for name, matrix in matrices.items()}
+    untrained = {name: one.matrix for name, one in found.items()}
+    matrices, trained = train(block, untrained, stacks, inputs, effort, seed)
     with torch.no_grad():
-        for name, matrix in matrices.items():
-            _set_weight(layers[name], matrix)
-        for name, stack in stacks.items():
-            set_experts(block, name, stack)
-    return BlockResult(found, "scales together", {"layer by layer": before.value}, stacks)
+        _put_in(block, matrices, trained)
+        if _error(quantized, inputs) < before:
+            found = {name: replace(found[name], matrix=matrix) for name, matrix in matrices.items()}
+            stacks = trained
+        else:  # a router is no smooth function of the scales before it
+            _put_in(block, untrained, stacks)
+    return BlockResult(found, "scales together", {"layer by layer": before}, stacks)
+
+
+def _error(quantized: Callable[[int], Any], inputs: Inputs) -> float:
+    """The error of what the block gives now, see :class:`OutputError`."""
+    error = OutputError(inputs.batches)
+    for i in error.batches:
+        error.add(first_output(quantized(i)), inputs.wanted(i), inputs.mask(i))
+    return error.value
+
+
+def _put_in(block: nn.Module, matrices: Mapping[str, StoredMatrix], stacks: Mapping[str, StackResult]) -> None:
+    """Give layers and stacks of a block the weights that their matrices decode to."""
+    for name, matrix in matrices.items():
+        _set_weight(block.get_submodule(name), matrix)
+    for name, stack in stacks.items():
+        set_experts(block, name, stack)
 
 
 def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
