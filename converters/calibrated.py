@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,18 +23,21 @@ from ..calibration.activations import Activations
 from ..calibration.blocks import Blocks, find_blocks, order_of_execution
 from ..calibration.data import Data, is_causal
 from ..calibration.effort import Effort
-from ..calibration.hessians import Collector, is_transposed
-from ..calibration.ladder import LEAST_ROWS, BlockResult
+from ..calibration.experts import alike
+from ..calibration.hessians import LEAST_ROWS, Collector, is_transposed
+from ..calibration.ladder import BlockResult
 from ..calibration.walk import Place, Walk, places_of
+from ..container.writer import StoredTensor
 from ..errors import CalibrationError
-from ..matrix import F32
-from ..quantize import Quantized
+from ..matrix import F32, StoredMatrix
+from ..quantize import Quantized, quantize
 from ..quantize.calibrated import quantize_for_outputs
 from ..quantize.recognise import recognise
 from ..quantize.solve import measured
 from ..reference import decode
 from ..tensors import stored_bits, tensor_specs
 from .driver import load_step
+from .experts import KINDS, recognised_stack, store_stack
 from .float_model import FloatModel
 from .journal import Outcome
 from .plan import BASE_MEMORY, Plan, Step
@@ -41,10 +46,20 @@ from .source import Source
 from .together import FULL, Quality, train_together
 
 ACTIVATIONS = "activations"  # in the work directory
-# Bytes of memory for each: of the largest layer, with its codes and all that a solver makes of it; of its Hessian's
-# elements; of a value between two layers of a block, of which a batch has some dozens for each token and column; of
-# what is trained, with gradient and two moments; of a prediction, of which there are six for each word and token.
-_PER_WEIGHT, _PER_HESSIAN, _PER_VALUE, _PER_TRAINED, _PER_LOGIT = 64, 20, 4 * 48, 20, 4 * 6
+# Bytes of memory for each: weight of a block, float and decoded, and where it has experts, what they become; of the
+# largest matrix, with its codes and all that a solver makes of it; of its Hessian's elements; of a value between two
+# layers of a block, of which a batch has some dozens for each token and column; of what is trained, with gradient and
+# two moments; of a prediction, of which there are six for each word and token.
+_PER_INSIDE, _PER_INSIDE_EXPERTS, _PER_WEIGHT, _PER_HESSIAN, _PER_VALUE = 8, 10, 64, 20, 4 * 48
+_PER_TRAINED, _PER_LOGIT = 20, 4 * 6
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """The matrices of the experts of a stack, and whether they are stored without loss."""
+
+    matrices: tuple[StoredMatrix, ...]
+    lossless: bool = False
 
 
 class Calibrated:
@@ -60,7 +75,7 @@ class Calibrated:
 
     Attributes:
         quality: at each precision (None is full) on the batches held out; empty before the end, or if there are none.
-        unseen: paths of the layers that too little data reached.
+        unseen: paths of the layers that too little data reached; of a module of experts, how many of them.
 
     Raises:
         CalibrationError: the model has no blocks, or cannot be run block by block.
@@ -91,13 +106,14 @@ class Calibrated:
         places = places_of(self._lists)
         self._place: dict[int, Place | None] = {}  # by id of a step
         for step in plan.steps:
-            name = step.destination.target
+            name = step.destination.target or step.destination.path
             self._place[id(step)] = next((p for p in places if name.startswith(f"{p.path}.")), None)
         key = {id(s): _rank(s, self._place[id(s)], len(places)) for s in plan.steps}
         self.steps = tuple(sorted(plan.steps, key=lambda step: key[id(step)]))
         last = {place.position: id(s) for s in self.steps if (place := self._place[id(s)]) is not None}
         self._last = set(last.values())  # ids of the last step of each block
         self._found: dict[str, Quantized] = {}
+        self._stacks: dict[str, Matrices] = {}
         self._reached = -1  # position of the block that was quantized last
         self._outside: dict[str, Collector] | None = None
 
@@ -115,12 +131,20 @@ class Calibrated:
             if (place := self._place[id(step)]) is not None:
                 inside[place.path] = inside.get(place.path, 0) + step.tensor.numel
         layers = [s for s in self.steps if _needs_data(s)]
-        largest = max((s.tensor.numel for s in layers), default=0)
-        widest = max((s.module().shape[1] for s in layers), default=0)
-        tokens = max(next(iter(batch.values())).numel() for batch in self._data.batches)
-        block = max(inside.values(), default=0)
-        by_layer = _PER_WEIGHT * largest + _PER_HESSIAN * widest**2 + _PER_VALUE * tokens * widest
-        return BASE_MEMORY + 4 * outside + 8 * block + max(by_layer, self._together_memory(tokens, widest))
+        largest = max((s.module().rows * s.module().cols for s in layers), default=0)
+        widest = max((s.module().cols for s in layers), default=0)
+        each = [next(iter(batch.values())).numel() for batch in self._data.batches]
+        tokens = max(each)
+        stacks = [s for s in layers if s.stack is not None]
+        routed = (2 if self._effort.drift else 1) * sum(each) if stacks else 0
+        block = (_PER_INSIDE_EXPERTS if stacks else _PER_INSIDE) * max(inside.values(), default=0)
+        by_layer = (
+            4 * routed * max((s.module().cols for s in stacks), default=0)
+            + _PER_WEIGHT * largest
+            + _PER_HESSIAN * widest**2
+            + _PER_VALUE * tokens * widest
+        )
+        return BASE_MEMORY + 4 * outside + block + max(by_layer, self._together_memory(tokens, widest))
 
     def _together_memory(self, tokens: int, widest: int) -> int:
         """Bytes, beside a block and what is outside of blocks, while scales are trained together and it is measured."""
@@ -151,7 +175,10 @@ class Calibrated:
         self._float.load("", leave=tuple(blocks.path for blocks in self._all_lists))
         for step in self.steps[:done]:  # an interrupted run has quantized these: others are to see them so
             if step.target is not None and self._place[id(step)] is None:
-                self.quantize(step, load_step(self._source, step))
+                if step.stack is None:
+                    self.quantize(step, load_step(self._source, step))
+                else:
+                    self.quantize_stack(self._source, step)
 
     def quantize(self, step: Step, weight: F32) -> Quantized:
         found = self._quantize(step, weight)
@@ -172,6 +199,24 @@ class Calibrated:
             self._quantize_block(place)
         return self._found.pop(step.path, None) or self._unseen(step, weight)
 
+    def quantize_stack(self, source: Source, step: Step) -> tuple[list[StoredTensor], Outcome]:
+        place = self._place[id(step)]
+        if place is not None and place.position != self._reached:
+            self._quantize_block(place)
+        stack, target = step.stack, step.target
+        assert stack is not None and target is not None  # noqa: S101, PT018 - the driver says so
+        found = self._stacks.pop(step.path, None) or _recognised_stack(source, step)
+        if found is None:
+            self.unseen.append(step.path)
+            plain = replace(target, recognise=False)
+            weights = (stack.matrix(source, expert) for expert in range(stack.shape[0]))
+            found = Matrices(alike(quantize(weight, plain, name=step.path).matrix for weight in weights))
+        if place is None:
+            decoded = torch.from_numpy(np.stack([decode(matrix) for matrix in found.matrices]))
+            transposed = stack.kind == "experts_transposed"
+            self._walk.replace_outside(stack.path, decoded.mT.contiguous() if transposed else decoded)
+        return store_stack(source, stack, found.matrices, lossless=found.lossless)
+
     def must_save(self, step: Step) -> bool:
         return id(step) in self._last
 
@@ -189,19 +234,26 @@ class Calibrated:
     # --- its parts ---
 
     def _quantize_block(self, place: Place) -> None:
-        steps = {s.path: s for s in self.steps if self._place[id(s)] is place and _needs_data(s)}
+        everything = {s.path: s for s in self.steps if self._place[id(s)] is place and _needs_data(s)}
+        steps = {path: step for path, step in everything.items() if step.stack is None}
+        exact = {path: _recognised_stack(self._source, step) for path, step in everything.items()}
+        self._stacks = {path: matrices for path, matrices in exact.items() if matrices is not None}
         weights = {path: load_step(self._source, step) for path, step in steps.items()}
         lossless = {path: found for path, step in steps.items() if (found := _recognised(step, weights[path]))}
         targets = {
             path.removeprefix(f"{place.path}."): step.target
-            for path, step in steps.items()
-            if step.target is not None and path not in lossless
+            for path, step in everything.items()
+            if step.target is not None and path not in lossless and path not in self._stacks
         }
         self._float.load(place.path)
         result = self._walk.quantize(place, targets, self._effort)
         self._float.release(place.path)
         paths = {f"{place.path}.{name}": found.matrix for name, found in result.layers.items()}
         self._found = lossless | {path: measured(weights[path], matrix) for path, matrix in paths.items()}
+        made = {f"{place.path}.{name}": stack for name, stack in result.stacks.items()}
+        self._stacks |= {path: Matrices(stack.matrices) for path, stack in made.items()}
+        few = {path.rpartition(".")[0]: f"{len(s.unseen)} of {len(s.matrices)}" for path, s in made.items() if s.unseen}
+        self.unseen += [f"{path} ({of} experts)" for path, of in few.items()]
         self._reached = place.position
         self._report(place.path, result)
 
@@ -224,7 +276,7 @@ class Calibrated:
         mask: Tensor | None = None
         hooks = []
         for step in self.steps:
-            if not _needs_data(step) or self._place[id(step)] is not None:
+            if not _needs_data(step) or step.stack is not None or self._place[id(step)] is not None:
                 continue
             layer = self._float.model.get_submodule(step.path)
             seen = Collector(layer.weight.shape[0 if is_transposed(layer) else 1], self._device)
@@ -262,5 +314,13 @@ def _recognised(step: Step, weight: F32) -> Quantized | None:
     return None if found is None else measured(weight, found, lossless=True)
 
 
+def _recognised_stack(source: Source, step: Step) -> Matrices | None:
+    """As :func:`_recognised`, for all experts of a stack."""
+    if step.stack is None or step.target is None:
+        return None
+    found = recognised_stack(source, step.stack, step.target)
+    return None if found is None else Matrices(found, lossless=True)
+
+
 def _needs_data(step: Step) -> bool:
-    return step.target is not None and step.destination.kind in ("linear", "conv1d")
+    return step.target is not None and step.destination.kind in ("linear", "conv1d", *KINDS)

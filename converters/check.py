@@ -10,19 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..container.reader import ModelReader
 from ..errors import ConversionError, LowbitError
 from ..integrations.file_names import FileNames
 from ..integrations.placement import place_modules, tie
 from ..quantize.solve import measured
-from ..reference import decode
 from ..runtime.active_tasks import TaskState
 from .architecture import meta_model
 from .completeness import fit
 from .driver import load_step
-from .experts import first_matrix
+from .experts import stack_errors
 from .journal import Outcome
 from .plan import Plan, Step
 from .source import Source
@@ -60,13 +57,10 @@ def _samples(plan: Plan) -> list[Step]:
 
 def _compare(source: Source, step: Step, outcome: Outcome, reader: ModelReader) -> None:
     if step.stack is not None:
-        assert step.target is not None  # noqa: S101 - for the type checker: samples are quantized
-        expected = first_matrix(source, step.stack, step.target, reader.module(step.path).scheme)
-        same = expected is not None and np.array_equal(decode(expected), decode(reader.matrix(step.path, 0)))
+        found = stack_errors(source, step.stack, lambda expert: reader.matrix(step.path, expert))
     else:
-        stored = measured(load_step(source, step), reader.matrix(step.path))
-        same = stored.squared_error == outcome.squared_error
-    if not same:
+        found = measured(load_step(source, step), reader.matrix(step.path)).squared_error
+    if found != outcome.squared_error:
         raise ConversionError(
             f"{step.path}: decodes to other weights than the solver gave, which is a fault of lowbit_format or of the "
             "disk; nothing was published. Please run again, and report it if it stays"

@@ -45,7 +45,8 @@ class Conversion:
         outcomes: of every quantized module, by path.
         seconds: that it took.
         quality: on data that were held out, at each precision (None is full), if the conversion was calibrated.
-        unseen: paths of modules that too little of the data reached: they were quantized without.
+        unseen: paths of modules that too little of the data reached: they were quantized without. Of a module of
+            experts, how many of them.
     """
 
     directory: Path

@@ -28,7 +28,6 @@ from ..container.reader import CONFIG_FILE
 from ..container.writer import ShardWriter, StoredTensor, data_file, module_tensors, shard_name, write_index
 from ..errors import OutputError, SourceError
 from ..schema import QuantizationConfig
-from .experts import quantize_stack
 from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, working_shard
 from .plan import Plan, Step
 from .quantizer import Quantizer, WithoutData
@@ -191,7 +190,7 @@ def _write_shards(
             if step.stack is None:
                 tensors, outcome = _carry_out(quantizer, step, data)
             else:
-                tensors, outcome = _carry_out_stack(source, step)
+                tensors, outcome = quantizer.quantize_stack(source, step)
             del data  # the next tensor is in memory already
             if writer is not None and writer.nbytes + sum(t.nbytes for t in tensors) > max_shard_bytes:
                 _close(writer, work, settings, done)
@@ -266,13 +265,6 @@ def _carry_out(quantizer: Quantizer, step: Step, data: NDArray[Any]) -> tuple[li
     tensors = module_tensors(module, result.matrix)
     nbytes = sum(t.nbytes for t in tensors)
     return tensors, Outcome(module, nbytes, result.squared_error, result.squared_norm, result.lossless, result.widened)
-
-
-def _carry_out_stack(source: Source, step: Step) -> tuple[list[StoredTensor], Outcome | None]:
-    """As :func:`_carry_out`, for a stack of experts."""
-    if step.stack is None or step.target is None:
-        raise ValueError(f"{step.path}: is no stack to quantize")
-    return quantize_stack(source, step.stack, step.target)
 
 
 def _compare_dropped(source: Source, plan: Plan) -> None:

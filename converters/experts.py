@@ -6,19 +6,22 @@ how its model's stack comes from these: here the same operations are applied to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..container.writer import StoredTensor, module_tensors
 from ..errors import QuantizationError, SourceError
 from ..matrix import F32, StoredMatrix
 from ..quantize import Quantized, Target, quantize
+from ..quantize.recognise import recognise
+from ..quantize.solve import measured
 from ..runtime.known_experts import expert_parameters
-from ..schema import ModuleEntry, Scheme
+from ..schema import ModuleEntry
 from .architecture import Renamer
 from .journal import Outcome
 from .source import Source, SourceTensor, as_float32
@@ -71,6 +74,16 @@ class Stack:
         """What the parts come to, as one tensor of the model's."""
         own = [tensors[name] for names in self.parts for name in names]
         return SourceTensor(self.path, own[0].dtype, self.shape, sum(t.nbytes for t in own))
+
+    def parameter(self, source: Source) -> NDArray[np.float32]:
+        """The whole parameter, float32, as the model has it."""
+        experts, rows, cols = self.shape
+        transposed = self.kind == "experts_transposed"
+        out = np.empty((experts, cols, rows) if transposed else self.shape, np.float32)
+        for expert, one in enumerate(out):
+            matrix = self.matrix(source, expert)
+            one[:] = matrix.T if transposed else matrix
+        return out
 
     def matrix(self, source: Source, expert: int) -> F32:
         """The matrix of one expert, float32 ``[rows, cols]``."""
@@ -251,19 +264,44 @@ def quantize_stack(source: Source, stack: Stack, target: Target) -> tuple[list[S
 
     Raises QuantizationError and SourceError, as for a matrix.
     """
+    dtype = source.tensors[stack.first].dtype
     for attempt, why in _attempts(target):
-        found = _quantize_alike(source, stack, attempt)
+        weights = enumerate(_matrices(source, stack))
+        found = _store(stack, (quantize(w, attempt, source_dtype=dtype, name=f"{stack.path}[{e}]") for e, w in weights))
         if found is not None:
             tensors, outcome = found
             return tensors, replace(outcome, widened=why or outcome.widened)
     raise QuantizationError(f"{stack.path}: its experts cannot be stored alike; keep it in full precision (--keep)")
 
 
-def first_matrix(source: Source, stack: Stack, target: Target, scheme: Scheme) -> StoredMatrix | None:
-    """What :func:`quantize_stack` makes of the first expert, where the stack came out with `scheme`."""
-    weight, dtype = stack.matrix(source, 0), source.tensors[stack.first].dtype
-    found = (quantize(weight, attempt, source_dtype=dtype, name=stack.path).matrix for attempt, _ in _attempts(target))
-    return next((matrix for matrix in found if matrix.scheme == scheme), None)
+def store_stack(
+    source: Source, stack: Stack, matrices: Sequence[StoredMatrix], *, lossless: bool = False
+) -> tuple[list[StoredTensor], Outcome]:
+    """As :func:`quantize_stack`, for matrices of the experts that are made already, with one scheme."""
+    weights = zip(_matrices(source, stack), matrices, strict=True)
+    found = _store(stack, (measured(weight, matrix, lossless=lossless) for weight, matrix in weights))
+    if found is None:
+        raise QuantizationError(f"{stack.path}: its experts have different schemes")
+    return found
+
+
+def recognised_stack(source: Source, stack: Stack, target: Target) -> tuple[StoredMatrix, ...] | None:
+    """The matrices of the experts, stored without loss, if all lie on one grid and the target asks for it (ENC-3)."""
+    found: list[StoredMatrix] = []
+    for weight in _matrices(source, stack) if target.recognise else ():
+        one = recognise(weight, target, source.tensors[stack.first].dtype)
+        if one is None or (found and not _is_alike(one, found[0])):
+            return None
+        found.append(one)
+    return tuple(found) or None
+
+
+def stack_errors(source: Source, stack: Stack, read: Callable[[int], StoredMatrix]) -> float:
+    """The squared error of a stack, whose matrices `read` gives; see :class:`.journal.Outcome`."""
+    error = 0.0
+    for expert, weight in enumerate(_matrices(source, stack)):
+        error += measured(weight, read(expert)).squared_error
+    return error
 
 
 def _attempts(target: Target) -> list[tuple[Target, str | None]]:
@@ -274,18 +312,16 @@ def _attempts(target: Target) -> list[tuple[Target, str | None]]:
     return [*first, (replace(plain, scale_dtype="F32"), why)]
 
 
-def _quantize_alike(source: Source, stack: Stack, target: Target) -> tuple[list[StoredTensor], Outcome] | None:
-    """As :func:`quantize_stack` with this target; None if the experts come out with different schemes or tables."""
-    dtype = source.tensors[stack.first].dtype
+def _store(stack: Stack, quantized: Iterator[Quantized]) -> tuple[list[StoredTensor], Outcome] | None:
+    """The tensors of a stack and the outcome, of its experts one after the other; None if their schemes or tables
+    differ."""
     first: Quantized | None = None
     out: list[StoredTensor] = []
     error = norm = 0.0
     lossless = True
-    for expert, weight in enumerate(_matrices(source, stack)):
-        one = quantize(weight, target, source_dtype=dtype, name=f"{stack.path}[{expert}]")
-        del weight
+    for expert, one in enumerate(quantized):
         first = first or one
-        if one.matrix.scheme != first.matrix.scheme or not _same_table(one, first):
+        if not _is_alike(one.matrix, first.matrix):
             return None
         entry = ModuleEntry(stack.path, one.matrix.scheme, "linear", stack.shape[1:])
         tensors = module_tensors(entry, one.matrix)
@@ -327,6 +363,8 @@ def _empty(whole: ModuleEntry, single: ModuleEntry, of_one: list[StoredTensor]) 
     return out
 
 
-def _same_table(a: Quantized, b: Quantized) -> bool:
-    left, right = a.matrix.codebook, b.matrix.codebook
-    return left is right or (left is not None and right is not None and np.array_equal(left, right))
+def _is_alike(a: StoredMatrix, b: StoredMatrix) -> bool:
+    """Whether two experts have the scheme and the table in common."""
+    left, right = a.codebook, b.codebook
+    same = left is right or (left is not None and right is not None and np.array_equal(left, right))
+    return same and a.scheme == b.scheme

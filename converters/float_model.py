@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..dtypes import stored
 from ..errors import CalibrationError
 from .architecture import build_model
+from .experts import Stack
 from .plan import Plan
 from .source import FLOATS, Source, as_float32
 
@@ -38,14 +39,12 @@ class FloatModel:
         for module in self.model.modules():  # each may have a config of its own, as T5's decoder
             if hasattr(getattr(module, "config", None), "use_cache"):
                 module.config.use_cache = False
-        self._keys: dict[str, str] = {}
+        self._keys: dict[str, str | Stack] = {}
         for step in plan.steps:
-            target = step.destination.target
-            if step.stack is not None:
-                raise CalibrationError(
-                    f"{plan.architecture}: experts such as {step.path} are not calibrated yet; convert it without "
-                    "--calibrate"
-                )
+            target, stack = step.destination.target, step.destination.stack
+            if stack is not None:
+                self._keys[stack.path] = stack
+                continue
             if not target:
                 raise CalibrationError(
                     f"{step.tensor.name}: transformers makes a parameter of {plan.architecture} of several tensors "
@@ -94,8 +93,10 @@ class FloatModel:
             if _is_in(name, prefix):
                 self._set(name, self._value(name).to("meta"))
 
-    def _read(self, key: str) -> Tensor:
-        """A tensor of the checkpoint; floats in float32."""
+    def _read(self, key: str | Stack) -> Tensor:
+        """A tensor of the checkpoint, or what a stack comes to; floats in float32."""
+        if isinstance(key, Stack):
+            return torch.from_numpy(key.parameter(self._source))
         tensor = self._source.tensors[key]
         raw = self._source.read(key)
         if tensor.dtype in FLOATS:

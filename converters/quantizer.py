@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from ..container.writer import StoredTensor
 from ..matrix import F32
 from ..quantize import Quantized, quantize
+from .experts import quantize_stack
 from .journal import Outcome
 from .plan import Step
+from .source import Source
 
 
 class Quantizer(Protocol):
@@ -27,6 +30,10 @@ class Quantizer(Protocol):
 
     def quantize(self, step: Step, weight: F32) -> Quantized:
         """The weight ``[rows, cols]`` of a step as a stored matrix."""
+        ...
+
+    def quantize_stack(self, source: Source, step: Step) -> tuple[list[StoredTensor], Outcome]:
+        """The tensors of a stack of experts, and the outcome."""
         ...
 
     def must_save(self, step: Step) -> bool:
@@ -57,6 +64,10 @@ class WithoutData:
     def quantize(self, step: Step, weight: F32) -> Quantized:
         assert step.target is not None  # noqa: S101 - the driver quantizes only what has a target
         return quantize(weight, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
+
+    def quantize_stack(self, source: Source, step: Step) -> tuple[list[StoredTensor], Outcome]:
+        assert step.stack is not None and step.target is not None  # noqa: S101, PT018 - the driver says so
+        return quantize_stack(source, step.stack, step.target)
 
     def must_save(self, step: Step) -> bool:
         return False

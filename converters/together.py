@@ -38,6 +38,7 @@ from .journal import Outcome
 from .plan import Step
 from .source import Source
 
+TRANSPOSED = ("conv1d", "experts_transposed")  # kinds whose parameter has the columns first
 TRAINED = "trained.safetensors"  # beside the activations
 FULL = "full"  # precision, in what was measured
 
@@ -67,7 +68,7 @@ class Student:
         walk: knows its blocks and its inputs.
         steps: that were quantized.
         trained: matrices whose scales are to be trained, by path.
-        fixed: all other matrices.
+        fixed: all other matrices; of a stack of experts one for each.
     """
 
     def __init__(
@@ -76,12 +77,12 @@ class Student:
         walk: Walk,
         steps: Sequence[Step],
         trained: Mapping[str, StoredMatrix],
-        fixed: Mapping[str, StoredMatrix],
+        fixed: Mapping[str, Sequence[StoredMatrix]],
     ) -> None:
         self._float, self._walk = float_model, walk
         self.trained = {path: TrainedMatrix(matrix, walk.device) for path, matrix in trained.items()}
-        self._fixed = {path: plane_matrix(matrix, walk.device) for path, matrix in fixed.items()}
-        self._steps = {s.destination.target: s for s in steps}
+        self._fixed = {path: [plane_matrix(one, walk.device) for one in matrices] for path, matrices in fixed.items()}
+        self._steps = {parameter_of(s): s for s in steps}
         self._inside: dict[str, dict[str, Step]] = {}  # by path of a block, by name within it
         self._outside = dict(self._steps)
         for place in places_of(walk.lists):
@@ -100,8 +101,18 @@ class Student:
 
     def _weight(self, step: Step) -> Tensor:
         fixed = self._fixed.get(step.path)
-        weight = self.trained[step.path].weight() if fixed is None else operators.dequantize(fixed)
-        return weight.T if step.destination.kind == "conv1d" else weight
+        if fixed is None:
+            weight = self.trained[step.path].weight()
+        elif step.stack is None:
+            weight = operators.dequantize(fixed[0])
+        else:
+            weight = torch.stack([operators.dequantize(one) for one in fixed])
+        return weight.mT if step.destination.kind in TRANSPOSED else weight
+
+
+def parameter_of(step: Step) -> str:
+    """The name of the parameter of the float model that a step quantizes."""
+    return step.destination.target if step.stack is None else step.stack.path
 
 
 class _Samples:
@@ -181,14 +192,14 @@ def _train(
 ) -> None:
     reader = ModelReader(directory)
     nested = {s.path: reader.module(s.path).scheme.nested for s in steps}
-    full = {s.path: reader.matrix(s.path) for s in steps}
+    trainable = [s.path for s in steps if s.stack is None and not outcomes[s.path].lossless]
+    full = {s.path: _matrices(reader, s.path) for s in steps}
     params: dict[str, np.ndarray[Any, Any]] = {}
     found: dict[str, Any] = {}
     for bits in (None, *sorted({k for precisions in nested.values() for k in precisions})):
-        here = [s.path for s in steps if bits is None or bits in nested[s.path]]
-        matrices = full if bits is None else {path: reader.matrix(path, only=bits) for path in here}
-        trained = {path: matrices[path] for path in here if not outcomes[path].lossless}
-        fixed = {path: matrix for path, matrix in {**full, **matrices}.items() if path not in trained}
+        here = full if bits is None else full | {p: _matrices(reader, p, bits) for p in full if bits in nested[p]}
+        trained = {path: here[path][0] for path in trainable if bits is None or bits in nested[path]}
+        fixed = {path: matrices for path, matrices in here.items() if path not in trained}
         student = Student(float_model, walk, steps, trained, fixed)
         before = after = compare(walk, student)
         if effort.passes and trained:
@@ -207,10 +218,16 @@ def _train(
             if matrix.params.shift is not None:
                 params[_name(path, "shift", bits)] = matrix.params.shift
             if bits is None:
-                full[path] = matrix
+                full[path] = [matrix]
     partial = file.with_suffix(".tmp")
     save_file(params, partial, {"measured": json.dumps(found)})
     os.replace(partial, file)
+
+
+def _matrices(reader: ModelReader, path: str, bits: int | None = None) -> list[StoredMatrix]:
+    """The matrix of a module, or those of its experts, at full or at a nested precision."""
+    experts = reader.module(path).experts
+    return [reader.matrix(path, expert, only=bits) for expert in ((None,) if experts is None else range(experts))]
 
 
 def _name(path: str, what: str, bits: int | None) -> str:

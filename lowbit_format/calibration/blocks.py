@@ -74,6 +74,13 @@ class Outputs:
         return self.values if self.is_tuple else self.values[0]
 
 
+def first_output(output: Any) -> Tensor:
+    """The hidden states in what a block gives."""
+    found = output[0] if isinstance(output, (tuple, list)) else output
+    assert isinstance(found, Tensor)  # noqa: S101 - a block's first output is its hidden states
+    return found
+
+
 class _Reached(Exception):
     """The model has called the block in question."""
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
+
 
 @dataclass
 class Stage:
-    """Layers that get the same input.
+    """Layers that get the same input, or one module of experts.
 
     Attributes:
         layers: by name within the block.
@@ -30,18 +32,25 @@ class Enough(Exception):
     """The last layer in question has been called."""
 
 
-def find_stages(block: nn.Module, layers: Iterable[str], call: Callable[[], Any]) -> list[Stage]:
+def find_stages(
+    block: nn.Module, layers: Iterable[str], call: Callable[[], Any], alone: Iterable[str] = ()
+) -> list[Stage]:
     """The stages of the layers that `call` reaches, in their order.
 
     Args:
         block: holds the layers.
         layers: their names within it.
         call: runs the block once.
+        alone: names of modules, each of which is a stage of its own.
     """
-    calls: list[tuple[str, Tensor]] = []
+    calls: list[tuple[str, Tensor | None]] = []
     hooks = [
         block.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: calls.append((name, args[0])))
         for name in layers
+    ]
+    hooks += [
+        block.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: calls.append((name, None)))
+        for name in alone
     ]
     try:
         call()
@@ -77,7 +86,10 @@ class Collector:
         self.rows = 0
 
     def add(self, x: Tensor, mask: Tensor | None, y: Tensor | None = None) -> None:
-        """Add the rows of an input ``[..., cols]``, without tokens that `mask` ``[batch, tokens]`` pads out."""
+        """Add the rows of an input ``[..., cols]``, without tokens that `mask` ``[batch, tokens]`` pads out.
+
+        `y` is that of the float model.
+        """
         x = _rows(x, mask)
         self.total.addmm_(x.T, x)
         self.rows += len(x)
@@ -92,6 +104,8 @@ class Collector:
 def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
         x = x[mask.to(x.device) != 0]
+    elif mask is not None and x.dim() == 2 and len(x) == mask.numel():  # before experts, tokens stand in one row
+        x = x[mask.to(x.device).reshape(-1) != 0]
     return x.detach().reshape(-1, x.shape[-1]).float()
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -16,13 +15,14 @@ from ..errors import CalibrationError
 from ..matrix import StoredMatrix
 from ..quantize import Target
 from ..quantize.calibrated import Calibrated, quantize_for_outputs, without_drift
+from .blocks import first_output
 from .decoded import decoded
 from .effort import Effort
-from .hessians import Call, collect, find_stages, is_transposed, weight_of
-from .trained_matrix import TrainedMatrix
+from .experts import StackResult, experts_of, quantize_experts, set_experts
+from .hessians import LEAST_ROWS, Call, collect, find_stages, is_transposed, weight_of
+from .training import train
 
 _MEASURED = 4  # batches on which the error of a block is measured
-LEAST_ROWS = 64  # inputs of a layer: with fewer, it is quantized as without data
 
 
 class Inputs(Protocol):
@@ -55,11 +55,13 @@ class BlockResult:
         layers: by name within the block; absent where too little data reached a layer.
         last: name of the last step.
         errors: squared error of the block's outputs relative to their variance, after each step.
+        stacks: of experts, by name of the parameter within the block; absent where no data reached them.
     """
 
     layers: dict[str, Calibrated]
     last: str
     errors: dict[str, float] = field(default_factory=dict)
+    stacks: dict[str, StackResult] = field(default_factory=dict)
 
 
 def quantize_block(
@@ -69,7 +71,7 @@ def quantize_block(
 
     Args:
         block: with float weights, on the device to compute on.
-        targets: of layers, by name within the block.
+        targets: of layers, and of parameters that are stacks of experts, by name within the block.
         inputs: the block's calls.
         effort: how much work to do.
         path: of the block, for messages.
@@ -78,10 +80,13 @@ def quantize_block(
     Raises:
         CalibrationError: what the block gives or gets is not finite.
     """
-    layers = {name: block.get_submodule(name) for name in targets}
+    experts = experts_of(block, targets)
+    stacked = {f"{path}.{leaf}" for path, leaves in experts.items() for leaf in leaves}
+    layers = {name: block.get_submodule(name) for name in targets if name not in stacked}
     weights = {name: weight_of(layer) for name, layer in layers.items()}
 
     originals: dict[str, Tensor] = {f"{name}.weight": layer.weight for name, layer in layers.items()}  # type: ignore[misc]
+    originals |= {name: block.get_parameter(name) for name in stacked}
 
     def quantized(batch: int) -> Any:
         args, kwargs = inputs.arguments(batch)
@@ -99,8 +104,15 @@ def quantize_block(
         for batch in range(inputs.batches)
     ]
     found: dict[str, Calibrated] = {}
+    stacks: dict[str, StackResult] = {}
     with torch.no_grad():
-        for stage in find_stages(block, targets, calls[0].quantized):
+        for stage in find_stages(block, layers, calls[0].quantized, alone=experts):
+            at = stage.layers[0]
+            if at in experts:
+                own = {leaf: targets[f"{at}.{leaf}"] for leaf in experts[at]}
+                made = quantize_experts(block.get_submodule(at), own, calls, effort, path=f"{path}.{at}")
+                stacks |= {f"{at}.{leaf}": result for leaf, result in made.items()}
+                continue
             seen = collect(block, stage, calls)
             if not bool(torch.isfinite(seen.total).all()):
                 raise CalibrationError(
@@ -115,13 +127,37 @@ def quantize_block(
                     weight, targets[name], seen.hessian, sweeps=effort.sweeps, name=f"{path}.{name}"
                 )
                 _set_weight(layers[name], found[name].matrix)
-        if not effort.steps or not found:
-            return BlockResult(found, "layer by layer")
-        before = OutputError(inputs.batches)
-        for i in before.batches:
-            before.add(first_output(quantized(i)), inputs.wanted(i), inputs.mask(i))
-    found = _train(block, layers, found, inputs, effort, seed)
-    return BlockResult(found, "scales together", {"layer by layer": before.value})
+        if not effort.steps or not (found or stacks):
+            return BlockResult(found, "layer by layer", stacks=stacks)
+        before = _error(quantized, inputs)
+    originals.clear()  # memory: the float weights have done their work
+    weights.clear()
+    untrained = {name: one.matrix for name, one in found.items()}
+    matrices, trained = train(block, untrained, stacks, inputs, effort, seed)
+    with torch.no_grad():
+        _put_in(block, matrices, trained)
+        if _error(quantized, inputs) < before:
+            found = {name: replace(found[name], matrix=matrix) for name, matrix in matrices.items()}
+            stacks = trained
+        else:  # a router is no smooth function of the scales before it
+            _put_in(block, untrained, stacks)
+    return BlockResult(found, "scales together", {"layer by layer": before}, stacks)
+
+
+def _error(quantized: Callable[[int], Any], inputs: Inputs) -> float:
+    """The error of what the block gives now, see :class:`OutputError`."""
+    error = OutputError(inputs.batches)
+    for i in error.batches:
+        error.add(first_output(quantized(i)), inputs.wanted(i), inputs.mask(i))
+    return error.value
+
+
+def _put_in(block: nn.Module, matrices: Mapping[str, StoredMatrix], stacks: Mapping[str, StackResult]) -> None:
+    """Give layers and stacks of a block the weights that their matrices decode to."""
+    for name, matrix in matrices.items():
+        _set_weight(block.get_submodule(name), matrix)
+    for name, stack in stacks.items():
+        set_experts(block, name, stack)
 
 
 def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
@@ -129,13 +165,6 @@ def _set_weight(layer: nn.Module, matrix: StoredMatrix) -> None:
     old = weight_of(layer)
     new = decoded(matrix, old.device).to(old.dtype)
     layer.weight = nn.Parameter((new.T if is_transposed(layer) else new).contiguous(), requires_grad=False)
-
-
-def first_output(output: Any) -> Tensor:
-    """The hidden states in what a block gives."""
-    found = output[0] if isinstance(output, (tuple, list)) else output
-    assert isinstance(found, Tensor)  # noqa: S101 - a block's first output is its hidden states
-    return found
 
 
 class OutputError:
@@ -160,41 +189,3 @@ class OutputError:
     @property
     def value(self) -> float:
         return self._error / self._size if self._size > 0 else 0.0
-
-
-# --- training of scales ----------------------------------------------------------------------------
-
-
-def _train(
-    block: nn.Module,
-    layers: Mapping[str, nn.Module],
-    found: dict[str, Calibrated],
-    inputs: Inputs,
-    effort: Effort,
-    seed: int,
-) -> dict[str, Calibrated]:
-    """Train scales and offsets of all layers of a block together, by gradients of the error of what it gives."""
-    random = np.random.default_rng(seed)
-    device = weight_of(layers[next(iter(found))]).device
-    trained = {name: TrainedMatrix(result.matrix, device) for name, result in found.items()}
-    optimizer = torch.optim.Adam([t for one in trained.values() for t in one.tensors], lr=effort.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / effort.steps)
-    order = np.concatenate([random.permutation(inputs.batches) for _ in range(effort.steps)])[: effort.steps]
-    for i in map(int, order):
-        new = {name: trained[name].weight() for name in found}
-        new = {f"{name}.weight": w.T if is_transposed(layers[name]) else w for name, w in new.items()}
-        args, kwargs = inputs.arguments(i)
-        wanted, mask = inputs.wanted(i), inputs.mask(i)
-        away = first_output(functional_call(block, new, args, kwargs)) - wanted
-        size = (wanted - wanted.mean()).square().mean()
-        if mask is not None and away.shape[:2] == mask.shape:
-            away = away[mask != 0]
-        optimizer.zero_grad()
-        (away.square().mean() / size).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    results = {name: replace(result, matrix=trained[name].stored()) for name, result in found.items()}
-    with torch.no_grad():
-        for name, result in results.items():
-            _set_weight(layers[name], result.matrix)
-    return results

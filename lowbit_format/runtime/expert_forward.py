@@ -6,7 +6,7 @@ multiplied together, and experts that none is sent to are not read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..tensors import all_roles
 from .class_mixin import Mixin, mix_in, restore_class
 from .experts import LowbitExperts, Segment
-from .known_experts import is_sorted
+from .known_experts import activated, bias_of, is_sorted, name_of_first, normed
 
 _ROLES = all_roles()
 
@@ -31,10 +31,7 @@ class ExpertForward(Mixin):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which experts are chosen is data
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         """As the float module: ``[tokens, hidden]`` to the same, or of sorted experts (see :func:`is_sorted`)."""
-        if is_sorted(self):  # type: ignore[arg-type]
-            return _sorted_forward(self, hidden_states)
-        index, weights = (*routing, *named.values())
-        return _routed_forward(self, hidden_states, index, weights)
+        return expert_forward(self, _experts, hidden_states, *routing, *named.values())
 
     def __getattr__(self, name: str) -> Any:
         if (found := _stack_of(self, name)) is not None:
@@ -84,7 +81,19 @@ def _stack_of(module: Any, name: str) -> tuple[LowbitExperts, str] | None:
     return None
 
 
-def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+# What experts make of rows sorted by expert: module, rows, segments, and for each row its expert and token; all tokens.
+Experts = Callable[[Any, Tensor, Sequence[Segment], Tensor, Tensor, int], Tensor]
+
+
+def expert_forward(module: Any, experts: Experts, hidden: Tensor, *routing: Tensor) -> Tensor:
+    """What a module of experts gives for its arguments, where `experts` computes what each expert makes of its rows."""
+    if is_sorted(module):
+        return _sorted_forward(module, experts, hidden)
+    index, weights = routing
+    return _routed_forward(module, experts, hidden, index, weights)
+
+
+def _routed_forward(module: Any, experts: Experts, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The experts' part of a layer.
 
     Args:
@@ -94,17 +103,13 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
         weights: float ``[tokens, k]``.
     """
     tokens, k = index.shape
-    flat = index.reshape(-1)
-    ids, order = torch.sort(flat, stable=True)
-    segments = _segments(ids.tolist(), module.num_experts)
+    ids, rows, segments = chosen(index, module.num_experts)
     if not segments:
         return torch.zeros_like(hidden)
-    chosen = segments[-1][2]  # behind it are rows that are for no expert
-    ids, rows = ids[:chosen], order[:chosen]
     token = rows // k
-    out = _experts(module, hidden[token], segments, ids, token, tokens)
+    out = experts(module, hidden[token], segments, ids, token, tokens)
     out = out * weights.reshape(-1)[rows, None]
-    if chosen == tokens * k:  # the usual case: every slot is filled
+    if len(rows) == tokens * k:  # the usual case: every slot is filled
         slots = torch.empty_like(out)
         slots = slots.index_copy(0, rows, out)
     else:
@@ -112,35 +117,25 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     return slots.view(tokens, k, -1).sum(1).to(hidden.dtype)
 
 
-def _sorted_forward(module: Any, hidden: Tensor) -> Tensor:
+def _sorted_forward(module: Any, experts: Experts, hidden: Tensor) -> Tensor:
     """As :func:`_routed_forward` for ``[experts * tokens, hidden]``, zeros where a token is not for an expert.
 
     Those give zeros, since there is no bias: they are not computed.
     """
     rows = hidden.reshape(-1, hidden.shape[-1])
-    at = (rows != 0).any(-1).nonzero()[:, 0]
-    count = len(rows) // module.num_experts
-    ids = at // count
-    segments = _segments(ids.tolist(), module.num_experts)
+    ids, at, segments = chosen_among_all(rows, module.num_experts)
     if not segments:
         return torch.zeros_like(rows)
-    out = _experts(module, rows[at], segments, ids, at % count, count).to(rows.dtype)
+    count = len(rows) // module.num_experts
+    out = experts(module, rows[at], segments, ids, at % count, count).to(rows.dtype)
     return torch.zeros_like(rows).index_copy(0, at, out)
 
 
 def _experts(module: Any, x: Tensor, segments: Sequence[Segment], ids: Tensor, token: Tensor, tokens: int) -> Tensor:
     """What the experts make of `x`, whose rows are sorted by expert."""
-    has_gate = "gate_up_proj" in module._parameters or "gate_up_proj" in module._modules
-    up = _product(module, "gate_up_proj" if has_gate else "up_proj", x, segments, ids, token, tokens)
-    if not has_gate:
-        up = module.act_fn(up)
-    elif is_sorted(module):
-        gate, up = up.chunk(2, dim=-1)
-        up = up * module.act_fn(gate)
-    else:
-        up = module._apply_gate(up)
+    up = activated(module, _product(module, name_of_first(module), x, segments, ids, token, tokens))
     out = _product(module, "down_proj", up, segments, ids, token, tokens)
-    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+    return normed(module, out)
 
 
 def _product(
@@ -153,11 +148,35 @@ def _product(
     else:  # kept in full precision
         transposed = is_sorted(module) or module.is_transposed
         out = torch.cat([F.linear(x[i:j], stack[e].t() if transposed else stack[e]) for e, i, j in segments])
-    bias = getattr(module, f"{name}_bias", None) if getattr(module, "has_bias", False) else None
+    bias = bias_of(module, name)
     return out if bias is None else out + bias[ids]
 
 
-def _segments(ids: list[int], experts: int) -> list[Segment]:
+def chosen(index: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
+    """What a router chose, in the order of experts.
+
+    Args:
+        index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last expert mean none.
+        experts: their number.
+
+    Returns:
+        The expert of each choice, its place in ``index.flatten()``, and the choices of each expert.
+    """
+    ids, places = torch.sort(index.reshape(-1), stable=True)
+    segments = segments_of(ids.tolist(), experts)
+    count = segments[-1][2] if segments else 0  # behind it are choices of no expert
+    return ids[:count], places[:count], segments
+
+
+def chosen_among_all(rows: Tensor, experts: int) -> tuple[Tensor, Tensor, list[Segment]]:
+    """As :func:`chosen`, where a module gets all tokens for every expert, ``[experts * tokens, hidden]``: those that
+    are for it are not all zeros. The places are those of rows."""
+    at = (rows != 0).any(-1).nonzero()[:, 0]
+    ids = at // (len(rows) // experts)
+    return ids, at, segments_of(ids.tolist(), experts)
+
+
+def segments_of(ids: list[int], experts: int) -> list[Segment]:
     """Runs of equal numbers in a sorted list, without those from `experts` on."""
     found: list[Segment] = []
     begin = 0

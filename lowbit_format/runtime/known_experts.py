@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 SORTED = ("Llama4TextExperts",)  # classes that get the rows of every expert, sorted, instead of a router's choice
 _PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -35,6 +35,37 @@ def expert_parameters(module: nn.Module) -> dict[str, str]:
 def is_sorted(module: nn.Module) -> bool:
     """Whether the forward of `module` takes ``[experts * tokens, hidden]``, every token for every expert."""
     return any(cls.__name__ in SORTED for cls in type(module).__mro__)
+
+
+def name_of_first(module: nn.Module) -> str:
+    """Name of the stack that the inputs of the module go into."""
+    has_gate = "gate_up_proj" in module._parameters or "gate_up_proj" in module._modules
+    return "gate_up_proj" if has_gate else "up_proj"
+
+
+def bias_of(module: Any, name: str) -> Tensor | None:
+    """The biases ``[experts, rows]`` that go with the stack `name`, if it has some."""
+    bias: Tensor | None = getattr(module, f"{name}_bias", None) if getattr(module, "has_bias", False) else None
+    return bias
+
+
+def activated(module: Any, up: Tensor) -> Tensor:
+    """What goes into ``down_proj``, of what the first stack and its bias give, ``[n, rows]``."""
+    found: Tensor
+    if name_of_first(module) == "up_proj":
+        found = module.act_fn(up)
+    elif is_sorted(module):
+        gate, up = up.chunk(2, dim=-1)
+        found = up * module.act_fn(gate)
+    else:
+        found = module._apply_gate(up)
+    return found
+
+
+def normed(module: Any, out: Tensor) -> Tensor:
+    """What experts give, of what ``down_proj`` and its bias give."""
+    found: Tensor = module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
+    return found
 
 
 def _is_stack(value: Any) -> bool:

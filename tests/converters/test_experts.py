@@ -15,7 +15,7 @@ from support.conversions import content
 from support.experts import build as build_family
 
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, driver
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, quantizer
 from lowbit_format.converters.convert import plan_conversion
 from lowbit_format.errors import CoverageError, NonFiniteWeightError, RecipeError, SourceError
 from lowbit_format.quantize import Target, quantize
@@ -219,7 +219,7 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
 ) -> None:
     source = str(checkpoint("mixtral"))
     convert_hf_to_lowbit(source, tmp_path / "whole" / "out", RECIPE, max_shard_bytes=20_000)
-    original, calls = driver.quantize_stack, []
+    original, calls = quantizer.quantize_stack, []
 
     def interrupted(*args: object) -> object:
         calls.append(args)
@@ -227,7 +227,7 @@ def test_an_interrupted_conversion_resumes_to_the_same_bytes(
             raise KeyboardInterrupt
         return original(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(driver, "quantize_stack", interrupted)
+    monkeypatch.setattr(quantizer, "quantize_stack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         convert_hf_to_lowbit(source, tmp_path / "cut" / "out", RECIPE, max_shard_bytes=20_000)
     convert_hf_to_lowbit(source, tmp_path / "cut" / "out", RECIPE, max_shard_bytes=20_000, resume=True)
