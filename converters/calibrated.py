@@ -43,7 +43,8 @@ from .journal import Outcome
 from .plan import BASE_MEMORY, Plan, Step
 from .quantizer import WithoutData
 from .source import Source
-from .together import FULL, Quality, train_together
+from .student import Quality
+from .together import FULL, train_together
 
 ACTIVATIONS = "activations"  # in the work directory
 # Bytes of memory for each: weight of a block, float and decoded, and where it has experts, what they become; of the

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..calibration.data import Data
 
 SELF = "self"
+SENTENCES = Path(__file__).parent / "sentences.txt"  # a text of our own, to measure on where there is no other
 HELD_OUT = 4  # batches that measure what came of it
 
 
@@ -72,7 +73,7 @@ def read_data(calibration: Calibration, directory: Path) -> Data:
     if calibration.source == SELF:
         rows = _self_written(calibration, directory, model, samples + held_out)
         return data.Data.of(data.causal_batches(rows), held_out=HELD_OUT)
-    tokenizer = _tokenizer(directory)
+    tokenizer = load_tokenizer(directory)
     if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
         texts = data.read_texts(path, tokenizer)
     else:
@@ -91,14 +92,15 @@ def read_data(calibration: Calibration, directory: Path) -> Data:
     return data.Data.of(batches, held_out=held)
 
 
-def _tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint. Raises CalibrationError if it has none."""
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(directory)
     except Exception as e:  # of many kinds, by what is missing
         raise CalibrationError(
-            f"{directory}: has no tokenizer that transformers can load, which --calibrate with text needs: {e}"
+            f"{directory}: has no tokenizer that transformers can load, which text needs: {e}"
         ) from e
 
 

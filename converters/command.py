@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import CalibrationError, LowbitError, RecipeError, SchemeError
 from ..quantize import Target
 from .calibration_data import Calibration
-from .convert import calibrated, convert_hf_to_lowbit, plan_conversion
+from .convert import convert_hf_to_lowbit, peak_memory, plan_conversion
 from .driver import work_directory
 from .plan import Plan
 from .recipe import Recipe, load_recipe, make_target
@@ -105,6 +105,14 @@ def convert(
     length: Annotated[int, typer.Option(min=2, help="With --calibrate: tokens of a sample.")] = 512,
     seed: Annotated[int, typer.Option(help="With --calibrate: of what is drawn at random.")] = 0,
     device: Annotated[str, typer.Option(help="With --calibrate: to compute on, such as `cuda`.")] = "cpu",
+    measured: Annotated[
+        bool,
+        typer.Option(
+            "--eval/--no-eval",
+            help="In the end, compare the model with its checkpoint: on a part of the data that is held out for this, "
+            "or (without data, a causal model) on a short text of our own.",
+        ),
+    ] = True,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
@@ -157,7 +165,7 @@ def convert(
         if out is None or dry_run:
             opened, plan, _ = plan_conversion(source, plan_recipe, **options)
             _print_modules(plan, console, modules)
-            memory = plan.peak_memory() if data is None else calibrated(opened, plan, data).peak_memory()
+            memory = peak_memory(opened, plan, data, measured=measured)
             for one in plan_tables(plan, memory):
                 console.print(one)
             if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -167,6 +175,7 @@ def convert(
             task = progress.add_task("reading", total=None)
             done = convert_hf_to_lowbit(
                 source, out, plan_recipe, **options, max_shard_bytes=shard_bytes, resume=resume,
+                measured=measured,
                 report=lambda step, total: progress.update(
                     task, advance=1, total=total, description=step.destination.path[-40:]
                 ),

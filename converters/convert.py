@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..calibration.compare import Comparison
     from ..calibration.ladder import BlockResult
     from .calibrated import Calibrated
-    from .together import Quality
+    from .student import Quality
 
 DEFAULT_RECIPE = Recipe()
 
@@ -44,7 +44,9 @@ class Conversion:
         plan: what was planned.
         outcomes: of every quantized module, by path.
         seconds: that it took.
-        quality: on data that were held out, at each precision (None is full), if the conversion was calibrated.
+        quality: at each precision (None is full): on data that were held out, or without data on a text of our own.
+        unmeasured: why a conversion without data could not be measured, or "".
+        calibrated: it was made with data.
         unseen: paths of modules that too little of the data reached: they were quantized without. Of a module of
             experts, how many of them.
     """
@@ -54,6 +56,8 @@ class Conversion:
     outcomes: dict[str, Outcome]
     seconds: float
     quality: dict[int | None, Quality] = field(default_factory=dict)
+    unmeasured: str = ""
+    calibrated: bool = False
     unseen: tuple[str, ...] = ()
 
     @property
@@ -118,6 +122,7 @@ def convert_hf_to_lowbit(
     calibration: Calibration | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     resume: bool = False,
+    measured: bool | None = None,
     report: Callable[[Step, int], None] = lambda step, total: None,
     report_block: Callable[[str, BlockResult], None] = lambda path, result: None,
 ) -> Conversion:
@@ -137,6 +142,8 @@ def convert_hf_to_lowbit(
         calibration: data to quantize with, and how much work to do; None quantizes every weight alone.
         max_shard_bytes: size at which a new file is begun.
         resume: go on with what an interrupted run left; the result is the same bytes.
+        measured: compare the model with its checkpoint in the end: with data on what is held out for this, without data
+            (a causal model only) on a short text of our own. None: only with data.
         report: called after every tensor with its step and the number of all steps.
         report_block: called after every block that was calibrated with its path and what came of it.
 
@@ -149,7 +156,7 @@ def convert_hf_to_lowbit(
     )
     out, quantizer = Path(out), None
     if calibration is not None:
-        quantizer = calibrated(opened, plan, calibration, report_block)
+        quantizer = calibrated(opened, plan, calibration, report_block, measured=measured is not False)
         plan = replace(plan, steps=quantizer.steps)
     outcomes = run(
         opened,
@@ -164,8 +171,29 @@ def convert_hf_to_lowbit(
         resume=resume,
         report=report,
     )
-    quality, unseen = ({}, ()) if quantizer is None else (quantizer.quality, tuple(quantizer.unseen))
-    return Conversion(out, plan, outcomes, time.perf_counter() - began, quality, unseen)
+    seconds = time.perf_counter() - began
+    if quantizer is not None:
+        return Conversion(
+            out, plan, outcomes, seconds, quantizer.quality, calibrated=True, unseen=tuple(quantizer.unseen)
+        )
+    if not measured:
+        return Conversion(out, plan, outcomes, seconds)
+    from .measure import measure  # a leaf that imports torch
+
+    found = measure(opened, plan, out)
+    quality, why = ({}, found) if isinstance(found, str) else (found, "")
+    return Conversion(out, plan, outcomes, seconds, quality, why)
+
+
+def peak_memory(source: Source, plan: Plan, calibration: Calibration | None, *, measured: bool) -> int:
+    """Expected peak of resident memory of a conversion, in bytes."""
+    if calibration is not None:
+        return calibrated(source, plan, calibration, measured=measured).peak_memory()
+    if not measured:
+        return plan.peak_memory()
+    from .measure import is_measured, measuring_memory  # a leaf that imports torch
+
+    return max(plan.peak_memory(), measuring_memory(plan) if is_measured(plan, source.directory) else 0)
 
 
 def calibrated(
@@ -173,6 +201,8 @@ def calibrated(
     plan: Plan,
     calibration: Calibration,
     report: Callable[[str, BlockResult], None] = lambda path, result: None,
+    *,
+    measured: bool = True,
 ) -> Calibrated:
     """What quantizes the weights of a plan with data.
 
@@ -189,6 +219,8 @@ def calibrated(
     except (RuntimeError, AssertionError) as e:
         raise CalibrationError(f"device is {calibration.device!r}, which torch cannot use here: {e}") from e
     data = read_data(calibration, source.directory)
+    if not measured:
+        data = replace(data, batches=data.batches[: len(data.batches) - data.held_out], held_out=0)
     return Calibrated(source, plan, data, calibration.work, device=device, report=report)
 
 

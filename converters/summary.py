@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ..calibration.ladder import BlockResult
     from .convert import Conversion
-    from .together import Quality
+    from .student import Quality
 
 POOR = 0.5  # nats of divergence from the float model from which a result is called poor
 POOR_COSINE = 0.9
@@ -124,12 +124,17 @@ def remarks_on_quality(done: Conversion) -> list[str]:
         lines.append(
             f"Note: too little of the data reached {_some(done.unseen)}, quantized as without data; give more samples."
         )
+    if done.unmeasured:
+        lines.append(f"Note: how well it predicts was not measured: {done.unmeasured}. `lowbit eval` does that.")
+    better = "take more bits, or --calibrate with text"
+    if done.calibrated:
+        better = "take more bits, more --samples, or a higher --effort"
     for bits, quality in done.quality.items():
         found, at = quality.after, "" if bits is None else f" at {bits} bits"
         if found.is_causal and found.mean_divergence > POOR:
             lines.append(
                 f"Warning: a divergence of {found.mean_divergence:.2f} nats{at} is large, the model writes noticeably "
-                "worse; take more bits, more --samples, or a higher --effort."
+                f"worse; {better}."
             )
         if not found.is_causal and found.mean_cosine < POOR_COSINE:
             lines.append(
@@ -173,19 +178,19 @@ def result_tables(done: Conversion) -> list[Table]:
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
     for bits, quality in done.quality.items():
-        rows.extend(_quality(quality, bits))
+        rows.extend(_quality(quality, bits, done.calibrated))
     return [errors, worst, *_kept_table(plan), _pairs("Result", rows)]
 
 
-def _quality(quality: Quality, bits: int | None) -> list[tuple[str, str]]:
+def _quality(quality: Quality, bits: int | None, calibrated: bool) -> list[tuple[str, str]]:
     """What the held-out data say, at a nested precision or (None) at full."""
     found, before = quality.after, quality.before
     if not found.tokens:
         return []
     at = "" if bits is None else f" at {bits} bits"
-    rows = []
+    rows, text = [], "held-out tokens" if calibrated else "tokens of a short text of our own"
     if found.is_causal:
-        change = f"{found.reference_perplexity:.2f} -> {found.perplexity:.2f} ({found.tokens:,} held-out tokens)"
+        change = f"{found.reference_perplexity:.2f} -> {found.perplexity:.2f} ({found.tokens:,} {text})"
         rows = [
             (f"perplexity{at}", change),
             (f"divergence from the float model{at}", f"{found.mean_divergence:.4f} nats a token"),

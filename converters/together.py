@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,12 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from ..calibration.blocks import Batch
 from ..calibration.compare import Comparison
-from ..calibration.decoded import plane_matrix
 from ..calibration.effort import Effort
 from ..calibration.end_to_end import tune
-from ..calibration.trained_matrix import TrainedMatrix
-from ..calibration.walk import Walk, places_of
-from ..calibration.whole import run_whole
+from ..calibration.walk import Walk
 from ..container.reader import ModelReader
 from ..container.writer import StoredTensor, module_tensors, replace_tensors
-from ..kernels import operators
 from ..matrix import Params, StoredMatrix
 from ..quantize.solve import measured
 from .driver import load_step
@@ -37,82 +32,10 @@ from .float_model import FloatModel
 from .journal import Outcome
 from .plan import Step
 from .source import Source
+from .student import Quality, Student, matrices_at, precisions
 
-TRANSPOSED = ("conv1d", "experts_transposed")  # kinds whose parameter has the columns first
 TRAINED = "trained.safetensors"  # beside the activations
 FULL = "full"  # precision, in what was measured
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The quantized model beside the float model, on data on which nothing was fitted.
-
-    Attributes:
-        before: the scales of all layers were trained together.
-        after: it; the same where that was left out, or did not help.
-    """
-
-    before: Comparison
-    after: Comparison
-
-    @classmethod
-    def from_json(cls, found: dict[str, Any]) -> Quality:
-        return cls(Comparison(**found["before"]), Comparison(**found["after"]))
-
-
-class Student:
-    """The quantized model, run block by block.
-
-    Args:
-        float_model: has what is not quantized.
-        walk: knows its blocks and its inputs.
-        steps: that were quantized.
-        trained: matrices whose scales are to be trained, by path.
-        fixed: all other matrices; of a stack of experts one for each.
-    """
-
-    def __init__(
-        self,
-        float_model: FloatModel,
-        walk: Walk,
-        steps: Sequence[Step],
-        trained: Mapping[str, StoredMatrix],
-        fixed: Mapping[str, Sequence[StoredMatrix]],
-    ) -> None:
-        self._float, self._walk = float_model, walk
-        self.trained = {path: TrainedMatrix(matrix, walk.device) for path, matrix in trained.items()}
-        self._fixed = {path: [plane_matrix(one, walk.device) for one in matrices] for path, matrices in fixed.items()}
-        self._steps = {parameter_of(s): s for s in steps}
-        self._inside: dict[str, dict[str, Step]] = {}  # by path of a block, by name within it
-        self._outside = dict(self._steps)
-        for place in places_of(walk.lists):
-            names = [name for name in self._steps if name.startswith(f"{place.path}.")]
-            self._inside[place.path] = {name.removeprefix(f"{place.path}."): self._outside.pop(name) for name in names}
-
-    def output(self, batch: Batch) -> Any:
-        """Its output, with gradients for :attr:`trained` where they are enabled."""
-        return run_whole(self._walk.model, self._walk.lists, batch, self._weights)
-
-    def _weights(self, path: str) -> dict[str, Tensor]:
-        if not path:
-            return {name: self._weight(step) for name, step in self._outside.items()}
-        kept = self._float.read(path, leave=self._steps)
-        return kept | {name: self._weight(step) for name, step in self._inside[path].items()}
-
-    def _weight(self, step: Step) -> Tensor:
-        fixed = self._fixed.get(step.path)
-        if fixed is None:
-            weight = self.trained[step.path].weight()
-        elif step.stack is None:
-            weight = operators.dequantize(fixed[0])
-        else:
-            weight = torch.stack([operators.dequantize(one) for one in fixed])
-        return weight.mT if step.destination.kind in TRANSPOSED else weight
-
-
-def parameter_of(step: Step) -> str:
-    """The name of the parameter of the float model that a step quantizes."""
-    return step.destination.target if step.stack is None else step.stack.path
 
 
 class _Samples:
@@ -191,16 +114,19 @@ def _train(
     effort: Effort,
 ) -> None:
     reader = ModelReader(directory)
-    nested = {s.path: reader.module(s.path).scheme.nested for s in steps}
     trainable = [s.path for s in steps if s.stack is None and not outcomes[s.path].lossless]
-    full = {s.path: _matrices(reader, s.path) for s in steps}
+    nested = {path: reader.module(path).scheme.nested for path in trainable}
+    full: dict[str, StoredMatrix] = {}  # what was trained at full precision
     params: dict[str, np.ndarray[Any, Any]] = {}
     found: dict[str, Any] = {}
-    for bits in (None, *sorted({k for precisions in nested.values() for k in precisions})):
-        here = full if bits is None else full | {p: _matrices(reader, p, bits) for p in full if bits in nested[p]}
-        trained = {path: here[path][0] for path in trainable if bits is None or bits in nested[path]}
-        fixed = {path: matrices for path, matrices in here.items() if path not in trained}
-        student = Student(float_model, walk, steps, trained, fixed)
+    for bits in precisions(reader, steps):
+
+        def fixed(path: str, bits: int | None = bits) -> list[StoredMatrix]:
+            return [full[path]] if path in full else matrices_at(reader, path, bits)
+
+        here = [path for path in trainable if bits is None or bits in nested[path]]
+        trained = {path: matrices_at(reader, path, bits)[0] for path in here}
+        student = Student(float_model, walk.lists, walk.device, steps, trained, fixed)
         before = after = compare(walk, student)
         if effort.passes and trained:
             tune(student.trained.values(), _Samples(walk, student), effort)
@@ -218,16 +144,10 @@ def _train(
             if matrix.params.shift is not None:
                 params[_name(path, "shift", bits)] = matrix.params.shift
             if bits is None:
-                full[path] = [matrix]
+                full[path] = matrix
     partial = file.with_suffix(".tmp")
     save_file(params, partial, {"measured": json.dumps(found)})
     os.replace(partial, file)
-
-
-def _matrices(reader: ModelReader, path: str, bits: int | None = None) -> list[StoredMatrix]:
-    """The matrix of a module, or those of its experts, at full or at a nested precision."""
-    experts = reader.module(path).experts
-    return [reader.matrix(path, expert, only=bits) for expert in ((None,) if experts is None else range(experts))]
 
 
 def _name(path: str, what: str, bits: int | None) -> str:

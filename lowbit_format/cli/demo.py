@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from ..converters.calibration_data import SENTENCES
 from ..errors import SchemeError, SourceError
 from . import console
 from .opening import check_directory
@@ -128,7 +129,7 @@ class _Sentences:
         from transformers.utils import logging
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        self.texts = (Path(__file__).parent / "sentences.txt").read_text("utf-8").splitlines()
+        self.texts = SENTENCES.read_text("utf-8").splitlines()
         self._tokenizer = AutoTokenizer.from_pretrained(source)
         self._reference = self._embed(source)[0]
 

@@ -1,0 +1,113 @@
+"""How a model that was converted without data predicts a short text, beside the float model.
+
+Both run block by block, so that no more than one block of each is in memory.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calibration.blocks import find_blocks
+from ..calibration.compare import Comparison
+from ..calibration.data import causal_batches, is_causal, windows
+from ..calibration.whole import run_whole
+from ..container.reader import ModelReader
+from ..errors import CalibrationError, LowbitError
+from .architecture import meta_model
+from .calibration_data import SENTENCES, load_tokenizer
+from .float_model import FloatModel
+from .plan import BASE_MEMORY, Plan
+from .source import Source
+from .student import Quality, Student, matrices_at, precisions
+
+SAMPLES, LENGTH = 4, 256  # of the text, in tokens
+_WORKING = 128 << 20  # bytes for what a block and a comparison compute
+
+
+def measure(source: Source, plan: Plan, directory: Path) -> dict[int | None, Quality] | str:
+    """Compare a converted causal model with its checkpoint on a text of our own.
+
+    Args:
+        source: the checkpoint.
+        plan: of its conversion.
+        directory: of the lowbit model.
+
+    Returns:
+        The quality at each precision (None is full); empty for a model that predicts no next token. A sentence, if it
+        cannot be measured.
+    """
+    if not is_causal(meta_model(source.directory)):
+        return {}
+    try:
+        if measuring_memory(plan) > _allowed(plan):
+            return f"that would take {measuring_memory(plan) / 1e9:.1f} GB of memory"
+        return _measure(source, plan, directory)
+    except LowbitError as e:
+        return str(e)
+    except Exception as e:  # whatever a model's own code needs: the conversion is done, and must not fail for this
+        return f"{type(e).__name__}: {e}"
+
+
+def _measure(source: Source, plan: Plan, directory: Path) -> dict[int | None, Quality]:
+    tokenizer = load_tokenizer(source.directory)
+    text = SENTENCES.read_text("utf-8")
+    tokens = len(tokenizer(text)["input_ids"])
+    positions = getattr(meta_model(source.directory).config, "max_position_embeddings", None) or LENGTH
+    length = min(LENGTH, positions, tokens // 2)
+    if length < 2:
+        raise CalibrationError(f"the tokenizer makes {tokens} tokens of the text that is measured on")
+    samples = min(SAMPLES, tokens // length)
+    rows = windows([text], tokenizer, samples=samples, length=length, where=SENTENCES.name)
+    batches = [{"input_ids": ids[None]} for batch in causal_batches(rows) for ids in batch["input_ids"]]
+    device = torch.device("cpu")
+    model = FloatModel(source, plan, device)
+    lists = find_blocks(model.model)
+    model.load("", leave=tuple(blocks.path for blocks in lists))
+
+    def of_float(path: str) -> dict[str, Tensor]:
+        return model.read(path) if path else {}
+
+    reader = ModelReader(directory)
+    students = {
+        bits: Student(model, lists, device, plan.quantized, {}, partial(matrices_at, reader, bits=bits))
+        for bits in precisions(reader, plan.quantized)
+    }
+    found = {bits: Comparison() for bits in students}
+    with torch.no_grad():
+        for batch in batches:
+            wanted: Any = run_whole(model.model, lists, batch, of_float)
+            for bits, student in students.items():
+                found[bits].add(student.output(batch), wanted, batch)
+    return {bits: Quality(comparison, comparison) for bits, comparison in found.items()}
+
+
+def _allowed(plan: Plan) -> int:
+    """Most bytes of memory that a conversion may take: see :func:`.convert.convert_hf_to_lowbit`."""
+    return (1 << 30) + 12 * max((s.tensor.numel for s in plan.steps), default=0)
+
+
+def measuring_memory(plan: Plan) -> int:
+    """Expected peak of resident memory in bytes. A tensor whose name has no number counts as outside of blocks."""
+    blocks: dict[str, int] = {}
+    outside = words = 0
+    for step in plan.steps:
+        parts = step.tensor.name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if number is not None:
+            block = ".".join(parts[: number + 1])
+            blocks[block] = blocks.get(block, 0) + step.tensor.numel
+            continue
+        outside += step.tensor.numel
+        if step.destination.kind == "embedding":
+            words = max(words, step.tensor.shape[0])
+    return BASE_MEMORY + 4 * outside + 8 * max(blocks.values(), default=0) + 8 * LENGTH * words + _WORKING
+
+
+def is_measured(plan: Plan, directory: Path) -> bool:
+    """Whether :func:`measure` will try."""
+    return is_causal(meta_model(directory)) and measuring_memory(plan) <= _allowed(plan)

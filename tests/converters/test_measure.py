@@ -1,0 +1,79 @@
+"""Without data, a causal model is compared with its checkpoint on a short text; what is printed is true."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.checkpoints import with_tokenizer
+from typer.testing import CliRunner
+
+import lowbit_format
+from lowbit_format.calibration.compare import Comparison
+from lowbit_format.converters import Recipe, command, convert_hf_to_lowbit, measure
+from lowbit_format.converters.calibration_data import SENTENCES, load_tokenizer
+from lowbit_format.quantize import Target
+
+Checkpoint = Callable[..., Path]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "qwen3"])
+def test_it_is_what_the_loaded_model_gives(
+    name: str, own_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = with_tokenizer(own_checkpoint(name))
+    recipe = Recipe(Target(bits=4, group_size=32, nested=(2,)), embeddings=True)
+    ids = load_tokenizer(source)(SENTENCES.read_text("utf-8"), return_tensors="pt")["input_ids"][0]
+    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    length = min(measure.LENGTH, plain.config.max_position_embeddings)
+    monkeypatch.setattr(measure, "SAMPLES", len(ids) // length)
+    done = convert_hf_to_lowbit(str(source), tmp_path / "out", recipe, measured=True)
+    assert done.unmeasured == ""
+    assert list(done.quality) == [None, 2]
+    for bits, quality in done.quality.items():
+        model = lowbit_format.from_pretrained(tmp_path / "out", bits=bits, dtype=torch.float32).eval()
+        found = Comparison()
+        with torch.no_grad():
+            for one in ids[: measure.SAMPLES * length].reshape(-1, 1, length):
+                found.add(model(one), plain(one), {"input_ids": one})
+        assert quality.after.tokens == found.tokens
+        assert quality.after.mean_divergence == pytest.approx(found.mean_divergence, rel=1e-3)
+        assert quality.after.reference_perplexity == pytest.approx(found.reference_perplexity, rel=1e-3)
+    assert done.quality[2].after.mean_divergence > done.quality[None].after.mean_divergence
+
+
+def test_an_encoder_has_no_such_line_and_python_asks_for_it(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    done = convert_hf_to_lowbit(str(checkpoint("bert")), tmp_path / "bert", measured=True)
+    assert (done.quality, done.unmeasured) == ({}, "")
+    done = convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "llama")
+    assert (done.quality, done.unmeasured) == ({}, "")
+
+
+def run(*args: object) -> str:
+    result = CliRunner().invoke(command.app, [str(a) for a in args], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_summary_ends_with_it(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = with_tokenizer(own_checkpoint("llama"))
+    printed = run(source, tmp_path / "out", "--bits", 4, "--group-size", 32, "--nested", 2)
+    assert "tokens of a short text of our own" in printed
+    assert "divergence from the float model at 2 bits" in printed
+    assert "perplexity" not in run(source, tmp_path / "two", "--no-eval")
+
+
+def test_what_keeps_it_from_measuring_is_said(
+    own_checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = own_checkpoint("llama")
+    printed = run(source, tmp_path / "out")
+    assert "Note: how well it predicts was not measured" in printed
+    assert "has no tokenizer" in printed
+    with_tokenizer(source)
+    monkeypatch.setattr(measure, "_WORKING", 1 << 40)
+    assert "GB of memory" in run(source, tmp_path / "large")
