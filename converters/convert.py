@@ -44,8 +44,8 @@ class Conversion:
         outcomes: of every quantized module, by path.
         seconds: that it took.
         comparison: with the float model on data that were held out, if the conversion was calibrated.
-        unseen: paths of modules that too little of the data reached: they were quantized without. Of a module of experts,
-            how many of them.
+        unseen: paths of modules that too little of the data reached: they were quantized without; of a module of
+            experts, how many of them.
     """
 
     directory: Path
