@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,7 @@ from .blocks import first_output, replaced_forward
 from .decoded import plane_matrix
 from .effort import Effort
 from .experts import StackResult, computing_with, own_matrices
-from .hessians import is_transposed, weight_of
-
-if TYPE_CHECKING:
-    from .ladder import Inputs
+from .hessians import Inputs, is_transposed, weight_of
 
 
 def train(
@@ -130,7 +127,7 @@ class _Trained:
         """The matrix with the parameters so far, rounded to its dtype."""
         with torch.no_grad():
             scales, shift = self._parameters()
-        exact = Params(scales.cpu().numpy(), None if shift is None else shift.cpu().numpy())
+            exact = Params(scales.cpu().numpy(), None if shift is None else shift.cpu().numpy())
         return replace(self._matrix, params=rounded(exact, self._matrix.scheme.scale_dtype))
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
