@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,28 @@ def _rows(x: Tensor, mask: Tensor | None) -> Tensor:
     elif mask is not None and x.dim() == 2 and len(x) == mask.numel():  # before experts, tokens stand in one row
         x = x[mask.to(x.device).reshape(-1) != 0]
     return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+class Inputs(Protocol):
+    """The calls of a block, one for each batch.
+
+    Attributes:
+        batches: their number.
+    """
+
+    batches: int
+
+    def arguments(self, batch: int, kind: str = "quantized") -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments for a batch, after quantized or after float blocks."""
+        ...
+
+    def mask(self, batch: int) -> Tensor | None:
+        """``[batch, tokens]``, 0 for tokens that do not count; None if all do."""
+        ...
+
+    def wanted(self, batch: int) -> Tensor:
+        """The hidden states that the float block gives after float blocks."""
+        ...
 
 
 class Call(NamedTuple):

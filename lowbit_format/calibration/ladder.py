@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,32 +19,10 @@ from .blocks import first_output
 from .decoded import decoded
 from .effort import Effort
 from .experts import StackResult, experts_of, quantize_experts, set_experts
-from .hessians import LEAST_ROWS, Call, collect, find_stages, is_transposed, weight_of
+from .hessians import LEAST_ROWS, Call, Inputs, collect, find_stages, is_transposed, weight_of
 from .training import train
 
 _MEASURED = 4  # batches on which the error of a block is measured
-
-
-class Inputs(Protocol):
-    """The calls of a block, one for each batch.
-
-    Attributes:
-        batches: their number.
-    """
-
-    batches: int
-
-    def arguments(self, batch: int, kind: str = "quantized") -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments for a batch, after quantized or after float blocks."""
-        ...
-
-    def mask(self, batch: int) -> Tensor | None:
-        """``[batch, tokens]``, 0 for tokens that do not count; None if all do."""
-        ...
-
-    def wanted(self, batch: int) -> Tensor:
-        """The hidden states that the float block gives after float blocks."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +15,8 @@ from ..matrix import StoredMatrix
 from .blocks import first_output, replaced_forward
 from .effort import Effort
 from .experts import StackResult, computing_with, own_matrices
-from .hessians import is_transposed, weight_of
+from .hessians import Inputs, is_transposed, weight_of
 from .trained_matrix import TrainedMatrix
-
-if TYPE_CHECKING:
-    from .ladder import Inputs
 
 
 def train(

@@ -183,7 +183,7 @@ class Walk:
 
 
 class _Inputs:
-    """See :class:`.ladder.Inputs`."""
+    """See :class:`.hessians.Inputs`."""
 
     def __init__(self, walk: Walk, place: Place) -> None:
         self._walk, self._place = walk, place
