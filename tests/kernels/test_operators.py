@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.interpreter import quicken
 
 from lowbit_format.kernels import naive, operators
 from lowbit_format.kernels.matrix import with_delta
@@ -16,6 +17,9 @@ from lowbit_format.schema import Scheme
 from lowbit_format.testing import products as truth
 from lowbit_format.testing.matrices import random_matrix
 from lowbit_format.testing.products import KINDS, NAMES, plane_matrix
+
+if not torch.cuda.is_available():
+    quicken()
 
 float32_matrix = partial(plane_matrix, dtype=torch.float32)  # parameters in float32, whatever the scheme says
 SHAPES = [(1, 1, 0), (3, 5, 0), (4, 130, 64), (7, 70, 16), (5, 64, 7)]  # rows, cols, group size
