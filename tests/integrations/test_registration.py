@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from lowbit_format import Recipe, Target, convert_hf_to_lowbit
 
 REPOSITORY = Path(__file__).parents[2]
 
-# The last line of a program of which the first lines import things in some order.
+# What holds at the end of a program of which the first lines import things in some order.
 REGISTERED = """
 import inspect, sys
 import transformers.quantizers.auto as auto
@@ -67,12 +68,12 @@ def install_wheel(folder: Path) -> None:
         shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    wheel = ["wheel", "-q", "--no-deps", "--no-index", "--no-build-isolation", "-w", str(source / "dist"), str(source)]
-    for arguments in (wheel, ["install", "-q", "--no-deps", "--no-index", "--target", str(site)]):
-        arguments = arguments if arguments is wheel else [*arguments, *map(str, (source / "dist").glob("*.whl"))]
-        done = subprocess.run([*pip, *arguments], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
+    build = [sys.executable, "-c", "from setuptools import build_meta; build_meta.build_wheel('dist')"]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (wheel,) = (source / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:  # to install a wheel of Python alone is to unpack it
+        files.extractall(site)
     site.rename(folder / "installed")
 
 
@@ -87,13 +88,12 @@ def test_import_is_quick_and_light() -> None:
     assert min(float(s) for s in seconds) < 0.3
 
 
+# Behind transformers.quantizers.auto: test_the_switch_turns_it_off.
 @pytest.mark.parametrize(
     "first",
     [
         "import transformers; import lowbit_format",  # transformers is lazy: its quantizers are not there yet
-        "import transformers.quantizers.auto; import lowbit_format",
         "import lowbit_format.integrations.quantizer",
-        "import lowbit_format as lb, importlib; importlib.reload(lb); lb.integrations.registration.register()",
     ],
 )
 def test_registers_in_every_order(first: str) -> None:
@@ -124,14 +124,15 @@ def test_torch_imports_us_and_nothing_heavy_with_us(installed: Path) -> None:
     assert done.stderr == ""
 
 
+# Behind "from transformers import AutoModel…": test_auto_model.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "first",
     [
         "import transformers.quantizers.auto",  # imports torch in the middle of its own import
-        "from transformers import AutoModel",
         "import peft" + LORA,
-        "import torch, importlib, lowbit_format; importlib.reload(lowbit_format)",
+        # Twice more.
+        "import importlib, torch, lowbit_format as lb; importlib.reload(lb); lb.integrations.registration.register()",
         "import threading; t = threading.Thread(target=__import__, args=('torch',)); t.start(); t.join()",
     ],
 )
@@ -207,6 +208,7 @@ def test_auto_model(installed: Path, model: Path) -> None:
 from transformers import AutoModelForCausalLM
 import torch
 model = AutoModelForCausalLM.from_pretrained({str(model)!r})
+{REGISTERED}
 print(model(torch.arange(5, 15)[None]).logits[0, -1].tolist())
 """
     expected = lowbit_format.from_pretrained(model)(torch.arange(5, 15)[None]).logits[0, -1]

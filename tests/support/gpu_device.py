@@ -6,11 +6,14 @@ from typing import TypeVar
 
 import pytest
 import torch
+from support.interpreter import quicken
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    quicken()
 # The interpreter computes with bfloat16 as with 16 bits of an integer.
 FLOATS = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 
