@@ -70,7 +70,9 @@ class Stack:
     def tensor(self, tensors: dict[str, SourceTensor]) -> SourceTensor:
         """What the parts come to, as one tensor of the model's."""
         own = [tensors[name] for names in self.parts for name in names]
-        return SourceTensor(self.path, own[0].dtype, self.shape, sum(t.nbytes for t in own))
+        dtypes = {t.dtype for t in own}
+        dtype = own[0].dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"  # which holds all of them
+        return SourceTensor(self.path, dtype, self.shape, sum(t.nbytes for t in own))
 
     def matrix(self, source: Source, expert: int) -> F32:
         """The matrix of one expert, float32 ``[rows, cols]``."""
@@ -170,6 +172,11 @@ def _stack(
     rows, cols = reversed(matrix) if kind == "experts_transposed" else matrix
     operations = () if converter is None else tuple(converter.operations)
     order = [""] if converter is None else [p for p in converter.source_patterns if p in by_pattern]
+    if len(order) < len(by_pattern):
+        one, other = (names[0] for names in list(by_pattern.values())[:2])
+        raise SourceError(
+            f"{path}: the checkpoint has it twice, of tensors such as {one!r} and of {other!r}; take one of both out"
+        )
     parts = tuple(tuple(by_pattern[p]) for p in order)
     fused = all(len(names) == 1 and len(shapes[names[0]]) == 3 for names in parts)
     if not fused and any(len(names) != experts for names in parts):
@@ -190,12 +197,13 @@ def _stack(
             return None, "transformers converts it on loading"
         kept.append(operation)
     stack = Stack(path, kind, (experts, rows, cols), parts, tuple(kept))
-    _check_shapes(stack, shapes, fused)
+    absent = [] if converter is None else [p for p in converter.source_patterns if p not in by_pattern]
+    _check_shapes(stack, shapes, fused, absent)
     return stack, ""
 
 
-def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool) -> None:
-    """Raise SourceError unless the parts of every expert come to its matrix."""
+def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool, absent: list[str]) -> None:
+    """Raise SourceError unless the parts of every expert come to its matrix; `absent` parts may be why they do not."""
     import torch
 
     _, rows, cols = stack.shape
@@ -210,6 +218,11 @@ def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool) -> None:
             matrix = None
         if matrix is not None and tuple(matrix.shape) == (rows, cols):
             return
+        if absent:
+            raise SourceError(
+                f"{stack.path}: the checkpoint has {name!r}, but nothing like {', '.join(map(repr, absent))}, which it "
+                "is made of too; get it again"
+            )
     raise SourceError(
         f"{name}: has shape {list(shapes[name])}, which does not fit {stack.path!r}: the model expects {rows} by "
         f"{cols} for each of {stack.shape[0]} experts"
@@ -261,7 +274,7 @@ def quantize_stack(source: Source, stack: Stack, target: Target) -> tuple[list[S
 
 def first_matrix(source: Source, stack: Stack, target: Target, scheme: Scheme) -> StoredMatrix | None:
     """What :func:`quantize_stack` makes of the first expert, where the stack came out with `scheme`."""
-    weight, dtype = stack.matrix(source, 0), source.tensors[stack.first].dtype
+    weight, dtype = stack.matrix(source, 0), stack.tensor(source.tensors).dtype
     found = (quantize(weight, attempt, source_dtype=dtype, name=stack.path).matrix for attempt, _ in _attempts(target))
     return next((matrix for matrix in found if matrix.scheme == scheme), None)
 
@@ -276,7 +289,7 @@ def _attempts(target: Target) -> list[tuple[Target, str | None]]:
 
 def _quantize_alike(source: Source, stack: Stack, target: Target) -> tuple[list[StoredTensor], Outcome] | None:
     """As :func:`quantize_stack` with this target; None if the experts come out with different schemes or tables."""
-    dtype = source.tensors[stack.first].dtype
+    dtype = stack.tensor(source.tensors).dtype
     first: Quantized | None = None
     out: list[StoredTensor] = []
     error = norm = 0.0

@@ -71,6 +71,7 @@ class Plan:
         absent: parameters of that class that the checkpoint does not have.
         side: the files beside the weights.
         renamed: prefixes that were taken off the names of the checkpoint's tensors.
+        strange: tensors of the checkpoint that `architecture` does not know; they are kept.
     """
 
     steps: tuple[Step, ...]
@@ -82,6 +83,7 @@ class Plan:
     absent: tuple[str, ...] = ()
     side: SideFiles = field(default_factory=SideFiles)
     renamed: str = ""
+    strange: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> list[Step]:
@@ -174,10 +176,13 @@ def make_plan(
             if key != stack.first:
                 continue  # the step of the first makes the whole stack
             tensor = stack.tensor(source.tensors)
-        if target is not None and tensor.dtype not in FLOATS:
-            raise SourceError(
-                f"{key}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; is it quantized already?"
-            )
+        own = [key] if stack is None else [name for names in stack.parts for name in names]
+        for name in own if target is not None else ():
+            if source.tensors[name].dtype not in FLOATS:
+                raise SourceError(
+                    f"{name}: has dtype {source.tensors[name].dtype}, expected one of {', '.join(FLOATS)}; is it "
+                    "quantized already?"
+                )
         steps.append(Step(tensor, destination, target, owner, reason))
         if target is not None and owner in owners:
             tied.update({place: own for place, own in names.tied.items() if own == owner})
@@ -190,6 +195,7 @@ def make_plan(
         names.named,
         names.absent,
         side or SideFiles(),
+        strange=names.strange,
     )
     _check(plan, min_coverage)
     return plan

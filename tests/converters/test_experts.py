@@ -203,6 +203,43 @@ def test_experts_of_another_shape_are_refused_before_the_work(
         plan_conversion(str(source), RECIPE)
 
 
+def test_experts_without_one_of_their_parts_are_refused(own_checkpoint: Checkpoint) -> None:
+    """The other part has the shape that it should have: what is told is the one that is absent."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for e in range(4):
+            del tensors[f"model.layers.1.block_sparse_moe.experts.{e}.w3.weight"]
+
+    source = edit_weights(own_checkpoint("mixtral"), change)
+    with pytest.raises(SourceError, match=r"gate_up_proj: the checkpoint has '.*w1\.weight', but nothing like .*w3"):
+        plan_conversion(str(source), RECIPE)
+
+
+def test_experts_that_stand_there_twice_are_refused(own_checkpoint: Checkpoint) -> None:
+    """As a stack and as a tensor for each, which may differ."""
+    source = own_checkpoint("mixtral")
+    whole = torch.tensor(stacked(weights(source), 1, "w2"))
+    edit_weights(source, lambda t: t.update({f"{PATH}.down_proj": whole}))
+    with pytest.raises(SourceError, match=r"down_proj: the checkpoint has it twice, .*w2\.weight.*take one"):
+        plan_conversion(str(source), RECIPE)
+
+
+def test_experts_of_several_dtypes(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """What counts is the dtype that holds them all; an expert of integers is refused before the work."""
+    name = "model.layers.1.block_sparse_moe.experts.{}.w2.weight"
+
+    def change(e: int, dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+        return lambda tensors: tensors.update({name.format(e): tensors[name.format(e)].to(dtype)})
+
+    source = edit_weights(own_checkpoint("mixtral"), change(0, torch.bfloat16))
+    plan = convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE).plan
+    dtypes = {step.path: step.tensor.dtype for step in plan.quantized}
+    assert (dtypes[f"{PATH}.down_proj"], dtypes[f"{PATH}.gate_up_proj"]) == ("F32", "F32")
+    edit_weights(source, change(2, torch.int8))
+    with pytest.raises(SourceError, match=r"experts\.2\.w2\.weight: has dtype I8.*is it quantized already"):
+        plan_conversion(str(source), RECIPE)
+
+
 def test_a_bad_value_names_the_expert(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
     source = own_checkpoint("mixtral")
 
