@@ -229,5 +229,5 @@ def test_a_tied_matrix_is_kept_in_both_places_if_one_cannot_be_quantized(
 def test_a_config_of_strange_values_is_refused_or_read(change: dict, own_checkpoint: Checkpoint) -> None:
     """transformers has errors of many kinds for such a config."""
     source = edit_config(own_checkpoint("llama"), **change)
-    with pytest.raises(SourceError, match="cannot (read its config|build the architecture)"):
+    with pytest.raises(SourceError, match=r"cannot (read its config|build the architecture)"):
         names_of(source)

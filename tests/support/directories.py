@@ -92,7 +92,7 @@ def tiny_model(directory: Path) -> None:
 
 
 def tiny_stacks(directory: Path) -> None:
-    """As :func:`tiny_model`, with stacks of two experts of every codec: nested, transposed, with a table of their own."""
+    """As :func:`tiny_model`, with stacks of two experts of every codec, one of them nested and transposed."""
     modules = [
         ModuleEntry("e.up", Scheme("bcq", 2, 4, "F16", True, nested=(1,)), "experts_transposed", (2, 3, 6)),
         ModuleEntry("e.down", Scheme("uniform", 2, 0, "F32"), "experts", (2, 2, 9)),
