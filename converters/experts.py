@@ -193,6 +193,8 @@ def _stack(
             if tuple(shapes[parts[0][0]]) == shape:  # by the sizes of the whole stack, as transformers looks at it
                 continue
             operation = type(operation)(operation.dim0, operation.dim1)
+        if _is(operation, "Force16BytesAlignment"):  # of the memory; the values stay as they are
+            continue
         if not _is_for_each(operation, fused):
             return None, "transformers converts it on loading"
         kept.append(operation)
@@ -214,7 +216,7 @@ def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool, absent: lis
         ones = [torch.empty((1, *shape[1:]) if fused else tuple(shape), device="meta") for shape in found]
         try:
             matrix = _put_together({f"part{i}": [one] for i, one in enumerate(ones)}, stack)
-        except (RuntimeError, ValueError, IndexError):  # as torch says that shapes do not fit
+        except (RuntimeError, ValueError, LookupError):  # as torch says that shapes do not fit, and some operations
             matrix = None
         if matrix is not None and tuple(matrix.shape) == (rows, cols):
             return

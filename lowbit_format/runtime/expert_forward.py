@@ -103,6 +103,7 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     ids, rows = ids[:chosen], order[:chosen]
     token = rows // k
     out = _experts(module, hidden[token], segments, ids, token, tokens)
+    weights = weights[:, : index.shape[-1]]  # PhiMoE of transformers 5.0 gives more, and itself reads no others
     out = out * weights.reshape(-1)[rows, None]
     if chosen == tokens * k:  # the usual case: every slot is filled
         slots = torch.empty_like(out)

@@ -147,9 +147,11 @@ def test_experts_that_are_not_known_stay_and_count(tmp_path: Path) -> None:
         "hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 8, "vocab_size": 96,
         "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
     }  # fmt: skip
-    hf.JetMoeForCausalLM(hf.JetMoeConfig(**config)).save_pretrained(tmp_path / "source")
+    made = hf.JetMoeConfig(**config)
+    made.pad_token_id = getattr(made, "pad_token_id", None)  # which the model of transformers 5.0 asks for
+    hf.JetMoeForCausalLM(made).save_pretrained(tmp_path / "source")
     reason = "what JetMoeParallelExperts computes with its experts is not known"
-    with pytest.raises(CoverageError, match=rf"only \d\.\d% .*\({reason}\)"):
+    with pytest.raises(CoverageError, match=rf"only \d\.\d% .*\({reason}\); a newer transformers may"):
         convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", RECIPE)
     done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", RECIPE, min_coverage=0.0)
     reader, plain = ModelReader(tmp_path / "out"), weights(tmp_path / "source")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -73,9 +74,17 @@ FAMILIES: dict[str, Callable[[], Any]] = {
 
 
 def build(name: str) -> Any:
-    """A model of one family with random weights that depend on the name alone, biases and norms too."""
+    """A model of one family with random weights that depend on the name alone, biases and norms too.
+
+    Skips the test if the installed transformers is too old for the family, or for experts in a known form.
+    """
+    if name == "granite-moe" and hf.__version__ == "5.0.0":
+        pytest.skip("transformers 5.0.0 computes its experts in a way of its own; it is refused")
     hf.set_seed(sum(name.encode()))
-    model = FAMILIES[name]()
+    try:
+        model = FAMILIES[name]()
+    except AttributeError:
+        pytest.skip(f"transformers {hf.__version__} has no {name}")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
