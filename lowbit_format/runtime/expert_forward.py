@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UnsupportedOperationError
 from ..tensors import all_roles
 from .class_mixin import Mixin, mix_in, restore_class
 from .experts import LowbitExperts, Segment
@@ -92,7 +93,15 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
         hidden: ``[tokens, hidden]``.
         index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last expert mean none.
         weights: float ``[tokens, k]``.
+
+    Raises UnsupportedOperationError if there are more weights, or fewer.
     """
+    if weights.numel() != index.numel():
+        raise UnsupportedOperationError(
+            f"{type(module).__name__} gets weights {list(weights.shape)} for chosen experts {list(index.shape)}, "
+            "expected as many: so does PhiMoE in transformers 5.0, which is wrong with float weights too; install a "
+            "newer transformers"
+        )
     tokens, k = index.shape
     flat = index.reshape(-1)
     ids, order = torch.sort(flat, stable=True)
@@ -103,7 +112,6 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     ids, rows = ids[:chosen], order[:chosen]
     token = rows // k
     out = _experts(module, hidden[token], segments, ids, token, tokens)
-    weights = weights[:, : index.shape[-1]]  # PhiMoE of transformers 5.0 gives more, and itself reads no others
     out = out * weights.reshape(-1)[rows, None]
     if chosen == tokens * k:  # the usual case: every slot is filled
         slots = torch.empty_like(out)

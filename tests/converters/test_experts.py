@@ -97,7 +97,8 @@ def test_a_conversion_with_transposition_is_followed(tmp_path: Path) -> None:
     text = {
         "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
         "vocab_size": 96, "intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 40, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+        "pad_token_id": 0, "moe_intermediate_size": 40,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
     }  # fmt: skip
     eye = {
         "depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 48, "out_hidden_size": 32,
