@@ -32,7 +32,12 @@ def build_model(directory: Path, device: torch.device) -> Any:
 
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as e:
+    except Exception as e:  # of many kinds, since a config may hold anything
+        if "trust_remote_code" in str(e):
+            raise SourceError(
+                f"{directory}: its config needs code of its own, since transformers {transformers.__version__} does "
+                "not know the architecture; code from the checkpoint is never run, a newer transformers may know it"
+            ) from e
         raise SourceError(
             f"{directory}: transformers {transformers.__version__} cannot read its config: {str(e)[:300]}; a newer "
             "transformers may know the architecture, code from the checkpoint is never run"
@@ -72,6 +77,10 @@ class Renamer:
     def __call__(self, key: str) -> tuple[str, bool]:
         """Name in the model, and whether a conversion beyond renaming is needed."""
         return self._rename(key, self._state)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the model's tensor `name`; None if it has none of this name."""
+        return tuple(self._state[name].shape) if name in self._state else None
 
     def conversion(self, key: str) -> tuple[str, Any, str | None]:
         """Name in the model, and the conversion that makes it with the pattern that `key` matches, or None twice."""

@@ -73,7 +73,9 @@ class Stack:
     def tensor(self, tensors: dict[str, SourceTensor]) -> SourceTensor:
         """What the parts come to, as one tensor of the model's."""
         own = [tensors[name] for names in self.parts for name in names]
-        return SourceTensor(self.path, own[0].dtype, self.shape, sum(t.nbytes for t in own))
+        dtypes = {t.dtype for t in own}
+        dtype = own[0].dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"  # which holds all of them
+        return SourceTensor(self.path, dtype, self.shape, sum(t.nbytes for t in own))
 
     def parameter(self, source: Source) -> NDArray[np.float32]:
         """The whole parameter, float32, as the model has it."""
@@ -183,6 +185,11 @@ def _stack(
     rows, cols = reversed(matrix) if kind == "experts_transposed" else matrix
     operations = () if converter is None else tuple(converter.operations)
     order = [""] if converter is None else [p for p in converter.source_patterns if p in by_pattern]
+    if len(order) < len(by_pattern):
+        one, other = (names[0] for names in list(by_pattern.values())[:2])
+        raise SourceError(
+            f"{path}: the checkpoint has it twice, of tensors such as {one!r} and of {other!r}; take one of both out"
+        )
     parts = tuple(tuple(by_pattern[p]) for p in order)
     fused = all(len(names) == 1 and len(shapes[names[0]]) == 3 for names in parts)
     if not fused and any(len(names) != experts for names in parts):
@@ -199,16 +206,19 @@ def _stack(
             if tuple(shapes[parts[0][0]]) == shape:  # by the sizes of the whole stack, as transformers looks at it
                 continue
             operation = type(operation)(operation.dim0, operation.dim1)
+        if _is(operation, "Force16BytesAlignment"):  # of the memory; the values stay as they are
+            continue
         if not _is_for_each(operation, fused):
             return None, "transformers converts it on loading"
         kept.append(operation)
     stack = Stack(path, kind, (experts, rows, cols), parts, tuple(kept))
-    _check_shapes(stack, shapes, fused)
+    absent = [] if converter is None else [p for p in converter.source_patterns if p not in by_pattern]
+    _check_shapes(stack, shapes, fused, absent)
     return stack, ""
 
 
-def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool) -> None:
-    """Raise SourceError unless the parts of every expert come to its matrix."""
+def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool, absent: list[str]) -> None:
+    """Raise SourceError unless the parts of every expert come to its matrix; `absent` parts may be why they do not."""
     import torch
 
     _, rows, cols = stack.shape
@@ -219,10 +229,15 @@ def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool) -> None:
         ones = [torch.empty((1, *shape[1:]) if fused else tuple(shape), device="meta") for shape in found]
         try:
             matrix = _put_together({f"part{i}": [one] for i, one in enumerate(ones)}, stack)
-        except (RuntimeError, ValueError, IndexError):  # as torch says that shapes do not fit
+        except (RuntimeError, ValueError, LookupError):  # as torch says that shapes do not fit, and some operations
             matrix = None
         if matrix is not None and tuple(matrix.shape) == (rows, cols):
             return
+        if absent:
+            raise SourceError(
+                f"{stack.path}: the checkpoint has {name!r}, but nothing like {', '.join(map(repr, absent))}, which it "
+                "is made of too; get it again"
+            )
     raise SourceError(
         f"{name}: has shape {list(shapes[name])}, which does not fit {stack.path!r}: the model expects {rows} by "
         f"{cols} for each of {stack.shape[0]} experts"
@@ -264,7 +279,7 @@ def quantize_stack(source: Source, stack: Stack, target: Target) -> tuple[list[S
 
     Raises QuantizationError and SourceError, as for a matrix.
     """
-    dtype = source.tensors[stack.first].dtype
+    dtype = stack.tensor(source.tensors).dtype
     for attempt, why in _attempts(target):
         weights = enumerate(_matrices(source, stack))
         found = _store(stack, (quantize(w, attempt, source_dtype=dtype, name=f"{stack.path}[{e}]") for e, w in weights))
@@ -289,7 +304,7 @@ def recognised_stack(source: Source, stack: Stack, target: Target) -> tuple[Stor
     """The matrices of the experts, stored without loss, if all lie on one grid and the target asks for it (ENC-3)."""
     found: list[StoredMatrix] = []
     for weight in _matrices(source, stack) if target.recognise else ():
-        one = recognise(weight, target, source.tensors[stack.first].dtype)
+        one = recognise(weight, target, stack.tensor(source.tensors).dtype)
         if one is None or (found and not _is_alike(one, found[0])):
             return None
         found.append(one)

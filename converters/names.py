@@ -6,6 +6,7 @@ whatever renames a release of transformers makes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ class Names:
         absent: parameters of that class that the checkpoint does not have.
         kinds: path of every module that might be quantized to its kind.
         heads: paths of the modules that give an output.
+        strange: tensors of the checkpoint that the class does not know, by name.
     """
 
     destinations: dict[str, Destination]
@@ -66,6 +68,7 @@ class Names:
     absent: tuple[str, ...] = ()
     kinds: dict[str, str] = field(default_factory=dict)
     heads: frozenset[str] = frozenset()
+    strange: tuple[str, ...] = ()
 
 
 def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
@@ -89,6 +92,7 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
     has_body = any(name == prefix for name in modules) and prefix != ""
     stacks, of_experts = find_stacks(model, rename, shapes)
     destinations = {}
+    _check_unique(rename, shapes, directory)
     for key, shape in shapes.items():
         target, converted = rename(key)
         path = target.removesuffix(".weight")
@@ -103,9 +107,10 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
             continue
         if converted and kind != "other":
             reason = "transformers converts it on loading"
-        elif kind != "other" and module is not None and tuple(module.weight.shape) != tuple(shape):
+        elif not converted and rename.shape(target) not in (None, tuple(shape)):
             raise SourceError(
-                f"{directory}: tensor {key!r} has shape {list(shape)}, the model expects {list(module.weight.shape)}"
+                f"{directory}: tensor {key!r} has shape {list(shape)}, the model expects "
+                f"{list(rename.shape(target) or ())}; get the checkpoint again, or correct config.json"
             )
         elif path in read:
             reason = READ
@@ -114,7 +119,26 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
         destinations[key] = Destination(key, path, kind, head, reason, "" if converted else target)
     kinds = {path: _kind(module)[0] for path, module in matrices.items()}
     cls, named_cls = type(model).__name__, type(named).__name__
-    return Names(destinations, tied, prefix, cls, named_cls, absent, kinds, frozenset(heads))
+    strange = tuple(key for key, to in destinations.items() if to.target and rename.shape(to.target) is None)
+    return Names(destinations, tied, prefix, cls, named_cls, absent, kinds, frozenset(heads), strange)
+
+
+def _check_unique(rename: Renamer, keys: Iterable[str], directory: Path) -> None:
+    """Raise SourceError if two tensors of the checkpoint are the same one of the model: which would be loaded?"""
+    plain, parts = dict[str, str](), dict[str, str]()
+    for key in keys:
+        if rename(key)[1]:
+            parts.update(dict.fromkeys(rename.targets(key), key))
+            continue
+        target = rename(key)[0]
+        if target in plain and rename.shape(target) is not None:
+            raise SourceError(_TWICE.format(directory, plain[target], key, target))
+        plain[target] = key
+    for target in plain.keys() & parts.keys():
+        raise SourceError(_TWICE.format(directory, plain[target], parts[target], target))
+
+
+_TWICE = "{}: the tensors {!r} and {!r} both become {!r} of the model; take one of them out of the checkpoint"
 
 
 def _kind(module: Any) -> tuple[str, str | None]:

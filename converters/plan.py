@@ -19,7 +19,7 @@ from .side import SideFiles
 from .source import FLOATS, Source, SourceTensor
 
 MATRICES = ("linear", "conv1d", *KINDS, "expert")  # the kinds that coverage counts
-BASE_MEMORY = 768 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
+BASE_MEMORY = 832 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Plan:
         absent: parameters of that class that the checkpoint does not have.
         side: the files beside the weights.
         renamed: prefixes that were taken off the names of the checkpoint's tensors.
+        strange: tensors of the checkpoint that `architecture` does not know; they are kept.
     """
 
     steps: tuple[Step, ...]
@@ -82,6 +83,7 @@ class Plan:
     absent: tuple[str, ...] = ()
     side: SideFiles = field(default_factory=SideFiles)
     renamed: str = ""
+    strange: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> list[Step]:
@@ -129,11 +131,28 @@ class Plan:
         return sum(s.tensor.nbytes if s.target is None else -(-stored_bits(s.module()) // 8) for s in self.steps)
 
     def peak_memory(self) -> int:
-        """Expected peak of resident memory in bytes: the libraries, and the largest tensor in float and quantized."""
-        largest = max((11 * s.tensor.numel for s in self.quantized if s.stack is None), default=0)
-        copied = max((s.tensor.nbytes for s in self.steps if s.target is None), default=0)
-        stacked = max((_stack_memory(s) for s in self.quantized if s.stack is not None), default=0)
-        return BASE_MEMORY + max(largest, copied, stacked)
+        """Expected peak of resident memory in bytes: the libraries, and the largest tensor in float and quantized.
+
+        While a tensor is worked on, the next is read.
+        """
+        following = [*(_read_memory(step) for step in self.steps[1:]), 0]
+        return BASE_MEMORY + max((_memory(s, n) for s, n in zip(self.steps, following, strict=True)), default=0)
+
+
+def _memory(step: Step, following: int) -> int:
+    """What working on a step takes, with its tensor and the `following` bytes of the next one."""
+    if step.target is None:
+        return step.tensor.nbytes + following
+    if step.stack is not None:
+        return _stack_memory(step) + following
+    return 7 * step.tensor.numel + max(4 * step.tensor.numel, following)
+
+
+def _read_memory(step: Step) -> int:
+    """What the tensor of a step takes once it is read: float32, or the bytes to keep. A stack is read by itself."""
+    if step.target is None:
+        return step.tensor.nbytes
+    return 4 * step.tensor.numel if step.stack is None else 0
 
 
 def _stack_memory(step: Step) -> int:
@@ -174,10 +193,13 @@ def make_plan(
             if key != stack.first:
                 continue  # the step of the first makes the whole stack
             tensor = stack.tensor(source.tensors)
-        if target is not None and tensor.dtype not in FLOATS:
-            raise SourceError(
-                f"{key}: has dtype {tensor.dtype}, expected one of {', '.join(FLOATS)}; is it quantized already?"
-            )
+        own = [key] if stack is None else [name for names in stack.parts for name in names]
+        for name in own if target is not None else ():
+            if source.tensors[name].dtype not in FLOATS:
+                raise SourceError(
+                    f"{name}: has dtype {source.tensors[name].dtype}, expected one of {', '.join(FLOATS)}; is it "
+                    "quantized already?"
+                )
         steps.append(Step(tensor, destination, target, owner, reason))
         if target is not None and owner in owners:
             tied.update({place: own for place, own in names.tied.items() if own == owner})
@@ -190,6 +212,7 @@ def make_plan(
         names.named,
         names.absent,
         side or SideFiles(),
+        strange=names.strange,
     )
     _check(plan, min_coverage)
     return plan
@@ -249,6 +272,8 @@ def _check(plan: Plan, min_coverage: float) -> None:
     if covered < min_coverage:
         kept = list(dict.fromkeys(f"{s.destination.path} ({s.reason})" for s in plan.kept() if s.counted))
         largest = "; ".join(kept[:4]) + (f"; and {len(kept) - 4} more" if len(kept) > 4 else "")
+        if any(reason.endswith("with its experts is not known)") for reason in kept):
+            largest += "; a newer transformers may compute them as other models do, which is known"
         raise CoverageError(
             f"{plan.architecture}: only {covered:.1%} of the weights in matrices would be quantized, expected at least "
             f"{min_coverage:.0%}; kept in full precision: {largest}; pass --min-coverage "

@@ -212,6 +212,8 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("converted as", f"{plan.architecture}, which is all of {plan.named} that the checkpoint has"))
     if plan.absent:
         rows.append(("absent from the checkpoint", _some(plan.absent)))
+    if plan.strange:
+        rows.append((f"unknown to {plan.architecture}, kept as they are", _some(plan.strange)))
     if plan.renamed:
         rows.append(("taken off names", plan.renamed))
     for old, new in plan.side.converted.items():

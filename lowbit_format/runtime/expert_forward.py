@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import UnsupportedOperationError
 from ..tensors import all_roles
 from .class_mixin import Mixin, mix_in, restore_class
 from .experts import LowbitExperts, Segment
@@ -101,7 +102,15 @@ def _routed_forward(module: Any, experts: Experts, hidden: Tensor, index: Tensor
         hidden: ``[tokens, hidden]``.
         index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last expert mean none.
         weights: float ``[tokens, k]``.
+
+    Raises UnsupportedOperationError if there are more weights, or fewer.
     """
+    if weights.numel() != index.numel():
+        raise UnsupportedOperationError(
+            f"{type(module).__name__} gets weights {list(weights.shape)} for chosen experts {list(index.shape)}, "
+            "expected as many: so does PhiMoE in transformers 5.0, which is wrong with float weights too; install a "
+            "newer transformers"
+        )
     tokens, k = index.shape
     ids, rows, segments = chosen(index, module.num_experts)
     if not segments:

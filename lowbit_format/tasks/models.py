@@ -68,6 +68,8 @@ def _only_inside(model: Any) -> Any:
     if len(found) == 1:
         return next(iter(found.values()))
     kind = type(model).__name__
+    if not isinstance(model, nn.Module) and isinstance(getattr(model, "model", None), nn.Module):
+        raise TaskError(f"a {kind} is no model but has one, as a pipeline has: give its `model`")
     if found:
         raise TaskError(f"a {kind} contains {len(found)} lowbit models: give one of them, {' or '.join(found)}")
     if any(isinstance(m, LowbitModule) for _, m in inside):

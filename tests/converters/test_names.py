@@ -123,6 +123,40 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(missing: str, own_checkpoin
     assert not (tmp_path / "out").exists()
 
 
+def test_two_names_of_one_tensor_are_refused(own_checkpoint: Checkpoint) -> None:
+    """transformers knows both, and loads one of them."""
+    key = "encoder.layer.0.output.dense.weight"
+    source = edit_weights(own_checkpoint("bert"), lambda t: t.update({f"bert.{key}": t[key] + 1}))
+    with pytest.raises(SourceError, match=rf"'bert\.{key}' and '{key}' both become '{key}'|'{key}' and 'bert\.{key}'"):
+        names_of(source)
+
+
+def test_an_old_and_a_new_name_of_one_tensor_are_refused(own_checkpoint: Checkpoint) -> None:
+    source = own_checkpoint("mixtral")
+    key = "model.layers.0.block_sparse_moe.gate.weight"
+    edit_weights(source, lambda t: t.update({"model.layers.0.mlp.gate.weight": t[key] + 1}))
+    with pytest.raises(SourceError, match=r"both become 'model\.layers\.0\.mlp\.gate\.weight' of the model; take one"):
+        names_of(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"), [("llama", "model.norm.weight"), ("mixtral", "model.layers.1.block_sparse_moe.gate.weight")]
+)
+def test_what_is_kept_has_to_fit_too(name: str, key: str, own_checkpoint: Checkpoint) -> None:
+    """transformers would refuse to load the result."""
+    source = edit_weights(own_checkpoint(name), lambda t: t.update({key: torch.cat([t[key], t[key]])}))
+    with pytest.raises(SourceError, match=rf"'{key}' has shape \[(128|8, 64)\], the model expects \[(64|4, 64)\]; get"):
+        names_of(source)
+
+
+def test_what_the_class_does_not_know_is_kept_and_told(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = edit_config(own_checkpoint("llama"), num_hidden_layers=1)
+    plan = convert_hf_to_lowbit(str(source), tmp_path / "out", ALL).plan
+    assert len(plan.strange) == 9
+    assert all(key.startswith("model.layers.1.") for key in plan.strange)
+    assert "unknown to LlamaForCausalLM, kept as they are" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_tied_tensor_may_be_absent_in_one_place(own_checkpoint: Checkpoint) -> None:
     source = own_checkpoint("llama-tied")
     assert "lm_head.weight" not in weights(source)
@@ -157,8 +191,9 @@ def test_code_of_the_checkpoint_is_never_run(own_checkpoint: Checkpoint, tmp_pat
         own_checkpoint("llama"), model_type="own", auto_map={"AutoConfig": "own.Own", "AutoModel": "own.Own"}
     )
     (source / "own.py").write_text(f"open({str(marker)!r}, 'w')\nclass Own: pass\n")
-    with pytest.raises(SourceError, match="cannot read its config"):
+    with pytest.raises(SourceError, match=r"needs code of its own.*is never run") as e:
         names_of(source)
+    assert "trust" not in str(e.value)  # the advice of transformers, to run it
     assert not marker.exists()
 
 
@@ -188,3 +223,11 @@ def test_a_tied_matrix_is_kept_in_both_places_if_one_cannot_be_quantized(
     done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", ALL)
     assert not {"model.embed_tokens", "lm_head"} & set(done.outcomes)
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= set(ModelReader(tmp_path / "out").names())
+
+
+@pytest.mark.parametrize("change", [{"quantization_config": []}, {"hidden_size": "64"}, {"rope_parameters": 3}])
+def test_a_config_of_strange_values_is_refused_or_read(change: dict, own_checkpoint: Checkpoint) -> None:
+    """transformers has errors of many kinds for such a config."""
+    source = edit_config(own_checkpoint("llama"), **change)
+    with pytest.raises(SourceError, match=r"cannot (read its config|build the architecture)"):
+        names_of(source)

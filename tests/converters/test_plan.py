@@ -10,7 +10,7 @@ import pytest
 
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, plan_conversion
 from lowbit_format.converters.names import Destination, Names
-from lowbit_format.converters.plan import Plan, make_plan
+from lowbit_format.converters.plan import BASE_MEMORY, Plan, Step, make_plan
 from lowbit_format.converters.source import SourceTensor
 from lowbit_format.errors import CoverageError, NothingToQuantizeError, RecipeError
 from lowbit_format.quantize import Target
@@ -146,3 +146,12 @@ def test_a_matrix_without_weights_is_kept() -> None:
     plan = make_plan(SimpleNamespace(tensors=tensors), names, Recipe(TARGET))  # type: ignore[arg-type]
     assert quantized(plan) == {"b"}
     assert kept(plan) == {"a": "has no weights"}
+
+
+def test_two_large_tensors_that_follow_each_other_are_in_memory_together() -> None:
+    """While one is worked on, the next is read: head and embeddings stand side by side in many files."""
+    steps = [
+        Step(SourceTensor(name, "BF16", shape, 2 * shape[0] * shape[1]), Destination(name, name, "embedding"))
+        for name, shape in (("a", (1000, 900)), ("b", (1000, 800)), ("c", (1, 8)), ("d", (1000, 950)))
+    ]
+    assert Plan(tuple(steps)).peak_memory() == BASE_MEMORY + 2 * 1_700_000

@@ -25,7 +25,7 @@ from lowbit_format.quantize import Target
 Checkpoint = Callable[..., Path]
 
 TARGET = OPTIONS["recipe"].default
-KILLS = 12  # moments, evenly spread over all that touch the disk
+KILLS = {"llama": 12, "mixtral": 6}  # moments, evenly spread over all that touch the disk
 
 
 def run_until(source: Path, out: Path, moment: int) -> int | None:
@@ -51,17 +51,18 @@ def interrupted(source: Path, out: Path) -> Path:
     return work_directory(out)
 
 
+@pytest.mark.parametrize("name", KILLS)
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(
-    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """DIR-7."""
+    """DIR-7, for stacks of experts too."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the fork server finds support.killed there
-    source = checkpoint("llama")
+    source, kills = checkpoint(name), KILLS[name]
     touches = run_until(source, tmp_path / "whole" / "out", 0)
     assert touches is not None
-    assert KILLS < touches < 255
+    assert kills < touches < 255
     whole = content(tmp_path / "whole" / "out")
-    for moment in sorted({1 + i * (touches - 1) // (KILLS - 1) for i in range(KILLS)}):
+    for moment in sorted({1 + i * (touches - 1) // (kills - 1) for i in range(kills)}):
         out = tmp_path / str(moment) / "out"
         assert run_until(source, out, moment) == -signal.SIGKILL
         if out.exists():  # killed after the rename that makes it a model: then it is whole

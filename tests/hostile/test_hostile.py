@@ -18,11 +18,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.directories import sample_model, tiny_model, weights
+from support.directories import sample_model, tiny_model, tiny_stacks, weights
 
 from lowbit_format.container.header import build_header, read_header
 from lowbit_format.container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
 from lowbit_format.errors import DigestError, FormatError, HeaderError
+from lowbit_format.reference import decode_numpy
 from lowbit_format.testing.vectors import assert_same_bits
 
 PEAK = 4 << 20  # bytes that reading a file of a few KB may take at most
@@ -47,6 +48,18 @@ def copy_of_tiny(tiny: Path, tmp_path: Path) -> Path:
 def victim(tiny: Path) -> Path:
     """A copy that hypothesis writes over again and again."""
     return Path(shutil.copytree(tiny, tiny.parent / "victim"))
+
+
+@pytest.fixture(scope="module")
+def stacks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("stacks") / "model"
+    tiny_stacks(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def victim_of_stacks(stacks: Path) -> Path:
+    return Path(shutil.copytree(stacks, stacks.parent / "victim"))
 
 
 @pytest.fixture(autouse=True)
@@ -411,3 +424,53 @@ def test_spliced_bytes(tiny: Path, victim: Path, edits: list[tuple[float, bytes,
 def test_made_up_headers(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = header_file(tmp_path_factory.getbasetemp() / "made-up.safetensors", raw)
     refusal(lambda: read_header(path))
+
+
+# --- stacks of experts -----------------------------------------------------------------------------
+
+
+def is_refused(original: Path, changed: Path) -> bool:
+    """Whether `changed` is refused; if not, every stack that it still names has the weights of the original."""
+    if refusal(lambda: ModelReader(changed).verify()) is not None:
+        return True
+    before, after = ModelReader(original), ModelReader(changed)
+    for entry in after.config:
+        known = before.config.modules.get(entry.path)
+        if known is None:  # renamed, tensors and all
+            continue
+        assert entry.shape[:-1] == known.shape[:-1]
+        cols = min(entry.cols, known.cols)  # a matrix may seem wider by some of its padding
+        for expert in range(known.experts or 0):
+            found, expected = (decode_numpy(reader.matrix(entry.path, expert)) for reader in (after, before))
+            assert_same_bits(found[:, :cols], expected[:, :cols])
+    return False
+
+
+@pytest.mark.parametrize(("name", "step"), [("model.safetensors", 9), (CONFIG_FILE, 5)])
+def test_a_flipped_bit_never_changes_an_expert(name: str, step: int, stacks: Path, victim_of_stacks: Path) -> None:
+    """Of header, data or configuration: refused, or it changed nothing that an expert is made of."""
+    for file in ("model.safetensors", CONFIG_FILE):
+        shutil.copyfile(stacks / file, victim_of_stacks / file)
+    content, refused = bytearray((stacks / name).read_bytes()), 0
+    places = range(0, len(content), step)
+    for at in places:
+        content[at] ^= 1 << (at % 8)
+        (victim_of_stacks / name).write_bytes(content)
+        refused += is_refused(stacks, victim_of_stacks)
+        content[at] ^= 1 << (at % 8)
+    assert refused > len(places) // 3
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), of_config=st.booleans())
+def test_mutated_stacks(stacks: Path, victim_of_stacks: Path, data: st.DataObject, of_config: bool) -> None:
+    content, config = weights(stacks).read_bytes(), (stacks / CONFIG_FILE).read_bytes()
+    if of_config:
+        config = dumped(data.draw(mutated(json.loads(config))))
+    else:
+        (n,) = struct.unpack("<Q", content[:8])
+        raw = dumped(data.draw(mutated(json.loads(content[8 : 8 + n]))))
+        content = struct.pack("<Q", len(raw)) + raw + content[8 + n :]
+    (victim_of_stacks / CONFIG_FILE).write_bytes(config)
+    weights(victim_of_stacks).write_bytes(content)
+    is_refused(stacks, victim_of_stacks)

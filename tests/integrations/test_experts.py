@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import lowbit_format as lb
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
-from lowbit_format.errors import LoadError
+from lowbit_format.errors import LoadError, UnsupportedOperationError
 from lowbit_format.export import dequantize_directory
 from lowbit_format.integrations.model import trained_state_dict
 from lowbit_format.integrations.placement import Placement, refuse_offloaded_experts
@@ -54,10 +54,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def make(name: str) -> Path:
         if name not in done:
-            at = done[name] = tmp_path_factory.mktemp(name)
+            at = tmp_path_factory.mktemp(name)
             build(name).save_pretrained(at / "source")
             convert_hf_to_lowbit(str(at / "source"), at / "lowbit", RECIPE)
             dequantize_directory(ModelReader(at / "lowbit"), at / "float")
+            done[name] = at
         return done[name]
 
     return make
@@ -143,6 +144,18 @@ def test_one_of_two_stacks_may_stay_in_full_precision(made: Callable[[str], Path
         assert_close(logits(model), logits(load(out / "float")))
         model.save_pretrained(out / "saved")
         assert torch.equal(logits(load(out / "saved")), logits(model))
+
+
+def test_weights_for_other_experts_than_were_chosen_are_refused(made: Callable[[str], Path]) -> None:
+    """As a router of transformers 5.0 gives them."""
+    model = load(made("mixtral") / "lowbit")
+    experts = model.model.layers[0].mlp.experts
+    hidden, index = torch.ones(3, 32), torch.tensor([[0, 1]] * 3)
+    assert experts(hidden, index, torch.ones(3, 2)).shape == (3, 32)
+    with pytest.raises(
+        UnsupportedOperationError, match=r"Experts gets weights \[3, 4\] for chosen experts \[3, 2\].*newer"
+    ):
+        experts(hidden, index, torch.ones(3, 4))
 
 
 def test_a_config_of_other_experts_is_refused(made: Callable[[str], Path]) -> None:

@@ -91,5 +91,17 @@ def tiny_model(directory: Path) -> None:
     write_directory(directory, config, [*groups, [StoredTensor("norm", "F32", (2,), np.ones(2, "<f4"))]])
 
 
+def tiny_stacks(directory: Path) -> None:
+    """As :func:`tiny_model`, with stacks of two experts of every codec, one of them nested and transposed."""
+    modules = [
+        ModuleEntry("e.up", Scheme("bcq", 2, 4, "F16", True, nested=(1,)), "experts_transposed", (2, 3, 6)),
+        ModuleEntry("e.down", Scheme("uniform", 2, 0, "F32"), "experts", (2, 2, 9)),
+        ModuleEntry("f.lut", Scheme("codebook", 2, 0, "F16"), "experts", (2, 2, 3)),
+    ]
+    config = QuantizationConfig({m.path: m for m in modules})
+    router = StoredTensor("gate", "F32", (2, 3), np.ones((2, 3), "<f4"))
+    write_directory(directory, config, [*tensors_of(modules, random_matrices(modules)), [router]])
+
+
 def weights(directory: Path) -> Path:
     return directory / WEIGHTS_FILE

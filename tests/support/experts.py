@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -71,11 +72,24 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "minimax-m2": lambda: hf.MiniMaxM2ForCausalLM(hf.MiniMaxM2Config(**_LOCAL, head_dim=8)),
 }  # fmt: skip
 
+OTHERWISE = {  # in transformers 5.0
+    "granite-moe": "computes the experts of GraniteMoE in a way of its own",
+    "phimoe": "gives the experts of PhiMoE weights of a wrong shape, with float weights too",
+}
+
 
 def build(name: str) -> Any:
-    """A model of one family with random weights that depend on the name alone, biases and norms too."""
+    """A model of one family with random weights that depend on the name alone, biases and norms too.
+
+    Skips the test if the installed transformers is too old for the family, or for experts in a known form.
+    """
+    if name in OTHERWISE and hf.__version__ == "5.0.0":
+        pytest.skip(f"transformers 5.0.0 {OTHERWISE[name]}; it is refused")
     hf.set_seed(sum(name.encode()))
-    model = FAMILIES[name]()
+    try:
+        model = FAMILIES[name]()
+    except AttributeError:
+        pytest.skip(f"transformers {hf.__version__} has no {name}")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -461,6 +462,8 @@ def test_names_and_models(bases: Bases, tmp_path: Path) -> None:
         prepare_scale_tuning(model, name="sst2")
     with pytest.raises(TaskError, match="a BertModel is no lowbit model"):
         prepare_scale_tuning(MODELS["bert"]())
+    with pytest.raises(TaskError, match=r"a SimpleNamespace is no model but has one.*give its `model`"):
+        prepare_scale_tuning(SimpleNamespace(model=model))  # as a pipeline
 
 
 def test_a_module_around_a_lowbit_model(bases: Bases, tmp_path: Path) -> None:
