@@ -91,6 +91,7 @@ def report(names: list[str], results: dict[str, dict[str, Any]]) -> str:
         **dict(sorted(Counter(r["status"] for r in found).items())),
         "... with a forward": sum(r["ran"] for r in converted),
         "... coverage of 90% or more": sum(r["coverage"] >= 0.9 for r in converted),
+        "... with stacks of experts": sum(r["experts"] > 0 for r in converted),
         "... all agrees": sum(not r["faults"] for r in converted),
     }
     lines = [f"{n:6d}  {what}" for what, n in rows.items()]

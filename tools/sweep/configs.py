@@ -97,16 +97,10 @@ def tiny_config(config_class: Any, size: Size) -> Any:
         kwargs = {name: value for name, value in kwargs.items() if name in vars(default)}
     if "encoder_in_channels" in kwargs and "backbone_config" in kwargs:
         kwargs |= {"backbone_config": _resnet(3), "encoder_in_channels": [16, 32, 32]}
-    if isinstance(kwargs.get("layer_types"), (list, tuple)):
-        kwargs["layer_types"] = _two_kinds(kwargs["layer_types"])
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(kinds := kwargs.get(name, vars(default).get(name)), (list, tuple)) and kinds:
+            kwargs[name] = _two_kinds(kinds)
     return config_class(**kwargs)
-
-
-def has_experts(config: Any) -> bool:
-    """Whether the model is a mixture of experts, in one of its parts."""
-    parts = [config, *(v for v in vars(config).values() if hasattr(v, "model_type"))]
-    counts = [v for p in parts for n, v in vars(p).items() if _EXPERTS.search(n)]
-    return any(isinstance(v, int) and not isinstance(v, bool) and v > 1 for v in counts)
 
 
 def _resnet(outputs: int = 4) -> Any:
@@ -119,9 +113,6 @@ def _resnet(outputs: int = 4) -> Any:
         depths=[1, 1, 1, 1],
         out_features=["stage1", "stage2", "stage3", "stage4"][-outputs:],
     )
-
-
-_EXPERTS = re.compile(r"num_(local_|routed_)?experts$|n_routed_experts|moe_num_experts|num_experts_per_tok")
 
 
 def _shrunk(name: str, value: Any, size: Size) -> Any:
@@ -183,13 +174,21 @@ def _named(pattern: str, rule: Rule) -> tuple[re.Pattern[str], Rule]:
     return re.compile(pattern), rule
 
 
+_EXPERTS = 4  # two groups of two
+
 # The first whose pattern is found in a field's name decides.
 _LAYER_RULES = (
+    _named(r"experts_per_tok|moe_top_?k$|moe_k$|^n_group$|num_expert_group|zero_expert_num", _at_most(_EXPERTS // 2)),
+    _named(r"^topk_group$|shared_experts$", _at_most(1)),
+    _named(r"num_experts$|(num|n)_(local|routed)_experts$", _at_most(_EXPERTS)),
     _named(r"^depths$|layers_per|blocks_per|num_stages_layers", _at_most(1)),
-    _named(r"first_k_dense|max_window_layers", _at_most(1)),
+    _named(r"first_k_dense|num_dense|max_window_layers", _at_most(1)),
     _named(r"(^|_)layers?$|^n_layers?$|(^|_)depth$|num_(hidden_)?(layers|blocks)|num_.*_layers$", _at_most(2)),
 )  # fmt: skip
 _RULES = (
+    _named(r"experts_per_tok|moe_top_?k$|moe_k$|^n_group$|num_expert_group|zero_expert_num", _at_most(_EXPERTS // 2)),
+    _named(r"^topk_group$|shared_experts$", _at_most(1)),
+    _named(r"num_experts$|(num|n)_(local|routed)_experts$", _at_most(_EXPERTS)),
     _named(r"token_(id|index|idx)s?$|_(start|end)_id$", _token),
     _named(r"(key_value|kv|query_group).*heads?|n_head_kv|num_kv", lambda v, s: min(v, max(1, s.heads // 2))),
     _named(r"head_?dim|d_kv$|kv_channels|head_size|rotary_dim|d_head", lambda v, s: min(v, s.head_dim)),
