@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="classes to try, with * and ?")
     parser.add_argument("--again", action="store_true", help="run the classes of --only again")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=60, help="seconds for one class")
+    parser.add_argument("--limit", type=float, default=60, help="seconds of the processor for one class")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no class after this time")
     parser.add_argument("--report", action="store_true", help="only print what the file has")
     options = parser.parse_args()
