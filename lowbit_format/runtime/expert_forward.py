@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..tensors import all_roles
 from .class_mixin import Mixin, mix_in, restore_class
 from .experts import LowbitExperts, Segment
-from .known_experts import is_sorted
+from .known_experts import experts_of, is_grouped, is_sorted, passes_on
 
 _ROLES = all_roles()
 
@@ -30,9 +30,11 @@ class ExpertForward(Mixin):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which experts are chosen is data
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
-        """As the float module: ``[tokens, hidden]`` to the same, or of sorted experts (see :func:`is_sorted`)."""
+        """As the float module: ``[tokens, hidden]`` to the same, or of rows that are sorted by expert already."""
         if is_sorted(self):  # type: ignore[arg-type]
             return _sorted_forward(self, hidden_states)
+        if is_grouped(self):  # type: ignore[arg-type]
+            return _grouped_forward(self, hidden_states, *routing, **named)
         index, weights = (*routing, *named.values())
         return _routed_forward(self, hidden_states, index, weights)
 
@@ -90,25 +92,30 @@ def _routed_forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor)
     Args:
         module: of experts.
         hidden: ``[tokens, hidden]``.
-        index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last expert mean none.
+        index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last one with matrices mean none, or
+            one that gives what it gets.
         weights: float ``[tokens, k]``.
     """
     tokens, k = index.shape
     flat = index.reshape(-1)
     ids, order = torch.sort(flat, stable=True)
-    segments = _segments(ids.tolist(), module.num_experts)
-    if not segments:
-        return torch.zeros_like(hidden)
-    chosen = segments[-1][2]  # behind it are rows that are for no expert
-    ids, rows = ids[:chosen], order[:chosen]
-    token = rows // k
-    out = _experts(module, hidden[token], segments, ids, token, tokens)
-    out = out * weights.reshape(-1)[rows, None]
-    if chosen == tokens * k:  # the usual case: every slot is filled
-        slots = torch.empty_like(out)
+    segments = _segments(ids.tolist(), experts_of(module) or 0)
+    chosen = segments[-1][2] if segments else 0  # behind it are rows that are for no matrix
+    rows, factors = order[:chosen], weights.reshape(-1, 1)
+    slots = None
+    if segments:
+        token = rows // k
+        out = _experts(module, hidden[token], segments, ids[:chosen], token, tokens) * factors[rows]
+        # the usual case is that every slot is filled
+        slots = torch.empty_like(out) if chosen == tokens * k else out.new_zeros(tokens * k, out.shape[1])
         slots = slots.index_copy(0, rows, out)
-    else:
-        slots = out.new_zeros(tokens * k, out.shape[1]).index_copy(0, rows, out)
+    if passes_on(module) and chosen < tokens * k:
+        rest = order[chosen:]
+        same = hidden[rest // k] * factors[rest]
+        slots = same.new_zeros(tokens * k, same.shape[1]) if slots is None else slots
+        slots = slots.index_copy(0, rest, same.to(slots.dtype))
+    if slots is None:
+        return torch.zeros_like(hidden)
     return slots.view(tokens, k, -1).sum(1).to(hidden.dtype)
 
 
@@ -128,6 +135,17 @@ def _sorted_forward(module: Any, hidden: Tensor) -> Tensor:
     return torch.zeros_like(rows).index_copy(0, at, out)
 
 
+def _grouped_forward(module: Any, inputs: Tensor, expert_size: Any) -> Tensor:
+    """One product of rows ``[n, cols]`` that are sorted by expert, with the number of rows of each expert."""
+    sizes = expert_size.tolist() if isinstance(expert_size, Tensor) else list(expert_size)
+    ids = [expert for expert, size in enumerate(sizes) for _ in range(size)]
+    segments = _segments(ids, len(sizes))
+    if not segments:
+        return inputs.new_zeros(0, module.weight.rows)
+    out: Tensor = module.weight.products(inputs, segments)
+    return out
+
+
 def _experts(module: Any, x: Tensor, segments: Sequence[Segment], ids: Tensor, token: Tensor, tokens: int) -> Tensor:
     """What the experts make of `x`, whose rows are sorted by expert."""
     has_gate = "gate_up_proj" in module._parameters or "gate_up_proj" in module._modules
@@ -137,8 +155,11 @@ def _experts(module: Any, x: Tensor, segments: Sequence[Segment], ids: Tensor, t
     elif is_sorted(module):
         gate, up = up.chunk(2, dim=-1)
         up = up * module.act_fn(gate)
-    else:
+    elif hasattr(module, "_apply_gate"):
         up = module._apply_gate(up)
+    else:
+        gate, up = up.chunk(2, dim=-1)
+        up = module.act_fn(gate) * up
     out = _product(module, "down_proj", up, segments, ids, token, tokens)
     return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
@@ -151,7 +172,7 @@ def _product(
     if isinstance(stack, LowbitExperts):
         out = stack.products(x, segments, token, tokens)
     else:  # kept in full precision
-        transposed = is_sorted(module) or module.is_transposed
+        transposed = is_sorted(module) or getattr(module, "is_transposed", False)
         out = torch.cat([F.linear(x[i:j], stack[e].t() if transposed else stack[e]) for e, i, j in segments])
     bias = getattr(module, f"{name}_bias", None) if getattr(module, "has_bias", False) else None
     return out if bias is None else out + bias[ids]
