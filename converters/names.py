@@ -105,7 +105,8 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
             reason = "transformers converts it on loading"
         elif kind != "other" and module is not None and tuple(module.weight.shape) != tuple(shape):
             raise SourceError(
-                f"{directory}: tensor {key!r} has shape {list(shape)}, the model expects {list(module.weight.shape)}"
+                f"{directory}: tensor {key!r} has shape {list(shape)}, the model that config.json describes expects "
+                f"{list(module.weight.shape)}; get the checkpoint again, or correct config.json"
             )
         elif path in read:
             reason = READ

@@ -43,6 +43,7 @@ SIZES = (
 # Fields that no rule by names gets right: by the config's class, instead of what the rules give.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BarkFineConfig": {"n_codes_total": 4, "n_codes_given": 1},
+    "AutoformerConfig": {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]},
     "BambaConfig": {"mamba_n_heads": 8, "mamba_d_head": 16},
     "BrosConfig": {"dim_bbox": 8},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 100}},
@@ -66,6 +67,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Mamba2Config": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "MarkupLMConfig": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
     "MimiConfig": {"upsample_groups": 64},
+    "MoshiConfig": {"audio_vocab_size": 128},
     "ReformerConfig": {
         "axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh"],
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2, "max_position_embeddings": 32,
