@@ -97,8 +97,9 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
         head = path in heads or (has_body and not path.startswith(f"{prefix}."))
         kind, reason = _kind(module)
         if key in of_experts:
+            target, why = of_experts[key]
             stack = stacks.get(target)
-            kind, reason = (stack.kind, None) if stack is not None else ("expert", of_experts[key][1])
+            kind, reason = (stack.kind, None) if stack is not None else ("expert", why)
             destinations[key] = Destination(key, target, kind, head, reason, "" if converted else target, stack)
             continue
         if converted and kind != "other":

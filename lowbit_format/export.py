@@ -17,7 +17,7 @@ from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
 from .container.writer import SHARD_BYTES, ShardWriter, StoredTensor, shard_name, write_index
 from .dtypes import BY_NAME, from_float32
 from .errors import OutputError
-from .integrations.conversion_record import KEY, ConversionRecord
+from .integrations.conversion_record import KEY, ConversionRecord, expert_name
 from .reference import decode
 from .schema import ModuleEntry
 
@@ -172,7 +172,7 @@ def _decoded(
         weight = decode(reader.matrix(module.path, expert, only=bits))
         if patterns:
             for pattern, part in zip(patterns, np.split(weight, len(patterns)), strict=True):
-                yield _rounded(pattern.replace("*", str(expert)), part, dtype)
+                yield _rounded(expert_name(pattern, expert), part, dtype)
             continue
         one = _rounded(module.weight, weight.T if module.kind == "experts_transposed" else weight, dtype)
         whole = np.empty((module.experts, *one.shape), one.data.dtype) if whole is None else whole

@@ -5,6 +5,7 @@ transformers keeps the key when it saves a model, so that ``lowbit dequantize`` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ class ConversionRecord:
         source_names: name of a tensor in the model -> its name in the checkpoint, where the two differ.
         copies: name in the checkpoint of a second copy of a tied tensor -> name of the parameter that has its values.
         absent: parameters of the model that the checkpoint does not have, and that its use does not need.
-        experts: parameter of stacked experts -> names of the checkpoint's tensors, ``*`` being the expert's number;
+        experts: parameter of stacked experts -> names of the checkpoint's tensors, see :func:`expert_name`;
             the rows of an expert's matrix are those of the tensors, in equal parts.
         joined: name of a tensor in the checkpoint -> names in the model of the blocks of rows that it was cut into.
     """
@@ -56,6 +57,11 @@ class ConversionRecord:
             _lists(found.get("experts")),
             _parts(found.get("joined")),
         )
+
+
+def expert_name(pattern: str, expert: int) -> str:
+    """The name of an expert's tensor: `pattern` with its number in the place of ``*``; ``*+8`` begins at 8."""
+    return re.sub(r"\*(?:\+(\d+))?", lambda found: str(expert + int(found[1] or 0)), pattern)
 
 
 def _names(found: object) -> dict[str, str]:

@@ -164,7 +164,7 @@ def test_code_of_the_checkpoint_is_never_run(own_checkpoint: Checkpoint, tmp_pat
 
 def test_a_shape_that_does_not_fit_the_config_is_refused(own_checkpoint: Checkpoint) -> None:
     source = edit_config(own_checkpoint("llama"), intermediate_size=128)
-    with pytest.raises(SourceError, match=r"mlp\.\w+_proj\.weight' has shape .*, the model expects \["):
+    with pytest.raises(SourceError, match=r"mlp\.\w+_proj\.weight' has shape .*config.json describes expects \["):
         names_of(source)
 
 
