@@ -48,6 +48,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BrosConfig": {"dim_bbox": 8},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 100}},
     "CvtConfig": {"depth": [1, 2, 3]},
+    "DbrxAttentionConfig": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
     "DebertaConfig": {"pooler_hidden_size": 64},
     "Emu3Config": {"vocabulary_map": {"<image>": 100}},
     "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
@@ -59,20 +60,35 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0, 0.0], "hidden_size_per_layer_input": 16, "laurel_rank": 8,
         "vocab_size_per_layer_input": 128,
     },
+    "Glm4vMoeTextConfig": {
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]
+        },
+    },
+    "GraniteMoeHybridConfig": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "HunYuanMoEV1Config": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "HunYuanDenseV1Config": {"head_dim": 16},
     "HunYuanVLTextConfig": {"head_dim": 16},
     "LayoutLMv3Config": {"coordinate_size": 10, "shape_size": 12},
     "LEDConfig": {"attention_window": [4, 4]},
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "LongformerConfig": {"attention_window": 4},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "MarkupLMConfig": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
     "MimiConfig": {"upsample_groups": 64},
     "MoshiConfig": {"audio_vocab_size": 128},
+    "NemotronHConfig": {
+        "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "num_hidden_layers": 3, "head_dim": 16,
+        "layers_block_type": ["mamba", "attention", "moe"],
+    },
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 32},
     "ReformerConfig": {
         "axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 48], "attn_layers": ["local", "lsh"],
         "local_attn_chunk_length": 4, "lsh_attn_chunk_length": 4, "num_buckets": 2, "max_position_embeddings": 32,
     },
     "Speech2TextConfig": {"conv_channels": 32},
+    "Step3p7TextConfig": {"sliding_window": 8},
     "XLNetConfig": {"d_head": 16},
 }  # fmt: skip
 
@@ -102,7 +118,21 @@ def tiny_config(config_class: Any, size: Size) -> Any:
     for name in ("layer_types", "mlp_layer_types"):
         if isinstance(kinds := kwargs.get(name, vars(default).get(name)), (list, tuple)) and kinds:
             kwargs[name] = _two_kinds(kinds)
+    if not size.layers_only:
+        kwargs |= _of_experts(vars(default), kwargs)
     return config_class(**kwargs)
+
+
+def _of_experts(default: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What the rules by names leave out where the default is None, though the model needs it."""
+    usual = {
+        "n_routed_experts": _EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2,
+        "mlp_layer_types": ["dense", "sparse"],
+    }  # fmt: skip
+    found: dict[str, Any] = {name: value for name, value in usual.items() if default.get(name, 0) is None}
+    if "kv_lora_rank" in kwargs and "num_key_value_heads" in default:  # latent attention has a key for each query
+        found["num_key_value_heads"] = kwargs.get("num_attention_heads", default.get("num_attention_heads"))
+    return found
 
 
 def _resnet(outputs: int = 4) -> Any:
