@@ -53,11 +53,13 @@ class Stack:
 
     @property
     def patterns(self) -> list[str]:
-        """Names of the tensors with ``*`` for the expert's number (``*+8``, if the first has number 8); empty unless
-        each expert has tensors of its own, whose rows are those of its matrix, one after the other."""
+        """Names of the tensors with ``*`` for the expert's number (``*+8``, if the first has number 8), or without, if
+        each has a part of all experts; empty unless the rows of a matrix are those of its parts, one after another."""
         plain = self.kind == "experts" and all(
             _is(op, "MergeModulelist") or (_is(op, "Concatenate") and op.dim == 1) for op in self.operations
         )
+        if plain and len(self.parts) > 1 and all(len(names) == 1 for names in self.parts):
+            return [names[0] for names in self.parts]
         if not plain or len(self.parts[0]) != self.shape[0] or self.shape[0] < 2:
             return []
         found = []

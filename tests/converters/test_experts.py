@@ -146,6 +146,28 @@ def test_stacks_that_a_checkpoint_numbers_as_one(tmp_path: Path) -> None:
     assert weights(tmp_path / "float").keys() == plain.keys()
 
 
+def test_stacks_of_parts_get_their_names_back(tmp_path: Path) -> None:
+    """Step 3.7 has the gates of all experts in one tensor and what they gate in another."""
+    import transformers as hf
+
+    text = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "vocab_size": 96, "intermediate_size": 48, "n_routed_experts": 4, "num_local_experts": 4,
+        "share_expert_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_layer_types": ["sparse"],
+        "layer_types": ["full_attention"],
+    }  # fmt: skip
+    eye = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    model = hf.Step3p7ForConditionalGeneration(hf.Step3p7Config(text_config=text, vision_config=eye))
+    model.save_pretrained(tmp_path / "source")
+    convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", Recipe(Target("uniform", 8, 32)), min_coverage=0)
+    dequantize_directory(ModelReader(tmp_path / "out"), tmp_path / "float", dtype="float32")
+    plain, decoded = weights(tmp_path / "source"), weights(tmp_path / "float")
+    assert decoded.keys() == plain.keys()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        key = f"model.layers.0.moe.{name}.weight"
+        torch.testing.assert_close(decoded[key], plain[key], rtol=0, atol=1e-3)
+
+
 def test_plan_and_recipe_name_the_parameter(checkpoint: Checkpoint) -> None:
     source = str(checkpoint("mixtral"))
     rules = (Rule("*.experts.down_proj", Target("uniform", 8, 0)), Rule("*.0.mlp.experts.*", None))
