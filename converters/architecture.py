@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,11 @@ def build_model(directory: Path, device: torch.device) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as e:
+        if _lacks_type(directory):
+            raise SourceError(
+                f"{directory}: config.json has no 'model_type', by which transformers knows the architecture, such as "
+                "that of a part that was saved without its model; convert the directory of the whole model"
+            ) from e
         raise SourceError(
             f"{directory}: transformers {transformers.__version__} cannot read its config: {str(e)[:300]}; a newer "
             "transformers may know the architecture, code from the checkpoint is never run"
@@ -47,6 +53,15 @@ def build_model(directory: Path, device: torch.device) -> Any:
             raise SourceError(
                 f"{directory}: cannot build the architecture {config.architectures or type(config).__name__}: {e}"
             ) from e
+
+
+def _lacks_type(directory: Path) -> bool:
+    """Whether ``config.json`` tells the model's class and not its ``model_type``."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("architectures")) and not config.get("model_type")
 
 
 def tied_keys(model: Any) -> dict[str, str]:

@@ -45,6 +45,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BarkFineConfig": {"n_codes_total": 4, "n_codes_given": 1},
     "AutoformerConfig": {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]},
     "BambaConfig": {"mamba_n_heads": 8, "mamba_d_head": 16},
+    "BltConfig": {"encoder_hash_byte_group_vocab": 64},
     "BrosConfig": {"dim_bbox": 8},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 100}},
     "CvtConfig": {"depth": [1, 2, 3]},
@@ -96,11 +97,12 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 def tiny_config(config_class: Any, size: Size) -> Any:
     """A config of `config_class` as small as `size`; its parts too. Raises whatever the class does."""
     default = config_class()
+    known = {**vars(default), **{name: getattr(default, name, None) for name in default.attribute_map}}
     kwargs: dict[str, Any] = {}
     for name, parameter in inspect.signature(config_class.__init__).parameters.items():
-        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or name not in vars(default):
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or name not in known:
             continue
-        value = vars(default)[name]
+        value = known[name]
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             kwargs[name] = tiny_config(type(value), size)
         elif "rope" in name and isinstance(value, dict) and not size.layers_only:
