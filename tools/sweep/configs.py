@@ -76,8 +76,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "LongformerConfig": {"attention_window": 4},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "MarkupLMConfig": {"max_xpath_tag_unit_embeddings": 256, "max_xpath_subs_unit_embeddings": 1024},
+    "InformerConfig": {"prediction_length": 4, "context_length": 16, "lags_sequence": [1, 2, 3]},
     "MimiConfig": {"upsample_groups": 64},
+    "MinistralConfig": {"head_dim": 16},
     "MoshiConfig": {"audio_vocab_size": 128},
+    "NemotronConfig": {"head_dim": 16, "num_key_value_heads": 2},
     "NemotronHConfig": {
         "mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 2, "num_hidden_layers": 3, "head_dim": 16,
         "layers_block_type": ["mamba", "attention", "moe"],
