@@ -200,7 +200,7 @@ class _Reverting:
         mapping = reversed(get_model_conversion_mapping(model, add_legacy=False))
         # A change of the prefix only tells what names may have been.
         renamings = [m for m in mapping if isinstance(m, WeightRenaming) and type(m).__name__ != "PrefixChange"]
-        self._renamings = [m.reverse_transform() for m in renamings]
+        self._renamings: list[Any] = [m.reverse_transform() for m in renamings]
 
     def __call__(self, name: str) -> str:
         return str(rename_source_key(name, self._renamings, [])[0])

@@ -40,7 +40,7 @@ def run(name: str) -> Result:
     cls: Any = getattr(transformers, name)
     try:
         model, inputs, note = _model(cls)
-    except NotBuiltError as e:
+    except (NotBuiltError, ImportError) as e:  # the other libraries of some models are not installed
         return {"status": "not built", "message": str(e)}
     with tempfile.TemporaryDirectory() as directory:
         return {**_converted(model, inputs, Path(directory)), "note": note}
