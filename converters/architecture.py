@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,11 @@ def build_model(directory: Path, device: torch.device) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as e:  # of many kinds, since a config may hold anything
+        if _lacks_type(directory):
+            raise SourceError(
+                f"{directory}: config.json has no 'model_type', by which transformers knows the architecture, such as "
+                "that of a part that was saved without its model; convert the directory of the whole model"
+            ) from e
         if "trust_remote_code" in str(e):
             raise SourceError(
                 f"{directory}: its config needs code of its own, since transformers {transformers.__version__} does "
@@ -52,6 +58,15 @@ def build_model(directory: Path, device: torch.device) -> Any:
             raise SourceError(
                 f"{directory}: cannot build the architecture {config.architectures or type(config).__name__}: {e}"
             ) from e
+
+
+def _lacks_type(directory: Path) -> bool:
+    """Whether ``config.json`` tells the model's class and not its ``model_type``."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("architectures")) and not config.get("model_type")
 
 
 def tied_keys(model: Any) -> dict[str, str]:

@@ -35,6 +35,7 @@ from ..quantize.calibrated import quantize_for_outputs
 from ..quantize.recognise import recognise
 from ..quantize.solve import measured
 from ..reference import decode
+from ..runtime.known_experts import is_grouped
 from ..tensors import stored_bits, tensor_specs
 from .driver import load_step
 from .experts import KINDS, recognised_stack, store_stack
@@ -244,7 +245,7 @@ class Calibrated:
         targets = {
             path.removeprefix(f"{place.path}."): step.target
             for path, step in everything.items()
-            if step.target is not None and path not in lossless and path not in self._stacks
+            if step.target is not None and path not in lossless | self._stacks and not self._is_grouped(step)
         }
         self._float.load(place.path)
         result = self._walk.quantize(place, targets, self._effort)
@@ -257,6 +258,10 @@ class Calibrated:
         self.unseen += [f"{path} ({of} experts)" for path, of in few.items()]
         self._reached = place.position
         self._report(place.path, result)
+
+    def _is_grouped(self, step: Step) -> bool:
+        """Whether a stack's module gets rows that are sorted already, which is not calibrated."""
+        return step.stack is not None and is_grouped(self._float.model.get_submodule(step.path.rpartition(".")[0]))
 
     def _quantize_outside(self, step: Step, weight: F32) -> Quantized:
         """Quantize a layer outside of blocks, on what it sees where all blocks are quantized."""

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..container.writer import StoredTensor, module_tensors
 from ..errors import QuantizationError, SourceError
+from ..integrations.conversion_record import expert_name
 from ..matrix import F32, StoredMatrix
 from ..quantize import Quantized, Target, quantize
 from ..quantize.recognise import recognise
@@ -55,11 +56,13 @@ class Stack:
 
     @property
     def patterns(self) -> list[str]:
-        """Names of the tensors with ``*`` for the expert's number; empty unless each expert has tensors of its own,
-        whose rows are those of its matrix, one after the other."""
+        """Names of the tensors with ``*`` for the expert's number (``*+8``, if the first has number 8), or without, if
+        each has a part of all experts; empty unless the rows of a matrix are those of its parts, one after another."""
         plain = self.kind == "experts" and all(
             _is(op, "MergeModulelist") or (_is(op, "Concatenate") and op.dim == 1) for op in self.operations
         )
+        if plain and len(self.parts) > 1 and all(len(names) == 1 for names in self.parts):
+            return [names[0] for names in self.parts]
         if not plain or len(self.parts[0]) != self.shape[0] or self.shape[0] < 2:
             return []
         found = []
@@ -152,6 +155,11 @@ def find_stacks(
         if path in modules and _is_stack(modules[path], path, leaf):
             parts.setdefault(target, {}).setdefault(pattern or "", []).append(key)
             converters[target] = converter
+    for target, converter in list(converters.items()):
+        if converter is not None and [type(op).__name__ for op in converter.operations] == [_SHARED]:
+            shared = _shared(target, converter, parts.pop(target))
+            parts.update(shared)
+            converters.update(dict.fromkeys(shared, converter))
     stacks, belongs = dict[str, Stack](), dict[str, tuple[str, str]]()
     for target, by_pattern in parts.items():
         parent, _, leaf = target.rpartition(".")
@@ -162,6 +170,21 @@ def find_stacks(
             stacks[target] = stack
         belongs.update({key: (target, reason) for names in by_pattern.values() for key in names})
     return stacks, belongs
+
+
+_SHARED = "ErnieFuseAndSplitTextVisionExperts"
+
+
+def _shared(target: str, converter: Any, by_pattern: dict[str, list[str]]) -> dict[str, dict[str, list[str]]]:
+    """The parts of several stacks whose experts a checkpoint numbers as one: those of the first stack come first."""
+    first, *others = converter.target_patterns
+    targets = [target, *(target.replace(first, other) for other in others)]
+    found: dict[str, dict[str, list[str]]] = {name: {} for name in targets}
+    for pattern, names in by_pattern.items():
+        size = -(-len(names) // len(targets))
+        for i, name in enumerate(targets):
+            found[name][pattern] = names[i * size : (i + 1) * size]
+    return found
 
 
 def _is_stack(module: Any, path: str, leaf: str) -> bool:
@@ -183,7 +206,7 @@ def _stack(
     shape = tuple(getattr(module, leaf).shape)
     experts, *matrix = shape
     rows, cols = reversed(matrix) if kind == "experts_transposed" else matrix
-    operations = () if converter is None else tuple(converter.operations)
+    operations = () if converter is None else _own_operations(converter)
     order = [""] if converter is None else [p for p in converter.source_patterns if p in by_pattern]
     if len(order) < len(by_pattern):
         one, other = (names[0] for names in list(by_pattern.values())[:2])
@@ -215,6 +238,17 @@ def _stack(
     absent = [] if converter is None else [p for p in converter.source_patterns if p not in by_pattern]
     _check_shapes(stack, shapes, fused, absent)
     return stack, ""
+
+
+def _own_operations(converter: Any) -> tuple[Any, ...]:
+    """What transformers does to the parts of one stack."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    operation = converter.operations[0]
+    if not _is(operation, _SHARED):
+        return tuple(converter.operations)
+    merge, several = MergeModulelist(operation.stack_dim), len(converter.source_patterns) > 1
+    return (merge, Concatenate(operation.concat_dim)) if several else (merge,)
 
 
 def _check_shapes(stack: Stack, shapes: dict[str, Any], fused: bool, absent: list[str]) -> None:
@@ -261,10 +295,12 @@ def _pattern(names: tuple[str, ...]) -> str | None:
     """The name that `names` have in common, ``*`` being the expert's number; None if there is none."""
     zeros, ones = names[0].split("."), names[1].split(".")
     at = [i for i, (a, b) in enumerate(zip(zeros, ones, strict=False)) if a != b]
-    if len(zeros) != len(ones) or len(at) != 1:
+    if len(zeros) != len(ones) or len(at) != 1 or not zeros[at[0]].isdecimal():
         return None
-    pattern = ".".join("*" if i == at[0] else part for i, part in enumerate(zeros))
-    same = all(pattern.replace("*", str(e)) == name for e, name in enumerate(names))
+    first = int(zeros[at[0]])
+    number = f"*+{first}" if first else "*"
+    pattern = ".".join(number if i == at[0] else part for i, part in enumerate(zeros))
+    same = all(expert_name(pattern, e) == name for e, name in enumerate(names))
     return pattern if same and pattern.count("*") == 1 else None
 
 

@@ -101,15 +101,16 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
         head = path in heads or (has_body and not path.startswith(f"{prefix}."))
         kind, reason = _kind(module)
         if key in of_experts:
+            target, why = of_experts[key]
             stack = stacks.get(target)
-            kind, reason = (stack.kind, None) if stack is not None else ("expert", of_experts[key][1])
+            kind, reason = (stack.kind, None) if stack is not None else ("expert", why)
             destinations[key] = Destination(key, target, kind, head, reason, "" if converted else target, stack)
             continue
         if converted and kind != "other":
             reason = "transformers converts it on loading"
         elif not converted and rename.shape(target) not in (None, tuple(shape)):
             raise SourceError(
-                f"{directory}: tensor {key!r} has shape {list(shape)}, the model expects "
+                f"{directory}: tensor {key!r} has shape {list(shape)}, the model that config.json describes expects "
                 f"{list(rename.shape(target) or ())}; get the checkpoint again, or correct config.json"
             )
         elif path in read:

@@ -174,6 +174,8 @@ def make_plan(
         SourceError: a tensor to quantize has a dtype that is no float.
     """
     quantizable = [r for r in names.destinations.values() if r.kind in ("linear", "conv1d", "embedding", *KINDS)]
+    if not quantizable:
+        raise NothingToQuantizeError(f"{names.architecture}: has no Linear, Conv1D or Embedding weight to quantize")
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     _check_asked(recipe, names)
     steps, dropped, tied = [], {}, {}

@@ -127,7 +127,7 @@ def _inputs(model: Any) -> Iterator[dict[str, Tensor]]:
         takes = set(inspect.signature(model.forward).parameters)
     except (TypeError, ValueError):
         return
-    main = model.main_input_name
+    main = model.main_input_name if isinstance(model.main_input_name, str) else model.main_input_name[0]
     ids = next((name for name in (main, *_TEXT) if name in takes and name in _TEXT), None)
     names = [name for name in (ids, "decoder_input_ids") if name in takes]
     text = {name: torch.zeros(1, _LENGTH, dtype=torch.long, device="meta") for name in names if name}

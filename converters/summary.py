@@ -122,7 +122,8 @@ def remarks_on_quality(done: Conversion) -> list[str]:
     lines = []
     if done.unseen:
         lines.append(
-            f"Note: too little of the data reached {_some(done.unseen)}, quantized as without data; give more samples."
+            f"Note: too little of the data reached {_some(done.unseen)}, or it is of a kind that is not calibrated: "
+            "quantized as without data."
         )
     if done.unmeasured:
         lines.append(f"Note: how well it predicts was not measured: {done.unmeasured}. `lowbit eval` does that.")

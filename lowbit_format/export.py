@@ -17,7 +17,7 @@ from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
 from .container.writer import SHARD_BYTES, ShardWriter, StoredTensor, shard_name, write_index
 from .dtypes import BY_NAME, from_float32
 from .errors import OutputError
-from .integrations.conversion_record import KEY, ConversionRecord
+from .integrations.conversion_record import KEY, ConversionRecord, expert_name
 from .reference import decode
 from .schema import ModuleEntry
 
@@ -109,7 +109,7 @@ class _Names:
         return self._names.get(name, [name])
 
     def experts(self, module: ModuleEntry) -> list[str]:
-        """Names of the tensors of each expert, ``*`` being its number; empty where one tensor held them all."""
+        """Names of the tensors of each expert, ``*`` being its number, or of parts of all; empty where one held all."""
         return self._experts.get(module.path, [])
 
     def __iter__(self) -> Iterator[str]:
@@ -154,7 +154,7 @@ def _join(key: str, parts: list[StoredTensor]) -> Iterator[StoredTensor]:
 def _has_parts(module: ModuleEntry, record: ConversionRecord) -> bool:
     patterns = record.experts.get(module.path, [])
     whole = bool(patterns) and module.rows % len(patterns) == 0 and len(set(patterns)) == len(patterns)
-    return whole and module.kind == "experts" and all(p.count("*") == 1 for p in patterns)
+    return whole and module.kind == "experts" and {p.count("*") for p in patterns} in ({0}, {1})
 
 
 def _decoded(
@@ -167,18 +167,21 @@ def _decoded(
         weight = reader.decode(module.path, bits)
         yield _rounded(module.weight, weight.T if module.kind == "conv1d" else weight, dtype)
         return
-    whole: NDArray[Any] | None = None
+    stacks: dict[str, NDArray[Any]] = {}
     for expert in range(module.experts):
         weight = decode(reader.matrix(module.path, expert, only=bits))
-        if patterns:
-            for pattern, part in zip(patterns, np.split(weight, len(patterns)), strict=True):
-                yield _rounded(pattern.replace("*", str(expert)), part, dtype)
-            continue
-        one = _rounded(module.weight, weight.T if module.kind == "experts_transposed" else weight, dtype)
-        whole = np.empty((module.experts, *one.shape), one.data.dtype) if whole is None else whole
-        whole[expert] = one.data
-    if whole is not None:
-        yield StoredTensor(module.weight, BY_NAME[dtype], whole.shape, whole)
+        weight = weight.T if module.kind == "experts_transposed" else weight
+        parts = np.split(weight, len(patterns)) if patterns else [weight]
+        for pattern, part in zip(patterns or [module.weight], parts, strict=True):
+            one = _rounded(expert_name(pattern, expert), part, dtype)
+            if "*" in pattern:  # a tensor of its own
+                yield one
+                continue
+            if pattern not in stacks:
+                stacks[pattern] = np.empty((module.experts, *one.shape), one.data.dtype)
+            stacks[pattern][expert] = one.data
+    for name, whole in stacks.items():
+        yield StoredTensor(name, BY_NAME[dtype], whole.shape, whole)
 
 
 def _rounded(name: str, weight: NDArray[np.float32], dtype: str) -> StoredTensor:

@@ -25,7 +25,15 @@ from ..quantize import Target, quantize
 from ..quantize.calibrated import quantize_for_outputs, without_drift
 from ..runtime.expert_forward import chosen, chosen_among_all, expert_forward
 from ..runtime.experts import Segment
-from ..runtime.known_experts import activated, bias_of, expert_parameters, is_sorted, name_of_first, normed
+from ..runtime.known_experts import (
+    activated,
+    bias_of,
+    expert_parameters,
+    is_sorted,
+    name_of_first,
+    normed,
+    number_of_experts,
+)
 from .decoded import decoded
 from .effort import Effort
 from .hessians import LEAST_ROWS, Call, Collector, Enough
@@ -112,7 +120,7 @@ def record(module: nn.Module, calls: Iterable[Call]) -> list[_Inputs]:
 def _inputs(
     module: Any, hidden: Tensor, routing: tuple[Any, ...], plain: Tensor | None, mask: Tensor | None
 ) -> _Inputs:
-    hidden, experts = hidden.reshape(-1, hidden.shape[-1]), module.num_experts
+    hidden, experts = hidden.reshape(-1, hidden.shape[-1]), number_of_experts(module) or 0
     plain = None if plain is None else plain.reshape(hidden.shape)
     weights: Tensor | None = None
     if is_sorted(module):

@@ -5,6 +5,7 @@ transformers keeps the key when it saves a model, so that ``lowbit dequantize`` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,9 @@ class ConversionRecord:
         source_names: name of a tensor in the model -> its name in the checkpoint, where the two differ.
         copies: name in the checkpoint of a second copy of a tied tensor -> name of the parameter that has its values.
         absent: parameters of the model that the checkpoint does not have, and that its use does not need.
-        experts: parameter of stacked experts -> names of the checkpoint's tensors, ``*`` being the expert's number;
-            the rows of an expert's matrix are those of the tensors, in equal parts.
+        experts: parameter of stacked experts -> names of the checkpoint's tensors, see :func:`expert_name`, or without
+            a ``*`` of those that have a part of all experts; the rows of an expert's matrix are those of the tensors,
+            in equal parts.
         joined: name of a tensor in the checkpoint -> names in the model of the blocks of rows that it was cut into.
     """
 
@@ -58,6 +60,11 @@ class ConversionRecord:
         )
 
 
+def expert_name(pattern: str, expert: int) -> str:
+    """The name of an expert's tensor: `pattern` with its number in the place of ``*``; ``*+8`` begins at 8."""
+    return re.sub(r"\*(?:\+(\d+))?", lambda found: str(expert + int(found[1] or 0)), pattern)
+
+
 def _names(found: object) -> dict[str, str]:
     pairs = found.items() if isinstance(found, Mapping) else ()
     return {k: v for k, v in pairs if isinstance(k, str) and isinstance(v, str)}
@@ -68,7 +75,7 @@ def _lists(found: object) -> dict[str, list[str]]:
     return {
         k: list(v)
         for k, v in pairs
-        if isinstance(k, str) and isinstance(v, list) and v and all(isinstance(n, str) and "*" in n for n in v)
+        if isinstance(k, str) and isinstance(v, list) and v and all(isinstance(n, str) for n in v)
     }
 
 

@@ -191,17 +191,16 @@ class _Renaming:
 
 
 class _Reverting:
-    """transformers' renaming on saving: names in `model` to names in a checkpoint, if no conversion is needed."""
+    """transformers' renaming on saving: names in `model` to names in a checkpoint.
+
+    What a conversion makes of a tensor besides is left out: names are only turned back into the model's afterwards.
+    """
 
     def __init__(self, model: Any) -> None:
-        mapping = [
-            m.reverse_transform()
-            for m in reversed(get_model_conversion_mapping(model, add_legacy=False))
-            if type(m).__name__ != "PrefixChange"
-        ]  # it only tells what names may have been
-        self._renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-        self._converters = [m for m in mapping if isinstance(m, WeightConverter)]
+        mapping = reversed(get_model_conversion_mapping(model, add_legacy=False))
+        # A change of the prefix only tells what names may have been.
+        renamings = [m for m in mapping if isinstance(m, WeightRenaming) and type(m).__name__ != "PrefixChange"]
+        self._renamings: list[Any] = [m.reverse_transform() for m in renamings]
 
     def __call__(self, name: str) -> str:
-        converted = any(m.rename_source_key(name)[1] is not None for m in self._converters)
-        return name if converted else str(rename_source_key(name, self._renamings, [])[0])
+        return str(rename_source_key(name, self._renamings, [])[0])

@@ -54,11 +54,12 @@ def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskSta
     reader.check_precision(bits)
     placed, modules = Placement(), dict(model.named_modules())
     for entry in reader.config:
-        path = files.path(entry.weight)
+        is_stack = entry.experts is not None  # whose path is a parameter's, perhaps one with the name ``weight``
+        path = files.of.get(entry.weight) if is_stack else files.path(entry.weight)
         if path is None:
             files.check_config(entry.weight)
             continue
-        if entry.experts is not None:
+        if is_stack:
             _replace_experts(model, path, entry, bits)
         else:
             _replace(model, path, modules[path], reader, entry, bits)

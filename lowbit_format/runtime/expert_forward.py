@@ -17,7 +17,16 @@ from ..errors import UnsupportedOperationError
 from ..tensors import all_roles
 from .class_mixin import Mixin, mix_in, restore_class
 from .experts import LowbitExperts, Segment
-from .known_experts import activated, bias_of, is_sorted, name_of_first, normed
+from .known_experts import (
+    activated,
+    bias_of,
+    is_grouped,
+    is_sorted,
+    name_of_first,
+    normed,
+    number_of_experts,
+    passes_on,
+)
 
 _ROLES = all_roles()
 
@@ -32,6 +41,8 @@ class ExpertForward(Mixin):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which experts are chosen is data
     def forward(self, hidden_states: Tensor, *routing: Any, **named: Any) -> Tensor:
         """As the float module: ``[tokens, hidden]`` to the same, or of sorted experts (see :func:`is_sorted`)."""
+        if is_grouped(self):  # type: ignore[arg-type]
+            return _grouped_forward(self, hidden_states, *routing, **named)
         return expert_forward(self, _experts, hidden_states, *routing, *named.values())
 
     def __getattr__(self, name: str) -> Any:
@@ -100,7 +111,8 @@ def _routed_forward(module: Any, experts: Experts, hidden: Tensor, index: Tensor
     Args:
         module: of experts.
         hidden: ``[tokens, hidden]``.
-        index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last expert mean none.
+        index: int64 ``[tokens, k]``: the experts of each token; numbers behind the last one with matrices mean none, or
+            one that gives what it gets.
         weights: float ``[tokens, k]``.
 
     Raises UnsupportedOperationError if there are more weights, or fewer.
@@ -112,17 +124,21 @@ def _routed_forward(module: Any, experts: Experts, hidden: Tensor, index: Tensor
             "newer transformers"
         )
     tokens, k = index.shape
-    ids, rows, segments = chosen(index, module.num_experts)
-    if not segments:
-        return torch.zeros_like(hidden)
-    token = rows // k
-    out = experts(module, hidden[token], segments, ids, token, tokens)
-    out = out * weights.reshape(-1)[rows, None]
-    if len(rows) == tokens * k:  # the usual case: every slot is filled
-        slots = torch.empty_like(out)
+    ids, rows, segments = chosen(index, number_of_experts(module) or 0)
+    factors, slots = weights.reshape(-1, 1), None
+    if segments:
+        token = rows // k
+        out = experts(module, hidden[token], segments, ids, token, tokens) * factors[rows]
+        # the usual case is that every slot is filled
+        slots = torch.empty_like(out) if len(rows) == tokens * k else out.new_zeros(tokens * k, out.shape[1])
         slots = slots.index_copy(0, rows, out)
-    else:
-        slots = out.new_zeros(tokens * k, out.shape[1]).index_copy(0, rows, out)
+    if passes_on(module) and len(rows) < tokens * k:
+        rest = (index.reshape(-1) >= (number_of_experts(module) or 0)).nonzero()[:, 0]
+        same = hidden[rest // k] * factors[rest]
+        slots = same.new_zeros(tokens * k, same.shape[1]) if slots is None else slots
+        slots = slots.index_copy(0, rest, same.to(slots.dtype))
+    if slots is None:
+        return torch.zeros_like(hidden)
     return slots.view(tokens, k, -1).sum(1).to(hidden.dtype)
 
 
@@ -140,6 +156,17 @@ def _sorted_forward(module: Any, experts: Experts, hidden: Tensor) -> Tensor:
     return torch.zeros_like(rows).index_copy(0, at, out)
 
 
+def _grouped_forward(module: Any, inputs: Tensor, expert_size: Any) -> Tensor:
+    """One product of rows ``[n, cols]`` that are sorted by expert, with the number of rows of each expert."""
+    sizes = expert_size.tolist() if isinstance(expert_size, Tensor) else list(expert_size)
+    ids = [expert for expert, size in enumerate(sizes) for _ in range(size)]
+    segments = segments_of(ids, len(sizes))
+    if not segments:
+        return inputs.new_zeros(0, module.weight.rows)
+    out: Tensor = module.weight.products(inputs, segments)
+    return out
+
+
 def _experts(module: Any, x: Tensor, segments: Sequence[Segment], ids: Tensor, token: Tensor, tokens: int) -> Tensor:
     """What the experts make of `x`, whose rows are sorted by expert."""
     up = activated(module, _product(module, name_of_first(module), x, segments, ids, token, tokens))
@@ -155,7 +182,7 @@ def _product(
     if isinstance(stack, LowbitExperts):
         out = stack.products(x, segments, token, tokens)
     else:  # kept in full precision
-        transposed = is_sorted(module) or module.is_transposed
+        transposed = is_sorted(module) or getattr(module, "is_transposed", False)
         out = torch.cat([F.linear(x[i:j], stack[e].t() if transposed else stack[e]) for e, i, j in segments])
     bias = bias_of(module, name)
     return out if bias is None else out + bias[ids]

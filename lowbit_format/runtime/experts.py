@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import UnsupportedOperationError
+from ..errors import TaskError, UnsupportedOperationError
 from ..kernels import operators
 from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
 from ..kernels.parameter_order import group_major
@@ -122,7 +122,7 @@ class LowbitExperts(LowbitModule):
         """The parameter that this module replaces."""
         return nn.Parameter(self.dequantize(dtype).contiguous())
 
-    def products(self, x: Tensor, segments: Sequence[Segment], tokens: Tensor, count: int) -> Tensor:
+    def products(self, x: Tensor, segments: Sequence[Segment], tokens: Tensor | None = None, count: int = 0) -> Tensor:
         """``x @ weight.T`` with each row's expert: ``[n, cols]`` to ``[n, rows]``, in the dtype of `x`.
 
         No other expert's planes are read than those in `segments`.
@@ -130,7 +130,7 @@ class LowbitExperts(LowbitModule):
         Args:
             x: rows in the order of `segments`, which cover them.
             segments: which rows are for which expert; at least one.
-            tokens: int64 ``[n]``: which of the `count` tokens each row of `x` is.
+            tokens: int64 ``[n]``: which of the `count` tokens each row of `x` is; None if that is unknown.
             count: tokens that the router got, those of one row of the batch after the other.
 
         Raises TaskError if several tasks are active and the tokens do not tell to which rows of the batch they belong.
@@ -140,6 +140,11 @@ class LowbitExperts(LowbitModule):
         tasks = self.state.row_tasks()
         deltas = [self._own_delta()] if tasks is None else [self.delta_of(name) for name in tasks.names]
         if tasks is not None and len(deltas) > 1 and any(d is not None for d in deltas):
+            if tokens is None:
+                raise TaskError(
+                    f"{self.path} gets rows sorted by expert, and they do not tell whose they are in the batch: "
+                    "tasks that change it cannot share a batch; run the rows of each task in a separate batch"
+                )
             return self._mixed(x, segments, tasks, deltas, tasks.ids_of_tokens(count, x.device, self.path)[tokens])
         delta = None if deltas[0] is None else _by_expert(deltas[0])
         parts = []

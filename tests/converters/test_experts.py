@@ -18,8 +18,10 @@ from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, quantizer
 from lowbit_format.converters.convert import plan_conversion
 from lowbit_format.errors import CoverageError, NonFiniteWeightError, RecipeError, SourceError
+from lowbit_format.export import dequantize_directory
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode
+from lowbit_format.runtime import known_experts
 
 Checkpoint = Callable[..., Path]
 
@@ -122,6 +124,53 @@ def test_a_conversion_with_transposition_is_followed(tmp_path: Path) -> None:
     assert fingerprints[0] == fingerprints[1]
 
 
+def test_stacks_that_a_checkpoint_numbers_as_one(tmp_path: Path) -> None:
+    """ERNIE 4.5 VL: the first half of a layer's experts are for text, the others for pictures."""
+    import transformers as hf
+
+    text = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": 96, "intermediate_size": 48, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [40, 24],
+        "mlp_layer_types": ["sparse"], "moe_num_shared_experts": 1, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    eye = {"depth": 1, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "intermediate_size": 48}
+    model = hf.Ernie4_5_VLMoeForConditionalGeneration(hf.Ernie4_5_VLMoeConfig(text_config=text, vision_config=eye))
+    model.save_pretrained(tmp_path / "source")
+    done = convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", Recipe(Target("uniform", 8, 32)))
+    reader, plain = ModelReader(tmp_path / "out"), weights(tmp_path / "source")
+    assert done.plan.coverage > 0.9
+    at = "model.language_model.layers.0.mlp"
+    assert reader.decode(f"{at}.text_moe.experts.gate_up_proj").shape == (4, 80, 32)
+    down = reader.decode(f"{at}.vision_moe.experts.down_proj")
+    for e, matrix in enumerate(down):
+        assert np.allclose(matrix, plain[f"model.layers.0.mlp.experts.{4 + e}.down_proj.weight"], atol=1e-3)
+    dequantize_directory(reader, tmp_path / "float")
+    assert weights(tmp_path / "float").keys() == plain.keys()
+
+
+def test_stacks_of_parts_get_their_names_back(tmp_path: Path) -> None:
+    """Step 3.7 has the gates of all experts in one tensor and what they gate in another."""
+    import transformers as hf
+
+    text = {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "vocab_size": 96, "intermediate_size": 48, "n_routed_experts": 4, "num_local_experts": 4,
+        "share_expert_dim": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "mlp_layer_types": ["sparse"],
+        "layer_types": ["full_attention"],
+    }  # fmt: skip
+    eye = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    model = hf.Step3p7ForConditionalGeneration(hf.Step3p7Config(text_config=text, vision_config=eye))
+    model.save_pretrained(tmp_path / "source")
+    convert_hf_to_lowbit(str(tmp_path / "source"), tmp_path / "out", Recipe(Target("uniform", 8, 32)), min_coverage=0)
+    dequantize_directory(ModelReader(tmp_path / "out"), tmp_path / "float", dtype="float32")
+    plain, decoded = weights(tmp_path / "source"), weights(tmp_path / "float")
+    assert decoded.keys() == plain.keys()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        key = f"model.layers.0.moe.{name}.weight"
+        torch.testing.assert_close(decoded[key], plain[key], rtol=0, atol=1e-3)
+
+
 def test_plan_and_recipe_name_the_parameter(checkpoint: Checkpoint) -> None:
     source = str(checkpoint("mixtral"))
     rules = (Rule("*.experts.down_proj", Target("uniform", 8, 0)), Rule("*.0.mlp.experts.*", None))
@@ -142,14 +191,15 @@ def test_plan_and_recipe_name_the_parameter(checkpoint: Checkpoint) -> None:
         plan_conversion(source, Recipe(TARGET, (Rule("*.experts.0.w1", None),)))
 
 
-def test_experts_that_are_not_known_stay_and_count(tmp_path: Path) -> None:
-    """JetMoe's have a forward of another kind."""
+def test_experts_that_are_not_known_stay_and_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JetMoe's have a forward of another kind, which is known by the name of its class."""
     import transformers as hf
 
     config = {
         "hidden_size": 32, "num_hidden_layers": 1, "num_key_value_heads": 2, "kv_channels": 8, "vocab_size": 96,
         "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2,
     }  # fmt: skip
+    monkeypatch.setattr(known_experts, "GROUPED", ())
     made = hf.JetMoeConfig(**config)
     made.pad_token_id = getattr(made, "pad_token_id", None)  # which the model of transformers 5.0 asks for
     hf.JetMoeForCausalLM(made).save_pretrained(tmp_path / "source")

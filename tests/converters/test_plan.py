@@ -125,6 +125,15 @@ def test_nothing_to_quantize_is_refused_whatever_the_coverage(planned: Callable[
         planned("llama", min_coverage=0, rules=(Rule("*", None),))
 
 
+def test_a_model_without_matrices_has_nothing_to_quantize(tmp_path: Path) -> None:
+    import transformers as hf
+
+    hf.ResNetModel(hf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])).save_pretrained(tmp_path)
+    for rules in ((), (Rule("*", TARGET),)):
+        with pytest.raises(NothingToQuantizeError, match="ResNetModel: has no Linear"):
+            plan_conversion(str(tmp_path), Recipe(TARGET, rules))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
 def test_the_planned_size_is_the_real_one(name: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     recipe = Recipe(Target(bits=4, group_size=32, nested=(2,)), embeddings=True)

@@ -56,8 +56,11 @@ class Reader(nn.Module):
         return self.looked(nn.functional.linear(x, self.read.weight))
 
 
-def test_only_what_meets_an_operation_outside_of_its_module_is_read() -> None:
+@pytest.mark.parametrize("main", ["input_ids", ["input_ids", "task_inputs"]], ids=["one", "several"])
+def test_only_what_meets_an_operation_outside_of_its_module_is_read(main: Any) -> None:
+    """Some models, such as OneFormer, have a list of main inputs."""
     model = Reader()
+    model.main_input_name = main
     modules: dict[str, Any] = {name: m for name, m in model.named_modules() if name}
     assert weights_read(model, modules) == {"read"}
 

@@ -62,6 +62,7 @@ def lowbit_modules(model: Any) -> list[str]:
         ("qwen3_5", "AutoModelForCausalLM"),
         ("mllama", "MllamaForCausalLM"),
         ("mllama", "MllamaVisionModel"),
+        ("deepseek_ocr2", "DeepseekOcr2Model"),
     ],
 )
 def test_a_part_is_as_from_the_decoded_directory(name: str, cls: str, directories: Directories, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import transformers as hf
 
 from lowbit_format import Recipe, Target, convert_hf_to_lowbit
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.runtime.experts import LowbitExperts
 from lowbit_format.runtime.modules import LowbitModule
 
 _LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
@@ -55,6 +56,18 @@ def mllama() -> Any:
     return hf.MllamaForConditionalGeneration(hf.MllamaConfig(text_config=text, vision_config=vision))
 
 
+def deepseek_ocr2() -> Any:
+    text = {**_TEXT, "num_key_value_heads": 4, "bos_token_id": 1, "eos_token_id": 2, "moe_intermediate_size": 24}
+    text |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    text |= {"mlp_layer_types": ["dense", "sparse"]}
+    eye = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sam = {**eye, "image_size": 32, "patch_size": 8, "mlp_dim": 16, "global_attn_indexes": [0], "output_channels": 8}
+    sam |= {"downsample_channels": [8, 16], "window_size": 2}
+    encoder = {**eye, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    vision = {"sam_config": sam, "encoder_config": encoder}
+    return hf.DeepseekOcr2ForConditionalGeneration(hf.DeepseekOcr2Config(text_config=text, vision_config=vision))
+
+
 def instructblip() -> Any:
     text = {**_LAYERS, "model_type": "opt", "ffn_dim": 48, "vocab_size": 64, "max_position_embeddings": 32}
     text["word_embed_proj_dim"] = 32
@@ -72,13 +85,15 @@ COMPOSITES: dict[str, Callable[[], Any]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_5": qwen3_5,
     "mllama": mllama,
+    "deepseek_ocr2": deepseek_ocr2,
     "instructblip": instructblip,
 }
 
 
 def missing_classes(name: str) -> bool:
     """Whether the installed transformers is older than the architecture."""
-    return name == "qwen3_5" and not hasattr(hf, "Qwen3_5Config")
+    needed = {"qwen3_5": "Qwen3_5Config", "deepseek_ocr2": "DeepseekOcr2Config"}
+    return name in needed and not hasattr(hf, needed[name])
 
 
 def converted(model: Any, root: Path, recipe: Recipe | None = None) -> tuple[Path, Path]:
@@ -94,8 +109,8 @@ def converted(model: Any, root: Path, recipe: Recipe | None = None) -> tuple[Pat
     reader = ModelReader(out)
     twin = type(model).from_pretrained(source)
     for entry in reader.config:
-        module = twin.get_submodule(entry.path)
-        module.weight.data = torch.from_numpy(reader.decode(entry.path)).reshape(module.weight.shape)
+        weight = twin.get_parameter(entry.weight)
+        weight.data = torch.from_numpy(reader.decode(entry.path)).reshape(weight.shape)
     twin.save_pretrained(decoded)
     return out, decoded
 
@@ -105,7 +120,9 @@ def assert_equal_to(decoded: Any, model: Any, missing: Any = ()) -> None:
     want = decoded.state_dict()
     found = {n: t for n, t in model.state_dict().items() if n in want}
     for path, module in model.named_modules():
-        if isinstance(module, LowbitModule):
+        if isinstance(module, LowbitExperts):
+            found[path] = module.float_parameter(torch.float32)
+        elif isinstance(module, LowbitModule):
             found[f"{path}.weight"] = module.dequantize(torch.float32)
     assert found.keys() == want.keys()
     assert [n for n in want if n not in missing and not torch.equal(found[n], want[n])] == []

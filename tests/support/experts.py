@@ -69,6 +69,19 @@ FAMILIES: dict[str, Callable[[], Any]] = {
             n_group=1, topk_group=1,
         )
     ),
+    "jetmoe": lambda: hf.JetMoeForCausalLM(
+        hf.JetMoeConfig(
+            **{k: v for k, v in _LOCAL.items() if k != "num_attention_heads"} | {"num_hidden_layers": 1}, kv_channels=8
+        )
+    ),
+    "longcat-flash": lambda: hf.LongcatFlashForCausalLM(
+        hf.LongcatFlashConfig(
+            **{k: v for k, v in _SMALL.items() if k not in ("intermediate_size", "num_key_value_heads")},
+            n_routed_experts=4, zero_expert_num=2, moe_topk=3, expert_ffn_hidden_size=40, ffn_hidden_size=48,
+            q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
+            num_layers=1,
+        )
+    ),
     "minimax-m2": lambda: hf.MiniMaxM2ForCausalLM(hf.MiniMaxM2Config(**_LOCAL, head_dim=8)),
 }  # fmt: skip
 

@@ -121,6 +121,15 @@ def test_a_mixed_batch_is_each_row_with_its_task(
         logits(model)
 
 
+def test_rows_that_a_router_has_sorted_cannot_be_mixed(base: Any, tmp_path: Path) -> None:
+    model = load(base("bcq", "jetmoe"))
+    lb.load_task(model, make_task(model, tmp_path / "a", 1, "alphatuning"), name="a")
+    with lb.use_tasks(model, "a"):
+        assert not torch.equal(logits(model), logits(load(base("bcq", "jetmoe"))))
+    with lb.use_tasks(model, ["a", None, "a", "a"]), pytest.raises(TaskError, match="in a separate batch"):
+        logits(model)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt-oss", "llama4"])
 def test_gradients_are_those_of_the_decoded_stack(family: str, base: Any) -> None:
     model = load(base("bcq", family))

@@ -16,7 +16,8 @@ _IMAGES = ("pixel_values", "pixel_values_videos", "flattened_patches")
 def candidates(model: Any) -> Iterator[dict[str, Any]]:
     """Inputs to try, the likeliest first; a model takes the first that it raises no error for."""
     parameters = inspect.signature(model.forward).parameters
-    main = model.main_input_name if model.main_input_name in parameters else next(iter(parameters), "")
+    named = model.main_input_name if isinstance(model.main_input_name, str) else model.main_input_name[0]
+    main = named if named in parameters else next(iter(parameters), "")
     required = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     sets = [
         [main, *required],

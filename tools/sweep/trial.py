@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .configs import SIZES, has_experts, tiny_config
+from .configs import SIZES, tiny_config
 from .inputs import candidates
 
 MOST_PARAMETERS = 40_000_000
@@ -29,9 +29,9 @@ def run(name: str) -> Result:
     """Try the class `name` of transformers.
 
     Returns:
-        ``status``: ``not built``, ``experts``, ``refused`` (by the conversion, with its ``message``) or ``converted``;
-        then also ``ran``, whether there were inputs for a forward, ``coverage``, ``modules``, and ``faults``, one
-        message for each thing that is not as from the float directory.
+        ``status``: ``not built``, ``refused`` (by the conversion, with its ``message``) or ``converted``; then also
+        ``ran``, whether there were inputs for a forward, ``coverage``, ``modules``, ``experts`` (those of them that are
+        stacks of experts), and ``faults``, one message for each thing that is not as from the float directory.
     """
     import transformers
 
@@ -40,10 +40,8 @@ def run(name: str) -> Result:
     cls: Any = getattr(transformers, name)
     try:
         model, inputs, note = _model(cls)
-    except NotBuiltError as e:
+    except (NotBuiltError, ImportError) as e:  # the other libraries of some models are not installed
         return {"status": "not built", "message": str(e)}
-    if model is None:
-        return {"status": "experts"}
     with tempfile.TemporaryDirectory() as directory:
         return {**_converted(model, inputs, Path(directory)), "note": note}
 
@@ -52,7 +50,7 @@ def run(name: str) -> Result:
 
 
 def _model(cls: Any) -> tuple[Any, dict[str, Any] | None, str]:
-    """A tiny model and inputs that it takes, or None if none are known. Instead of a model of experts: None."""
+    """A tiny model and inputs that it takes, or None if none are known."""
     config_class = getattr(cls, "config_class", None)
     if config_class is None:
         raise NotBuiltError("no config class")
@@ -60,8 +58,6 @@ def _model(cls: Any) -> tuple[Any, dict[str, Any] | None, str]:
     for size in SIZES:
         try:
             config = tiny_config(config_class, size)
-            if has_experts(config):
-                return None, None, ""
             with torch.device("meta"):
                 count = sum(p.numel() for p in cls(copy.deepcopy(config)).parameters())
             if count > MOST_PARAMETERS:
@@ -143,9 +139,9 @@ def _converted(model: Any, inputs: dict[str, Any] | None, root: Path) -> Result:
         faults.append(f"converted as {plan.architecture}")
     twin = copy.deepcopy(model)
     for entry in reader.config:
-        module = twin.get_submodule(entry.path)
         weight = torch.from_numpy(reader.decode(entry.path))
-        module.weight.data = weight.T.contiguous() if entry.kind == "conv1d" else weight
+        turned = entry.kind in ("conv1d", "experts_transposed")
+        twin.get_parameter(entry.weight).data = weight.mT.contiguous() if turned else weight
     want = None if inputs is None else _outputs(twin, inputs)
     checks = {
         "own class": lambda: _own_class(cls, out, twin, inputs, want, root / "again"),
@@ -160,7 +156,8 @@ def _converted(model: Any, inputs: dict[str, Any] | None, root: Path) -> Result:
     kept = sorted({step.reason for step in plan.kept() if step.reason})
     return {
         "status": "converted", "ran": want is not None, "coverage": round(plan.coverage, 4),
-        "possible": round(plan.possible_coverage, 4), "modules": len(plan.quantized), "kept": kept, "faults": faults,
+        "possible": round(plan.possible_coverage, 4), "modules": len(plan.quantized),
+        "experts": sum(entry.experts is not None for entry in reader.config), "kept": kept, "faults": faults,
         "refused": [message.replace(str(root), "")[:300] for message in refused],
     }  # fmt: skip
 
@@ -249,7 +246,7 @@ def _info(info: dict[str, Any]) -> list[str]:
 
 def _weights(names: Any) -> set[str]:
     """Names of lowbit tensors as the float model has them."""
-    return {n.rpartition(".")[0] + ".weight" if n.endswith((".planes", ".scales", ".zeros")) else n for n in names}
+    return {re.sub(r"_(planes|scales|zeros)$", "", re.sub(r"\.(planes|scales|zeros)$", ".weight", n)) for n in names}
 
 
 def _file(directory: Path) -> dict[str, Tensor]:
@@ -261,12 +258,15 @@ def _file(directory: Path) -> dict[str, Tensor]:
 
 def _differences(twin: Any, model: Any, fresh: Any = ()) -> list[str]:
     """Tensors of the lowbit or float `model` that are not those of `twin`, bit for bit."""
+    from lowbit_format.runtime.experts import LowbitExperts
     from lowbit_format.runtime.modules import LowbitModule
 
     want = twin.state_dict()
     found = {n: t for n, t in model.state_dict().items() if n in want}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LowbitModule):
+        if isinstance(module, LowbitExperts):
+            found[path] = module.float_parameter(torch.float32)
+        elif isinstance(module, LowbitModule):
             found[f"{path}.weight"] = module.dequantize(torch.float32)
     faults = []
     if found.keys() != want.keys():

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import resource
+import signal
 import time
 from typing import Any
 
 _PER_WORKER = 60  # classes; then a new process, so that memory does not pile up
+_WAIT = 20  # times the limit, on a machine that does other things too: then the process hangs
 
 
 class Worker:
-    """A process that tries classes one after the other; it is replaced when it crashes or takes too long."""
+    """A process that tries classes one after the other; it is replaced when it crashes or takes too long.
+
+    Args:
+        limit: seconds of the processor for a class.
+    """
 
     def __init__(self, limit: float) -> None:
         self._limit, self._context = limit, multiprocessing.get_context("spawn")
@@ -22,7 +30,7 @@ class Worker:
         if self._process is None or self._served >= _PER_WORKER:
             self.stop()
             self._pipe, far = self._context.Pipe()
-            self._process = self._context.Process(target=_serve, args=(far,), daemon=True)
+            self._process = self._context.Process(target=_serve, args=(far, self._limit), daemon=True)
             self._process.start()
             far.close()
             self._served = 0
@@ -32,10 +40,13 @@ class Worker:
         self._pipe.send(name)
         result: dict[str, Any]
         try:
-            result = self._pipe.recv() if self._pipe.poll(self._limit) else {"status": "too slow"}
+            result = self._pipe.recv() if self._pipe.poll(_WAIT * self._limit) else {"status": "too slow"}
         except EOFError:
             self._process.join()
-            result = {"status": "crashed", "message": f"exit status {self._process.exitcode}"}
+            code = self._process.exitcode
+            result = {"status": "crashed", "message": f"exit status {code}"}
+            if code == -signal.SIGXCPU:
+                result = {"status": "too slow"}
         if result["status"] in ("too slow", "crashed"):
             self.stop()
         return {"class": name, "seconds": round(time.perf_counter() - began, 1), **result}
@@ -48,7 +59,7 @@ class Worker:
             self._process = None
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, limit: float) -> None:
     """In the worker: a name in, a result out."""
     import torch
 
@@ -60,6 +71,9 @@ def _serve(pipe: Any) -> None:
     pipe.send("ready")
     while True:
         name = pipe.recv()
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _, most = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(used.ru_utime + used.ru_stime + limit), most))
         try:
             result = run(name)
         except Exception as e:
