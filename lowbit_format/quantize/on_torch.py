@@ -45,7 +45,7 @@ def quantize_tensor(
     weight = weight.detach().float()
     if not bool(torch.isfinite(weight).all()):
         raise NonFiniteWeightError(f"{name}: holds NaN or infinite values")
-    exact = fit_groups(weight, torch.ones_like(weight[0]) if importance is None else importance, target)
+    exact = fit_groups(weight, importance, target)
     host = np.ascontiguousarray(weight.cpu().numpy())
     for dtype in (target.scale_dtype, "F32"):
         matrix = round_and_assign(host, target, exact, dtype)
@@ -54,24 +54,33 @@ def quantize_tensor(
     raise QuantizationError(f"{name}: its parameters overflow float32; keep this module in full precision")
 
 
-def fit_groups(weight: Tensor, importance: Tensor, target: Target) -> Params:
-    """The parameters of a float32 weight ``[rows, cols]``, with importances ``[cols]`` >= 0, before rounding."""
+def fit_groups(weight: Tensor, importance: Tensor | None, target: Target) -> Params:
+    """The parameters of a float32 weight ``[rows, cols]`` before rounding; importance is ``[cols]`` or None."""
     rows, cols = weight.shape
     scheme = target.scheme()
     groups, size = scheme.groups(cols), scheme.group_columns(cols)
     x = torch.nn.functional.pad(weight, (0, groups * size - cols)).reshape(-1, size)
-    column = importance.to(weight).float()
+    column = torch.ones_like(weight[0]) if importance is None else importance.to(weight).float()
     w = torch.nn.functional.pad(column, (0, groups * size - cols)).reshape(1, groups, size)
     present = torch.nn.functional.pad(torch.ones_like(column), (0, groups * size - cols)).reshape(1, groups, size)
     w = torch.where(
         w.sum(-1, keepdim=True) > 0, w, present
     )  # a group without importance: all its columns count the same
     w = w.expand(rows, -1, -1).reshape(-1, size)
+    if importance is None and target.codec == "bcq" and target.bits >= bcq.SIZED_BITS:
+        w = _by_size(x, w)
     step = max(1, _AT_ONCE // (size * (target.bits + 1)))
     parts = [_FITS[target.codec](x[i : i + step], w[i : i + step], target) for i in range(0, len(x), step)]
     scales = torch.cat([p[0] for p in parts], dim=1).reshape(-1, rows, groups).cpu().numpy()
     shift = torch.cat([p[1] for p in parts]).reshape(rows, groups).cpu().numpy()
     return Params(scales, None if target.codec == "bcq" and not target.offset else shift)
+
+
+def _by_size(x: Tensor, w: Tensor) -> Tensor:
+    """Importances of errors by the size of their weights; see :func:`bcq._weigh_by_size`."""
+    part = x / x.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    mean = (w * part**2).sum(1, keepdim=True) / w.sum(1, keepdim=True)
+    return w * (1 + part**2 / torch.where(mean > 0, mean, torch.inf))
 
 
 def _fit_bcq(x: Tensor, w: Tensor, target: Target) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def quantize(
         weight: float32 ``[rows, cols]``.
         target: codec, bits and other options.
         importance: float32 ``[cols]``, >= 0: how much each column's error counts, such as the mean squared activation;
-            None: all columns count the same.
+            None: all columns count the same, and with bcq from 4 bits on large weights count more than small ones.
         source_dtype: dtype of the weight in its checkpoint; "lossless" means equal after rounding to it (ENC-3).
         name: tensor name for messages.
 

@@ -24,6 +24,20 @@ def distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a.astype(np.float64) - b))
 
 
+def sized_error(weight: np.ndarray, matrix: StoredMatrix) -> float:
+    """What BCQ without importance makes small: squared errors, from 4 bits on times 1 + w^2 / mean w^2 of the group."""
+    size = matrix.scheme.group_size or weight.shape[1]
+    error, squares = (decode(matrix).astype(np.float64) - weight) ** 2, weight.astype(np.float64) ** 2
+    if matrix.scheme.bits < 4:
+        return float(error.sum())
+    total = 0.0
+    for begin in range(0, weight.shape[1], size):
+        part = squares[:, begin : begin + size]
+        mean = part.mean(axis=1, keepdims=True)
+        total += float((error[:, begin : begin + size] * (1 + part / np.where(mean > 0, mean, np.inf))).sum())
+    return total
+
+
 def assert_padding_is_zero(matrix: StoredMatrix) -> None:
     unpacked = unpack_codes(matrix.planes, 8 * matrix.planes.shape[-1])
     assert not unpacked[:, matrix.cols :].any()
