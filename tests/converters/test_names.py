@@ -145,7 +145,8 @@ def test_an_old_and_a_new_name_of_one_tensor_are_refused(own_checkpoint: Checkpo
 def test_what_is_kept_has_to_fit_too(name: str, key: str, own_checkpoint: Checkpoint) -> None:
     """transformers would refuse to load the result."""
     source = edit_weights(own_checkpoint(name), lambda t: t.update({key: torch.cat([t[key], t[key]])}))
-    with pytest.raises(SourceError, match=rf"'{key}' has shape \[(128|8, 64)\], the model expects \[(64|4, 64)\]; get"):
+    expected = rf"'{key}' has shape \[(128|8, 64)\], the model that config.json describes expects \[(64|4, 64)\]; get"
+    with pytest.raises(SourceError, match=expected):
         names_of(source)
 
 
