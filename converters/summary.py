@@ -178,8 +178,8 @@ def result_tables(done: Conversion) -> list[Table]:
         rows.append(("stored without loss", f"{len(lossless)} modules lay on a grid already"))
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
-    for bits, quality in done.quality.items():
-        rows.extend(_quality(quality, bits, done.calibrated))
+    for precision, quality in done.quality.items():
+        rows.extend(_quality(quality, precision, done.calibrated))
     return [errors, worst, *_kept_table(plan), _pairs("Result", rows)]
 
 

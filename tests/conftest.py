@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,6 +23,12 @@ settings.load_profile("ci")
 
 # Kernels of Triton run in its interpreter where there is no GPU; that is decided when they are imported.
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests stay to the end, with what they import: the garbage collector need not look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

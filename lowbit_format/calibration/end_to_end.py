@@ -102,4 +102,5 @@ def divergence(found: Any, wanted: Any, mask: Tensor | None) -> Tensor:
     first, target = found[0].float(), wanted[0].float()
     if mask is not None and mask.shape == target.shape[:2]:
         first, target = first[mask != 0], target[mask != 0]
-    return (first - target).square().mean() / (target - target.mean()).square().mean()
+    error: Tensor = (first - target).square().mean() / (target - target.mean()).square().mean()
+    return error
