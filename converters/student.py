@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.blocks import Batch, Blocks
+from ..calibration.blocks import Batch, Blocks, find_blocks
 from ..calibration.compare import Comparison
 from ..calibration.decoded import decoded
 from ..calibration.trained_matrix import TrainedMatrix
@@ -45,7 +45,7 @@ class Student:
 
     Args:
         float_model: has what is not quantized.
-        lists: of its blocks.
+        lists: of its blocks, those that it calls.
         device: to compute on.
         steps: that were quantized.
         trained: matrices whose scales are to be trained, by path.
@@ -69,6 +69,8 @@ class Student:
         for place in places_of(lists):
             names = [name for name in self._steps if name.startswith(f"{place.path}.")]
             self._inside[place.path] = {name.removeprefix(f"{place.path}."): self._outside.pop(name) for name in names}
+        for blocks in find_blocks(float_model.model):  # that are not called
+            self._outside = {n: s for n, s in self._outside.items() if not n.startswith(f"{blocks.path}.")}
 
     def output(self, batch: Batch) -> Any:
         """Its output, with gradients for :attr:`trained` where they are enabled."""

@@ -13,9 +13,12 @@ from support.checkpoints import with_tokenizer
 from typer.testing import CliRunner
 
 import lowbit_format
+from lowbit_format.calibration.blocks import find_blocks
 from lowbit_format.calibration.compare import Comparison
-from lowbit_format.converters import Recipe, command, convert_hf_to_lowbit, measure
+from lowbit_format.converters import Recipe, command, convert_hf_to_lowbit, measure, plan_conversion
 from lowbit_format.converters.calibration_data import SENTENCES, load_tokenizer
+from lowbit_format.converters.float_model import FloatModel
+from lowbit_format.converters.student import Student
 from lowbit_format.quantize import Target
 
 Checkpoint = Callable[..., Path]
@@ -77,3 +80,13 @@ def test_what_keeps_it_from_measuring_is_said(
     with_tokenizer(source)
     monkeypatch.setattr(measure, "_WORKING", 1 << 40)
     assert "GB of memory" in run(source, tmp_path / "large")
+
+
+def test_blocks_that_are_not_called_are_not_decoded(checkpoint: Checkpoint) -> None:
+    source, plan, _ = plan_conversion(str(checkpoint("t5")), Recipe(Target(bits=4, group_size=32), embeddings=True))
+    model = FloatModel(source, plan, torch.device("cpu"))
+    encoder, decoder = find_blocks(model.model)
+    one = Student(model, [encoder], torch.device("cpu"), plan.quantized, {}, lambda path: [])
+    assert set(one._inside) == {encoder.path_of(0), encoder.path_of(1)}
+    assert not any(name.startswith((encoder.path, decoder.path)) for name in one._outside)
+    assert "shared.weight" in one._outside
