@@ -55,8 +55,7 @@ class _Samples:
         return self._student.output(self._walk.piece(batch, piece))
 
     def mask(self, batch: int, piece: int) -> Tensor | None:
-        mask = self._walk.piece(batch, piece).get("attention_mask")
-        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        return self._walk.mask(batch, piece)
 
 
 def compare(walk: Walk, student: Student) -> Comparison:

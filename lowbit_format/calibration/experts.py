@@ -9,7 +9,6 @@ The inputs of the float model that belong to them are those of the same tokens, 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,7 +35,7 @@ from ..runtime.known_experts import (
 )
 from .decoded import decoded
 from .effort import Effort
-from .hessians import LEAST_ROWS, Call, Collector, Enough
+from .hessians import LEAST_ROWS, Call, Collector, arguments_of
 
 LAST = "down_proj"
 
@@ -94,26 +93,11 @@ class _Inputs:
 
 def record(module: nn.Module, calls: Iterable[Call]) -> list[_Inputs]:
     """What a module of experts gets in each call that reaches it."""
-    seen: list[tuple[Tensor, tuple[Any, ...]]] = []
-
-    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, *routing = (*args, *kwargs.values())
-        seen.append((hidden.detach(), tuple(routing)))
-        raise Enough
-
     found = []
-    hook = module.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        for call in calls:
-            seen.clear()
-            for run in filter(None, (call.quantized, call.float)):
-                with contextlib.suppress(Enough):
-                    run()
-            if seen:
-                plain = seen[1][0] if len(seen) > 1 else None
-                found.append(_inputs(module, *seen[0], plain, call.mask))
-    finally:
-        hook.remove()
+    for mask, seen in arguments_of(module, calls):
+        hidden, *routing = seen[0]
+        plain = seen[1][0] if len(seen) > 1 else None
+        found.append(_inputs(module, hidden.detach(), tuple(routing), plain, mask))
     return found
 
 

@@ -7,7 +7,7 @@ as query, key and value, and share a Hessian. Those of later stages see what the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -139,6 +139,28 @@ class Call(NamedTuple):
     mask: Tensor | None
 
 
+def arguments_of(module: nn.Module, calls: Iterable[Call]) -> Iterator[tuple[Tensor | None, list[tuple[Any, ...]]]]:
+    """The arguments that a module gets in each call that reaches it: after quantized blocks, and, where the call gives
+    these, after float ones; before them the call's mask."""
+    seen: list[tuple[Any, ...]] = []
+
+    def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((*args, *kwargs.values()))
+        raise Enough
+
+    hook = module.register_forward_pre_hook(see, with_kwargs=True)
+    try:
+        for call in calls:
+            seen.clear()
+            for run in filter(None, (call.quantized, call.float)):
+                with contextlib.suppress(Enough):
+                    run()
+            if seen:
+                yield call.mask, list(seen)
+    finally:
+        hook.remove()
+
+
 def collect(block: nn.Module, stage: Stage, calls: Iterable[Call]) -> Collector:
     """The products of a stage's inputs: with those in the float model too, where calls give these.
 
@@ -150,23 +172,8 @@ def collect(block: nn.Module, stage: Stage, calls: Iterable[Call]) -> Collector:
     layer = block.get_submodule(stage.layers[0])
     weight, calls = weight_of(layer), list(calls)
     collector = Collector(weight.shape[1], weight.device, with_cross=all(call.float for call in calls))
-    seen: list[Tensor] = []
-
-    def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise Enough
-
-    hook = layer.register_forward_pre_hook(see)
-    try:
-        for call in calls:
-            seen.clear()
-            for run in filter(None, (call.quantized, call.float)):
-                with contextlib.suppress(Enough):
-                    run()
-            if seen:
-                collector.add(seen[0], call.mask, seen[-1])
-    finally:
-        hook.remove()
+    for mask, seen in arguments_of(layer, calls):
+        collector.add(seen[0][0], mask, seen[-1][0])
     return collector
 
 

@@ -104,9 +104,9 @@ class Walk:
         """A batch on the device."""
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.batches[i].items()}
 
-    def mask(self, i: int) -> Tensor | None:
-        mask = self.batches[i].get("attention_mask")
-        return mask.to(self.device) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    def mask(self, i: int, piece: int | None = None) -> Tensor | None:
+        mask = self.piece(i, piece).get("attention_mask")
+        return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def arguments(self, place: Place, kind: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of a block for a batch, after float or quantized blocks."""
