@@ -6,8 +6,8 @@ Shapes of matrices, deltas and task ids are in :class:`.operators.Backend`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,15 @@ from .matrix import PlaneMatrix, with_delta
 WeightGrad = TypeVar("WeightGrad")  # the gradient of a weight, in whatever type a backend's decoder takes it
 Rows = Tensor | slice  # rows of a flattened input: a bool mask ``[n]``, or all
 ParamGrads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # of scales, offsets, zeros, deltas
+
+
+class Share(NamedTuple):
+    """The rows of x that one of several matrices multiplies (:meth:`.operators.Backend.linear_each`)."""
+
+    w: PlaneMatrix
+    begin: int  # the first row
+    end: int  # one behind the last row
+    deltas: Tensor | None = None  # as in a product with `w` alone
 
 
 def each_task(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, PlaneMatrix]]:
@@ -114,6 +123,31 @@ def check_linear(
         raise ShapeError(f"expected a bias of {w.rows} numbers for this matrix, found {list(bias.shape)}")
     if deltas is not None:
         check_tasks(w, deltas, task_ids, x.numel() // w.cols)
+
+
+def one_by_one(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None, *, linear: Callable[..., Tensor]) -> Tensor:
+    """:meth:`.operators.Backend.linear_each` by a `linear` for each share."""
+    check_shares(x, shares)
+    found = [linear(x[s.begin : s.end], s.w, None, s.deltas, ids_of(s, task_ids)) for s in shares]
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def ids_of(share: Share, task_ids: Tensor | None) -> Tensor | None:
+    """The task ids of the rows of a share; None for a share without deltas."""
+    return None if task_ids is None or share.deltas is None else task_ids[share.begin : share.end]
+
+
+def check_shares(x: Tensor, shares: Sequence[Share]) -> None:
+    """Raise ShapeError if shares do not cover the rows of `x` in their order, or matrices differ in their rows."""
+    end, rows = 0, {share.w.rows for share in shares}
+    if len(rows) != 1:
+        raise ShapeError(f"expected matrices of one shape, found some of {sorted(rows)} rows")
+    for share in shares:
+        if share.begin != end or share.end < end:
+            raise ShapeError(f"expected rows from {end} on for the next matrix, found {share.begin} to {share.end}")
+        end = share.end
+    if x.dim() != 2 or len(x) != end:
+        raise ShapeError(f"expected an input [{end}, columns] for these shares, found {list(x.shape)}")
 
 
 def check_tasks(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None, batch: int) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,14 +22,14 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from . import naive
-from .batch import ParamGrads
+from .batch import ParamGrads, Share, one_by_one
 from .matrix import SCHEME, TENSORS, PlaneMatrix
 
 BACKENDS = {"cpu": "cpu.backend", "cuda": "gpu.backend"}  # device type -> module of this package; else naive
 
 
 class Backend(Protocol):
-    """The functions of a module of kernels for one device: three for its tiled layout, seven for the operators.
+    """The functions of a module of kernels for one device: three for its tiled layout, eight for the operators.
 
     Every function takes matrices ``w`` ``[rows, cols]`` in the file's layout and in its own tiled layout. The other
     arguments:
@@ -70,6 +70,13 @@ class Backend(Protocol):
         self, x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None
     ) -> Tensor:
         """``x @ weight.T + bias`` in the dtype of `x`, float ``[..., cols]`` to ``[..., rows]``; `bias`: ``[rows]``."""
+        ...
+
+    def linear_each(self, x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> Tensor:
+        """:meth:`linear` for several matrices of one shape, each with its own rows of `x`.
+
+        ``[n, cols]`` to ``[n, rows]``. The shares cover the rows of `x` in their order; there is at least one.
+        """
         ...
 
     def linear_input_grad(self, grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
@@ -142,6 +149,23 @@ def linear(
         return product
     out: Tensor = torch.ops.lowbit.linear(x, *w[:TENSORS], bias, deltas, task_ids, *w[TENSORS:])
     return out
+
+
+def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None = None) -> Tensor:
+    """:func:`linear` for several matrices of one shape, each with its own rows of x; without gradients in one launch.
+
+    Args:
+        x: float ``[n, cols]``.
+        shares: the matrices, and which rows are for each: they cover the rows in their order.
+        task_ids: int64 ``[n]``, for all shares that have deltas.
+
+    Returns:
+        ``[n, rows]`` in the dtype of `x` (or of autocast).
+    """
+    if not torch.is_grad_enabled() and _is_plain_call(x) and not torch.is_autocast_enabled(x.device.type):
+        product: Tensor = backend_of(shares[0].w).linear_each(x, shares, task_ids)
+        return product
+    return one_by_one(x, shares, task_ids, linear=linear)
 
 
 def embedding(

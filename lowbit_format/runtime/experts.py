@@ -6,7 +6,8 @@ It is a module inside of the module of experts, at the parameter's path. Its ten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import TaskError, UnsupportedOperationError
 from ..kernels import operators
+from ..kernels.batch import Share
 from ..kernels.matrix import FILE, TILED, PlaneMatrix, with_delta
 from ..kernels.parameter_order import group_major
 from ..schema import Scheme
@@ -44,10 +46,13 @@ class LowbitExperts(LowbitModule):
 
     def matrix_of(self, expert: int) -> PlaneMatrix:
         """The matrix of one expert, as views, in the present layout."""
+        return self._matrices()(expert)
+
+    def _matrices(self) -> Callable[[int], PlaneMatrix]:
         made, planes, own = self.tiled.experts, self.tiled.planes, self._parameters
         if made is not None and not any(t is not None and t.requires_grad for t in map(own.get, _TRAINABLE)):
-            return made[expert]
-        return self._view(expert, planes)
+            return made.__getitem__
+        return functools.partial(self._view, tiled=planes)
 
     @property
     def plane_matrix(self) -> PlaneMatrix:
@@ -146,23 +151,24 @@ class LowbitExperts(LowbitModule):
                     "tasks that change it cannot share a batch; run the rows of each task in a separate batch"
                 )
             return self._mixed(x, segments, tasks, deltas, tasks.ids_of_tokens(count, x.device, self.path)[tokens])
-        delta = None if deltas[0] is None else _by_expert(deltas[0])
-        parts = []
+        if deltas[0] is None:
+            matrices = self._matrices()
+            return operators.linear_each(x, [Share(matrices(e), i, j) for e, i, j in segments])
+        delta, shares = _by_expert(deltas[0]), []
         for e, i, j in segments:
-            w, factors = self._with_delta_of(e, None if delta is None else delta(e))
-            parts.append(operators.linear(x[i:j], w, None, factors))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            w, factors = self._with_delta_of(e, delta(e))
+            shares.append(Share(w, i, j, factors))
+        return operators.linear_each(x, shares)
 
     def _mixed(
         self, x: Tensor, segments: Sequence[Segment], tasks: RowTasks, deltas: list[Delta | None], ids: Tensor
     ) -> Tensor:
         """As :meth:`products`, with the delta ``deltas[ids[i]]`` for row i."""
+        if stackable(deltas):
+            stacked, matrices = self._stacked(tasks, deltas).unbind(0), self._matrices()
+            return operators.linear_each(x, [Share(matrices(e), i, j, stacked[e]) for e, i, j in segments], ids)
         parts = []
-        stacked = self._stacked(tasks, deltas).unbind(0) if stackable(deltas) else None
         for e, i, j in segments:
-            if stacked is not None:
-                parts.append(operators.linear(x[i:j], self.matrix_of(e), None, stacked[e], ids[i:j]))
-                continue
             out: Tensor | None = None
             for task, delta in enumerate(deltas):
                 rows = ids[i:j] == task

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..kernels.batch import Share
 from ..kernels.matrix import PlaneMatrix
 from ..schema import SCALE_DTYPES, Scheme
 from . import products as truth
@@ -341,6 +342,38 @@ class OperatorConformance:
         call = random_call(self.draw(KINDS[1]), 1)
         found = self.linear(call._replace(x=call.x[0]))
         torch.testing.assert_close(found, self.check_linear(call)[0])
+
+    def test_several_matrices(self, kind: Scheme, dtype: torch.dtype, tasks: str | None) -> None:
+        """Each with its rows of x, also none, gives the bits that it gives alone."""
+        x, ids = torch.randn(8, self.shape[1], dtype=dtype), torch.tensor([1, 0, -1, 1, 0, 0, 1, 1])
+        shares = []
+        for seed, (begin, end) in enumerate(((0, 3), (3, 3), (3, 4), (4, 8))):
+            w = self.tile(on_device(drawn(kind, 2, 32, *self.shape, seed=seed), self.device))
+            deltas = None if seed == 2 else random_call(w, 1, tasks=tasks, count=2, seed=seed).deltas
+            shares.append(Share(w, begin, end, None if deltas is None else deltas.to(self.device)))
+        task_ids = None if tasks is None else ids.to(self.device)
+        found = self.run("linear_each", x, shares, task_ids)
+        assert (found.shape, found.dtype) == ((8, self.shape[0]), dtype)
+        for w, begin, end, deltas in shares:
+            own = None if deltas is None else ids[begin:end]
+            assert same_bits(found[begin:end], self.run("linear", x[begin:end], w, None, deltas, own))
+
+    def test_several_matrices_that_do_not_fit(self) -> None:
+        """Kernels check no bounds: what would read or write beside a tensor is refused."""
+        w, other = (self.tile(on_device(drawn(KINDS[0], 2, 32, rows, 64), self.device)) for rows in (16, 32))
+        x = torch.randn(4, 64)
+        for shares in (
+            [Share(w, 0, 2), Share(other, 2, 4)],
+            [Share(w, 0, 2), Share(w, 3, 4)],
+            [Share(w, 0, 2), Share(w, 1, 4)],
+            [Share(w, 0, 5)],
+            [Share(w, 0, 3)],
+            [],
+        ):
+            with pytest.raises(self.errors):
+                self.run("linear_each", x, shares, None)
+        with pytest.raises(self.errors):
+            self.run("linear_each", x[:, :32], [Share(w, 0, 4)], None)
 
     def test_both_layouts_give_the_same(self, kind: Scheme) -> None:
         call = random_call(self.draw(kind, 2), 2)

@@ -9,7 +9,7 @@ decoded by :mod:`lowbit_format.reference`.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import numba
@@ -23,7 +23,16 @@ from ...bits import to_ragged
 from ...machine.llvm import LANES
 from ...machine.threads import parallel_rows
 from .. import by_decoding, decode_then_matmul, naive
-from ..batch import check_linear, check_task_ids, grads_of_sums, no_autocast
+from ..batch import (
+    Share,
+    check_linear,
+    check_shares,
+    check_task_ids,
+    grads_of_sums,
+    ids_of,
+    no_autocast,
+    one_by_one,
+)
 from ..by_decoding import RowGrads
 from ..matrix import PlaneMatrix, select_rows
 from ..parameter_order import group_major, map_parameters
@@ -112,6 +121,25 @@ def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | N
             ids = None if task_ids is None else task_ids[rows]
             out[rows] = plan.multiply(flat[rows], bias, deltas, ids)
     out = out.view(*x.shape[:-1], plan.rows)
+    return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> Tensor:
+    """As :func:`..batch.one_by_one`; all products with few rows are one piece of work for the threads."""
+    if x.dtype not in _DTYPES:
+        return one_by_one(x, shares, task_ids, linear=linear)
+    check_shares(x, shares)
+    few, out = [], torch.empty(len(x), shares[0].w.rows)
+    for share in shares:
+        w, begin, end, deltas = share
+        check_linear(x, w, None, deltas, task_ids)
+        plan = products.plan(w)
+        if plan is None or end - begin > min(plan.most_rows, ROWS_AT_ONCE):
+            out[begin:end] = linear(x[begin:end], w, None, deltas, ids_of(share, task_ids))
+        elif begin < end:
+            few.append((plan, share))
+    if few:
+        products.multiply_each(x, few, task_ids, out)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 

@@ -40,6 +40,7 @@ class Job(ctypes.Structure):
     """Base of all jobs. In Python and in its kernel alike, `job.name` is the int64 field `name`; addresses are ints."""
 
     taken: int  # pieces that threads have taken so far
+    alive: object  # no field of the struct: what must live as long as the job, which knows only addresses
 
 
 AnyJob = TypeVar("AnyJob", bound=type[Job])
@@ -61,6 +62,16 @@ def take(typingctx, job):
         return builder.atomic_rmw("add", taken, I64(1), "monotonic")
 
     return types.int64(job), codegen
+
+
+@intrinsic
+def job_at(typingctx, job, address):
+    """The job of the same type as `job` at this address."""
+
+    def codegen(context, builder, signature, args):
+        return builder.inttoptr(args[1], args[0].type)
+
+    return job(job, types.int64), codegen
 
 
 @intrinsic

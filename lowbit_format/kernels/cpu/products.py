@@ -20,7 +20,10 @@ fetching those that another thread made, and nothing need be kept between calls.
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numba
@@ -31,7 +34,7 @@ from numba import literally  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...machine.llvm import LANES, features
-from ..batch import check_task_ids
+from ..batch import Share, check_task_ids
 from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
 from . import parallel, tiles
@@ -54,7 +57,7 @@ from .intrinsics import (
     read_parameters,
     set_tables,
 )
-from .parallel import Job, job, keep, kernel, take
+from .parallel import Job, job, job_at, keep, kernel, take
 from .tiles import MOST_PLANES, STRIP, WORD
 
 BLOCK = 8  # words whose tables are made at a time: 4 KiB for a row of x, in the nearest cache
@@ -72,6 +75,7 @@ class ProductJob(Job):
     # pieces of the job
     chunks: int  # number of chunks
     strips: int  # in a chunk
+    next: int  # address of the job to go on with
     # the matrix: sizes
     rows: int
     padded_rows: int  # rounded up to whole tiles
@@ -160,16 +164,37 @@ class Plan:
         Raises:
             IndexError: a task does not exist.
         """
-        x = x.detach().float().contiguous()
-        if self.cols % WORD:
-            x = F.pad(x, (0, -self.cols % WORD))
-        batch, parts = len(x), 1
-        out, job = torch.empty(batch, self.rows), ProductJob.from_buffer_copy(self.job)
+        x, out = padded(x), torch.empty(len(x), self.rows)
+        threads = parallel.num_threads() if self.lookups * len(x) >= ONE_THREAD_BELOW else 1
+        job = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD)
+        job.bias = _address(bias)
+        _multiply(job, threads)
+        return out
+
+    def prepare(
+        self,
+        x: Tensor,
+        out: Tensor,
+        begin: int,
+        end: int,
+        deltas: Tensor | None,
+        task_ids: Tensor | None,
+        chunks: int,
+    ) -> ProductJob:
+        """The job of a product. `x` and `out` must live as long as it; other tensors it keeps alive.
+
+        Args:
+            x, out: float32 ``[n, columns padded to whole words]`` and ``[n, rows]``, contiguous.
+            begin, end: the rows of both that the product is for.
+            deltas, task_ids: as in :meth:`multiply`, the ids of all n rows.
+            chunks: to cut the rows of the matrix into, more or less.
+        """
+        job, batch, parts, codebook = ProductJob.from_buffer_copy(self.job), end - begin, 1, None
         if deltas is not None:
-            task_ids = torch.zeros(batch, dtype=torch.int64) if task_ids is None else task_ids.long().contiguous()
+            task_ids = torch.zeros(end, dtype=torch.int64) if task_ids is None else task_ids.long().contiguous()
             check_task_ids(deltas, task_ids)
             deltas = deltas.detach().float().contiguous()
-            job.task_ids = task_ids.data_ptr()
+            job.task_ids = task_ids.data_ptr() + 8 * begin
             if deltas.dim() == 3:
                 job.factors, job.factor_planes = deltas.data_ptr(), deltas.shape[1]
                 parts = 1 if self.one_part else 1 + deltas.shape[1]
@@ -179,15 +204,42 @@ class Plan:
         if self.codebook is not None:  # read at every call, since its values may have changed
             codebook = F.pad(self.codebook.detach(), (0, CODEBOOK_SIZE - len(self.codebook)))
             job.codebook = codebook.data_ptr()
-        threads = parallel.num_threads() if self.lookups * batch >= ONE_THREAD_BELOW else 1
         room = min(MOST_STRIPS, SCRATCH // (batch * parts * STRIP * LANES))
-        job.strips = strips = max(1, min(room, -(-self.strips // (threads * CHUNKS_PER_THREAD))))
+        job.strips = strips = max(1, min(room, -(-self.strips // chunks)))
         job.chunks = -(-self.strips // strips)
-        job.x, job.x_stride = x.data_ptr(), x.shape[1] * 4
+        job.x_stride = 4 * x.shape[1]
+        job.x, job.out = x.data_ptr() + begin * job.x_stride, out.data_ptr() + 4 * begin * self.rows
         job.batch, job.parts = batch, parts
-        job.bias, job.out = _address(bias), out.data_ptr()
-        _multiply(job, threads)
-        return out
+        job.alive = deltas, task_ids, codebook  # the fields know only their addresses
+        return job
+
+
+def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Tensor | None, out: Tensor) -> None:
+    """Each plan's product with the rows of its share, all as one piece of work for the threads.
+
+    Args:
+        x: ``[n, cols]``, of any dtype.
+        shares: at least one; other rows of `out` stay as they are.
+        task_ids: integers ``[n]``.
+        out: float32 ``[n, rows]``, contiguous, to fill.
+
+    Raises:
+        IndexError: a task does not exist.
+    """
+    x = padded(x)
+    lookups = sum(plan.lookups * (share.end - share.begin) for plan, share in shares)
+    threads = parallel.num_threads() if lookups >= ONE_THREAD_BELOW else 1
+    chunks = -(-threads * CHUNKS_PER_THREAD // len(shares))
+    jobs = [plan.prepare(x, out, s.begin, s.end, s.deltas, task_ids, chunks) for plan, s in shares]
+    for one, after in itertools.pairwise(jobs):
+        one.next = ctypes.addressof(after)
+    _multiply(jobs[0], threads)
+
+
+def padded(x: Tensor) -> Tensor:
+    """`x` as kernels read it: float32, contiguous, columns up to whole words."""
+    x = x.detach().float().contiguous()
+    return F.pad(x, (0, -x.shape[1] % WORD)) if x.shape[1] % WORD else x
 
 
 def plan(w: PlaneMatrix) -> Plan | None:
@@ -261,6 +313,15 @@ class Block(NamedTuple):
 
 @kernel(ProductJob)
 def _multiply(job):
+    """Work on `job`, and then on those that come after it. No thread waits for another in between."""
+    _work(job)
+    while job.next != 0:
+        job = job_at(job, job.next)
+        _work(job)
+
+
+@numba.njit
+def _work(job):
     """Take one chunk after another of `job`, see the head of this file."""
     all_tiles = job.padded_rows // LANES
     x_words = (job.x_stride + WORD_X - 1) // WORD_X  # the file may pad rows to one word more

@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import decode_then_matmul, naive
-from ..batch import ParamGrads, check_linear, check_tasks, grads_of_sums, is_capturing, no_autocast, sum_over_tasks
+from ..batch import (
+    ParamGrads,
+    check_linear,
+    check_tasks,
+    grads_of_sums,
+    is_capturing,
+    no_autocast,
+    one_by_one,
+    sum_over_tasks,
+)
 from ..matrix import PlaneMatrix, with_delta
 from ..parameter_order import TILE_ROWS
 from . import decoding, gradients, launch, products, tiles
@@ -107,6 +116,9 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
         out = decoded_linear(flat, tiled, deltas, task_ids)
         out = out if bias is None else out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[1])
+
+
+linear_each = functools.partial(one_by_one, linear=linear)
 
 
 def decoded_linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import random
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_format.kernels import naive, operators
+from lowbit_format.kernels.batch import Share
 from lowbit_format.kernels.cpu import backend, decoding, parallel, products
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import SCALE_DTYPES, Scheme
@@ -191,6 +193,23 @@ def test_the_size_of_chunks(
     monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
     monkeypatch.setattr(products, name, value)
     assert_known(known)
+
+
+@pytest.mark.parametrize("pool", ["OpenMP", "Python"])
+def test_several_matrices_on_several_threads(pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads go on to the next matrix when there is nothing left to take of one; many rows take another code path."""
+    monkeypatch.setenv("LOWBIT_NUM_THREADS", "4")
+    monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
+    if pool == "Python":
+        monkeypatch.setattr(parallel, "_openmp", lambda: None)
+    matrices = [backend.tile(drawn(KINDS[1], 4, 64, 300, 330, seed=seed)) for seed in range(12)]
+    lengths = [1, 2, 70, 1, 500, 1, 0, 3, 1, 1, 17, 1]
+    ends = list(itertools.accumulate(lengths))
+    shares = [Share(w, end - n, end) for w, n, end in zip(matrices, lengths, ends, strict=True)]
+    x = torch.randn(ends[-1], 330)
+    want = torch.cat([operators.linear(x[s.begin : s.end], s.w) for s in shares])
+    for _ in range(20):
+        assert same_bits(operators.linear_each(x, shares), want)
 
 
 def test_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
