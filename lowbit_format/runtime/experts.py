@@ -167,7 +167,7 @@ class LowbitExperts(LowbitModule):
         if stackable(deltas):
             stacked, matrices = self._stacked(tasks, deltas).unbind(0), self._matrices()
             return operators.linear_each(x, [Share(matrices(e), i, j, stacked[e]) for e, i, j in segments], ids)
-        parts = []
+        parts: list[Tensor] = []
         for e, i, j in segments:
             out: Tensor | None = None
             for task, delta in enumerate(deltas):
@@ -178,7 +178,7 @@ class LowbitExperts(LowbitModule):
                 part = operators.linear(x[i:j][rows], w, None, factors)
                 out = part.new_empty(j - i, self.rows) if out is None else out
                 out = out.index_put((rows,), part)
-            parts.append(out)  # type: ignore[arg-type]
+            parts += [out] if out is not None else []
         return torch.cat(parts)
 
     def _stack(self, deltas: list[Delta | None]) -> Tensor:

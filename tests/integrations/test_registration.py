@@ -23,6 +23,8 @@ import lowbit_format
 from lowbit_format import Recipe, Target, convert_hf_to_lowbit
 
 REPOSITORY = Path(__file__).parents[2]
+# Products with such groups are decoded: the kernels for others would be compiled for the wheel, which is elsewhere.
+RECIPE = Recipe(Target(bits=4, group_size=24))
 
 # What holds at the end of a program of which the first lines import things in some order.
 REGISTERED = """
@@ -131,10 +133,19 @@ def test_torch_imports_us_and_nothing_heavy_with_us(installed: Path) -> None:
     [
         "import transformers.quantizers.auto",  # imports torch in the middle of its own import
         "import peft" + LORA,
-        # Twice more.
-        "import importlib, torch, lowbit_format as lb; importlib.reload(lb); lb.integrations.registration.register()",
-        "import threading; t = threading.Thread(target=__import__, args=('torch',)); t.start(); t.join()",
+        # From another thread; and twice more.
+        f"""
+import threading
+thread = threading.Thread(target=__import__, args=("torch",))
+thread.start()
+thread.join()
+{REGISTERED}
+import importlib, lowbit_format
+importlib.reload(lowbit_format)
+lowbit_format.integrations.registration.register()
+""",
     ],
+    ids=["transformers", "peft", "thread"],
 )
 def test_registers_without_a_word_of_ours_in_every_order(installed: Path, first: str) -> None:
     assert "RuntimeWarning" not in run(first + REGISTERED, installed).stderr
@@ -195,7 +206,7 @@ def float_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model(float_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, converted."""
     out = tmp_path_factory.mktemp("lowbit") / "llama"
-    return convert_hf_to_lowbit(str(float_model), out, Recipe(Target(bits=4, group_size=32))).directory
+    return convert_hf_to_lowbit(str(float_model), out, RECIPE).directory
 
 
 def _last_line(done: subprocess.CompletedProcess[str]) -> object:
@@ -257,7 +268,7 @@ print([lm.loglikelihood([request])[0][0]])
 )
 def test_sentence_transformers(installed: Path, tmp_path: Path) -> None:
     source = with_tokenizer(build("bert", tmp_path / "bert"))
-    model = convert_hf_to_lowbit(str(source), tmp_path / "lowbit", Recipe(Target(bits=4, group_size=32))).directory
+    model = convert_hf_to_lowbit(str(source), tmp_path / "lowbit", RECIPE).directory
     code = f"""
 from sentence_transformers import SentenceTransformer
 print(SentenceTransformer({str(model)!r}, device="cpu").encode("w1 w2 w3").tolist())

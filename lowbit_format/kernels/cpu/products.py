@@ -313,48 +313,43 @@ class Block(NamedTuple):
 
 @kernel(ProductJob)
 def _multiply(job):
-    """Work on `job`, and then on those that come after it. No thread waits for another in between."""
-    _work(job)
-    while job.next != 0:
-        job = job_at(job, job.next)
-        _work(job)
-
-
-@numba.njit
-def _work(job):
-    """Take one chunk after another of `job`, see the head of this file."""
-    all_tiles = job.padded_rows // LANES
-    x_words = (job.x_stride + WORD_X - 1) // WORD_X  # the file may pad rows to one word more
-    whole, most = job.group_words, job.strips * STRIP
-    block = min(whole, BLOCK)
-    parts = np.empty(job.parts * job.batch * most * LANES, np.float32)
-    tables = np.empty(job.batch * block * (WORD_TABLES // 4), np.float32)
-    room = np.empty((MOST_PLANES + 1) * STRIP * LANES + job.batch, np.float32)
-    scales = room.ctypes.data
-    shift = scales + MOST_PLANES * STRIP * VECTOR
-    scratch = Scratch(tables.ctypes.data, shift + STRIP * VECTOR, scales, shift, parts.ctypes.data, most * VECTOR)
+    """Take one chunk after another of `job`, see the head of this file; then go on with the next job."""
     while True:
-        chunk: int = take(job)
-        if chunk >= job.chunks:
+        all_tiles = job.padded_rows // LANES
+        x_words = (job.x_stride + WORD_X - 1) // WORD_X  # the file may pad rows to one word more
+        whole, most = job.group_words, job.strips * STRIP
+        block = min(whole, BLOCK)
+        parts = np.empty(job.parts * job.batch * most * LANES, np.float32)
+        tables = np.empty(job.batch * block * (WORD_TABLES // 4), np.float32)
+        room = np.empty((MOST_PLANES + 1) * STRIP * LANES + job.batch, np.float32)
+        scales = room.ctypes.data
+        shift = scales + MOST_PLANES * STRIP * VECTOR
+        scratch = Scratch(tables.ctypes.data, shift + STRIP * VECTOR, scales, shift, parts.ctypes.data, most * VECTOR)
+        while True:
+            chunk: int = take(job)
+            if chunk >= job.chunks:
+                break
+            first = chunk * most
+            count = min(most, all_tiles - first)
+            parts[:] = 0
+            for g in range(job.groups):
+                here, stored = min(whole, x_words - g * whole), min(whole, job.words - g * whole)
+                for b in range(0, here, block):
+                    words = Block(g, b, min(block, here - b), stored)
+                    _make_tables(job, words, scratch)
+                    t = 0
+                    while t < count:
+                        if job.row_bits != 0 or count - t < STRIP:
+                            _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, 1)
+                            t += 1
+                        else:
+                            _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, STRIP)
+                            t += STRIP
+            _finish(job, scratch, first * LANES, min(count * LANES, job.rows - first * LANES))
+        keep((parts, tables, room))
+        if job.next == 0:
             break
-        first = chunk * most
-        count = min(most, all_tiles - first)
-        parts[:] = 0
-        for g in range(job.groups):
-            here, stored = min(whole, x_words - g * whole), min(whole, job.words - g * whole)
-            for b in range(0, here, block):
-                words = Block(g, b, min(block, here - b), stored)
-                _make_tables(job, words, scratch)
-                t = 0
-                while t < count:
-                    if job.row_bits != 0 or count - t < STRIP:
-                        _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, 1)
-                        t += 1
-                    else:
-                        _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, STRIP)
-                        t += STRIP
-        _finish(job, scratch, first * LANES, min(count * LANES, job.rows - first * LANES))
-    keep((parts, tables, room))
+        job = job_at(job, job.next)
 
 
 @numba.njit
@@ -378,8 +373,8 @@ def _add_block(job, block, scratch, tile, y, TILES):
         bits, start = longs_at(job.tile_bits)[tile], longs_at(job.tile_starts)[tile]
     words = job.planes + (start + block.group * job.group_words * bits + block.first) * VECTOR
     if job.terms == 0:
-        _set_parameters(job, block.group, scratch, tile, bits, -1, TILES)
-        r = 0
+        _set_parameters(job, block.group, scratch, tile, bits, np.int64(-1), TILES)
+        r = np.int64(0)  # a literal 0 would be a type, and the functions compiled for it once more
         while r < batch:
             if batch - r >= 4:
                 _add_rows(job, block, scratch, words, bits, r, y, TILES, 4)
