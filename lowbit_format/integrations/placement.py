@@ -25,6 +25,7 @@ from ..schema import ModuleEntry, QuantizationConfig
 from ..tensors import all_roles
 from .conversion_record import ConversionRecord
 from .file_names import FileNames
+from .references import set_modules
 
 
 @dataclass
@@ -52,7 +53,7 @@ def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskSta
     """
     reader = files.reader
     reader.check_precision(bits)
-    placed, modules = Placement(), dict(model.named_modules())
+    placed, modules, new = Placement(), dict(model.named_modules()), dict[str, LowbitModule]()
     for entry in reader.config:
         is_stack = entry.experts is not None  # whose path is a parameter's, perhaps one with the name ``weight``
         path = files.of.get(entry.weight) if is_stack else files.path(entry.weight)
@@ -62,11 +63,12 @@ def place_modules(model: Any, files: FileNames, bits: int | None, state: TaskSta
         if is_stack:
             _replace_experts(model, path, entry, bits)
         else:
-            _replace(model, path, modules[path], reader, entry, bits)
+            new[path] = _lowbit_module(model, path, modules[path], reader, entry, bits)
         placed.files[path] = entry
     for place, owner in _tied_places(model, modules, files, placed):
-        _replace(model, place, modules[place], reader, placed.files[owner], bits)
+        new[place] = _lowbit_module(model, place, modules[place], reader, placed.files[owner], bits)
         placed.tied[place] = owner
+    set_modules(model, new)
     for path in (*placed.files, *placed.tied):
         module = model.get_submodule(path)
         module.path, module.state = path, state
@@ -122,7 +124,7 @@ def refuse_missing(model: Any, files: FileNames, missing: Iterable[str], *, all_
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     absent = ConversionRecord.of(files.reader.model_config).absent
     ignored += [re.compile(rf"(^|\.){re.escape(name)}$") for name in absent]
-    needed = [n for n in sorted(missing) if not any(pattern.search(n) for pattern in ignored)]
+    needed = [n for n in sorted(missing) if not any(p.search(n) for p in ignored) and not _is_computed(model, n)]
     lost = [n for n in needed if all_needed or files.expects(n)]
     if lost:
         known = " or ".join(files.reader.model_config.get("architectures") or ["another class"])
@@ -135,6 +137,11 @@ def refuse_missing(model: Any, files: FileNames, missing: Iterable[str], *, all_
             f"{files.reader.directory}: {type(model).__name__} has {lost[0]!r} ({len(lost)} such tensors in all), "
             f"which transformers does not find in the files by its name, so that it would be random: {cause}"
         )
+
+
+def _is_computed(model: Any, name: str) -> bool:
+    """Whether transformers computes this tensor when it initialises a model, as it does positions of waves."""
+    return hasattr(model.get_submodule(name.rpartition(".")[0]), "create_weight")
 
 
 def refuse_offloaded_experts(placed: Placement, device_map: object) -> None:
@@ -193,7 +200,10 @@ def _tie_groups(model: Any) -> list[list[str]]:
     return list(groups.values())
 
 
-def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: ModuleEntry, bits: int | None) -> None:
+def _lowbit_module(
+    model: Any, path: str, old: nn.Module, reader: ModelReader, entry: ModuleEntry, bits: int | None
+) -> LowbitModule:
+    """What `old` becomes, on the meta device."""
     kind, shape, options = _look_at(old, path)
     if shape != (entry.rows, entry.cols):
         raise LoadError(
@@ -206,8 +216,7 @@ def _replace(model: Any, path: str, old: nn.Module, reader: ModelReader, entry: 
     new = MODULES[kind](
         entry.scheme, entry.rows, entry.cols, bits=bits, plane_rows=plane_rows, device="meta", **options
     )
-    new.train(old.training)
-    model.set_submodule(path, new)
+    return new.train(old.training)
 
 
 def _replace_experts(model: Any, path: str, entry: ModuleEntry, bits: int | None) -> None:

@@ -34,6 +34,7 @@ from .base_model import Base, base_of_files, digest
 from .file_names import ExactNames, FileNames, exact_names
 from .model import base_state_dict, generalize, specialize
 from .placement import Placement, describe, lowbit_modules, place_modules, refuse_offloaded_experts, tie
+from .references import set_modules
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class LowbitQuantizer(HfQuantizer):
         """Replace lowbit modules by float ones with the active task; ties and the models' former classes return."""
         if isinstance(dtype, str):  # config.dtype is one once the model was saved
             dtype = getattr(torch, dtype)
-        weights: dict[int, nn.Parameter] = {}
+        weights, plain = dict[int, nn.Parameter](), dict[str, nn.Module]()
         for module in list(model.modules()):
             if isinstance(module, SwitchedModule):
                 module.become_plain(module.task_state.active)
@@ -180,7 +181,8 @@ class LowbitQuantizer(HfQuantizer):
                 continue
             if module.matrix_id not in weights:
                 weights[module.matrix_id] = nn.Parameter(module.dequantize(dtype).contiguous())
-            model.set_submodule(path, module.float_module(weights[module.matrix_id]))
+            plain[path] = module.float_module(weights[module.matrix_id])
+        set_modules(model, plain)
         tie(model, self.placed)  # by ``weight`` again
         generalize(model)
         del model._weight_conversions  # a float model is saved under the names of its checkpoints again

@@ -49,6 +49,9 @@ class LowbitModule(PlaneModule):
             self._own_delta(), lambda w, deltas: operators.dequantize(w, deltas, dtype=dtype or self.compute_dtype)
         )
 
+    def reset_parameters(self) -> None:
+        """Nothing: a model's own initialisation may call it, before or after the weights are loaded."""
+
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         """The float module that this one replaces, with `weight` (in that module's orientation)."""
         raise NotImplementedError

@@ -103,6 +103,25 @@ def test_a_part_computes_what_the_decoded_part_computes(directories: Directories
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
 
 
+def test_what_a_class_computes_is_not_missing(tmp_path: Path) -> None:
+    """Positions of waves are in no file, and transformers computes them when it initialises a model."""
+    heads = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes = {"d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 16}
+    config = hf.MarianConfig(vocab_size=64, pad_token_id=1, decoder_start_token_id=1, **heads, **sizes)
+    out, decoded = converted(hf.MarianMTModel(config), tmp_path)
+    for cls in (hf.MarianMTModel, hf.MarianModel):
+        assert_equal_to(cls.from_pretrained(decoded), cls.from_pretrained(out))
+
+
+def test_a_model_that_initialises_its_layers_itself(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    convolutions = {"conv_dim": (16,), "conv_kernel": (3,), "conv_stride": (2,), "num_feat_extract_layers": 1}
+    heads = {"codevector_dim": 32, "proj_codevector_dim": 32, "num_codevectors_per_group": 4}
+    config = hf.Wav2Vec2Config(vocab_size=32, num_conv_pos_embeddings=4, **sizes, **convolutions, **heads)
+    out, decoded = converted(hf.Wav2Vec2ForPreTraining(config), tmp_path)
+    assert_equal_to(hf.Wav2Vec2ForPreTraining.from_pretrained(decoded), hf.Wav2Vec2ForPreTraining.from_pretrained(out))
+
+
 @pytest.mark.parametrize(("own", "expected"), [(None, "bfloat16"), ("float32", "float32")])
 @pytest.mark.parametrize("cls", ["CLIPTextModel", "CLIPTextModelWithProjection"])
 def test_the_dtype_of_a_part(cls: str, own: Any, expected: str, directories: Directories, tmp_path: Path) -> None:

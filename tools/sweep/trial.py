@@ -80,8 +80,10 @@ def _with_weights(cls: Any, config: Any) -> Any:
     torch.manual_seed(0)
     model = cls(config).float().eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, so that a mix-up of two tensors shows
-            parameter.copy_(parameter.nan_to_num(0, 0, 0).clamp(-2, 2) + 0.02 * torch.randn_like(parameter))
+        unsaved = model._keys_to_ignore_on_save or ()
+        for name, parameter in model.named_parameters():  # biases and norms too, so that a mix-up of two tensors shows
+            if name not in unsaved:
+                parameter.copy_(parameter.nan_to_num(0, 0, 0).clamp(-2, 2) + 0.02 * torch.randn_like(parameter))
     return model
 
 
