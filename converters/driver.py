@@ -183,6 +183,8 @@ def _write_shards(
 ) -> None:
     for step in plan.steps[: done.steps]:
         report(step, len(plan.steps))
+    for i in range(len(done.shards)):  # a run that was killed may have left it
+        data_file(working_shard(work, i)).unlink(missing_ok=True)
     writer = ShardWriter(working_shard(work, len(done.shards)), done.open) if done.open else None
     saved = time.monotonic()
     try:
@@ -223,11 +225,12 @@ def _write_shards(
 
 
 def _close(writer: ShardWriter, work: Path, settings: str, done: Progress) -> None:
-    """Finish a shard, then save the journal: the shards that a journal names are complete on the disk."""
-    done.shards.append(writer.close())
+    """Finish a shard, then save the journal: what a journal names, a shard or the data of one, is on the disk."""
+    done.shards.append(writer.complete())
     done.nbytes += writer.nbytes
     done.open = []
     done.save(work, settings, None)
+    writer.abort()
 
 
 def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:

@@ -96,7 +96,7 @@ class ShardWriter:
     """One safetensors file, written tensor by tensor in bounded memory.
 
     Args:
-        path: the file; it appears under its name only when :meth:`close` has completed it.
+        path: the file; it appears under its name only when :meth:`complete` or :meth:`close` has written all of it.
         written: tensors to append to, which an earlier writer of the same path synced before :meth:`leave`.
 
     Raises:
@@ -132,12 +132,20 @@ class ShardWriter:
         os.fsync(self._data.fileno())
 
     def close(self) -> list[str]:
-        """Write header and data to the file, atomically; returns the names of its tensors."""
+        """Write the file and remove the data that was collected for it; returns the names of its tensors."""
+        names = self.complete()
+        self.abort()
+        return names
+
+    def complete(self) -> list[str]:
+        """Write header and data to the file, atomically; returns the names of its tensors.
+
+        The data stays for a journal that still lists it, until :meth:`abort`.
+        """
         self._data.seek(0)
         with atomic_file(self.path) as f:
             f.write(build_header([(t.name, t.dtype, t.shape) for t in self.written], file_metadata(self.digests)))
             shutil.copyfileobj(self._data, f, _COPY)
-        self.abort()
         return [t.name for t in self.written]
 
     def leave(self) -> None:

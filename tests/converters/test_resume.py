@@ -12,9 +12,10 @@ import pytest
 from support.checkpoints import edit_weights
 from support.config_files import edit_config
 from support.conversions import assert_nothing_looks_finished, content
-from support.killed import OPTIONS, convert_until
+from support.killed import CALIBRATED, OPTIONS, convert_until
 
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.container.writer import ShardWriter
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, driver
 from lowbit_format.converters.driver import work_directory
 from lowbit_format.converters.journal import JOURNAL
@@ -25,15 +26,21 @@ from lowbit_format.quantize import Target
 Checkpoint = Callable[..., Path]
 
 TARGET = OPTIONS["recipe"].default
-KILLS = {"llama": 12, "mixtral": 6}  # moments, evenly spread over all that touch the disk
+KILLS = [  # moments, evenly spread over all that touch the disk
+    ("llama", OPTIONS, 12),
+    ("mixtral", OPTIONS, 6),
+    ("llama", CALIBRATED, 4),
+    pytest.param("llama", CALIBRATED, 20, marks=pytest.mark.exhaustive),
+    pytest.param("mixtral", CALIBRATED, 20, marks=pytest.mark.exhaustive),
+]
 
 
-def run_until(source: Path, out: Path, moment: int) -> int | None:
+def run_until(source: Path, out: Path, moment: int, options: dict[str, Any]) -> int | None:
     """Run :func:`support.killed.convert_until` in a process of its own; returns its exit code."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["support.killed"])
     out.parent.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=convert_until, args=(source, out, moment))
+    process = context.Process(target=convert_until, args=(source, out, moment, options))
     process.start()
     process.join()
     return process.exitcode
@@ -51,28 +58,60 @@ def interrupted(source: Path, out: Path) -> Path:
     return work_directory(out)
 
 
-@pytest.mark.parametrize("name", KILLS)
+@pytest.mark.parametrize(("name", "options", "kills"), KILLS)
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(
-    name: str, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    options: dict[str, Any],
+    kills: int,
+    checkpoint: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """DIR-7, for stacks of experts too."""
+    """DIR-7, for stacks of experts too, and with data: also while the scales of all layers are trained together."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the fork server finds support.killed there
-    source, kills = checkpoint(name), KILLS[name]
-    touches = run_until(source, tmp_path / "whole" / "out", 0)
+    source = checkpoint(name)
+    touches = run_until(source, tmp_path / "whole" / "out", 0, options)
     assert touches is not None
     assert kills < touches < 255
     whole = content(tmp_path / "whole" / "out")
     for moment in sorted({1 + i * (touches - 1) // (kills - 1) for i in range(kills)}):
         out = tmp_path / str(moment) / "out"
-        assert run_until(source, out, moment) == -signal.SIGKILL
+        assert run_until(source, out, moment, options) == -signal.SIGKILL
         if out.exists():  # killed after the rename that makes it a model: then it is whole
             assert ModelReader(out).verify() == 0
             assert content(out) == whole
             continue
         assert_nothing_looks_finished(out, killed=True)
-        convert_hf_to_lowbit(str(source), out, **OPTIONS, resume=True)
+        convert_hf_to_lowbit(str(source), out, **options, resume=True)
         assert content(out) == whole
         assert [p.name for p in out.parent.iterdir()] == ["out"]
+
+
+class KilledError(BaseException):
+    """Nothing is done any more."""
+
+
+def test_data_that_the_journal_lists_are_there_until_it_lists_the_shard(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed right after it has removed the data of its first shard resumes."""
+    source, out, remove = checkpoint("llama"), tmp_path / "out", ShardWriter.abort
+    convert_hf_to_lowbit(str(source), tmp_path / "whole" / "out", **OPTIONS)
+    removed = []
+
+    def remove_and_die(writer: ShardWriter) -> None:
+        removed.append(writer.path)
+        if len(removed) == 1:
+            remove(writer)
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(driver, "SAVE_SECONDS", -1)  # each step is in the journal
+        patch.setattr(ShardWriter, "abort", remove_and_die)
+        with pytest.raises(KilledError):
+            convert_hf_to_lowbit(str(source), out, **OPTIONS)
+    convert_hf_to_lowbit(str(source), out, **OPTIONS, resume=True)
+    assert content(out) == content(tmp_path / "whole" / "out")
 
 
 def test_resume_without_anything_to_resume_is_a_plain_run(checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -12,13 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import transformers
 from transformers import conversion_mapping, core_model_loading, pytorch_utils  # noqa: F401 - imported ahead of time
 
-from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.calibration.data import Data
+from lowbit_format.calibration.effort import Effort
+from lowbit_format.converters import Calibration, Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target, quantize
 
 OPTIONS: dict[str, Any] = {"recipe": Recipe(Target(bits=2, group_size=32)), "max_shard_bytes": 25_000}
+_BATCHES = [{"input_ids": (torch.arange(96) * (7 + i) % 86 + 4).reshape(4, 24)} for i in range(4)]
+_EFFORT = Effort(sweeps=1, steps=2, learning_rate=0.01, drift=False, samples=8, passes=1, end_rate=0.02)
+CALIBRATED = {**OPTIONS, "calibration": Calibration(Data.of(_BATCHES, held_out=1), _EFFORT)}
 _TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir")
 
 _ = transformers.LlamaForCausalLM
@@ -27,8 +33,8 @@ quantize(
 )  # loads compiled code
 
 
-def convert_until(source: Path, out: Path, moment: int) -> None:
-    """Convert with OPTIONS and kill this process at its `moment`-th touch of the output's file system; 0 lets it end.
+def convert_until(source: Path, out: Path, moment: int, options: dict[str, Any]) -> None:
+    """Convert and kill this process at its `moment`-th touch of the output's file system; 0 lets it end.
 
     The exit code of a process that ends is the number of touches, at most 255.
     """
@@ -42,5 +48,5 @@ def convert_until(source: Path, out: Path, moment: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
-    convert_hf_to_lowbit(str(source), out, **OPTIONS)
+    convert_hf_to_lowbit(str(source), out, **options)
     os._exit(min(touches, 255))
