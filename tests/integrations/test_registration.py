@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.checkpoints import build, with_tokenizer
+from support.processes import END
 
 import lowbit_format
 from lowbit_format import Recipe, Target, convert_hf_to_lowbit
@@ -41,11 +42,11 @@ assert peft.LoraConfig()._custom_modules
 """
 
 
-def run(code: str, *path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, *path: Path, end: str = END, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a program in a fresh process and expect it to succeed; `path` goes before its ``sys.path``."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
+        [sys.executable, "-c", code + end], capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -118,7 +119,7 @@ def test_torch_imports_us_and_nothing_heavy_with_us(installed: Path) -> None:
     code = "import torch, sys; ours = sorted(m for m in sys.modules if m.split('.')[0] == 'lowbit_format');"
     code += "print(sys.modules['lowbit_format'].__file__); print(*ours)"
     code += "\nprint([m for m in ('transformers', 'numba', 'peft') if m in sys.modules])"
-    done = run(code, installed)
+    done = run(code, installed, end="")
     where, ours, heavy = done.stdout.splitlines()
     assert Path(where).parent == installed / "lowbit_format"
     assert ours.split() == ["lowbit_format", "lowbit_format.integrations", "lowbit_format.integrations.registration"]
@@ -162,7 +163,7 @@ def test_the_switch_turns_it_off(installed: Path) -> None:
 def test_a_damaged_installation_does_not_break_torch(installed: Path, file: str, tmp_path: Path) -> None:
     site = Path(shutil.copytree(installed, tmp_path / "site"))
     (site / "lowbit_format" / file).write_text("raise ImportError('damaged')")
-    done = run("import torch; print(torch.ones(2).sum().item())", site)
+    done = run("import torch; print(torch.ones(2).sum().item())", site, end="")
     assert done.stdout == "2.0\n"
     if file != "errors.py":  # which registration does not need
         assert done.stderr.count("RuntimeWarning: lowbit_format") == 1

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.processes import END
 
 SCRIPT = """
 import numpy as np
@@ -80,7 +81,7 @@ Counts = dict[str, tuple[int, int]]  # kernel -> cache hits, cache misses
 def run(script: str, **variables: str) -> Counts:
     """Cache hits and misses of every kernel that one process used, with these environment variables."""
     environment = {**os.environ, **variables}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", script + END], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line.split() for line in done.stdout.splitlines()]
     return {name: (int(hits), int(misses)) for name, hits, misses in lines}
