@@ -1,9 +1,10 @@
-"""Quality of a language model by bits, without data and calibrated: perplexity and divergence from the float model.
+"""Quality of a model by bits, without data and calibrated: perplexity and divergence from the float model, or cosine.
 
     python -m tools.benchmarks.calibration MODEL CALIBRATION TEXT [--bits 4 3 2] [--efforts fast default] [--samples 32]
 
-MODEL is the directory of a causal float model, CALIBRATION a text to calibrate with, TEXT another to measure on
-(`--windows` of `--length` tokens). Each line is a conversion of its own; the time is that of the whole conversion.
+MODEL is the directory of a float model, CALIBRATION a text to calibrate with, TEXT another to measure on: `--windows`
+of `--length` tokens, or paragraphs for an encoder, whose outputs are compared by their cosine. Each line is a
+conversion of its own; the time is that of the whole conversion.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import lowbit_format as lb
@@ -36,16 +37,26 @@ def main() -> None:
     args = parser.parse_args()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    plain: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    architectures = AutoConfig.from_pretrained(args.model).architectures or []
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    loader = AutoModelForCausalLM if causal else AutoModel
+    plain: Any = loader.from_pretrained(args.model, dtype=torch.float32)
     plain = plain.eval()
 
     def measure(model: Any) -> Any:
         options = {"samples": args.windows, "length": args.length}
         return lb.evaluate(model, tokenizer, args.text, reference=plain, **options)
 
-    print("| bits | calibrated | bits/weight | perplexity | divergence, nats | same prediction | seconds |")
-    print("|---|---|---|---|---|---|---|")
-    print(f"| float | | | {measure(plain).perplexity:.2f} | 0 | 100% | |", flush=True)
+    def quality(found: Any) -> str:
+        if not causal:
+            return f"{found.mean_cosine:.4f}"
+        return f"{found.perplexity:.2f} | {found.mean_divergence:.3f} | {found.agreement:.1%}"
+
+    measures = ["perplexity", "divergence, nats", "same prediction"] if causal else ["mean cosine"]
+    print(f"| bits | calibrated | bits/weight | {' | '.join(measures)} | seconds |")
+    print("|---" * (4 + len(measures)) + "|")
+    if causal:
+        print(f"| float | | | {measure(plain).perplexity:.2f} | 0 | 100% | |", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for bits in args.bits:
             for effort in ("no", *args.efforts):
@@ -59,8 +70,7 @@ def main() -> None:
                 stored = 8 * sum(o.nbytes for o in done.outcomes.values()) / weights
                 found = measure(lb.from_pretrained(out).eval())
                 print(
-                    f"| {bits} | {effort} | {stored:.2f} | {found.perplexity:.2f} | {found.mean_divergence:.3f} | "
-                    f"{found.agreement:.1%} | {done.seconds:.0f} |",
+                    f"| {bits} | {effort} | {stored:.2f} | {quality(found)} | {done.seconds:.0f} |",
                     flush=True,
                 )
 
