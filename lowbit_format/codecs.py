@@ -1,4 +1,4 @@
-"""The codecs: what a code means (spec/FORMAT.md sections 7 and 8). A codec is one row of :data:`CODECS`.
+"""The codecs: what a code means (spec/FORMAT.md, sections 4 and 6). A codec is one row of :data:`CODECS`.
 
 The arithmetic is in :mod:`lowbit_format.reference`, the tensors that a codec stores in :mod:`lowbit_format.tensors`,
 and how codes are chosen is in :mod:`lowbit_format.quantize`.
