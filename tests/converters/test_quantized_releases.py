@@ -1,0 +1,206 @@
+"""Releases that are published only quantized: imported bit for bit, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.checkpoints import weights
+from support.conversions import assert_nothing_looks_finished, content
+from support.quantized_releases import Encoder, Tensors, awq, change, gptq, write_release
+from transformers import AutoModelForCausalLM
+
+from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
+from lowbit_format.errors import CalibrationError, QuantizedSourceError
+from lowbit_format.quantize import Target
+from lowbit_format.reference import decode
+
+Kind = tuple[Encoder, dict[str, Any]]
+RECIPE = Recipe()
+UP = "model.layers.0.mlp.up_proj"
+
+
+def convert(source: Path, out: Path, recipe: Recipe = RECIPE, **options: Any) -> Any:
+    return convert_hf_to_lowbit(str(source), out, recipe, **options)
+
+
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
+
+
+def assert_imported(out: Path, expected: Tensors) -> None:
+    """Every packed weight decodes to just what its library gives, from the file and in the loaded model."""
+    reader = ModelReader(out)
+    assert reader.verify() == 0
+    assert set(reader.config.modules) == set(expected)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    model.dequantize()
+    for path, weight in expected.items():
+        found = torch.from_numpy(decode(reader.matrix(path))).to(weight.dtype)
+        assert torch.equal(bits_of(found), bits_of(weight)), path
+        loaded = model.get_submodule(path).weight.detach().to(weight.dtype)
+        assert torch.equal(bits_of(loaded), bits_of(weight)), path
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
+
+
+def refused(source: Path, out: Path, match: str, recipe: Recipe = RECIPE, **options: Any) -> None:
+    """The conversion ends in a QuantizedSourceError and leaves nothing that looks finished."""
+    with pytest.raises(QuantizedSourceError, match=match):
+        convert(source, out, recipe, **options)
+    assert_nothing_looks_finished(out)
+
+
+# --- every kind of release --------------------------------------------------------------------------
+
+KINDS: dict[str, tuple[Kind, torch.dtype]] = {
+    "gptq-2-bits": (gptq(2), torch.float16),
+    "gptq-3-bits": (gptq(3), torch.float16),
+    "gptq-4-bits-sym": (gptq(4, sym=True), torch.float16),
+    "gptq-8-bits-bf16": (gptq(8, 64, dtype=torch.bfloat16), torch.bfloat16),
+    "gptq-v2-rows": (gptq(4, -1, minus_one=False), torch.float16),
+    "awq": (awq(), torch.float16),
+    "awq-rows-bf16": (awq(-1, dtype=torch.bfloat16), torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_imported_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    (encode, section), dtype = KINDS[kind]
+    expected = write_release(tmp_path / "source", encode, section, dtype=dtype)
+    done = convert(tmp_path / "source", tmp_path / "out")
+    assert_imported(tmp_path / "out", expected)
+    assert all(o.lossless and o.squared_error == 0 for o in done.outcomes.values())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "lowbit"
+    floats = load_file(tmp_path / "source" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(weights(tmp_path / "out")["lm_head.weight"], floats)
+
+
+# --- what they have in common -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPTQ release whose gate is in floats; not to be changed."""
+    directory = tmp_path_factory.mktemp("release") / "source"
+    encode, section = gptq()
+    write_release(directory, encode, section, floats=("lm_head", "gate_proj"))
+    return directory
+
+
+def test_what_the_release_left_in_floats_stays_so(release: Path, tmp_path: Path) -> None:
+    done = convert(release, tmp_path / "out", Recipe(Target(bits=2)))
+    kept = {s.destination.path: s.reason for s in done.plan.kept()}
+    assert kept["model.layers.0.mlp.gate_proj"] == "left in full precision by the release"
+    assert {o.module.scheme.bits for o in done.outcomes.values()} == {4}
+
+
+def test_what_is_asked_for_is_quantized(release: Path, tmp_path: Path) -> None:
+    recipe = Recipe(Target("uniform", bits=2, group_size=32), lm_head=True).keeping(["*.up_proj"])
+    done = convert(release, tmp_path / "out", recipe, min_coverage=0.5)
+    assert done.outcomes["lm_head"].module.scheme.bits == 2
+    assert UP not in done.outcomes
+    found = weights(tmp_path / "out")[f"{UP}.weight"]
+    source = load_file(release / "model.safetensors")
+    assert found.dtype == torch.float16
+    assert found.shape == (source[f"{UP}.scales"].shape[1], len(source[f"{UP}.g_idx"]))
+
+
+def test_calibration_of_it_is_refused(release: Path, tmp_path: Path) -> None:
+    from lowbit_format.converters.calibration_data import Calibration
+
+    with pytest.raises(CalibrationError, match=r"quantized already \(gptq\).*leave --calibrate out"):
+        convert(release, tmp_path / "out", calibration=Calibration("self"))
+
+
+def test_interrupted_it_goes_on_to_the_same_bytes(release: Path, tmp_path: Path) -> None:
+    convert(release, tmp_path / "whole")
+
+    def stop(step: Any, total: int) -> None:
+        if step.path == UP:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(release, tmp_path / "out", report=stop)
+    assert_nothing_looks_finished(tmp_path / "out", killed=True)
+    convert(release, tmp_path / "out", resume=True)
+    a, b = content(tmp_path / "whole"), content(tmp_path / "out")
+    assert {k: v for k, v in a.items() if k != "README.md"} == {k: v for k, v in b.items() if k != "README.md"}
+
+
+# --- refused ----------------------------------------------------------------------------------------
+
+
+def test_columns_out_of_order_are_refused_and_can_be_kept(tmp_path: Path) -> None:
+    encode, section = gptq(order=True)
+    expected = write_release(tmp_path / "source", encode, section)
+    refused(tmp_path / "source", tmp_path / "out", r"_proj\.weight: its columns.*desc_act.*--keep")
+    anew = Rule("*.up_proj", Target("uniform", bits=8, group_size=0))
+    recipe = Recipe(rules=(anew,)).keeping(["*.[qkvo]_proj", "*.gate_proj", "*.down_proj"])
+    done = convert(tmp_path / "source", tmp_path / "out", recipe, min_coverage=0)
+    assert list(done.outcomes) == [UP]
+    assert not done.outcomes[UP].lossless
+    for path, weight in expected.items():
+        if path != UP:
+            assert torch.equal(weights(tmp_path / "out")[f"{path}.weight"], weight)
+
+
+def test_columns_out_of_order_with_one_group_are_no_matter(tmp_path: Path) -> None:
+    encode, section = gptq(4, -1, order=True)
+    expected = write_release(tmp_path / "source", encode, section)
+    convert(tmp_path / "source", tmp_path / "out")
+    assert_imported(tmp_path / "out", expected)
+
+
+def _set(role: str, make: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], object]:
+    name = f"{UP}.{role}"
+    return lambda tensors: tensors.update({name: make(tensors[name]).contiguous()})
+
+
+def _nan(t: torch.Tensor) -> torch.Tensor:
+    t = t.clone()
+    t.view(-1)[3] = torch.nan
+    return t
+
+
+LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
+    "gptq-nan": (gptq(), _set("scales", _nan), r"up_proj\.scales: holds 1 NaN or infinite values"),
+    "gptq-short": (gptq(), _set("qweight", lambda t: t[:-1]), r"up_proj.*(groups|shape)"),
+    "gptq-zeros": (gptq(), _set("qzeros", lambda t: t[:-1]), r"up_proj\.scales: has shape \[4, 256\], expected \[3, 2"),
+    "gptq-no-groups": (gptq(), _set("qzeros", lambda t: t[:0]), r"up_proj\.qzeros: has shape \[0, 32\]"),
+    "gptq-float": (gptq(), _set("qweight", lambda t: t.float()), r"up_proj\.qweight: has dtype F32, expected I32"),
+    "gptq-lacks": (gptq(), lambda t: t.pop(f"{UP}.scales"), r"lacks the tensor '.*up_proj\.scales'"),
+    "gptq-group": (gptq(), _set("g_idx", lambda t: t + 1), r"up_proj\.g_idx: has groups 1 to 4, expected 0 to 3"),
+    "gptq-overflow": (gptq(), _set("qzeros", lambda t: t * 0 - 1), r"up_proj\.qzeros: holds 15, which stands for"),
+    "gptq-twice": (
+        gptq(), lambda t: t.update({f"{UP}.weight": torch.zeros(256, 128)}), r"up_proj\.weight: stands beside",
+    ),
+    "gptq-bits": ((gptq()[0], {**gptq()[1], "bits": 5}), lambda t: None, r"bits 5, expected one of 2, 3, 4, 8"),
+    "gptq-format": (
+        (gptq()[0], {**gptq()[1], "checkpoint_format": "marlin"}), lambda t: None, r"checkpoint_format 'marlin'",
+    ),
+    "gptq-size": ((gptq()[0], {**gptq()[1], "group_size": 0}), lambda t: None, r"group_size 0, expected"),
+    "awq-nan": (awq(), _set("scales", _nan), r"up_proj\.scales: holds 1 NaN or infinite values"),
+    "awq-zeros": (awq(), _set("qzeros", lambda t: t[:-1]), r"up_proj\.qzeros: has shape \[3, 32\], expected \[4, 32\]"),
+    "awq-order": ((awq()[0], {**awq()[1], "version": "gemv"}), lambda t: None, r"version 'gemv', expected 'gemm'"),
+    "awq-bits": ((awq()[0], {**awq()[1], "bits": 8}), lambda t: None, r"bits 8, expected one of 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_does_not_fit_is_refused(lie: str, tmp_path: Path) -> None:
+    (encode, section), edit, match = LIES[lie]
+    write_release(tmp_path / "source", encode, section)
+    change(tmp_path / "source", edit)
+    refused(tmp_path / "source", tmp_path / "out", match)
+
+
+def test_a_section_without_packed_weights_is_refused(tmp_path: Path) -> None:
+    write_release(tmp_path / "source", gptq()[0], gptq()[1], floats=("",))
+    refused(tmp_path / "source", tmp_path / "out", "it has no packed weights")
