@@ -44,9 +44,12 @@ class Raw:
     def __getitem__(self, role: str) -> NDArray[np.generic]:
         return self.data[role]
 
-    def floats(self, role: str) -> F32:
-        """A tensor of finite floats as float32; raises QuantizedSourceError if one is NaN or infinite."""
-        dtype = self.parts[role].dtype
+    def floats(self, role: str, dtype: str | None = None) -> F32:
+        """A tensor of finite floats as float32, of `dtype` if its bytes say no other.
+
+        Raises QuantizedSourceError if one is NaN or infinite.
+        """
+        dtype = dtype or self.parts[role].dtype
         table = FLOAT8.get(dtype)
         values = to_float32(self.data[role], dtype) if table is None else table[self.data[role].astype(np.uint8)]
         if not np.isfinite(values).all():

@@ -70,7 +70,7 @@ class Release:
                 f"config.json: quantization_config has {key} {found!r}, expected one of "
                 f"{', '.join(map(str, allowed))}, which are known; convert the original checkpoint"
             )
-        return int(found)
+        return found
 
     def group_size(self, cols: int, key: str, default: int) -> int:
         """Columns of a group in a row of `cols`, as the section says; -1 there is the whole row."""

@@ -18,17 +18,21 @@ from ...dtypes import DTYPES
 from ...errors import QuantizedSourceError
 from ...matrix import StoredMatrix
 from ..source import Grid, Source, SourceTensor
-from . import awq, gptq
+from . import awq, compressed_tensors, float8, gptq
 from .packed import Packed
-from .release import Release, model_dtype
+from .release import WRONG, Release, model_dtype
 
 # Kinds of releases by quant_method: what finds their weights.
 KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
     "awq": awq.find,
+    "compressed-tensors": compressed_tensors.find,
+    "fbgemm_fp8": float8.find,
+    "fp8": float8.find,
     "gptq": gptq.find,
 }
 # Tensors beside weights that say how activations are rounded, which a lowbit model does not do.
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "k_scale", "v_scale")
+_PACKED = ("qweight", "qzeros", "weight_packed", "weight_scale_inv")  # names that nothing else has
 
 
 class QuantizedSource:
@@ -92,6 +96,13 @@ def open_quantized(source: Source, section: Mapping[str, Any], config: Mapping[s
             "original, or dequantize it first"
         )
     packed = {one.name: one for one in find(release)}
+    used = {part.name for one in packed.values() for part in one.parts.values()}
+    for name, tensor in source.tensors.items():
+        if name not in used and (tensor.dtype.startswith("F8") or name.rpartition(".")[2] in _PACKED):
+            raise release.error(
+                f"{name}: has dtype {tensor.dtype}, and belongs to no packed weight of a known kind; {WRONG}, or "
+                "convert the original checkpoint"
+            )
     if not packed:
         raise release.error(
             f"config.json says that the checkpoint is quantized ({release.method}), but it has no packed weights; "

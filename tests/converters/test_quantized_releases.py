@@ -12,7 +12,19 @@ import torch
 from safetensors.torch import load_file
 from support.checkpoints import weights
 from support.conversions import assert_nothing_looks_finished, content
-from support.quantized_releases import Encoder, Tensors, awq, change, gptq, write_release
+from support.quantized_releases import (
+    Encoder,
+    Tensors,
+    awq,
+    change,
+    compressed_fp8,
+    compressed_integers,
+    deepseek_fp8,
+    fbgemm_fp8,
+    gptq,
+    mistral_fp8,
+    write_release,
+)
 from transformers import AutoModelForCausalLM
 
 from lowbit_format.container.reader import ModelReader
@@ -66,6 +78,20 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "gptq-v2-rows": (gptq(4, -1, minus_one=False), torch.float16),
     "awq": (awq(), torch.float16),
     "awq-rows-bf16": (awq(-1, dtype=torch.bfloat16), torch.bfloat16),
+    "int4": (compressed_integers(), torch.bfloat16),
+    "int4-zeros": (compressed_integers(symmetric=False, dtype=torch.float16), torch.float16),
+    "int3-rows-zeros": (compressed_integers(3, strategy="channel", symmetric=False), torch.bfloat16),
+    "int8-zeros": (compressed_integers(8, strategy="channel", symmetric=False), torch.bfloat16),
+    "int8-matrix-zero": (compressed_integers(8, strategy="tensor", symmetric=False), torch.bfloat16),
+    "int8-unpacked": (compressed_integers(8, strategy="channel", packed=False), torch.bfloat16),
+    "fp8-blocks": (deepseek_fp8(), torch.bfloat16),
+    "fp8-blocks-bf16-scales": (deepseek_fp8((64, 64), scale_dtype=torch.bfloat16), torch.bfloat16),
+    "fp8-blocks-exponents": (deepseek_fp8((64, 64), scale_dtype=torch.float8_e8m0fnu), torch.bfloat16),
+    "fp8-matrix": (mistral_fp8(), torch.bfloat16),
+    "fp8-fbgemm": (fbgemm_fp8(), torch.bfloat16),
+    "fp8-compressed-rows": (compressed_fp8(), torch.bfloat16),
+    "fp8-compressed-matrix": (compressed_fp8("tensor", shape=lambda rows, cols: (1,)), torch.bfloat16),
+    "fp8-compressed-blocks": (compressed_fp8("block"), torch.bfloat16),
 }
 
 

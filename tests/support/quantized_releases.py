@@ -166,3 +166,115 @@ def awq(group_size: int = 32, *, dtype: torch.dtype = torch.float16) -> tuple[En
 
     section = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
     return encode, section
+
+
+# --- compressed-tensors and FP8 ---------------------------------------------------------------------
+
+
+def _compressed(form: str, weights: dict[str, Any], **more: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": form, "quantization_status": "compressed",
+        "config_groups": {"group_0": {**group, "format": form}}, "ignore": ["lm_head"], "version": "0.12.2", **more,
+    }  # fmt: skip
+
+
+def compressed_integers(
+    bits: int = 4,
+    group_size: int = 32,
+    *,
+    strategy: str = "group",
+    symmetric: bool = True,
+    packed: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Encoder, dict[str, Any]]:
+    """pack-quantized, or int-quantized."""
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        groups = cols // group_size if strategy == "group" else 1
+        shape = (1,) if strategy == "tensor" else (rows, groups)
+        middle = 2 ** (bits - 1)
+        numbers, scales = random_codes(bits, rows, cols) - middle, random_scales(*shape, dtype=dtype)
+        zeros = torch.zeros(shape, dtype=torch.int64) if symmetric else random_codes(bits, *shape) - middle
+        weight = torch.empty(rows, cols, dtype=dtype)
+        for c in range(cols):
+            g = c // group_size if strategy == "group" else 0
+            scale, zero = (scales, zeros) if strategy == "tensor" else (scales[:, g], zeros[:, g])
+            weight[:, c] = (numbers[:, c] - zero) * scale
+        parts = {"weight_scale": scales}
+        if packed:
+            parts["weight_packed"] = pack_words(numbers + middle, bits)
+            parts["weight_shape"] = torch.tensor([rows, cols])
+        else:
+            parts["weight"] = numbers.to(torch.int8)
+        if not symmetric and packed and strategy != "tensor":
+            parts["weight_zero_point"] = pack_words((zeros + middle).T, bits).T
+        elif not symmetric:
+            parts["weight_zero_point"] = zeros.to(torch.int8)
+        return parts, weight
+
+    size = group_size if strategy == "group" else None
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": size}
+    return encode, _compressed("pack-quantized" if packed else "int-quantized", weights)
+
+
+def float8(
+    block: tuple[int, int] | None,
+    role: str,
+    section: dict[str, Any],
+    *,
+    scale_dtype: torch.dtype = torch.float32,
+    shape: Callable[[int, int], tuple[int, ...]] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Encoder, dict[str, Any]]:
+    """E4M3 with scales of blocks, or of the matrix as a whole; every code but NaN occurs. `shape`: of the scales."""
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        codes = torch.randint(0, 256, (rows, cols), dtype=torch.uint8)
+        codes.view(-1)[:256] = torch.arange(256, dtype=torch.uint8)
+        codes[(codes & 127) == 127] = 3
+        numbers = codes.view(torch.float8_e4m3fn)
+        height, width = block or (rows, cols)
+        grid = (math.ceil(rows / height), math.ceil(cols / width))
+        scales = (0.0002 + 0.0007 * torch.rand(grid)).to(scale_dtype)
+        weight = torch.empty(rows, cols, dtype=dtype)
+        for i in range(grid[0]):
+            for j in range(grid[1]):
+                at = (slice(i * height, (i + 1) * height), slice(j * width, (j + 1) * width))
+                weight[at] = (numbers[at].float() * scales[i, j].float()).to(dtype)
+        return {"weight": numbers, role: scales.reshape(shape(rows, cols) if shape else grid)}, weight
+
+    return encode, section
+
+
+def deepseek_fp8(block: tuple[int, int] = (64, 96), **more: Any) -> tuple[Encoder, dict[str, Any]]:
+    section = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(block),
+    }  # fmt: skip
+    return float8(block, "weight_scale_inv", section, **more)
+
+
+def mistral_fp8() -> tuple[Encoder, dict[str, Any]]:
+    """One scale for the matrix, a number without dimensions, and one for activations."""
+    section = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+    encode, _ = float8(None, "weight_scale_inv", section, scale_dtype=torch.bfloat16, shape=lambda rows, cols: ())
+
+    def with_activations(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        parts, weight = encode(rows, cols)
+        return {**parts, "activation_scale": torch.tensor(0.5)}, weight
+
+    return with_activations, section
+
+
+def fbgemm_fp8() -> tuple[Encoder, dict[str, Any]]:
+    section = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}
+    return float8((1, 10**6), "weight_scale", section, shape=lambda rows, cols: (rows, 1))
+
+
+def compressed_fp8(strategy: str = "channel", **more: Any) -> tuple[Encoder, dict[str, Any]]:
+    """float-quantized: by row, matrix, or block of 64 x 64."""
+    block = {"channel": (1, 10**6), "tensor": None, "block": (64, 64)}[strategy]
+    weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": strategy, "group_size": None}
+    if strategy == "block":
+        weights["block_structure"] = [64, 64]
+    return float8(block, "weight_scale", _compressed("float-quantized", weights), scale_dtype=torch.bfloat16, **more)
