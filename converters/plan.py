@@ -121,9 +121,10 @@ class Plan:
     def possible_coverage(self) -> float:
         """As :attr:`coverage`, of those weights that the model leaves to their module: others cannot be quantized.
 
-        What a release that is quantized already has left in floats does not count either.
+        Of a release that is quantized already, those count that it has quantized.
         """
-        counted = [s for s in self.steps if s.counted and s.reason not in (READ, LEFT)]
+        counted = [s for s in self.steps if s.counted and s.reason != READ]
+        counted = [s for s in counted if s.tensor.grid is not None] or counted
         total = sum(s.tensor.numel for s in counted)
         return sum(s.tensor.numel for s in counted if s.target is not None) / total if total else 1.0
 

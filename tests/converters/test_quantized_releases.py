@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file
-from support.checkpoints import weights
+from support.checkpoints import SPECIAL, weights
 from support.conversions import assert_nothing_looks_finished, content
 from support.quantized_releases import (
     Encoder,
@@ -35,7 +36,8 @@ from lowbit_format.reference import decode
 
 Kind = tuple[Encoder, dict[str, Any]]
 RECIPE = Recipe()
-UP = "model.layers.0.mlp.up_proj"
+LAYER = "model.layers.0"
+UP = f"{LAYER}.mlp.up_proj"
 
 
 def convert(source: Path, out: Path, recipe: Recipe = RECIPE, **options: Any) -> Any:
@@ -160,6 +162,54 @@ def test_interrupted_it_goes_on_to_the_same_bytes(release: Path, tmp_path: Path)
     assert {k: v for k, v in a.items() if k != "README.md"} == {k: v for k, v in b.items() if k != "README.md"}
 
 
+def _mixtral() -> Any:
+    return hf.MixtralForCausalLM(
+        hf.MixtralConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            vocab_size=96, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks-bf16-scales", "int4-zeros"])
+def test_experts_are_imported(kind: str, tmp_path: Path) -> None:
+    """A checkpoint has a tensor for each expert and projection; the model has all of them in two."""
+    (encode, section), dtype = KINDS[kind]
+    expected = write_release(
+        tmp_path / "source", encode, section, model=_mixtral, dtype=dtype, floats=("head", ".gate.")
+    )
+    done = convert(tmp_path / "source", tmp_path / "out")
+    assert all(o.lossless and o.squared_error == 0 for o in done.outcomes.values())
+    reader = ModelReader(tmp_path / "out")
+    assert reader.verify() == 0
+    stack = f"{LAYER}.mlp.experts"
+    for expert in range(3):
+        w1, w2, w3 = (expected[f"{LAYER}.block_sparse_moe.experts.{expert}.{w}"] for w in ("w1", "w2", "w3"))
+        for path, weight in {"gate_up_proj": torch.cat([w1, w3]), "down_proj": w2}.items():
+            found = torch.from_numpy(decode(reader.matrix(f"{stack}.{path}", expert))).to(dtype)
+            assert torch.equal(bits_of(found), bits_of(weight))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
+
+
+def test_experts_of_which_some_are_floats_are_refused(tmp_path: Path) -> None:
+    encode, section = deepseek_fp8((32, 32))
+    write_release(tmp_path / "source", encode, section, model=_mixtral, floats=("head", ".gate.", "experts.1.w2"))
+    refused(tmp_path / "source", tmp_path / "out", r"\.w2\.weight: the release has quantized some of its experts")
+
+
+def test_a_section_in_the_config_of_a_part(tmp_path: Path) -> None:
+    encode, section = deepseek_fp8((16, 16))
+    expected = write_release(
+        tmp_path / "source", encode, section, model=SPECIAL["gemma3"], dtype=torch.bfloat16, under="text_config",
+        floats=("head", "vision"),
+    )  # fmt: skip
+    done = convert(tmp_path / "source", tmp_path / "out")
+    assert len(done.outcomes) == len(expected)
+    assert all(o.lossless for o in done.outcomes.values())
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+
+
 # --- refused ----------------------------------------------------------------------------------------
 
 
@@ -195,6 +245,12 @@ def _nan(t: torch.Tensor) -> torch.Tensor:
     return t
 
 
+def _with(kind: Kind, more: dict[str, Any]) -> Kind:
+    return kind[0], {**kind[1], **more}
+
+
+_INT4 = compressed_integers()
+_NO_ZEROS = f"{UP}.weight_zero_point"
 LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "gptq-nan": (gptq(), _set("scales", _nan), r"up_proj\.scales: holds 1 NaN or infinite values"),
     "gptq-short": (gptq(), _set("qweight", lambda t: t[:-1]), r"up_proj.*(groups|shape)"),
@@ -207,15 +263,54 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "gptq-twice": (
         gptq(), lambda t: t.update({f"{UP}.weight": torch.zeros(256, 128)}), r"up_proj\.weight: stands beside",
     ),
-    "gptq-bits": ((gptq()[0], {**gptq()[1], "bits": 5}), lambda t: None, r"bits 5, expected one of 2, 3, 4, 8"),
+    "gptq-bits": (_with(gptq(), {"bits": 5}), lambda t: None, r"bits 5, expected one of 2, 3, 4, 8"),
     "gptq-format": (
-        (gptq()[0], {**gptq()[1], "checkpoint_format": "marlin"}), lambda t: None, r"checkpoint_format 'marlin'",
+        _with(gptq(), {"checkpoint_format": "marlin"}), lambda t: None, r"checkpoint_format 'marlin'",
     ),
-    "gptq-size": ((gptq()[0], {**gptq()[1], "group_size": 0}), lambda t: None, r"group_size 0, expected"),
+    "gptq-size": (_with(gptq(), {"group_size": 0}), lambda t: None, r"group_size 0, expected"),
     "awq-nan": (awq(), _set("scales", _nan), r"up_proj\.scales: holds 1 NaN or infinite values"),
     "awq-zeros": (awq(), _set("qzeros", lambda t: t[:-1]), r"up_proj\.qzeros: has shape \[3, 32\], expected \[4, 32\]"),
-    "awq-order": ((awq()[0], {**awq()[1], "version": "gemv"}), lambda t: None, r"version 'gemv', expected 'gemm'"),
-    "awq-bits": ((awq()[0], {**awq()[1], "bits": 8}), lambda t: None, r"bits 8, expected one of 4"),
+    "awq-order": (_with(awq(), {"version": "gemv"}), lambda t: None, r"version 'gemv', expected 'gemm'"),
+    "awq-bits": (_with(awq(), {"bits": 8}), lambda t: None, r"bits 8, expected one of 4"),
+    "int4-shape": (
+        _INT4, _set("weight_shape", lambda t: t * 2**40), r"up_proj\.weight_packed: has.*weight_shape",
+    ),
+    "int4-negative": (_INT4, _set("weight_shape", lambda t: -t), r"up_proj\.weight_packed: has shape"),
+    "int4-groups": (_INT4, _set("weight_scale", lambda t: t[:, :-1]), r"up_proj\.weight_scale: has shape"),
+    "int4-lacks": (
+        compressed_integers(symmetric=False), lambda t: t.pop(_NO_ZEROS), r"lacks.*up_proj\.weight_zero",
+    ),
+    "int4-no-weight": (_INT4, lambda t: t.pop(f"{UP}.weight_packed"), r"up_proj: has scales and nothing"),
+    "int4-no-scale": (_INT4, lambda t: t.pop(f"{UP}.weight_scale"), r"lacks.*up_proj\.weight_scale"),
+    "int4-sparse": (
+        _with(_INT4, {"sparsity_config": {"format": "sparse-24-bitmask"}}),
+        lambda t: None, r"has a sparsity_config",
+    ),
+    "int4-rotated": (
+        _with(_INT4, {"transform_config": {"config_groups": {"a": {}}}}),
+        lambda t: None, r"has a transform_config",
+    ),
+    "int4-no-groups": (
+        _with(_INT4, {"config_groups": {}}), lambda t: None, r"no config_groups",
+    ),
+    "fp8-nan": (
+        deepseek_fp8(), _set("weight", lambda t: torch.full_like(t, torch.nan)), r"up_proj\.weight: decodes to NaN",
+    ),
+    "fp8-nan-scale": (deepseek_fp8(), _set("weight_scale_inv", _nan), r"up_proj\.weight_scale_inv: holds 1 NaN"),
+    "fp8-blocks": (
+        deepseek_fp8(), _set("weight_scale_inv", lambda t: t[:1]), r"up_proj\.weight_scale_inv: has shape \[1, 2\]",
+    ),
+    "fp8-lacks": (deepseek_fp8(), lambda t: t.pop(f"{UP}.weight_scale_inv"), r"lacks.*up_proj\.weight_scale_inv"),
+    "fp8-overflow": (
+        deepseek_fp8(), _set("weight_scale_inv", lambda t: t * 1e39), r"up_proj\.weight_scale_inv: holds 8 NaN or inf",
+    ),
+    "fp8-alone": (
+        deepseek_fp8(), lambda t: t.update({"more": t[f"{UP}.weight"].clone()}), r"more: has dtype F8_E4M3, and bel",
+    ),
+    "fp8-kind": (_with(deepseek_fp8(), {"fmt": "e5m2"}), lambda t: None, r"fmt 'e5m2', expected"),
+    "fp8-block": (
+        _with(deepseek_fp8(), {"weight_block_size": [0, 4]}), lambda t: None, r"weight_block_size \[0",
+    ),
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 Tensors = dict[str, torch.Tensor]
 Encoder = Callable[[int, int], tuple[Tensors, torch.Tensor]]
 
+_MATRICES = ("lm_head.weight", ".w1.weight", ".w2.weight", ".w3.weight")
 HIDDEN, INNER = 128, 256
 
 
@@ -59,7 +60,7 @@ def write_release(
     made = model().to(dtype)
     made.save_pretrained(directory)
     tensors, expected = load_file(directory / "model.safetensors"), {}
-    for name in [n for n in tensors if n.endswith("_proj.weight") or n == "lm_head.weight"]:
+    for name in [n for n in tensors if n.endswith((*_MATRICES, "_proj.weight"))]:
         path = name.removesuffix(".weight")
         if any(part in path for part in floats):
             continue
