@@ -1,4 +1,4 @@
-"""compressed-tensors (LLM Compressor): integers, packed or not, and FP8.
+"""compressed-tensors (LLM Compressor): integers, packed or not, FP8 and FP4.
 
 Integers, of 2 to 8 bits, in the formats "pack-quantized" and "int-quantized":
 
@@ -10,7 +10,7 @@ Integers, of 2 to 8 bits, in the formats "pack-quantized" and "int-quantized":
 | weight_scale | float: one number, [rows, 1] or [rows, groups] | |
 | weight_zero_point | int32 [ceil(rows * bits / 32), groups] packed by rows, or int8 as it is; or absent | |
 
-weight = (number - zero point) * scale, in the dtype of the scales. FP8 is in :mod:`.float8`.
+weight = (number - zero point) * scale, in the dtype of the scales. FP8 is in :mod:`.float8`, FP4 in :mod:`.float4`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ...bits import U8
 from ...dtypes import round_to, stored
 from ...matrix import F32, Params
 from ...schema import Scheme, is_int
+from .float4 import float4_weight
 from .float8 import decoded_in, float8_weight, is_block
 from .gptq import check_order
 from .packed import Packed, Raw, group_of, unpack_words
@@ -122,13 +123,15 @@ def find(release: Release) -> Iterator[Packed]:
         arguments = _arguments(release, schemes, path)
         if kind == ("weight", "F8_E4M3"):
             yield float8_weight(release, path, f"{path}.weight_scale", arguments.block, arguments.group_size)
+        elif kind == ("weight_packed", "U8"):
+            yield float4_weight(release, path)
         elif kind in (("weight_packed", "I32"), ("weight", "I8")):
             yield _integers(release, path, arguments)
         else:
             found = "nothing" if weight is None else f"{weight.name} of {weight.dtype}"
             raise release.error(
                 f"{path}: has scales and {found}, which none of the formats that are known has (pack-quantized, "
-                "int-quantized, float-quantized); convert the original checkpoint"
+                "int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized); convert the original checkpoint"
             )
 
 

@@ -18,7 +18,7 @@ from ...dtypes import DTYPES
 from ...errors import QuantizedSourceError
 from ...matrix import StoredMatrix
 from ..source import Grid, Source, SourceTensor
-from . import awq, compressed_tensors, float8, gptq
+from . import awq, compressed_tensors, float4, float8, gptq
 from .packed import Packed
 from .release import WRONG, Release, model_dtype
 
@@ -29,6 +29,7 @@ KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
     "fbgemm_fp8": float8.find,
     "fp8": float8.find,
     "gptq": gptq.find,
+    "mxfp4": float4.find,
 }
 # Tensors beside weights that say how activations are rounded, which a lowbit model does not do.
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "k_scale", "v_scale")

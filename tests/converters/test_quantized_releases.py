@@ -18,12 +18,14 @@ from support.quantized_releases import (
     Tensors,
     awq,
     change,
+    compressed_fp4,
     compressed_fp8,
     compressed_integers,
     deepseek_fp8,
     fbgemm_fp8,
     gptq,
     mistral_fp8,
+    write_gpt_oss,
     write_release,
 )
 from transformers import AutoModelForCausalLM
@@ -94,6 +96,8 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "fp8-compressed-rows": (compressed_fp8(), torch.bfloat16),
     "fp8-compressed-matrix": (compressed_fp8("tensor", shape=lambda rows, cols: (1,)), torch.bfloat16),
     "fp8-compressed-blocks": (compressed_fp8("block"), torch.bfloat16),
+    "nvfp4": (compressed_fp4(), torch.bfloat16),
+    "mxfp4": (compressed_fp4("mxfp4"), torch.bfloat16),
 }
 
 
@@ -190,6 +194,24 @@ def test_experts_are_imported(kind: str, tmp_path: Path) -> None:
             assert torch.equal(bits_of(found), bits_of(weight))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
+
+
+def test_experts_of_gpt_oss_are_imported(tmp_path: Path) -> None:
+    expected = write_gpt_oss(tmp_path / "source")
+    done = convert(tmp_path / "source", tmp_path / "out")
+    assert set(done.outcomes) == set(expected)
+    reader = ModelReader(tmp_path / "out")
+    assert reader.verify() == 0
+    for path, weight in expected.items():
+        for expert, one in enumerate(weight):
+            found = torch.from_numpy(decode(reader.matrix(path, expert))).to(weight.dtype)
+            assert torch.equal(bits_of(found), bits_of(one.T))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
+    kept = RECIPE.keeping(["*.down_proj"])
+    convert(tmp_path / "source", tmp_path / "kept", kept, min_coverage=0)
+    name = f"{LAYER}.mlp.experts.down_proj"
+    assert torch.equal(weights(tmp_path / "kept")[name], expected[name])
 
 
 def test_experts_of_which_some_are_floats_are_refused(tmp_path: Path) -> None:
@@ -310,6 +332,16 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "fp8-kind": (_with(deepseek_fp8(), {"fmt": "e5m2"}), lambda t: None, r"fmt 'e5m2', expected"),
     "fp8-block": (
         _with(deepseek_fp8(), {"weight_block_size": [0, 4]}), lambda t: None, r"weight_block_size \[0",
+    ),
+    "nvfp4-global": (
+        compressed_fp4(), _set("weight_global_scale", lambda t: t * 0), r"up_proj\.weight_global_scale: is 0\.0, and",
+    ),
+    "nvfp4-scale": (compressed_fp4(), _set("weight_scale", lambda t: t.float()), r"up_proj\.weight_scale: has dtype F32"),
+    "mxfp4-nan": (
+        compressed_fp4("mxfp4"), _set("weight_scale", lambda t: t * 0 + 255), r"up_proj\.weight_scale: holds 1024 NaN",
+    ),
+    "mxfp4-overflow": (
+        compressed_fp4("mxfp4"), _set("weight_scale", lambda t: t * 0 + 254), r"up_proj\.weight: decodes to NaN or inf",
     ),
 }  # fmt: skip
 

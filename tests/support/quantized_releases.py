@@ -279,3 +279,66 @@ def compressed_fp8(strategy: str = "channel", **more: Any) -> tuple[Encoder, dic
     if strategy == "block":
         weights["block_structure"] = [64, 64]
     return float8(block, "weight_scale", _compressed("float-quantized", weights), scale_dtype=torch.bfloat16, **more)
+
+
+# --- FP4 --------------------------------------------------------------------------------------------
+
+_E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def _pack_halves(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 of int64 ``[..., cols]``: two codes in a byte, the first in its lower half."""
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).to(torch.uint8)
+
+
+def compressed_fp4(kind: str = "nvfp4", *, dtype: torch.dtype = torch.bfloat16) -> tuple[Encoder, dict[str, Any]]:
+    """nvfp4-pack-quantized or mxfp4-pack-quantized."""
+    size = 16 if kind == "nvfp4" else 32
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        codes, groups = random_codes(4, rows, cols), cols // size
+        if kind == "nvfp4":
+            scales = (8 + 400 * torch.rand(rows, groups)).to(torch.float8_e4m3fn)
+            whole = torch.tensor([2688 / (0.1 + torch.rand(()))])
+            steps = scales.float() / whole
+            parts = {"weight_scale": scales, "weight_global_scale": whole}
+        else:
+            exponents = torch.randint(117, 124, (rows, groups))
+            steps = torch.ldexp(torch.ones(()), exponents - 127)
+            parts = {"weight_scale": exponents.to(torch.uint8)}
+        weight = (_E2M1[codes] * steps.repeat_interleave(size, dim=1)).to(dtype)
+        return {**parts, "weight_packed": _pack_halves(codes)}, weight
+
+    strategy = "tensor_group" if kind == "nvfp4" else "group"
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": strategy, "group_size": size}
+    return encode, _compressed(f"{kind}-pack-quantized", weights)
+
+
+def tiny_gpt_oss() -> Any:
+    return hf.GptOssForCausalLM(
+        hf.GptOssConfig(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+            head_dim=32, vocab_size=96, num_local_experts=3, num_experts_per_tok=2, max_position_embeddings=64,
+            layer_types=["full_attention"],
+        )
+    )  # fmt: skip
+
+
+def write_gpt_oss(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """A model with experts in MXFP4, each `[experts, rows, groups, 16]`; returns them as the model has them."""
+    section = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    write_release(directory, gptq()[0], section, model=tiny_gpt_oss, dtype=dtype, floats=("",))
+    expected = {}
+
+    def pack(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+            experts, cols, rows = tensors.pop(name).shape
+            codes = random_codes(4, experts, rows, cols // 32, 32)
+            exponents = torch.randint(117, 124, (experts, rows, cols // 32))
+            tensors[f"{name}_blocks"] = _pack_halves(codes)
+            tensors[f"{name}_scales"] = exponents.to(torch.uint8)
+            values = torch.ldexp(_E2M1[codes], exponents[..., None] - 127).to(dtype)
+            expected[name] = values.reshape(experts, rows, cols).transpose(1, 2).contiguous()
+
+    change(directory, pack)
+    return expected
