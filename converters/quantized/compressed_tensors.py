@@ -131,7 +131,8 @@ def find(release: Release) -> Iterator[Packed]:
             found = "nothing" if weight is None else f"{weight.name} of {weight.dtype}"
             raise release.error(
                 f"{path}: has scales and {found}, which none of the formats that are known has (pack-quantized, "
-                "int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized); convert the original checkpoint"
+                "int-quantized, float-quantized, nvfp4-pack-quantized, mxfp4-pack-quantized); convert the original "
+                "checkpoint"
             )
 
 

@@ -55,7 +55,8 @@ class Float4Weight(Packed):
 
     def decode(self, raw: Raw, rows: slice) -> F32:
         scales = self._scales(raw)[rows][:, group_of(self.shape[1], self.scheme.group_size)]
-        return round_to(E2M1[self.codes(raw, rows)] * scales, self.dtype)
+        with np.errstate(over="ignore"):
+            return round_to(E2M1[self.codes(raw, rows)] * scales, self.dtype)
 
     def _scales(self, raw: Raw) -> F32:
         """float32 ``[rows, groups]``."""
@@ -85,7 +86,8 @@ def _experts(release: Release, path: str) -> Float4Weight:
     half = _MX_GROUP // 2
     if len(blocks.shape) != 4 or 0 in blocks.shape or blocks.shape[3] != half:
         raise release.error(
-            f"{blocks.name}: has shape {list(blocks.shape)}, expected [experts, rows, groups, {half}] without a 0; {WRONG}"
+            f"{blocks.name}: has shape {list(blocks.shape)}, expected [experts, rows, groups, {half}], none of them 0; "
+            f"{WRONG}"
         )
     experts, rows, groups, _ = blocks.shape
     scales = release.tensor(f"{path}_scales", ("U8", "F8_E8M0"), (experts, rows, groups))

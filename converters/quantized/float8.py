@@ -58,7 +58,8 @@ class Float8Weight(Packed):
         numbers = FLOAT8["F8_E4M3"][self.codes(raw, rows)]
         block = np.arange(rows.start, rows.stop) // self.block_rows
         scales = self._scales(raw)[block][:, group_of(self.shape[1], self.scheme.group_size)]
-        return round_to(numbers * scales, self.dtype)
+        with np.errstate(over="ignore"):
+            return round_to(numbers * scales, self.dtype)
 
     def _scales(self, raw: Raw) -> F32:
         """float32 ``[blocks of rows, groups]``."""

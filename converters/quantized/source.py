@@ -18,13 +18,14 @@ from ...dtypes import DTYPES
 from ...errors import QuantizedSourceError
 from ...matrix import StoredMatrix
 from ..source import Grid, Source, SourceTensor
-from . import awq, compressed_tensors, float4, float8, gptq
+from . import awq, bitsandbytes, compressed_tensors, float4, float8, gptq
 from .packed import Packed
 from .release import WRONG, Release, model_dtype
 
 # Kinds of releases by quant_method: what finds their weights.
 KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
     "awq": awq.find,
+    "bitsandbytes": bitsandbytes.find,
     "compressed-tensors": compressed_tensors.find,
     "fbgemm_fp8": float8.find,
     "fp8": float8.find,

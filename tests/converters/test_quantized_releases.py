@@ -17,6 +17,7 @@ from support.quantized_releases import (
     Encoder,
     Tensors,
     awq,
+    bitsandbytes,
     change,
     compressed_fp4,
     compressed_fp8,
@@ -98,6 +99,9 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "fp8-compressed-blocks": (compressed_fp8("block"), torch.bfloat16),
     "nvfp4": (compressed_fp4(), torch.bfloat16),
     "mxfp4": (compressed_fp4("mxfp4"), torch.bfloat16),
+    "bnb-nf4": (bitsandbytes(), torch.bfloat16),
+    "bnb-nf4-nested": (bitsandbytes(nested=True, dtype=torch.float16), torch.float16),
+    "bnb-fp4-nested-of-rows": (bitsandbytes("fp4", 256, nested=True), torch.bfloat16),
 }
 
 
@@ -271,6 +275,7 @@ def _with(kind: Kind, more: dict[str, Any]) -> Kind:
     return kind[0], {**kind[1], **more}
 
 
+_STATE = "weight.quant_state.bitsandbytes__nf4"
 _INT4 = compressed_integers()
 _NO_ZEROS = f"{UP}.weight_zero_point"
 LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
@@ -336,13 +341,26 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "nvfp4-global": (
         compressed_fp4(), _set("weight_global_scale", lambda t: t * 0), r"up_proj\.weight_global_scale: is 0\.0, and",
     ),
-    "nvfp4-scale": (compressed_fp4(), _set("weight_scale", lambda t: t.float()), r"up_proj\.weight_scale: has dtype F32"),
+    "nvfp4-scale": (compressed_fp4(), _set("weight_scale", lambda t: t.float()), r"up_proj\.weight_scale: has dtype F3"),
     "mxfp4-nan": (
         compressed_fp4("mxfp4"), _set("weight_scale", lambda t: t * 0 + 255), r"up_proj\.weight_scale: holds 1024 NaN",
     ),
     "mxfp4-overflow": (
         compressed_fp4("mxfp4"), _set("weight_scale", lambda t: t * 0 + 254), r"up_proj\.weight: decodes to NaN or inf",
     ),
+    "bnb-rows": (bitsandbytes(block=96), lambda t: None, r"proj\.weight: blocks of 96 weights run over the ends"),
+    "bnb-8-bits": (_with(bitsandbytes(), {"load_in_8bit": True}), lambda t: None, r"8 bits, whose library rounds"),
+    "bnb-state": (
+        bitsandbytes(), _set(_STATE, lambda t: t[:-1]), r"up_proj\.weight\.quant_state\.bitsandbytes__nf4: is not JSON",
+    ),
+    "bnb-shape": (
+        bitsandbytes(), _set(_STATE, lambda t: torch.tensor(list(b'{"shape": [99999999999, 1]}'), dtype=torch.uint8)),
+        r"quant_state\.bitsandbytes__nf4: says shape \[99999999999, 1\]",
+    ),
+    "bnb-table": (bitsandbytes(), _set("weight.quant_map", lambda t: t + 1), r"quant_map: is not the table of nf4"),
+    "bnb-lacks": (bitsandbytes(), lambda t: t.pop(f"{UP}.weight.absmax"), r"lacks.*up_proj\.weight\.absmax"),
+    "bnb-short": (bitsandbytes(), _set("weight", lambda t: t[:-1]), r"up_proj\.weight: has 16383 bytes, which"),
+    "bnb-nan": (bitsandbytes(), _set("weight.absmax", _nan), r"up_proj\.weight\.absmax: holds 1 NaN"),
 }  # fmt: skip
 
 

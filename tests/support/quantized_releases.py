@@ -304,7 +304,7 @@ def compressed_fp4(kind: str = "nvfp4", *, dtype: torch.dtype = torch.bfloat16) 
             parts = {"weight_scale": scales, "weight_global_scale": whole}
         else:
             exponents = torch.randint(117, 124, (rows, groups))
-            steps = torch.ldexp(torch.ones(()), exponents - 127)
+            steps = torch.ldexp(torch.ones(rows, groups), exponents - 127)
             parts = {"weight_scale": exponents.to(torch.uint8)}
         weight = (_E2M1[codes] * steps.repeat_interleave(size, dim=1)).to(dtype)
         return {**parts, "weight_packed": _pack_halves(codes)}, weight
@@ -342,3 +342,49 @@ def write_gpt_oss(directory: Path, dtype: torch.dtype = torch.bfloat16) -> Tenso
 
     change(directory, pack)
     return expected
+
+
+# --- bitsandbytes -----------------------------------------------------------------------------------
+
+_NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+_BNB_FP4 = [0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0]
+
+
+def bitsandbytes(
+    kind: str = "nf4", block: int = 64, *, nested: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Encoder, dict[str, Any]]:
+    """`nested`: the scales are quantized too, in blocks of 256."""
+    table = torch.tensor(_NF4) if kind == "nf4" else torch.tensor(_BNB_FP4) / 12
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        codes, blocks = random_codes(4, rows * cols), math.ceil(rows * cols / block)
+        state = {
+            "quant_type": kind, "blocksize": block, "dtype": str(dtype).removeprefix("torch."), "shape": [rows, cols],
+        }  # fmt: skip
+        parts = {}
+        if nested:
+            scales, table8 = torch.randint(0, 256, (blocks,), dtype=torch.uint8), torch.linspace(-1, 1, 256)
+            outer = 0.01 + 0.001 * torch.rand(math.ceil(blocks / 256))
+            absmax = table8[scales.long()] * outer.repeat_interleave(256)[:blocks] + torch.tensor(0.02)
+            state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": torch.tensor(0.02).item()}
+            parts |= {"weight.absmax": scales, "weight.nested_absmax": outer, "weight.nested_quant_map": table8}
+        else:
+            absmax = parts["weight.absmax"] = 0.01 + 0.01 * torch.rand(blocks)
+        weight = (table[codes] * absmax.repeat_interleave(block)[: rows * cols]).to(dtype).reshape(rows, cols)
+        text = json.dumps(state).encode()
+        parts |= {
+            "weight": ((codes[0::2] << 4) | codes[1::2]).to(torch.uint8)[:, None],
+            "weight.quant_map": table,
+            f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(text), dtype=torch.uint8),
+        }
+        return {role: part.clone() for role, part in parts.items()}, weight
+
+    section = {
+        "quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": kind,
+        "bnb_4bit_use_double_quant": nested, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
+    }  # fmt: skip
+    return encode, section
