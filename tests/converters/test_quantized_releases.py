@@ -341,7 +341,7 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "nvfp4-global": (
         compressed_fp4(), _set("weight_global_scale", lambda t: t * 0), r"up_proj\.weight_global_scale: is 0\.0, and",
     ),
-    "nvfp4-scale": (compressed_fp4(), _set("weight_scale", lambda t: t.float()), r"up_proj\.weight_scale: has dtype F3"),
+    "nvfp4-scale": (compressed_fp4(), _set("weight_scale", lambda t: t.float()), r"weight_scale: has dtype F32"),
     "mxfp4-nan": (
         compressed_fp4("mxfp4"), _set("weight_scale", lambda t: t * 0 + 255), r"up_proj\.weight_scale: holds 1024 NaN",
     ),
