@@ -18,19 +18,24 @@ from ...dtypes import DTYPES
 from ...errors import QuantizedSourceError
 from ...matrix import StoredMatrix
 from ..source import Grid, Source, SourceTensor
-from . import awq, bitsandbytes, compressed_tensors, float4, float8, gptq
+from . import awq, bitnet, bitsandbytes, compressed_tensors, float4, float8, gptq
 from .packed import Packed
 from .release import WRONG, Release, model_dtype
 
 # Kinds of releases by quant_method: what finds their weights.
 KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
     "awq": awq.find,
+    "bitnet": bitnet.find,
     "bitsandbytes": bitsandbytes.find,
     "compressed-tensors": compressed_tensors.find,
     "fbgemm_fp8": float8.find,
     "fp8": float8.find,
     "gptq": gptq.find,
     "mxfp4": float4.find,
+}
+# Kinds that are known, and cannot be stored without loss.
+_INEXACT = {
+    "hqq": "whose library rounds each weight twice, once before it is scaled: no lowbit model decodes to just the same",
 }
 # Tensors beside weights that say how activations are rounded, which a lowbit model does not do.
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale", "k_scale", "v_scale")
@@ -91,6 +96,8 @@ def open_quantized(source: Source, section: Mapping[str, Any], config: Mapping[s
     """
     release = Release(source, section, model_dtype(config))
     find = KINDS.get(release.method)
+    if why := _INEXACT.get(release.method):
+        raise release.error(f"is quantized already (quant_method {release.method!r}), {why}; convert the original")
     if find is None:
         raise QuantizedSourceError(
             f"{source.directory / 'config.json'}: the checkpoint is quantized already (quant_method "

@@ -17,6 +17,7 @@ from support.quantized_releases import (
     Encoder,
     Tensors,
     awq,
+    bitnet,
     bitsandbytes,
     change,
     compressed_fp4,
@@ -99,6 +100,8 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "fp8-compressed-blocks": (compressed_fp8("block"), torch.bfloat16),
     "nvfp4": (compressed_fp4(), torch.bfloat16),
     "mxfp4": (compressed_fp4("mxfp4"), torch.bfloat16),
+    "bitnet": (bitnet(), torch.bfloat16),
+    "bitnet-divided": (bitnet("bitlinear", torch.float16), torch.float16),
     "bnb-nf4": (bitsandbytes(), torch.bfloat16),
     "bnb-nf4-nested": (bitsandbytes(nested=True, dtype=torch.float16), torch.float16),
     "bnb-fp4-nested-of-rows": (bitsandbytes("fp4", 256, nested=True), torch.bfloat16),
@@ -348,6 +351,12 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "mxfp4-overflow": (
         compressed_fp4("mxfp4"), _set("weight_scale", lambda t: t * 0 + 254), r"up_proj\.weight: decodes to NaN or inf",
     ),
+    "bitnet-code": (bitnet(), _set("weight", lambda t: t * 0 + 255), r"up_proj\.weight: holds codes that stand for no"),
+    "bitnet-scale": (
+        bitnet("bitlinear"), _set("weight_scale", lambda t: t * 0), r"up_proj\.weight_scale: is so small that",
+    ),
+    "bitnet-norm": (_with(bitnet(), {"use_rms_norm": True}), lambda t: None, r"has use_rms_norm"),
+    "hqq": (_with(gptq(), {"quant_method": "hqq"}), lambda t: None, r"'hqq'\), whose library rounds each weight twice"),
     "bnb-rows": (bitsandbytes(block=96), lambda t: None, r"proj\.weight: blocks of 96 weights run over the ends"),
     "bnb-8-bits": (_with(bitsandbytes(), {"load_in_8bit": True}), lambda t: None, r"8 bits, whose library rounds"),
     "bnb-state": (

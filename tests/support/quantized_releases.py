@@ -388,3 +388,22 @@ def bitsandbytes(
         "bnb_4bit_use_double_quant": nested, "bnb_4bit_compute_dtype": "bfloat16", "bnb_4bit_quant_storage": "uint8",
     }  # fmt: skip
     return encode, section
+
+
+# --- BitNet -----------------------------------------------------------------------------------------
+
+
+def bitnet(linear_class: str = "autobitlinear", dtype: torch.dtype = torch.bfloat16) -> tuple[Encoder, dict[str, Any]]:
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        numbers, scale = torch.randint(-1, 2, (rows, cols)), (0.02 + 0.01 * torch.rand(1)).to(dtype)
+        packed, quarter = torch.zeros(rows // 4, cols, dtype=torch.int64), rows // 4
+        for i in range(4):
+            packed |= (numbers[i * quarter : (i + 1) * quarter] + 1) << (2 * i)
+        weight = numbers * scale.float()
+        if linear_class != "autobitlinear":
+            scale = 1 / scale
+            weight = numbers / scale.float()
+        return {"weight": packed.to(torch.uint8), "weight_scale": scale}, weight.to(dtype)
+
+    section = {"quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": "offline"}
+    return encode, section
