@@ -18,10 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bits import U8
-from ...dtypes import round_to
 from ...matrix import F32, Params
 from ...schema import Scheme
-from .packed import Packed, Raw, group_of
+from .packed import Packed, Raw, spread
 from .release import Release
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row, of 8, whose code is in the lowest bits of a word, the next, ...
@@ -40,11 +39,12 @@ class AwqWeight(Packed):
         zeros = _unpack(raw["qzeros"])
         return Params(np.ascontiguousarray(raw.floats("scales").T)[None], np.ascontiguousarray(zeros.T, np.float32))
 
-    def decode(self, raw: Raw, rows: slice) -> F32:
-        group = group_of(self.shape[1], self.scheme.group_size)
-        zeros = _unpack(raw["qzeros"]).astype(np.int32)
-        steps = self.codes(raw, rows) - zeros[group, rows].T
-        return round_to(steps.astype(np.float32) * raw.floats("scales")[group, rows].T, self.dtype)
+    def formula(self, raw: Raw, rows: slice) -> F32:
+        size, cols = self.scheme.group_size, self.shape[1]
+        zeros = raw.once("zeros", lambda: _unpack(raw["qzeros"]).astype(np.int16))
+        steps = self.codes(raw, rows) - spread(zeros[:, rows].T, size, cols)
+        weight: F32 = steps.astype(np.float32) * spread(raw.floats("scales")[:, rows].T, size, cols)
+        return weight
 
 
 def _unpack(words: NDArray[np.generic]) -> U8:

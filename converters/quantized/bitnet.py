@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...bits import U8
-from ...dtypes import round_to
 from ...errors import QuantizedSourceError
 from ...matrix import F32, Params
 from ...quantize.codebook import TABLES, padded
@@ -60,10 +59,11 @@ class TernaryWeight(Packed):
     def table(self, raw: Raw) -> F32:
         return _TABLE
 
-    def decode(self, raw: Raw, rows: slice) -> F32:
+    def formula(self, raw: Raw, rows: slice) -> F32:
         numbers = self.codes(raw, rows).astype(np.float32) - 1
         scale = raw.floats("weight_scale").reshape(-1)[0]
-        return round_to(numbers / scale if self.divided else numbers * scale, self.dtype)
+        weight: F32 = numbers / scale if self.divided else numbers * scale
+        return weight
 
 
 def find(release: Release) -> Iterator[Packed]:

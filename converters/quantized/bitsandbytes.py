@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bits import U8
-from ...dtypes import BY_NAME, round_to
+from ...dtypes import BY_NAME
 from ...matrix import F32, Params
 from ...quantize.codebook import TABLES, padded
 from ...schema import MAX_DIMENSION, Scheme, is_int
@@ -68,15 +68,17 @@ class BlockWeight(Packed):
     def table(self, raw: Raw) -> F32:
         return raw.floats("quant_map")
 
-    def decode(self, raw: Raw, rows: slice) -> F32:
+    def formula(self, raw: Raw, rows: slice) -> F32:
         cols = self.shape[1]
         place = np.arange(rows.start * cols, rows.stop * cols).reshape(-1, cols)
-        return round_to(
-            raw.floats("quant_map")[self.codes(raw, rows)] * self._scales(raw)[place // self.block], self.dtype
-        )
+        weight: F32 = raw.floats("quant_map")[self.codes(raw, rows)] * self._scales(raw)[place // self.block]
+        return weight
 
     def _scales(self, raw: Raw) -> F32:
         """float32 ``[blocks]``."""
+        return raw.once("scales", lambda: self._whole_scales(raw))
+
+    def _whole_scales(self, raw: Raw) -> F32:
         if not self.nested_block:
             return raw.floats("absmax")
         block = np.arange(len(raw["absmax"])) // self.nested_block

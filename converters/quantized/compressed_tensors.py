@@ -25,13 +25,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bits import U8
-from ...dtypes import round_to, stored
+from ...dtypes import stored
 from ...matrix import F32, Params
 from ...schema import Scheme, is_int
 from .float4 import float4_weight
 from .float8 import decoded_in, float8_weight, is_block
 from .gptq import check_order
-from .packed import Packed, Raw, group_of, unpack_words
+from .packed import Packed, Raw, spread, unpack_words
 from .release import WRONG, Release
 
 _ROLES = ("weight_packed", "weight_scale")
@@ -77,26 +77,33 @@ class IntegerWeight(Packed):
         middle = 2 ** (self.scheme.bits - 1)
         return Params(self._scales(raw)[None], (self._zero_points(raw) + middle).astype(np.float32))
 
-    def decode(self, raw: Raw, rows: slice) -> F32:
-        group = group_of(self.shape[1], self.scheme.group_size)
-        if "weight_g_idx" in raw:
+    def formula(self, raw: Raw, rows: slice) -> F32:
+        zeros, scales = self._zero_points(raw)[rows], self._scales(raw)[rows]
+        if self.refusal:  # the columns are in another order
             group = raw["weight_g_idx"].astype(np.int64)
-        numbers = self.codes(raw, rows).astype(np.int32) - 2 ** (self.scheme.bits - 1)
-        steps = numbers - self._zero_points(raw)[rows][:, group]
-        return round_to(steps.astype(np.float32) * self._scales(raw)[rows][:, group], self.dtype)
+            zeros, scales = zeros[:, group], scales[:, group]
+        else:
+            size, cols = self.scheme.group_size, self.shape[1]
+            zeros, scales = spread(zeros, size, cols), spread(scales, size, cols)
+        numbers = self.codes(raw, rows).astype(np.int16) - np.int16(2 ** (self.scheme.bits - 1))
+        weight: F32 = (numbers - zeros).astype(np.float32) * scales
+        return weight
 
     def _scales(self, raw: Raw) -> F32:
         """float32 ``[rows, groups]``."""
         return self._spread(raw.floats("weight_scale"))
 
-    def _zero_points(self, raw: Raw) -> NDArray[np.int32]:
-        """int32 ``[rows, groups]``."""
+    def _zero_points(self, raw: Raw) -> NDArray[np.int16]:
+        """int16 ``[rows, groups]``."""
+        return raw.once("zero points", lambda: self._unpack_zero_points(raw))
+
+    def _unpack_zero_points(self, raw: Raw) -> NDArray[np.int16]:
         if "weight_zero_point" not in raw:
-            return np.zeros((self.shape[0], max(self.groups, 1)), np.int32)
+            return np.zeros((self.shape[0], max(self.groups, 1)), np.int16)
         if self.parts["weight_zero_point"].dtype == "I8":
-            return self._spread(raw["weight_zero_point"].astype(np.int32))
+            return self._spread(raw["weight_zero_point"].astype(np.int16))
         codes = unpack_words(raw["weight_zero_point"].T, self.scheme.bits, self.shape[0])
-        points: NDArray[np.int32] = np.ascontiguousarray(codes.T).astype(np.int32) - 2 ** (self.scheme.bits - 1)
+        points: NDArray[np.int16] = np.ascontiguousarray(codes.T).astype(np.int16) - 2 ** (self.scheme.bits - 1)
         return points
 
     def _spread(self, values: NDArray[_T]) -> NDArray[_T]:

@@ -27,11 +27,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...bits import U8
-from ...dtypes import round_to
 from ...errors import QuantizedSourceError
 from ...matrix import F32, Params
 from ...schema import Scheme
-from .packed import E2M1, Packed, Raw, group_of, unpack_bytes
+from .packed import E2M1, Packed, Raw, spread, unpack_bytes
 from .release import WRONG, Release
 
 _MX_GROUP, _NV_GROUP = 32, 16
@@ -53,13 +52,17 @@ class Float4Weight(Packed):
     def table(self, raw: Raw) -> F32:
         return E2M1
 
-    def decode(self, raw: Raw, rows: slice) -> F32:
-        scales = self._scales(raw)[rows][:, group_of(self.shape[1], self.scheme.group_size)]
+    def formula(self, raw: Raw, rows: slice) -> F32:
+        scales = spread(self._scales(raw)[rows], self.scheme.group_size, self.shape[1])
         with np.errstate(over="ignore"):
-            return round_to(E2M1[self.codes(raw, rows)] * scales, self.dtype)
+            weight: F32 = E2M1[self.codes(raw, rows)] * scales
+        return weight
 
     def _scales(self, raw: Raw) -> F32:
         """float32 ``[rows, groups]``."""
+        return raw.once("scales", lambda: self._whole_scales(raw))
+
+    def _whole_scales(self, raw: Raw) -> F32:
         scales = raw.floats("scales", self.scale_kind).reshape(self.shape[0], -1)
         if "global" not in raw:
             return scales

@@ -20,11 +20,11 @@ from typing import TypeGuard
 import numpy as np
 
 from ...bits import U8
-from ...dtypes import FLOATS, round_to
+from ...dtypes import FLOATS
 from ...matrix import F32, Params
 from ...schema import Scheme, is_int
 from ..source import SourceTensor
-from .packed import FLOAT8, Packed, Raw, group_of
+from .packed import FLOAT8, Packed, Raw, spread
 from .release import WRONG, Release
 
 _SCALES = ("weight_scale_inv", "weight_scale", "scale", "qscale_weight")
@@ -54,12 +54,12 @@ class Float8Weight(Packed):
     def table(self, raw: Raw) -> F32:
         return _TABLE
 
-    def decode(self, raw: Raw, rows: slice) -> F32:
+    def formula(self, raw: Raw, rows: slice) -> F32:
         numbers = FLOAT8["F8_E4M3"][self.codes(raw, rows)]
         block = np.arange(rows.start, rows.stop) // self.block_rows
-        scales = self._scales(raw)[block][:, group_of(self.shape[1], self.scheme.group_size)]
         with np.errstate(over="ignore"):
-            return round_to(numbers * scales, self.dtype)
+            weight: F32 = numbers * spread(self._scales(raw)[block], self.scheme.group_size, self.shape[1])
+        return weight
 
     def _scales(self, raw: Raw) -> F32:
         """float32 ``[blocks of rows, groups]``."""

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bits import U8
-from ...dtypes import round_to, stored
+from ...dtypes import stored
 from ...errors import QuantizedSourceError
 from ...matrix import F32, Params
 from ...schema import Scheme
-from .packed import Packed, Raw, group_of, unpack_words
+from .packed import Packed, Raw, spread, unpack_words
 from .release import WRONG, Release
 
 BITS = (2, 3, 4, 8)
@@ -49,14 +49,23 @@ class GptqWeight(Packed):
             )
         return Params(np.ascontiguousarray(raw.floats("scales").T)[None], np.ascontiguousarray(zeros.T, np.float32))
 
-    def decode(self, raw: Raw, rows: slice) -> F32:
-        group = raw["g_idx"] if "g_idx" in raw else group_of(self.shape[1], self.scheme.group_size)
-        steps = self.codes(raw, rows) - self._zeros(raw)[group, rows].T
-        return round_to(steps.astype(np.float32) * raw.floats("scales")[group, rows].T, self.dtype)
+    def formula(self, raw: Raw, rows: slice) -> F32:
+        zeros, scales = self._zeros(raw)[:, rows].T, raw.floats("scales")[:, rows].T
+        if self.refusal:  # the columns are in another order
+            group = raw["g_idx"].astype(np.int64)
+            zeros, scales = zeros[:, group], scales[:, group]
+        else:
+            size, cols = self.scheme.group_size, self.shape[1]
+            zeros, scales = spread(zeros, size, cols), spread(scales, size, cols)
+        weight: F32 = (self.codes(raw, rows) - zeros).astype(np.float32) * scales
+        return weight
 
-    def _zeros(self, raw: Raw) -> NDArray[np.int32]:
-        """int32 ``[groups, rows]``."""
-        return unpack_words(raw["qzeros"], self.scheme.bits, self.shape[0]).astype(np.int32) + int(self.minus_one)
+    def _zeros(self, raw: Raw) -> NDArray[np.int16]:
+        """int16 ``[groups, rows]``."""
+        return raw.once("zeros", lambda: self._unpack_zeros(raw))
+
+    def _unpack_zeros(self, raw: Raw) -> NDArray[np.int16]:
+        return unpack_words(raw["qzeros"], self.scheme.bits, self.shape[0]).astype(np.int16) + int(self.minus_one)
 
 
 def find(release: Release) -> Iterator[Packed]:

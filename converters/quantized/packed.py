@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from ...schema import Scheme
 from ..source import SourceTensor
 
 Read = Callable[[str, int, int | None], NDArray[np.uint8]]  # as Source.read
+_T = TypeVar("_T", bound=np.generic)
 _AT_ONCE = 1 << 20  # weights that are unpacked and compared at a time
 
 
@@ -33,10 +35,12 @@ class Raw:
     Attributes:
         parts: as the header describes them, by role.
         data: their bytes as arrays of the file's dtypes (16-bit floats of the brain kind and 8-bit floats as integers).
+        made: what was computed from them once, by name.
     """
 
     parts: Mapping[str, SourceTensor]
     data: Mapping[str, NDArray[np.generic]]
+    made: dict[str, NDArray[np.generic]] = field(default_factory=dict)
 
     def __contains__(self, role: str) -> bool:
         return role in self.data
@@ -49,6 +53,15 @@ class Raw:
 
         Raises QuantizedSourceError if one is NaN or infinite.
         """
+        return self.once(f"floats of {role}", lambda: self._floats(role, dtype))
+
+    def once(self, name: str, make: Callable[[], NDArray[_T]]) -> NDArray[_T]:
+        """What `make` gives, which is called for the first rows of a weight only."""
+        if name not in self.made:
+            self.made[name] = make()
+        return cast("NDArray[_T]", self.made[name])
+
+    def _floats(self, role: str, dtype: str | None) -> F32:
         dtype = dtype or self.parts[role].dtype
         table = FLOAT8.get(dtype)
         values = to_float32(self.data[role], dtype) if table is None else table[self.data[role].astype(np.uint8)]
@@ -109,10 +122,14 @@ class Packed(ABC):
         return None
 
     @abstractmethod
-    def decode(self, raw: Raw, rows: slice) -> F32:
-        """Some rows by the release's own formula, float32 with values of :attr:`dtype`."""
+    def formula(self, raw: Raw, rows: slice) -> F32:
+        """Some rows by the release's own formula, float32 ``[rows, cols]`` before it is rounded to :attr:`dtype`."""
 
     # --- what all kinds have in common ---
+
+    def decode(self, raw: Raw, rows: slice) -> F32:
+        """Some rows as the release's library has them: float32 with values of :attr:`dtype`."""
+        return round_to(self.formula(raw, rows), self.dtype)
 
     def load(self, read: Read, expert: int | None = None) -> Raw:
         """Read its tensors, or their part of one expert."""
@@ -136,15 +153,18 @@ class Packed(ABC):
             planes[:, part] = pack(codes, self.scheme.bits)
         matrix = StoredMatrix(self.scheme, rows, cols, planes, params, codebook=table)
         for part in self._chunks():
-            expected = self.decode(raw, part)
-            found = round_to(decode(matrix.row_slice(part.start, part.stop)), self.dtype)
-            if not np.isfinite(expected).all():
+            expected = self.formula(raw, part)
+            found = decode(matrix.row_slice(part.start, part.stop))
+            largest = np.abs(expected).max(keepdims=True)  # NaN, if there is one
+            if not np.isfinite(round_to(largest, self.dtype)).all():
                 raise QuantizedSourceError(
                     f"{self.name}: decodes to NaN or infinite weights, which no lowbit model holds; get the checkpoint "
                     "again"
                 )
-            differ = int(np.count_nonzero(found.view(np.uint32) != expected.view(np.uint32)))
-            if differ:
+            if np.array_equal(found.view(np.uint32), expected.view(np.uint32)):
+                continue
+            own, theirs = (round_to(weights, self.dtype).view(np.uint32) for weights in (found, expected))
+            if differ := int(np.count_nonzero(own != theirs)):
                 raise QuantizedSourceError(
                     f"{self.name}: {differ} weights of {expected.size} in rows {part.start} to {part.stop} would "
                     f"decode to other values than the release gives in {self.dtype}; nothing inexact is stored: "
@@ -203,9 +223,9 @@ def unpack_bytes(packed: U8, bits: int, count: int) -> U8:
     return out.reshape(n, -1)[:, :count]
 
 
-def group_of(cols: int, group_size: int) -> NDArray[np.int64]:
-    """The group of every column; `group_size` 0 is the whole row."""
-    return np.arange(cols) // (group_size or cols)
+def spread(values: NDArray[_T], group_size: int, cols: int) -> NDArray[_T]:
+    """Parameters ``[n, groups]`` for each column, ``[n, cols]``; `group_size` 0 is the whole row."""
+    return np.repeat(values, group_size or cols, axis=1)[:, :cols]
 
 
 def _e4m3() -> F32:
