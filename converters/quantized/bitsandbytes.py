@@ -146,7 +146,7 @@ def _facts(release: Release, state: SourceTensor) -> dict[str, Any]:
     sizes = [found.get("blocksize"), found.get("nested_blocksize", 1), *(shape if isinstance(shape, list) else ())]
     good = len(sizes) == 4 and all(is_int(n) and 0 < n <= MAX_DIMENSION for n in sizes)
     offset = found.get("nested_offset", 0.0)
-    if not good or found.get("dtype") not in BY_NAME or not isinstance(offset, (int, float)) or abs(offset) > 1e30:
+    if not good or str(found.get("dtype")) not in BY_NAME or not isinstance(offset, (int, float)) or abs(offset) > 1e30:
         raise release.error(
             f"{state.name}: says shape {str(shape)[:80]}, blocksize {str(found.get('blocksize'))[:80]} and dtype "
             f"{str(found.get('dtype'))[:80]}, expected two numbers, one, and a float dtype; {WRONG}"

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
-from safetensors.torch import load_file
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support.checkpoints import SPECIAL, weights
 from support.conversions import assert_nothing_looks_finished, content
 from support.quantized_releases import (
@@ -34,6 +38,8 @@ from transformers import AutoModelForCausalLM
 
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
+from lowbit_format.converters.huggingface import SafetensorsSource
+from lowbit_format.converters.quantized import open_quantized
 from lowbit_format.errors import CalibrationError, QuantizedSourceError
 from lowbit_format.quantize import Target
 from lowbit_format.reference import decode
@@ -239,6 +245,24 @@ def test_a_section_in_the_config_of_a_part(tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
 
 
+def test_the_command_says_what_it_does(release: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from lowbit_format.converters.command import app
+
+    options = ["--bits", "3", "--no-eval"]
+    for arguments in (["--dry-run", "--modules"], [str(tmp_path / "out")]):
+        done = CliRunner(env={"COLUMNS": "250"}).invoke(app, [str(release), *arguments, *options])
+        assert done.exit_code == 0
+        assert "gptq: 6 modules of 4 bits are imported without loss, with their own grid" in done.output
+        assert "its own grid is kept, and --bits applies to other weights only" in done.output
+        assert "left in full precision by the release" in done.output
+        if "--modules" in arguments:
+            assert "uniform 4 bits, group 32, F16, imported" in done.output
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "imported without loss" in card
+
+
 # --- refused ----------------------------------------------------------------------------------------
 
 
@@ -379,6 +403,47 @@ def test_what_does_not_fit_is_refused(lie: str, tmp_path: Path) -> None:
     write_release(tmp_path / "source", encode, section)
     change(tmp_path / "source", edit)
     refused(tmp_path / "source", tmp_path / "out", match)
+
+
+JUNK = [None, 0, -1, 3, 2**40, 0.5, "", "x", [], [1], {}, {"a": 1}, True]
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_whatever_is_in_the_file_it_is_exact_or_refused(data: st.DataObject) -> None:
+    """One module of 32 x 64, of which a tensor or a key of the section is something else."""
+    kind = data.draw(st.sampled_from(sorted(KINDS)))
+    (encode, section), _ = KINDS[kind]
+    torch.manual_seed(1)
+    tensors = {f"m.{role}": tensor.contiguous() for role, tensor in encode(32, 64)[0].items()}
+    name = data.draw(st.sampled_from(sorted(tensors)))
+    raw = tensors[name].reshape(-1).view(torch.uint8)
+    match data.draw(st.sampled_from(["drop", "cut", "flat", "bytes", "dtype", "section"])):
+        case "drop":
+            del tensors[name]
+        case "cut" if tensors[name].ndim:
+            tensors[name] = tensors[name][: data.draw(st.integers(0, len(tensors[name])))].contiguous()
+        case "flat":
+            tensors[name] = tensors[name].reshape(-1)
+        case "bytes":
+            seed = data.draw(st.integers(0, 1000))
+            noise = torch.randint(0, 256, raw.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+            tensors[name] = noise.view(tensors[name].dtype).reshape(tensors[name].shape)
+        case "dtype":
+            dtypes = [torch.float32, torch.float16, torch.int8, torch.uint8, torch.int32, torch.int64]
+            tensors[name] = tensors[name].float().to(data.draw(st.sampled_from(dtypes)))
+        case "section":
+            section = {**section, data.draw(st.sampled_from(sorted(section))): data.draw(st.sampled_from(JUNK))}
+    with tempfile.TemporaryDirectory() as directory:
+        save_file(tensors, Path(directory) / "model.safetensors", {"format": "pt"})
+        source = SafetensorsSource(Path(directory), {"model.safetensors": []}, None, None)
+        try:
+            found = open_quantized(source, section, {"dtype": "bfloat16"}).tensors["m.weight"].grid
+            matrix = None if found is None else found.matrix(None)  # compared with the formula
+        except QuantizedSourceError:
+            return
+        assert matrix is not None
+        assert np.isfinite(matrix.params.scales).all()
 
 
 def test_a_section_without_packed_weights_is_refused(tmp_path: Path) -> None:
