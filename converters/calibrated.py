@@ -150,7 +150,7 @@ class Calibrated:
 
     def _together_memory(self, tokens: int, widest: int) -> int:
         """Bytes, beside a block and what is outside of blocks, while scales are trained together and it is measured."""
-        modules = [s.module() for s in self.steps if s.target is not None]
+        modules = [s.module() for s in self.steps if s.to_fit is not None]
         packed = sum(-(-stored_bits(m) // 8) for m in modules)
         specs = [spec for m in modules for spec in tensor_specs(m) if spec.dtype != "U8"]
         parameters = sum(math.prod(spec.shape) for spec in specs)
@@ -176,7 +176,7 @@ class Calibrated:
         )
         self._float.load("", leave=tuple(blocks.path for blocks in self._all_lists))
         for step in self.steps[:done]:  # an interrupted run has quantized these: others are to see them so
-            if step.target is not None and self._place[id(step)] is None:
+            if step.to_fit is not None and self._place[id(step)] is None:
                 if step.stack is None:
                     self.quantize(step, load_step(self._source, step))
                 else:
@@ -191,7 +191,7 @@ class Calibrated:
         return found
 
     def _quantize(self, step: Step, weight: F32) -> Quantized:
-        assert step.target is not None  # noqa: S101 - the driver quantizes only what has a target
+        assert step.to_fit is not None  # noqa: S101 - the driver quantizes only what has a target
         if not _needs_data(step):
             return self._without.quantize(step, weight)
         place = self._place[id(step)]
@@ -205,7 +205,7 @@ class Calibrated:
         place = self._place[id(step)]
         if place is not None and place.position != self._reached:
             self._quantize_block(place)
-        stack, target = step.stack, step.target
+        stack, target = step.stack, step.to_fit
         assert stack is not None and target is not None  # noqa: S101, PT018 - the driver says so
         found = self._stacks.pop(step.path, None) or _recognised_stack(source, step)
         if found is None:
@@ -223,7 +223,7 @@ class Calibrated:
         return id(step) in self._last
 
     def improve(self, work: Path, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], dict[str, Any]]:
-        steps = [s for s in self.steps if s.target is not None]
+        steps = [s for s in self.steps if s.to_fit is not None]
         return train_together(
             work, self._directory, self._source, self._float, self._walk, steps, outcomes, self._effort
         )
@@ -243,9 +243,9 @@ class Calibrated:
         weights = {path: load_step(self._source, step) for path, step in steps.items()}
         lossless = {path: found for path, step in steps.items() if (found := _recognised(step, weights[path]))}
         targets = {
-            path.removeprefix(f"{place.path}."): step.target
+            path.removeprefix(f"{place.path}."): step.to_fit
             for path, step in everything.items()
-            if step.target is not None and path not in lossless | self._stacks and not self._is_grouped(step)
+            if step.to_fit is not None and path not in lossless | self._stacks and not self._is_grouped(step)
         }
         self._float.load(place.path)
         result = self._walk.quantize(place, targets, self._effort)
@@ -265,7 +265,7 @@ class Calibrated:
 
     def _quantize_outside(self, step: Step, weight: F32) -> Quantized:
         """Quantize a layer outside of blocks, on what it sees where all blocks are quantized."""
-        assert step.target is not None  # noqa: S101 - the driver quantizes only what has a target
+        assert step.to_fit is not None  # noqa: S101 - the driver quantizes only what has a target
         if self._outside is None:
             self._outside = self._see_outside()
         seen = self._outside.pop(step.path, None)
@@ -274,7 +274,7 @@ class Calibrated:
         tensor = torch.from_numpy(weight).to(self._device)
         sweeps, name = self._effort.sweeps, step.tensor.name
         return measured(
-            weight, quantize_for_outputs(tensor, step.target, seen.hessian, sweeps=sweeps, name=name).matrix
+            weight, quantize_for_outputs(tensor, step.to_fit, seen.hessian, sweeps=sweeps, name=name).matrix
         )
 
     def _see_outside(self) -> dict[str, Collector]:
@@ -314,19 +314,19 @@ def _rank(step: Step, place: Place | None, places: int) -> int:
 
 def _recognised(step: Step, weight: F32) -> Quantized | None:
     """The weight stored without loss, if the target asks for it and the weight is on a grid already (ENC-3)."""
-    if step.target is None or not step.target.recognise:
+    if step.to_fit is None or not step.to_fit.recognise:
         return None
-    found = recognise(weight, step.target, step.tensor.dtype)
+    found = recognise(weight, step.to_fit, step.tensor.dtype)
     return None if found is None else measured(weight, found, lossless=True)
 
 
 def _recognised_stack(source: Source, step: Step) -> Matrices | None:
     """As :func:`_recognised`, for all experts of a stack."""
-    if step.stack is None or step.target is None:
+    if step.stack is None or step.to_fit is None:
         return None
-    found = recognised_stack(source, step.stack, step.target)
+    found = recognised_stack(source, step.stack, step.to_fit)
     return None if found is None else Matrices(found, lossless=True)
 
 
 def _needs_data(step: Step) -> bool:
-    return step.target is not None and step.destination.kind in ("linear", "conv1d", *KINDS)
+    return step.to_fit is not None and step.destination.kind in ("linear", "conv1d", *KINDS)

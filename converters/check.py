@@ -21,8 +21,9 @@ from .completeness import fit
 from .driver import load_step
 from .experts import stack_errors
 from .journal import Outcome
-from .plan import Plan, Step
+from .plan import Plan, Step, Taken
 from .source import Source
+from .taken import check_taken
 
 
 def check_output(source: Source, plan: Plan, outcomes: Mapping[str, Outcome], directory: Path) -> None:
@@ -56,6 +57,10 @@ def _samples(plan: Plan) -> list[Step]:
 
 
 def _compare(source: Source, step: Step, outcome: Outcome, reader: ModelReader) -> None:
+    if isinstance(step.target, Taken):
+        experts = [None] if step.stack is None else range(step.stack.shape[0])
+        check_taken(step, (reader.matrix(step.path, expert) for expert in experts))
+        return
     if step.stack is not None:
         found = stack_errors(source, step.stack, lambda expert: reader.matrix(step.path, expert))
     else:

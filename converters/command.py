@@ -165,6 +165,7 @@ def convert(
         if out is None or dry_run:
             opened, plan, _ = plan_conversion(source, plan_recipe, **options)
             _print_modules(plan, console, modules)
+            _say_kept(plan, console, context)
             memory = peak_memory(opened, plan, data, measured=measured)
             for one in plan_tables(plan, memory):
                 console.print(one)
@@ -182,6 +183,7 @@ def convert(
                 calibration=data, report_block=lambda path, result: blocks.append((path, result)),
             )  # fmt: skip
         _print_modules(done.plan, console, modules)
+        _say_kept(done.plan, console, context)
         if blocks:
             console.print(block_table(blocks))
         for one in result_tables(done):
@@ -232,6 +234,17 @@ def _print_modules(plan: Plan, console: Console, wanted: bool) -> None:
     """One line for each module, never broken by us: a path can be copied."""
     for line in module_lines(plan) if wanted else ():
         console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _say_kept(plan: Plan, console: Console, context: typer.Context) -> None:
+    """Say which options had no effect on weights that are quantized already."""
+    given = [f"--{name.replace('_', '-')}" for name in _OF_TARGET if _is_given(context, name)]
+    if plan.release and given:
+        console.print(
+            f"Note: SOURCE is quantized already ({escape(plan.release)}): its own grid is kept, and {', '.join(given)} "
+            "applies to other weights only.",
+            highlight=False,
+        )
 
 
 def _progress(console: Console) -> Progress:

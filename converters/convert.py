@@ -17,10 +17,11 @@ from .card import model_card
 from .check import check_output
 from .completeness import strip
 from .driver import run
-from .huggingface import open_checkpoint, read_model_config
+from .huggingface import open_checkpoint, quantized_by, read_model_config
 from .journal import Outcome
 from .names import map_names
 from .plan import Plan, Step, make_plan
+from .quantized import open_quantized
 from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
@@ -94,12 +95,17 @@ def plan_conversion(
     opened: Source = open_checkpoint(source, revision=revision, leave_out=leave_out)
     config = without_auto_map(read_model_config(opened.directory))
     side = side_files(opened.directory, opened.files, opened.tensors, leave_out)
+    section, config = quantized_by(config, opened.directory)
+    release, unused = "", tuple[str, ...]()
+    if section:
+        opened = quantized = open_quantized(opened, section, config)
+        release, unused = quantized.method, quantized.unused
     if strip_prefix:
         opened = _stripped(opened, strip_prefix)
     opened, joined = split(opened)
     names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
     plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side)
-    plan = replace(plan, renamed=", ".join(strip_prefix))
+    plan = replace(plan, renamed=", ".join(strip_prefix), release=release, unused=unused)
     if plan.architecture != plan.named:  # of which it holds the base model alone
         config = {**config, "architectures": [plan.architecture]}
     if record := replace(plan.record(), joined=joined).to_dict():
@@ -213,6 +219,11 @@ def calibrated(
 
     from .calibrated import Calibrated  # a leaf that imports torch
 
+    if plan.release:
+        raise CalibrationError(
+            f"{source.directory}: is quantized already ({plan.release}), and its own grid is kept: there is nothing to "
+            "calibrate; leave --calibrate out, or convert the original checkpoint"
+        )
     try:
         device = torch.device(calibration.device)
         torch.empty(0, device=device)

@@ -29,9 +29,10 @@ from ..container.writer import ShardWriter, StoredTensor, data_file, module_tens
 from ..errors import OutputError, SourceError
 from ..schema import QuantizationConfig
 from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, working_shard
-from .plan import Plan, Step
+from .plan import Plan, Step, Taken
 from .quantizer import Quantizer, WithoutData
 from .source import Source, as_float32
+from .taken import take_over, take_over_stack
 
 SAVE_SECONDS = 20.0  # between two saves of the journal: a killed conversion loses at most this much work
 
@@ -191,6 +192,8 @@ def _write_shards(
         for step, data in _read_ahead(source, plan.steps[done.steps :]):
             if step.stack is None:
                 tensors, outcome = _carry_out(quantizer, step, data)
+            elif isinstance(step.target, Taken):
+                tensors, outcome = take_over_stack(step)
             else:
                 tensors, outcome = quantizer.quantize_stack(source, step)
             del data  # the next tensor is in memory already
@@ -248,9 +251,9 @@ def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step,
 def load_step(source: Source, step: Step) -> NDArray[Any]:
     """A tensor to quantize as a float32 matrix ``[rows, cols]``; a tensor to keep as its bytes.
 
-    Nothing of a stack of experts, which is read an expert at a time.
+    Nothing of a stack of experts, which is read an expert at a time, or of what is taken over as it is.
     """
-    if step.stack is not None:
+    if step.stack is not None or isinstance(step.target, Taken):
         return np.empty(0, np.float32)
     raw = source.read(step.tensor.name)
     if step.target is None:
@@ -263,7 +266,7 @@ def _carry_out(quantizer: Quantizer, step: Step, data: NDArray[Any]) -> tuple[li
     """The tensors to write for one tensor of the checkpoint, and the outcome if it was quantized."""
     if step.target is None:
         return [StoredTensor(step.tensor.name, step.tensor.dtype, step.tensor.shape, data)], None
-    result = quantizer.quantize(step, data)
+    result = take_over(step) if isinstance(step.target, Taken) else quantizer.quantize(step, data)
     module = replace(step.module(), scheme=result.matrix.scheme)
     tensors = module_tensors(module, result.matrix)
     nbytes = sum(t.nbytes for t in tensors)

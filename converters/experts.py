@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ..container.writer import StoredTensor, module_tensors
 from ..errors import QuantizationError, SourceError
 from ..integrations.conversion_record import expert_name
-from ..matrix import F32, StoredMatrix
+from ..matrix import F32, Params, StoredMatrix
 from ..quantize import Quantized, Target, quantize
 from ..quantize.recognise import recognise
 from ..quantize.solve import measured
@@ -25,7 +25,7 @@ from ..runtime.known_experts import expert_parameters
 from ..schema import ModuleEntry
 from .architecture import Renamer
 from .journal import Outcome
-from .source import Source, SourceTensor, as_float32
+from .source import Grid, Source, SourceTensor, as_float32
 
 KINDS = ("experts", "experts_transposed")
 
@@ -78,7 +78,31 @@ class Stack:
         own = [tensors[name] for names in self.parts for name in names]
         dtypes = {t.dtype for t in own}
         dtype = own[0].dtype if len(dtypes) == 1 else "F64" if "F64" in dtypes else "F32"  # which holds all of them
-        return SourceTensor(self.path, dtype, self.shape, sum(t.nbytes for t in own))
+        return SourceTensor(self.path, dtype, self.shape, sum(t.nbytes for t in own), self._grid(tensors))
+
+    def _grid(self, tensors: dict[str, SourceTensor]) -> Grid | None:
+        """How a release has quantized all parts, the rows of one behind those of another; None if they are floats."""
+        parts = [[tensors[name].grid for name in names] for names in self.parts]
+        grids = [grid for part in parts for grid in part if grid is not None]
+        if not grids:
+            return None
+        is_whole = len(parts) == 1 and len(parts[0]) == 1 and not self.operations
+        refusal = next((grid.refusal for grid in grids if grid.refusal), "")
+        if len(grids) < sum(map(len, parts)):
+            refusal = "the release has quantized some of its experts, and left others in floats"
+        elif any(grid.scheme != grids[0].scheme for grid in grids):
+            refusal = "the release has quantized its experts, or their parts, in different ways"
+        elif not is_whole and not self.patterns:
+            refusal = "transformers puts it together in another way than row by row"
+
+        def matrix(expert: int | None) -> StoredMatrix:
+            if is_whole:
+                return grids[0].matrix(expert)
+            own = [part[0 if len(part) == 1 else expert or 0] for part in parts]
+            fused = [len(part) == 1 and self.shape[0] > 1 for part in parts]
+            return joined([g.matrix(expert if f else None) for g, f in zip(own, fused, strict=True) if g is not None])
+
+        return Grid(grids[0].scheme, sum(grid.nbytes for grid in grids), matrix, refusal)
 
     def parameter(self, source: Source) -> NDArray[np.float32]:
         """The whole parameter, float32, as the model has it."""
@@ -318,7 +342,8 @@ def quantize_stack(source: Source, stack: Stack, target: Target) -> tuple[list[S
     dtype = stack.tensor(source.tensors).dtype
     for attempt, why in _attempts(target):
         weights = enumerate(_matrices(source, stack))
-        found = _store(stack, (quantize(w, attempt, source_dtype=dtype, name=f"{stack.path}[{e}]") for e, w in weights))
+        made = (quantize(w, attempt, source_dtype=dtype, name=f"{stack.path}[{e}]") for e, w in weights)
+        found = store_all(stack, made)
         if found is not None:
             tensors, outcome = found
             return tensors, replace(outcome, widened=why or outcome.widened)
@@ -330,7 +355,7 @@ def store_stack(
 ) -> tuple[list[StoredTensor], Outcome]:
     """As :func:`quantize_stack`, for matrices of the experts that are made already, with one scheme."""
     weights = zip(_matrices(source, stack), matrices, strict=True)
-    found = _store(stack, (measured(weight, matrix, lossless=lossless) for weight, matrix in weights))
+    found = store_all(stack, (measured(weight, matrix, lossless=lossless) for weight, matrix in weights))
     if found is None:
         raise QuantizationError(f"{stack.path}: its experts have different schemes")
     return found
@@ -363,7 +388,7 @@ def _attempts(target: Target) -> list[tuple[Target, str | None]]:
     return [*first, (replace(plain, scale_dtype="F32"), why)]
 
 
-def _store(stack: Stack, quantized: Iterator[Quantized]) -> tuple[list[StoredTensor], Outcome] | None:
+def store_all(stack: Stack, quantized: Iterator[Quantized]) -> tuple[list[StoredTensor], Outcome] | None:
     """The tensors of a stack and the outcome, of its experts one after the other; None if their schemes or tables
     differ."""
     first: Quantized | None = None
@@ -412,6 +437,19 @@ def _empty(whole: ModuleEntry, single: ModuleEntry, of_one: list[StoredTensor]) 
             data = np.empty((whole.experts or 0, *t.shape), t.data.dtype)
             out.append(StoredTensor(name, t.dtype, data.shape, data))
     return out
+
+
+def joined(matrices: Sequence[StoredMatrix]) -> StoredMatrix:
+    """The rows of matrices one behind the other. Raises QuantizationError if they have different schemes or tables."""
+    first = matrices[0]
+    if not all(_is_alike(one, first) for one in matrices):
+        raise QuantizationError("parts of an expert have different schemes or tables; keep it as floats (--keep)")
+    shifts = [one.params.shift for one in matrices if one.params.shift is not None]
+    params = Params(
+        np.concatenate([one.params.scales for one in matrices], axis=1), np.concatenate(shifts) if shifts else None
+    )
+    planes = np.concatenate([one.planes for one in matrices], axis=1)
+    return replace(first, rows=sum(one.rows for one in matrices), planes=planes, params=params)
 
 
 def _is_alike(a: StoredMatrix, b: StoredMatrix) -> bool:

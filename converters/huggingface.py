@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ..container.header import Header, read_header
 from ..errors import FormatError, SourceError
+from ..schema import QUANT_METHOD
 from ..tasks.bundle_config import TASK_CONFIG_FILE
 from .side import PICKLES, PYTORCH, SAFETENSORS, sort_files
 from .source import Source, SourceTensor, check_index, file_identity
@@ -86,7 +87,7 @@ class SafetensorsSource:
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint that is not quantized yet."""
+    """``config.json`` of a checkpoint."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text("utf-8"))
@@ -96,15 +97,42 @@ def read_model_config(directory: Path) -> dict[str, Any]:
         raise SourceError(f"{path}: is not valid JSON: {e}") from e
     if not isinstance(config, dict):
         raise SourceError(f"{path}: is not a JSON object")
-    config = _without_empty(config)
-    if "quantization_config" in config:
-        found = config["quantization_config"]
-        method = found.get("quant_method") if isinstance(found, dict) else None
+    return _without_empty(config)
+
+
+def quantized_by(config: dict[str, Any], directory: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The ``quantization_config`` of a release that is quantized already, and its config without; empty if it is not.
+
+    Some have it in the config of a part, such as ``text_config``. Raises SourceError for a lowbit model.
+    """
+    path = directory / "config.json"
+    places = [config, *(part for part in config.values() if isinstance(part, dict))]
+    sections = [place[key] for key in _SECTIONS for place in places if place.get(key)]
+    if not sections:
+        return {}, config
+    section = sections[0]
+    if not isinstance(section, dict):
+        raise SourceError(f"{path}: quantization_config is {type(section).__name__}, expected an object")
+    method = section.get("quant_method")
+    if method == QUANT_METHOD:
         raise SourceError(
-            f"{path}: the checkpoint is quantized already (quant_method {method!r}); convert the original, "
-            + ("or run `lowbit dequantize` first" if method == "lowbit" else "or dequantize it first")
+            f"{path}: the checkpoint is quantized already (quant_method {method!r}); convert the original, or run "
+            "`lowbit dequantize` first"
         )
-    return config
+    if any(other != section for other in sections):
+        raise SourceError(
+            f"{path}: has several sections that say how it is quantized, which differ; leave the one that is true"
+        )
+    return section, _without(config, _SECTIONS)
+
+
+_SECTIONS = ("quantization_config", "compression_config")  # the second of older releases of compressed-tensors
+
+
+def _without(config: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The config without some keys, its own and those of its parts."""
+    kept = {key: value for key, value in config.items() if key not in keys}
+    return {key: _without(value, keys) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _without_empty(config: dict[str, Any]) -> dict[str, Any]:

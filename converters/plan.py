@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..errors import CoverageError, NothingToQuantizeError, RecipeError, SourceError
+from ..errors import CoverageError, NothingToQuantizeError, QuantizedSourceError, RecipeError, SourceError
 from ..integrations.conversion_record import ConversionRecord
 from ..quantize import Target
-from ..schema import ModuleEntry
+from ..schema import ModuleEntry, Scheme
 from ..tensors import stored_bits
 from .experts import KINDS, Stack
 from .names import Destination, Names
 from .reads import READ
 from .recipe import Recipe
 from .side import SideFiles
-from .source import FLOATS, Source, SourceTensor
+from .source import FLOATS, Grid, Source, SourceTensor
 
+LEFT = "left in full precision by the release"
 MATRICES = ("linear", "conv1d", *KINDS, "expert")  # the kinds that coverage counts
 BASE_MEMORY = 832 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The target of a weight that a release has quantized: the scheme of its own grid, which it keeps."""
+
+    own: Scheme
+
+    def scheme(self, scale_dtype: str | None = None) -> Scheme:
+        """As of :class:`Target`; parameters are in the release's dtype."""
+        return replace(self.own, scale_dtype=scale_dtype or self.own.scale_dtype)
 
 
 @dataclass(frozen=True)
@@ -29,14 +41,14 @@ class Step:
     Attributes:
         tensor: the tensor; of a stack to quantize, the parameter that it makes, whose shape is that of its matrices.
         destination: its place in the model.
-        target: how to quantize it; None keeps it as it is.
+        target: how to quantize it, or that it is taken over as it is; None keeps it in floats.
         path: path of the module that it becomes (the owner, if tied).
         reason: why it is kept, where it might have been quantized.
     """
 
     tensor: SourceTensor
     destination: Destination
-    target: Target | None = None
+    target: Target | Taken | None = None
     path: str = ""
     reason: str = ""
 
@@ -46,6 +58,11 @@ class Step:
             raise ValueError(f"{self.tensor.name} is not quantized")
         shape = self.tensor.shape[::-1] if self.destination.kind == "conv1d" else self.tensor.shape
         return ModuleEntry(self.path, self.target.scheme(scheme_dtype), self.destination.kind, shape)
+
+    @property
+    def to_fit(self) -> Target | None:
+        """How its parameters are fitted; None if it is kept, or taken over with those that it has."""
+        return self.target if isinstance(self.target, Target) else None
 
     @property
     def stack(self) -> Stack | None:
@@ -72,6 +89,8 @@ class Plan:
         side: the files beside the weights.
         renamed: prefixes that were taken off the names of the checkpoint's tensors.
         strange: tensors of the checkpoint that `architecture` does not know; they are kept.
+        release: how the checkpoint is quantized already; empty if it is not.
+        unused: tensors of such a release that a lowbit model has no use for.
     """
 
     steps: tuple[Step, ...]
@@ -84,6 +103,8 @@ class Plan:
     side: SideFiles = field(default_factory=SideFiles)
     renamed: str = ""
     strange: tuple[str, ...] = ()
+    release: str = ""
+    unused: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> list[Step]:
@@ -98,8 +119,12 @@ class Plan:
 
     @property
     def possible_coverage(self) -> float:
-        """As :attr:`coverage`, of those weights that the model leaves to their module: others cannot be quantized."""
+        """As :attr:`coverage`, of those weights that the model leaves to their module: others cannot be quantized.
+
+        Of a release that is quantized already, those count that it has quantized.
+        """
         counted = [s for s in self.steps if s.counted and s.reason != READ]
+        counted = [s for s in counted if s.tensor.grid is not None] or counted
         total = sum(s.tensor.numel for s in counted)
         return sum(s.tensor.numel for s in counted if s.target is not None) / total if total else 1.0
 
@@ -152,6 +177,8 @@ def _read_memory(step: Step) -> int:
     """What the tensor of a step takes once it is read: float32, or the bytes to keep. A stack is read by itself."""
     if step.target is None:
         return step.tensor.nbytes
+    if isinstance(step.target, Taken):
+        return 0
     return 4 * step.tensor.numel if step.stack is None else 0
 
 
@@ -179,22 +206,24 @@ def make_plan(
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     _check_asked(recipe, names)
     steps, dropped, tied = [], {}, {}
+    quantized = any(t.grid is not None for t in source.tensors.values())
     owners = set(names.tied.values())
     by_path = {r.path: r for r in names.destinations.values()}
     for key, destination in names.destinations.items():
         tensor = source.tensors[key]
         owner = names.tied.get(destination.path, destination.path)
-        target, reason = _decide(destination, owner, names, recipe)
+        stack = destination.stack
+        whole = tensor if stack is None else stack.tensor(source.tensors)
+        target, reason = _decide(destination, owner, names, recipe, quantized=quantized, grid=whole.grid)
         if target is not None and tensor.numel == 0:
             target, reason = None, "has no weights"
         if target is not None and destination.path != owner and owner in by_path:
             dropped[key] = owner
             continue
-        stack = destination.stack
         if target is not None and stack is not None:
             if key != stack.first:
                 continue  # the step of the first makes the whole stack
-            tensor = stack.tensor(source.tensors)
+            tensor = whole
         own = [key] if stack is None else [name for names in stack.parts for name in names]
         for name in own if target is not None else ():
             if source.tensors[name].dtype not in FLOATS:
@@ -220,8 +249,14 @@ def make_plan(
     return plan
 
 
-def _decide(destination: Destination, owner: str, names: Names, recipe: Recipe) -> tuple[Target | None, str]:
-    """Target of a tensor, or None and the reason. All places of a tied matrix share one decision."""
+def _decide(
+    destination: Destination, owner: str, names: Names, recipe: Recipe, *, quantized: bool, grid: Grid | None
+) -> tuple[Target | Taken | None, str]:
+    """Target of a tensor, or None and the reason. All places of a tied matrix share one decision.
+
+    Of a checkpoint that is `quantized` already, what has a `grid` keeps it, and other weights of the body their floats.
+    A rule of the recipe can keep a weight in floats; to quantize anew, it can only what cannot be taken over.
+    """
     if destination.kind not in (*MATRICES, "embedding"):
         return None, ""
     if destination.reason is not None:
@@ -235,8 +270,10 @@ def _decide(destination: Destination, owner: str, names: Names, recipe: Recipe) 
             return None, reason
     for place in places:
         rule = recipe.rule_for(place)
-        if rule is not None:
+        if rule is not None and (grid is None or grid.refusal or rule.target is None):
             return rule.target, "" if rule.target is not None else f"kept by the pattern {rule.match!r}"
+    if grid is not None:
+        return _taken(destination, places, grid)
     embedding = "embedding" in (destination.kind, *(names.kinds.get(place) for place in places))
     heads = [place in names.heads for place in places]
     if embedding:
@@ -246,7 +283,22 @@ def _decide(destination: Destination, owner: str, names: Names, recipe: Recipe) 
         return None, "embedding, tied to the output head" if head else "embedding"
     if all(heads) or (destination.head and len(places) == 1):  # tied to a Linear of the body, it is one of the body
         return (recipe.default, "") if recipe.lm_head else (None, "output head")
-    return recipe.default, ""
+    return (None, LEFT) if quantized else (recipe.default, "")
+
+
+def _taken(destination: Destination, places: list[str], grid: Grid) -> tuple[Taken | None, str]:
+    """What becomes of a weight that a release has quantized; raises QuantizedSourceError if that cannot be stored."""
+    if destination.path != places[0]:
+        return None, "tied to another module, and quantized apart from it"
+    refusal = grid.refusal
+    if destination.kind == "conv1d":
+        refusal = "it is the weight of a Conv1D, whose order of rows and columns in such releases is not known"
+    if refusal:
+        raise QuantizedSourceError(
+            f"{destination.key}: {refusal}; keep it as floats (--keep {destination.path!r}, or a pattern with * for "
+            "all that are like it), quantize its floats anew by a rule of a recipe, or convert the original checkpoint"
+        )
+    return Taken(grid.scheme), ""
 
 
 def _check_asked(recipe: Recipe, names: Names) -> None:

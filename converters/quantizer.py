@@ -62,12 +62,12 @@ class WithoutData:
         pass
 
     def quantize(self, step: Step, weight: F32) -> Quantized:
-        assert step.target is not None  # noqa: S101 - the driver quantizes only what has a target
-        return quantize(weight, step.target, source_dtype=step.tensor.dtype, name=step.tensor.name)
+        assert step.to_fit is not None  # noqa: S101 - the driver quantizes only what has a target
+        return quantize(weight, step.to_fit, source_dtype=step.tensor.dtype, name=step.tensor.name)
 
     def quantize_stack(self, source: Source, step: Step) -> tuple[list[StoredTensor], Outcome]:
-        assert step.stack is not None and step.target is not None  # noqa: S101, PT018 - the driver says so
-        return quantize_stack(source, step.stack, step.target)
+        assert step.stack is not None and step.to_fit is not None  # noqa: S101, PT018 - the driver says so
+        return quantize_stack(source, step.stack, step.to_fit)
 
     def must_save(self, step: Step) -> bool:
         return False

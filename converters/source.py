@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -13,19 +13,54 @@ from numpy.typing import NDArray
 
 from ..dtypes import stored, to_float32
 from ..errors import SourceError
-from ..matrix import F32
+from ..matrix import F32, StoredMatrix
+from ..schema import Scheme
 
 FLOATS = ("F64", "F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
+class Grid:
+    """How a release has quantized a weight, and the weight stored like that, without loss.
+
+    Attributes:
+        scheme: that it is stored with; the matrix may need parameters of a wider dtype.
+        nbytes: of its tensors in the release.
+        matrix: reads it, or the matrix of one expert.
+        refusal: why it cannot be stored without loss; empty if it can.
+    """
+
+    scheme: Scheme
+    nbytes: int
+    matrix: Callable[[int | None], StoredMatrix]
+    refusal: str = ""
+
+    def rows(self, begin: int, end: int, of: int) -> Grid:
+        """The grid of rows `begin` to `end`, of all `of`."""
+        return replace(
+            self,
+            nbytes=self.nbytes * (end - begin) // of,
+            matrix=lambda expert: self.matrix(expert).row_slice(begin, end),
+        )
+
+
+@dataclass(frozen=True)
 class SourceTensor:
-    """A tensor of the checkpoint, as its header describes it."""
+    """A tensor of the checkpoint, as its header describes it.
+
+    One with a `grid` is a weight that a release has quantized: dtype, shape and size are those that it has unpacked.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    grid: Grid | None = None
+
+    @property
+    def nbytes_there(self) -> int:
+        """Bytes that it takes in the checkpoint."""
+        return self.nbytes if self.grid is None else self.grid.nbytes
 
     @property
     def numel(self) -> int:

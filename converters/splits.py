@@ -71,5 +71,7 @@ def _cut(rename: Renamer, model: Any, tensor: SourceTensor) -> Iterator[SourceTe
         return
     if any(rename(name) != (name, False) for name in targets):
         return
-    for name in targets:
-        yield replace(tensor, name=name, shape=shapes[0], nbytes=tensor.nbytes // len(targets))
+    size = rows // len(targets)
+    for i, name in enumerate(targets):
+        grid = None if tensor.grid is None else tensor.grid.rows(i * size, (i + 1) * size, rows)
+        yield replace(tensor, name=name, shape=shapes[0], nbytes=tensor.nbytes // len(targets), grid=grid)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..tensors import stored_bits
 from .journal import Outcome
-from .plan import Plan, Step
+from .plan import Plan, Step, Taken
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -55,7 +55,7 @@ class Totals:
         return cls(
             weights,
             8 * stored / weights,
-            sum(s.tensor.nbytes for s in plan.steps),
+            sum(s.tensor.nbytes_there for s in plan.steps),
             stored + kept,
             (error / norm) ** 0.5 if norm else 0.0,
         )
@@ -88,7 +88,7 @@ def plan_tables(plan: Plan, memory: int) -> list[Table]:
         entries = [step.module() for step in steps]
         bits = sum(map(stored_bits, entries)) / sum(m.numel for m in entries)
         modules.add_row(kind, str(len(steps)), shape, scheme, f"{bits:.2f}")
-    source = sum(s.tensor.nbytes for s in plan.steps)
+    source = sum(s.tensor.nbytes_there for s in plan.steps)
     bits = sum(stored_bits(s.module()) for s in plan.quantized) / sum(s.tensor.numel for s in plan.quantized)
     totals = _pairs(
         "Totals",
@@ -175,7 +175,8 @@ def result_tables(done: Conversion) -> list[Table]:
     rows.append(("relative error", f"{totals.relative_error:.4f}"))
     rows.append(("time", f"{seconds:.1f} s ({totals.weights / seconds / 1e6:.1f} M weights/s)"))
     if lossless := [o for o in outcomes.values() if o.lossless]:
-        rows.append(("stored without loss", f"{len(lossless)} modules lay on a grid already"))
+        why = f"as the release has them ({plan.release})" if plan.release else "lay on a grid already"
+        rows.append(("stored without loss", f"{len(lossless)} modules {why}"))
     if widened := [o for o in outcomes.values() if o.widened]:
         rows.append(("wider scales", f"{len(widened)} modules, such as {widened[0].module.path}: {widened[0].widened}"))
     for precision, quality in done.quality.items():
@@ -209,6 +210,18 @@ def _quality(quality: Quality, bits: int | None, calibrated: bool) -> list[tuple
 def remarks(plan: Plan) -> list[tuple[str, str]]:
     """What is absent from the checkpoint, and what becomes of the files beside the weights."""
     rows = []
+    if plan.release:
+        taken = [s for s in plan.quantized if isinstance(s.target, Taken)]
+        bits = sorted({s.module().scheme.bits for s in taken})
+        width = " and ".join(map(str, bits))
+        rows.append(
+            (
+                "quantized by the release",
+                f"{plan.release}: {len(taken)} modules of {width} bits are imported without loss, with their own grid",
+            )
+        )
+    if plan.unused:
+        rows.append(("not needed, since activations stay floats", _some(plan.unused)))
     if plan.architecture != plan.named:
         rows.append(("converted as", f"{plan.architecture}, which is all of {plan.named} that the checkpoint has"))
     if plan.absent:
@@ -279,7 +292,8 @@ def _scheme(step: Step) -> str:
     scheme = step.module().scheme
     group = f"group {scheme.group_size}" if scheme.group_size else "group row"
     nested = f", nested {' '.join(map(str, scheme.nested))}" if scheme.nested else ""
-    return f"{scheme.label or scheme.codec} {scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}"
+    imported = ", imported" if isinstance(step.target, Taken) else ""
+    return f"{scheme.label or scheme.codec} {scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}{imported}"
 
 
 def _module_kind(path: str) -> str:

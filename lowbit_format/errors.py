@@ -94,6 +94,10 @@ class SourceError(LowbitError):
     """The checkpoint to convert is missing, ill-formed, unsafe or of an unknown architecture."""
 
 
+class QuantizedSourceError(SourceError):
+    """A checkpoint is quantized already, in a way that is not known or cannot be stored without loss."""
+
+
 class NothingToQuantizeError(SourceError):
     """The plan would quantize no module of the checkpoint."""
 

@@ -338,7 +338,7 @@ def is_sha256(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
-def is_int(value: object) -> bool:
+def is_int(value: object) -> TypeGuard[int]:
     """Whether `value` is a JSON integer: a bool is an int in Python, but not in the spec (CFG-3)."""
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -259,8 +259,8 @@ def test_a_directory_without_weights_is_refused(own_checkpoint: Checkpoint, tmp_
 
 
 def test_a_checkpoint_that_is_quantized_already_is_refused(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    source = edit_config(own_checkpoint("llama"), quantization_config={"quant_method": "gptq", "bits": 4})
-    refused(source, "quantized already.*'gptq'.*or dequantize it first", tmp_path)
+    source = edit_config(own_checkpoint("llama"), quantization_config={"quant_method": "eetq", "bits": 8})
+    refused(source, "quantized already.*'eetq'.*or dequantize it first", tmp_path)
 
 
 def test_a_matrix_of_integers_is_refused(own_checkpoint: Checkpoint, tmp_path: Path) -> None:

@@ -1,0 +1,5 @@
+"""Releases that are published only quantized: one kind a file, and what all have in common in :mod:`.packed`."""
+
+from .source import open_quantized
+
+__all__ = ["open_quantized"]
