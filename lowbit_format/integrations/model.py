@@ -72,6 +72,17 @@ class LowbitModel(Mixin):
                     return dtype
         raise AttributeError("a model without modules has no dtype")
 
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in torch. The path at which PEFT looks for the embedding of tokens first leads to a quantized one.
+
+        Elsewhere it would look for a parameter with as many rows as the vocabulary, which planes are not.
+        """
+        if target == _PEFT_EMBEDDING:
+            embedding: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
+            if isinstance(embedding, LowbitEmbedding):
+                return embedding
+        return super().get_submodule(target)  # type: ignore[misc,no-any-return]
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters of the float model: a quantized matrix counts rows * cols.
 
@@ -81,7 +92,7 @@ class LowbitModel(Mixin):
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, TunedDelta) and not only_trainable:
                 continue
-            if exclude_embeddings and isinstance(module, (nn.Embedding, LowbitEmbedding)):
+            if exclude_embeddings and isinstance(module, nn.Embedding):
                 seen.update(id(p) for p in module.parameters(recurse=False))
                 continue
             matrix = module.matrix_parameters().values() if isinstance(module, LowbitModule) else ()
@@ -205,6 +216,9 @@ class LowbitModel(Mixin):
             new_num_tokens, pad_to_multiple_of, *args, **kwargs
         )
         return resized
+
+
+_PEFT_EMBEDDING = "embeddings.word_embeddings"
 
 
 def _in_training(model: nn.Module) -> bool:

@@ -191,7 +191,12 @@ class _Product(LowbitModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
-        return self._run(x, lambda x, w, deltas, ids: operators.linear(x, w, self.bias, deltas, ids))
+        out = self._run(x, lambda x, w, deltas, ids: operators.linear(x, w, self.bias, deltas, ids))
+        # A kernel that is called without autograd may return a view. Adapters add to it in place, where they have
+        # gradients and it has none: autograd forbids that for such a view.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not out.requires_grad and out._is_view():
+            return out.detach()
+        return out
 
 
 class LowbitLinear(_Product, nn.Linear):
