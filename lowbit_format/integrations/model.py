@@ -44,7 +44,7 @@ class LowbitModel(Mixin):
     """
 
     lowbit_base: Base
-    lowbit_state: TaskState
+    lowbit_state: TaskState = TaskState()  # of a model that someone makes with ``type(loaded)(config)``, without tasks
     lowbit_fresh: tuple[str, ...] = ()
     lowbit_save: Callable[[Any, str], None] | None = None
     lowbit_files: FileNames | None = None
