@@ -199,7 +199,7 @@ class _Product(LowbitModule):
         return out
 
 
-class LowbitLinear(_Product, nn.Linear):
+class LowbitLinear(_Product, nn.Linear):  # type: ignore[misc]  # a bias may be missing
     """Replaces ``nn.Linear``, and is one: PEFT and others ask for that. Rows are output features."""
 
     kind = "linear"
@@ -217,7 +217,7 @@ class LowbitLinear(_Product, nn.Linear):
         return _with_parameters(module, weight, self)
 
 
-class LowbitConv1D(_Product, Conv1D):
+class LowbitConv1D(_Product, Conv1D):  # type: ignore[misc]
     """Replaces GPT-2's ``Conv1D``, and is one. Its weight is ``[in, out]``; the planes are ``[out, in]`` (CFG-5)."""
 
     kind = "conv1d"

@@ -109,9 +109,11 @@ class WeightPlaceholder(Tensor):
 
 # What is answered without decoding. All attributes are, but for those of _VALUES.
 _FACTS = frozenset(
-    "size dim ndimension numel nelement stride element_size get_device is_floating_point is_complex is_contiguous "
-    "storage_offset is_inference __len__ __hash__".split()
-)
+    (
+        "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size", "get_device",
+        "is_floating_point", "is_complex", "is_contiguous", "is_inference", "__len__", "__hash__",
+    )
+)  # fmt: skip
 _VALUES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 _REFUSED = frozenset(("data_ptr", "set_", "requires_grad_", "share_memory_", "register_hook", "retain_grad"))
 

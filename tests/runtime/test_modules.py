@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from support.modules import filled
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from transformers.pytorch_utils import Conv1D
 
 from lowbit_format.errors import TensorError, UnsupportedOperationError
@@ -84,7 +86,7 @@ def test_reading_the_weight_decodes_it(kind: type[LowbitModule]) -> None:
         lambda w: w + 0,
         lambda w: w.data.clone(),
         lambda w: w.t().t(),
-        lambda w: torch.stack([row for row in w]),
+        lambda w: torch.stack(list(w)),
         lambda w: torch.zeros(w.shape).copy_(w),
         lambda w: torch.cat([w[:1], w[1:]]),
         lambda w: w.detach().to(torch.float32).contiguous(),
@@ -127,6 +129,33 @@ def test_writing_to_the_weight_is_refused(write: Callable[[torch.Tensor], object
     with torch.inference_mode(), pytest.raises(UnsupportedOperationError, match=expected):
         write(module.weight)
     assert torch.equal(module.dequantize(), before)
+
+
+class AsksAndReads(nn.Module):
+    """Asks the weight of one layer for its dtype, and multiplies by that of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.read = filled(LowbitLinear(SCHEME, 6, 20)), filled(LowbitLinear(SCHEME, 6, 20))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        asked: torch.Tensor = self.asked(x.to(self.asked.weight.dtype))
+        return asked + x @ self.read.weight.t()
+
+
+def test_a_compiled_graph_decodes_what_is_read_alone() -> None:
+    graphs = list[torch.fx.GraphModule]()
+
+    def keep(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    module, x = AsksAndReads(), torch.randn(2, 20)
+    with torch.no_grad():
+        found = torch.compile(module, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x)
+    torch.testing.assert_close(found, module(x))
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert sum("lowbit.dequantize" in target for target in called) == 1
 
 
 def test_reading_the_weight_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
