@@ -316,7 +316,18 @@ class PlaneModule(nn.Module):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_layout:
             self.untile()
+            self._restore_dtypes()
             super()._save_to_state_dict(*args, **kwargs)
+
+    def _restore_dtypes(self) -> None:
+        """Give parameters the dtypes that the file declares, where code from outside has cast them, as PEFT does.
+
+        That is exact, since such code casts to float32 (``prepare_model_for_kbit_training``).
+        """
+        for spec in tensor_specs(ModuleEntry("", self.scheme, self.kind, self.shape)):
+            param = self._parameters.get(spec.role)
+            if param is not None and param.dtype != TORCH_DTYPES[spec.dtype]:
+                param.data = param.detach().to(TORCH_DTYPES[spec.dtype])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_layout:
