@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import TaskError
+from ..errors import TaskError, UnsupportedOperationError
 from ..kernels import operators
 from ..kernels.matrix import PlaneMatrix, with_delta
 from ..schema import Scheme
@@ -125,6 +126,11 @@ class LowbitModule(PlaneModule):
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, PlaneMatrix, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, plane_matrix, deltas, task_ids)`` with the active tasks."""
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedOperationError(
+                f"{self.path}: forward-mode differentiation does not reach through bit-planes; use backward(), or call "
+                "model.dequantize() for a float model"
+            )
         if not self.is_tiled and not operators.is_watched():
             self.tile()
         tasks = self.state.row_tasks()

@@ -12,6 +12,7 @@ from functorch.compile import make_boxed_func
 from support.modules import filled
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from lowbit_format.errors import TensorError, UnsupportedOperationError
@@ -129,6 +130,17 @@ def test_writing_to_the_weight_is_refused(write: Callable[[torch.Tensor], object
     with torch.inference_mode(), pytest.raises(UnsupportedOperationError, match=expected):
         write(module.weight)
     assert torch.equal(module.dequantize(), before)
+
+
+def test_forward_mode_is_refused() -> None:
+    """A kernel that is called directly would drop the tangents: a derivative of 0."""
+    module, x = linear(), torch.randn(2, 20)
+    with pytest.raises(UnsupportedOperationError, match="forward-mode"):
+        torch.func.jvp(module, (x,), (x,))
+    with forward_ad.dual_level():
+        with pytest.raises(UnsupportedOperationError, match="forward-mode"):
+            module(forward_ad.make_dual(x, x))
+        module(x)
 
 
 class AsksAndReads(nn.Module):
