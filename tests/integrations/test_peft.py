@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support.building import write_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import lowbit_format
+from lowbit_format import Recipe, Target
 from lowbit_format.errors import TaskError, UnsupportedOperationError
+from lowbit_format.runtime.modules import LowbitEmbedding
 from lowbit_format.schema import Scheme
 
 peft = pytest.importorskip("peft")
@@ -131,6 +134,24 @@ def test_rows_of_several_tasks_have_several_weights(model: PreTrainedModel, tmp_
         pytest.raises(TaskError, match=r"c_fc: its weight is read.*separate batch"),
     ):
         tuned(input_ids=IDS.repeat(2, 1))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_of_a_scaled_embedding(tmp_path: Path) -> None:
+    """Gemma multiplies what it looks up; PEFT then multiplies what the adapter adds, too."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 64, "num_hidden_layers": 1}
+    config = Gemma3TextConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "float")
+    recipe = Recipe(Target(bits=4, group_size=16), embeddings=True)
+    lowbit_format.convert_hf_to_lowbit(str(tmp_path / "float"), tmp_path / "out", recipe)
+    lowbit = lowbit_format.from_pretrained(tmp_path / "out")
+    assert isinstance(lowbit.get_input_embeddings(), LowbitEmbedding)
+    found = []
+    for base in (lowbit, copy.deepcopy(lowbit).dequantize()):
+        torch.manual_seed(1)
+        adapter = peft.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+        found.append(peft.get_peft_model(base, adapter).eval()(input_ids=IDS).logits)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
 
 
 def test_add_adapter_saves_the_adapter_only(model: PreTrainedModel, tmp_path: Path) -> None:
