@@ -46,10 +46,12 @@ class WeightPlaceholder(Tensor):
     Attributes:
         module: path and class of the module, for messages.
         read: gives the decoded weight, or the view.
+        facts: shape, dtype and device.
     """
 
     module: str
     read: Callable[[], Tensor]
+    facts: tuple[torch.Size, torch.dtype, torch.device]
 
     @staticmethod
     def of(
@@ -65,8 +67,13 @@ class WeightPlaceholder(Tensor):
             WeightPlaceholder, tuple(shape), strides=strides, dtype=dtype, device=device
         )
         weight._is_hf_initialized = True
-        weight.module, weight.read = module, read
+        weight.module, weight.read, weight.facts = module, read, (torch.Size(shape), dtype, device)
         return weight  # type: ignore[no-any-return]
+
+    # What models ask at every call, without the detour over __torch_function__.
+    shape = property(lambda self: self.facts[0])  # type: ignore[assignment]
+    dtype = property(lambda self: self.facts[1])  # type: ignore[assignment]
+    device = property(lambda self: self.facts[2])  # type: ignore[assignment]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
