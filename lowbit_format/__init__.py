@@ -82,7 +82,7 @@ _LAZY = {  # public name -> module that defines it
 
 
 def _register() -> None:
-    """Register with transformers and PEFT; the entry point that torch calls. Never raises: it must not break torch."""
+    """Register with transformers; the entry point that torch calls. Never raises: it must not break torch."""
     try:
         from .integrations.registration import register
 

@@ -1,1 +1,1 @@
-"""The format in transformers and PEFT: registration, loading, saving, model cards."""
+"""The format in transformers: registration, loading, saving, model cards."""

@@ -41,22 +41,27 @@ class LowbitModel(Mixin):
         lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
         lowbit_save: writes a task instead of the base when the Trainer saves the model.
         lowbit_files: the names in the directory, while the model is being loaded.
+        lowbit_asked: it was in training, and was asked whether anything is trained there that was chosen for it.
     """
 
     lowbit_base: Base
-    lowbit_state: TaskState
+    lowbit_state: TaskState = TaskState()  # of a model that someone makes with ``type(loaded)(config)``, without tasks
     lowbit_fresh: tuple[str, ...] = ()
     lowbit_save: Callable[[Any, str], None] | None = None
     lowbit_files: FileNames | None = None
+    lowbit_asked: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; inside of ``use_tasks`` the modules learn how many rows the batch has."""
+        if self.training and not self.lowbit_asked:  # type: ignore[attr-defined]
+            _ask_what_is_trained(self)
         if not self.lowbit_state.blocks:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
         tasks, name = self.lowbit_state.row_tasks(), type(self).__name__
         rows, is_text = _rows(args, kwargs)
         if tasks is not None and rows is not None and batch_rows() is None and len(tasks.names) > 1:
-            tasks.check_rows(rows, name)
+            check = tasks.check_rows if not is_text or _has_codebooks(self) else tasks.check_batch
+            check(rows, name)
         with model_call(rows, exact=_is_mixed(kwargs), part=None if is_text else name):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
@@ -72,6 +77,28 @@ class LowbitModel(Mixin):
                     return dtype
         raise AttributeError("a model without modules has no dtype")
 
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, whose ``generate`` repeats the rows of its input here; tasks are for the rows before."""
+        tasks = self.lowbit_state.row_tasks() if self.lowbit_state.blocks else None
+        if tasks is not None and len(tasks.names) > 1:
+            ids = kwargs.get("input_ids")
+            if isinstance(ids, Tensor) and not _has_codebooks(self):
+                tasks.repeats = 1
+                tasks.check_batch(len(ids), f"generate of {type(self).__name__}")
+            tasks.repeats = kwargs.get("expand_size", 1)
+        return super()._expand_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in torch. The path at which PEFT looks for the embedding of tokens first leads to a quantized one.
+
+        Elsewhere it would look for a parameter with as many rows as the vocabulary, which planes are not.
+        """
+        if target == _PEFT_EMBEDDING:
+            embedding: Any = self.get_input_embeddings()  # type: ignore[attr-defined]
+            if isinstance(embedding, LowbitEmbedding):
+                return embedding
+        return super().get_submodule(target)  # type: ignore[misc,no-any-return]
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters of the float model: a quantized matrix counts rows * cols.
 
@@ -81,7 +108,7 @@ class LowbitModel(Mixin):
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, TunedDelta) and not only_trainable:
                 continue
-            if exclude_embeddings and isinstance(module, (nn.Embedding, LowbitEmbedding)):
+            if exclude_embeddings and isinstance(module, nn.Embedding):
                 seen.update(id(p) for p in module.parameters(recurse=False))
                 continue
             matrix = module.matrix_parameters().values() if isinstance(module, LowbitModule) else ()
@@ -205,6 +232,35 @@ class LowbitModel(Mixin):
             new_num_tokens, pad_to_multiple_of, *args, **kwargs
         )
         return resized
+
+
+def _has_codebooks(model: Any) -> bool:
+    """Whether a row of the model's text is one of several codebooks, as of sounds: there are more rows than inputs."""
+    configs = (model.config, getattr(model.config, "decoder", None))
+    return any(getattr(config, "num_codebooks", 1) > 1 for config in configs)
+
+
+def _ask_what_is_trained(model: Any) -> None:
+    """Warn, once, if a model is trained as it was loaded: nothing that is quantized would change.
+
+    Whoever chose what to train has frozen something else, as ``prepare_scale_tuning`` and PEFT do.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or "lowbit_base" not in vars(model):
+        return
+    model.lowbit_asked = True
+    quantized = {id(p) for m in model.modules() if isinstance(m, LowbitModule) for p in m.matrix_parameters().values()}
+    others = [p for p in model.parameters() if id(p) not in quantized and p.is_floating_point()]
+    if all(p.requires_grad for p in others) and not _in_training(model):
+        log.warning(
+            "%s: this model is in training as it was loaded. Its quantized weights cannot change; only %s numbers in "
+            "full precision would (norms, biases, what is not quantized). Call lowbit_format.prepare_scale_tuning to "
+            "train the scales of a task, or add an adapter with PEFT; or freeze what is not to be trained",
+            type(model).__name__,
+            f"{sum(p.numel() for p in others):,}",
+        )
+
+
+_PEFT_EMBEDDING = "embeddings.word_embeddings"
 
 
 def _in_training(model: nn.Module) -> bool:

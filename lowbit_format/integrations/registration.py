@@ -1,9 +1,10 @@
-"""Registers the format with transformers, and its LoRA layers with PEFT, whichever is imported first.
+"""Registers the format with transformers, whichever is imported first.
 
 Without registration transformers warns and loads *random* weights. So :func:`register` runs when ``lowbit_format`` is
 imported, and when torch is: torch loads the entry points of the group ``torch.backends`` at the end of its own import
 (``TORCH_DEVICE_BACKEND_AUTOLOAD=0`` turns this off). Both must cost next to nothing and must never fail. Nothing
-heavy is imported here: our side of transformers and PEFT is imported right behind theirs.
+heavy is imported here: our side of transformers is imported right behind theirs. (PEFT needs no registration: a
+lowbit module is an ``nn.Linear``.)
 
 There are three cases. A module that is not imported yet gets a step behind its execution (:class:`_Watcher`). One that
 is imported already is joined at once. One that is being imported *now* is joined when it is complete
@@ -27,7 +28,6 @@ TRANSFORMERS = "transformers.quantizers.auto"
 AFTER_IMPORT = {  # module to wait for -> our module that registers itself there when imported
     TRANSFORMERS: "lowbit_format.integrations.quantizer",
     "transformers.modeling_utils": "lowbit_format.integrations.parts",
-    "peft.tuners.lora.config": "lowbit_format.integrations.peft",
 }
 
 

@@ -87,7 +87,10 @@ class RowTasks:
         names: the different tasks, in the order of their first rows.
         kept: by the id of a module, its deltas and the tensor that stacks them; kept until the block ends, so that
             they are not stacked again at every step.
+        repeats: how many rows ``generate`` makes of each that it is given, for beams and several answers.
     """
+
+    repeats = 1
 
     def __init__(self, rows: Sequence[Name]) -> None:
         self.names: tuple[Name, ...] = tuple(dict.fromkeys(rows))
@@ -129,6 +132,14 @@ class RowTasks:
             raise TaskError(
                 f"{what} gets {rows} rows, which is no multiple of the {len(self)} tasks given to use_tasks: give one "
                 "task for each row of the batch"
+            )
+
+    def check_batch(self, rows: int, what: str) -> None:
+        """Raise TaskError unless a model's batch has one row for each task, or as many as ``generate`` makes of one."""
+        if rows not in (len(self), len(self) * self.repeats):
+            raise TaskError(
+                f"{what} gets {rows} rows, and use_tasks has {len(self)} tasks: give one task for each row of "
+                "the batch (of what generate is given: it repeats rows for beams and num_return_sequences by itself)"
             )
 
     def by_rows(self, x: Tensor, path: str) -> Tensor:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from transformers.pytorch_utils import Conv1D
 
-from ..errors import TaskError
+from ..errors import TaskError, UnsupportedOperationError
 from ..kernels import operators
 from ..kernels.matrix import PlaneMatrix, with_delta
 from ..schema import Scheme
@@ -45,12 +47,34 @@ class LowbitModule(PlaneModule):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight with the active task, oriented as in the float module (CFG-5)."""
+        return self._dequantize(self._own_delta(), dtype)
+
+    def _dequantize(self, delta: Delta | None, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight with `delta`, oriented as in the float module."""
         return self._with_delta(
-            self._own_delta(), lambda w, deltas: operators.dequantize(w, deltas, dtype=dtype or self.compute_dtype)
+            delta, lambda w, deltas: operators.dequantize(w, deltas, dtype=dtype or self.compute_dtype)
         )
 
     def reset_parameters(self) -> None:
         """Nothing: a model's own initialisation may call it, before or after the weights are loaded."""
+
+    def _read_weight(self) -> Tensor:
+        """The decoded weight with the active task.
+
+        Raises TaskError inside of a ``use_tasks`` block whose tasks have several weights here.
+        """
+        tasks = self.state.row_tasks()
+        if tasks is None:
+            return self.dequantize()
+        deltas = [self.delta_of(name) for name in tasks.names]
+        if self.experts is None and all(delta is None for delta in deltas):
+            return self._dequantize(None)
+        if self.experts is not None or len(deltas) > 1:
+            raise TaskError(
+                f"{self.path}: its weight is read, and the {len(deltas)} tasks given to use_tasks have different "
+                "ones; run the rows of each task in a separate batch"
+            )
+        return self._dequantize(deltas[0])
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         """The float module that this one replaces, with `weight` (in that module's orientation)."""
@@ -105,6 +129,11 @@ class LowbitModule(PlaneModule):
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, PlaneMatrix, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, plane_matrix, deltas, task_ids)`` with the active tasks."""
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+            raise UnsupportedOperationError(
+                f"{self.path}: forward-mode differentiation does not reach through bit-planes; use backward(), or call "
+                "model.dequantize() for a float model"
+            )
         if not self.is_tiled and not operators.is_watched():
             self.tile()
         tasks = self.state.row_tasks()
@@ -162,8 +191,25 @@ class LowbitModule(PlaneModule):
         return super()._apply(fn, recurse)
 
 
-class LowbitLinear(LowbitModule):
-    """Replaces ``nn.Linear``: rows are output features."""
+class _Product(LowbitModule):
+    """A product with the weight."""
+
+    def __init__(self, scheme: Scheme, rows: int, cols: int, **kwargs: Any) -> None:
+        super().__init__(scheme, rows, cols, **kwargs)
+        self.in_features, self.out_features = cols, rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
+        out = self._run(x, lambda x, w, deltas, ids: operators.linear(x, w, self.bias, deltas, ids))
+        # A kernel that is called without autograd may return a view. Adapters add to it in place, where they have
+        # gradients and it has none: autograd forbids that for such a view.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not out.requires_grad and out._is_view():
+            return out.detach()
+        return out
+
+
+class LowbitLinear(_Product, nn.Linear):  # type: ignore[misc]  # a bias may be missing
+    """Replaces ``nn.Linear``, and is one: PEFT and others ask for that. Rows are output features."""
 
     kind = "linear"
 
@@ -172,7 +218,6 @@ class LowbitLinear(LowbitModule):
     ) -> None:
         super().__init__(scheme, rows, cols, **kwargs)
         self.float_class = float_class
-        self.in_features, self.out_features = cols, rows
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         with torch.device("meta"):
@@ -180,13 +225,9 @@ class LowbitLinear(LowbitModule):
         module.in_features, module.out_features = self.cols, self.rows
         return _with_parameters(module, weight, self)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
-        return self._run(x, lambda x, w, deltas, ids: operators.linear(x, w, self.bias, deltas, ids))
 
-
-class LowbitConv1D(LowbitLinear):
-    """Replaces GPT-2's ``Conv1D``, whose weight is ``[in, out]``; the planes are ``[out, in]`` (CFG-5)."""
+class LowbitConv1D(_Product, Conv1D):  # type: ignore[misc]
+    """Replaces GPT-2's ``Conv1D``, and is one. Its weight is ``[in, out]``; the planes are ``[out, in]`` (CFG-5)."""
 
     kind = "conv1d"
 
@@ -194,12 +235,10 @@ class LowbitConv1D(LowbitLinear):
         super().__init__(scheme, rows, cols, **kwargs)
         self.nf, self.nx = rows, cols
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        return super().dequantize(dtype).t()
+    def _dequantize(self, delta: Delta | None, dtype: torch.dtype | None = None) -> Tensor:
+        return super()._dequantize(delta, dtype).t()
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
-        from transformers.pytorch_utils import Conv1D
-
         with torch.device("meta"):
             return _with_parameters(Conv1D(self.rows, self.cols), weight, self)  # type: ignore[no-untyped-call]
 
@@ -207,15 +246,15 @@ class LowbitConv1D(LowbitLinear):
         return self.cols, self.rows
 
 
-class LowbitEmbedding(LowbitModule):
-    """Replaces ``nn.Embedding`` with its default options: a row is a token's vector.
+class LowbitEmbedding(LowbitModule, nn.Embedding):
+    """Replaces ``nn.Embedding`` with its default options, and is one: a row is a token's vector.
 
     With `scale` it replaces an embedding that multiplies its rows by it (see :class:`.known_modules.Known`), which has
     the class `float_class`.
     """
 
     kind = "embedding"
-    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # what nn.Embedding has, read by PEFT
+    max_norm, norm_type, scale_grad_by_freq, sparse = None, 2.0, False, False  # what nn.Embedding has
 
     def __init__(
         self,
@@ -232,6 +271,8 @@ class LowbitEmbedding(LowbitModule):
         super().__init__(scheme, rows, cols, **kwargs)
         self.num_embeddings, self.embedding_dim, self.padding_idx = rows, cols, padding_idx
         self.scale, self.rounds_scale, self.float_class = scale, rounds_scale, float_class
+        if scale is not None:
+            self.embed_scale = scale  # PEFT multiplies what an adapter adds by it
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         options: dict[str, Any] = {} if self.scale is None else {"embed_scale": self.scale}

@@ -85,7 +85,7 @@ class PlaneModule(nn.Module):
         experts: int | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of nn.Linear and the like, behind this class: it would allocate a weight
         if (plane_rows is not None) != scheme.row_bits:
             raise ValueError("plane_rows belongs to schemes with row_bits, and to them only")
         self.scheme, self.rows, self.cols, self.compute_dtype = scheme, rows, cols, dtype
@@ -266,8 +266,16 @@ class PlaneModule(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """A placeholder with the weight's shape, dtype and device, and no data (see :class:`WeightPlaceholder`)."""
-        return WeightPlaceholder.of(self._weight_shape(), self.compute_dtype, self.device, _name_of(self))
+        """A tensor that has the weight's shape, dtype and device, and is decoded when its values are read.
+
+        See :class:`WeightPlaceholder`. A compiled graph cannot hold it: there it is decoded, and where no values are
+        read the compiler drops that again.
+        """
+        if torch.compiler.is_compiling():
+            return self._read_weight()
+        return WeightPlaceholder.of(
+            self._weight_shape(), self.compute_dtype, self.device, _name_of(self), self._read_weight
+        )
 
     @weight.setter
     def weight(self, value: object) -> None:
@@ -275,6 +283,10 @@ class PlaneModule(nn.Module):
 
     def _weight_shape(self) -> tuple[int, ...]:
         return self.rows, self.cols
+
+    def _read_weight(self) -> Tensor:
+        """The decoded weight, for :attr:`weight`."""
+        raise NotImplementedError
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":
@@ -304,7 +316,18 @@ class PlaneModule(nn.Module):
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_layout:
             self.untile()
+            self._restore_dtypes()
             super()._save_to_state_dict(*args, **kwargs)
+
+    def _restore_dtypes(self) -> None:
+        """Give parameters the dtypes that the file declares, where code from outside has cast them, as PEFT does.
+
+        That is exact, since such code casts to float32 (``prepare_model_for_kbit_training``).
+        """
+        for spec in tensor_specs(ModuleEntry("", self.scheme, self.kind, self.shape)):
+            param = self._parameters.get(spec.role)
+            if param is not None and param.dtype != TORCH_DTYPES[spec.dtype]:
+                param.data = param.detach().to(TORCH_DTYPES[spec.dtype])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_layout:
@@ -330,7 +353,7 @@ def _is_offloaded(module: nn.Module) -> bool:
 def _no_weight(module: nn.Module) -> UnsupportedOperationError:
     return UnsupportedOperationError(
         f"{_name_of(module)} has no weight to assign: it holds bit-planes. Call model.dequantize() for a "
-        "float model, or convert with this module kept in full precision (--keep)"
+        "float model, which keeps its adapters, or convert with this module kept in full precision (--keep)"
     )
 
 

@@ -133,7 +133,7 @@ def use_tasks(model: Any, tasks: Sequence[Name] | Name) -> Iterator[None]:
 
     The block holds for the thread (or asyncio task) that opens it. A thread started inside, such as that of
     ``generate`` for a ``TextIteratorStreamer``, opens its own block. The backward pass has to run inside the block too.
-    Rows may be repeated, as in beam search, if those of one input stay together.
+    ``generate`` may repeat rows by itself, for beams and several answers: the tasks are those of the rows it is given.
 
     Args:
         model: a lowbit model.

@@ -396,6 +396,26 @@ def test_rows_must_fit_the_tasks(llama: Any) -> None:
         logits(llama)
 
 
+def test_only_generate_repeats_the_rows_of_a_task(llama: Any) -> None:
+    """Two names for four rows would be meant for other rows: a, b, a, b, or the first two of them."""
+    lb.load_task(llama, task(llama, 1), name="a")
+    ids, options = IDS[:1].repeat(4, 1), {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    fits = {"num_beams": 2, "num_return_sequences": 2, **options}
+    with lb.use_tasks(llama, ["a", None]):
+        for call in (
+            lambda: llama(input_ids=ids),
+            lambda: llama.generate(input_ids=ids, **options),
+            lambda: llama.generate(input_ids=ids[:1], **fits),  # two beams of one row
+        ):
+            with pytest.raises(TaskError, match="rows, and use_tasks has 2 tasks"):
+                call()
+        assert len(llama.generate(input_ids=ids[:2], **fits)) == 4
+        with pytest.raises(TaskError, match="4 rows"):  # again outside of generate's beams
+            llama.generate(input_ids=ids, **options)
+    with lb.use_tasks(llama, "a"):
+        llama(input_ids=ids)
+
+
 def test_an_unloaded_task_is_not_taken_for_the_base(llama: Any) -> None:
     lb.load_task(llama, task(llama, 1), name="a")
     with lb.use_tasks(llama, ["a", None]):

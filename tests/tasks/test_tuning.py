@@ -466,6 +466,26 @@ def test_names_and_models(bases: Bases, tmp_path: Path) -> None:
         prepare_scale_tuning(SimpleNamespace(model=model))  # as a pipeline
 
 
+def test_training_without_a_choice_is_told_once(bases: Bases, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing that is quantized would change. Whoever froze something, or computes without gradients, has chosen."""
+    tuned, partly, untouched = (bases.load("bert") for _ in range(3))
+    prepare_scale_tuning(tuned)
+    for name, p in partly.named_parameters():
+        p.requires_grad_(p.is_floating_point() and "bias" in name)
+    data = batch(untouched)
+    caplog.clear()
+    loss_of(tuned.train(), data)
+    loss_of(partly.train(), data)
+    loss_of(untouched.eval(), data)
+    with torch.no_grad():
+        loss_of(untouched.train(), data)
+    assert caplog.text == ""
+    loss_of(untouched, data)
+    loss_of(untouched, data)
+    assert [record.name for record in caplog.records] == ["lowbit_format.integrations.model"]
+    assert "Call lowbit_format.prepare_scale_tuning" in caplog.text
+
+
 def test_a_module_around_a_lowbit_model(bases: Bases, tmp_path: Path) -> None:
     """As a SentenceTransformer is: the task is the inner model's, and nothing else is trained."""
 
