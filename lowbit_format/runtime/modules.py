@@ -129,7 +129,8 @@ class LowbitModule(PlaneModule):
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, PlaneMatrix, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, plane_matrix, deltas, task_ids)`` with the active tasks."""
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        level = forward_ad._current_level
+        if level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise UnsupportedOperationError(
                 f"{self.path}: forward-mode differentiation does not reach through bit-planes; use backward(), or call "
                 "model.dequantize() for a float model"
