@@ -86,8 +86,13 @@ def read_data(calibration: Calibration, directory: Path) -> Data:
             batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
         held = HELD_OUT
     else:
-        batches = data.padded_batches(texts, tokenizer, **options)
-        held = max(1, round(len(batches) * held_out / (samples + held_out)))
+        texts = data.whole_texts(texts, tokenizer, **options)
+        cut = min(round(len(texts) * samples / (samples + held_out)), len(texts) - 1)
+        batches, measured = (
+            data.padded_batches(part, tokenizer, samples=len(part), length=calibration.length, where=where)
+            for part in (texts[:cut], texts[cut:])
+        )
+        held, batches = len(measured), batches + measured
     _check_ids(batches, model, where)
     return data.Data.of(batches, held_out=held)
 

@@ -133,6 +133,25 @@ def causal_batches(samples: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.stack(list(samples[i : i + BATCH]))} for i in range(0, len(samples), BATCH)]
 
 
+def whole_texts(texts: Sequence[str], tokenizer: Any, *, samples: int, length: int, where: str) -> list[str]:
+    """As many texts, in their order, as have the tokens of `samples` of `length`; at least `samples` of them.
+
+    Texts are often short: `samples` of them would tell far less of a layer's inputs than as many windows.
+
+    Raises:
+        CalibrationError: there are fewer than `samples`.
+    """
+    found, left = list[str](), samples * length
+    for text in texts:
+        if left <= 0 and len(found) >= samples:
+            break
+        found.append(text)
+        left -= min(length, len(tokenizer(text, verbose=False)["input_ids"]))
+    if len(found) < samples:
+        raise CalibrationError(f"{where}: has {len(found)} texts, expected {samples}; give more, or lower --samples")
+    return found
+
+
 def padded_batches(
     texts: Sequence[str], tokenizer: Any, *, samples: int, length: int, where: str
 ) -> list[dict[str, Tensor]]:

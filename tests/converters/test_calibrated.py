@@ -30,6 +30,7 @@ from lowbit_format.converters import (
     together,
 )
 from lowbit_format.converters.calibrated import Calibrated
+from lowbit_format.converters.calibration_data import read_data
 from lowbit_format.converters.driver import load_step
 from lowbit_format.errors import CalibrationError, OutputError
 from lowbit_format.quantize import Target
@@ -332,6 +333,23 @@ def test_text_and_tensors_from_files(own_checkpoint: Checkpoint, tmp_path: Path)
     done = convert_hf_to_lowbit(str(source), tmp_path / "three", RECIPE,
                                 calibration=Calibration("self", QUICK, samples=8, length=12))  # fmt: skip
     assert done.comparison is not None
+
+
+def test_an_encoder_gets_as_many_tokens_as_a_causal_model(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Of short texts more are taken; those held out are the last ones, not the longest."""
+    source = with_tokenizer(own_checkpoint("bert"))
+    words = [["w1", "w2"], ["w3"] * 30] * 200
+    (tmp_path / "text.txt").write_text("\n".join(map(" ".join, words)))
+    data = read_data(Calibration(str(tmp_path / "text.txt"), samples=8, length=24), source)
+    calibrated, held_out = (
+        [int(row.sum()) for batch in part for row in batch["attention_mask"]]
+        for part in (data.batches[: -data.held_out], data.batches[-data.held_out :])
+    )
+    assert sum(calibrated) > 0.9 * 8 * 24
+    assert len(held_out) > 16
+    for part in (calibrated, held_out):
+        assert max(part) == 24
+        assert part.count(24) == pytest.approx(len(part) / 2, abs=1)
 
 
 def test_what_is_wrong_with_the_data_is_said(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
