@@ -54,8 +54,7 @@ class Float4Weight(Packed):
 
     def formula(self, raw: Raw, rows: slice) -> F32:
         scales = spread(self._scales(raw)[rows], self.scheme.group_size, self.shape[1])
-        with np.errstate(over="ignore"):
-            weight: F32 = E2M1[self.codes(raw, rows)] * scales
+        weight: F32 = E2M1[self.codes(raw, rows)] * scales
         return weight
 
     def _scales(self, raw: Raw) -> F32:

@@ -57,8 +57,7 @@ class Float8Weight(Packed):
     def formula(self, raw: Raw, rows: slice) -> F32:
         numbers = FLOAT8["F8_E4M3"][self.codes(raw, rows)]
         block = np.arange(rows.start, rows.stop) // self.block_rows
-        with np.errstate(over="ignore"):
-            weight: F32 = numbers * spread(self._scales(raw)[block], self.scheme.group_size, self.shape[1])
+        weight: F32 = numbers * spread(self._scales(raw)[block], self.scheme.group_size, self.shape[1])
         return weight
 
     def _scales(self, raw: Raw) -> F32:

@@ -129,7 +129,12 @@ class Packed(ABC):
 
     def decode(self, raw: Raw, rows: slice) -> F32:
         """Some rows as the release's library has them: float32 with values of :attr:`dtype`."""
-        return round_to(self.formula(raw, rows), self.dtype)
+        return round_to(self._computed(raw, rows), self.dtype)
+
+    def _computed(self, raw: Raw, rows: slice) -> F32:
+        """As :meth:`formula`, which may overflow: that is looked at where a weight is taken over."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.formula(raw, rows)
 
     def load(self, read: Read, expert: int | None = None) -> Raw:
         """Read its tensors, or their part of one expert."""
@@ -153,7 +158,7 @@ class Packed(ABC):
             planes[:, part] = pack(codes, self.scheme.bits)
         matrix = StoredMatrix(self.scheme, rows, cols, planes, params, codebook=table)
         for part in self._chunks():
-            expected = self.formula(raw, part)
+            expected = self._computed(raw, part)
             found = decode(matrix.row_slice(part.start, part.stop))
             largest = np.abs(expected).max(keepdims=True)  # NaN, if there is one
             if not np.isfinite(round_to(largest, self.dtype)).all():

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +58,10 @@ def write_release(
     Returns:
         The decoded weight of every packed layer, by path.
     """
-    hf.set_seed(5)
-    made = model().to(dtype)
-    made.save_pretrained(directory)
-    tensors, expected = load_file(directory / "model.safetensors"), {}
+    config, tensors = _float_model(model, dtype)
+    tensors, expected = dict(tensors), {}
+    torch.manual_seed(5)
+    directory.mkdir()
     for name in [n for n in tensors if n.endswith((*_MATRICES, "_proj.weight"))]:
         path = name.removesuffix(".weight")
         if any(part in path for part in floats):
@@ -67,11 +69,18 @@ def write_release(
         parts, expected[path] = encode(*tensors.pop(name).shape)
         tensors |= {f"{path}.{role}": tensor.contiguous() for role, tensor in parts.items()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    file = directory / "config.json"
-    config = json.loads(file.read_text())
-    (config[under] if under else config)["quantization_config"] = section
-    file.write_text(json.dumps(config))
+    more = {under: {**config[under], "quantization_config": section}} if under else {"quantization_config": section}
+    (directory / "config.json").write_text(json.dumps({**config, **more}))
     return expected
+
+
+@cache
+def _float_model(model: Callable[[], Any], dtype: torch.dtype) -> tuple[dict[str, Any], Tensors]:
+    """The config and the tensors of a model, as transformers saves them; not to be changed."""
+    hf.set_seed(5)
+    with tempfile.TemporaryDirectory() as directory:
+        model().to(dtype).save_pretrained(directory)
+        return json.loads(Path(directory, "config.json").read_text()), load_file(Path(directory, "model.safetensors"))
 
 
 def change(directory: Path, edit: Callable[[Tensors], object]) -> Path:
