@@ -71,9 +71,9 @@ class WeightPlaceholder(Tensor):
         return weight  # type: ignore[no-any-return]
 
     # What models ask at every call, without the detour over __torch_function__.
-    shape = property(lambda self: self.facts[0])  # type: ignore[assignment]
-    dtype = property(lambda self: self.facts[1])  # type: ignore[assignment]
-    device = property(lambda self: self.facts[2])  # type: ignore[assignment]
+    shape = property(lambda self: self.facts[0])
+    dtype = property(lambda self: self.facts[1])
+    device = property(lambda self: self.facts[2])
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
