@@ -129,8 +129,7 @@ class LowbitModule(PlaneModule):
 
     def _run(self, x: Tensor, kernel: Callable[[Tensor, PlaneMatrix, Tensor | None, Tensor | None], Tensor]) -> Tensor:
         """``kernel(x, plane_matrix, deltas, task_ids)`` with the active tasks."""
-        level = forward_ad._current_level
-        if level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+        if forward_ad._current_level >= 0 and _has_tangent(x):
             raise UnsupportedOperationError(
                 f"{self.path}: forward-mode differentiation does not reach through bit-planes; use backward(), or call "
                 "model.dequantize() for a float model"
@@ -291,6 +290,10 @@ class LowbitEmbedding(LowbitModule, nn.Embedding):
 
 
 MODULES: dict[str, type[LowbitModule]] = {c.kind: c for c in (LowbitLinear, LowbitConv1D, LowbitEmbedding)}
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad.unpack_dual(x).tangent is not None  # type: ignore[no-untyped-call]
 
 
 def _flat_rows(x: Tensor, kind: str) -> int:
