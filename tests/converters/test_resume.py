@@ -27,7 +27,7 @@ Checkpoint = Callable[..., Path]
 
 TARGET = OPTIONS["recipe"].default
 KILLS = [  # moments, evenly spread over all that touch the disk
-    ("llama", OPTIONS, 12),
+    ("llama", OPTIONS, 8),
     ("mixtral", OPTIONS, 6),
     ("llama", CALIBRATED, 4),
     pytest.param("llama", CALIBRATED, 20, marks=pytest.mark.exhaustive),
