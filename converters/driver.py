@@ -217,8 +217,9 @@ def _write_shards(
             writer = None
     except (KeyboardInterrupt, SystemExit, OSError, OutputError):
         if writer is not None:  # stopped from outside: save the work, to resume
-            with contextlib.suppress(OSError, OutputError, ValueError):  # ValueError: the writer is closed already
-                done.save(work, settings, writer)
+            if not writer.is_complete:  # else the last journal holds: the shard's data are still there
+                with contextlib.suppress(OSError, OutputError):
+                    done.save(work, settings, writer)
             writer.leave()
         raise
     except BaseException:

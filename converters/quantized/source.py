@@ -7,6 +7,7 @@ release's own library would decode; its :class:`..source.Grid` has it as it is s
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -67,7 +68,8 @@ class QuantizedSource:
             nbytes = int(np.prod(one.whole_shape, dtype=object)) * DTYPES[one.dtype].nbytes
             grid = Grid(one.scheme, one.nbytes, partial(self._matrix, one), one.refusal)
             self.tensors[name] = SourceTensor(name, one.dtype, one.whole_shape, nbytes, grid)
-        self.identity = hashlib.sha256("\n".join([source.identity, *packed]).encode()).hexdigest()
+        meaning = json.dumps([release.section, release.dtype], sort_keys=True)  # which a user may correct in between
+        self.identity = hashlib.sha256("\n".join([source.identity, meaning, *packed]).encode()).hexdigest()
 
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         one = self._packed.get(name)

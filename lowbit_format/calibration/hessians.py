@@ -81,8 +81,8 @@ class Collector:
     """
 
     def __init__(self, cols: int, device: torch.device, *, with_cross: bool = False) -> None:
-        self.total = torch.zeros(cols, cols, device=device)
-        self.cross = torch.zeros(cols, cols, device=device) if with_cross else None
+        self.total = torch.zeros(cols, cols, dtype=torch.float32, device=device)
+        self.cross = torch.zeros_like(self.total) if with_cross else None
         self.rows = 0
 
     def add(self, x: Tensor, mask: Tensor | None, y: Tensor | None = None) -> None:

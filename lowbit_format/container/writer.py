@@ -105,6 +105,7 @@ class ShardWriter:
 
     def __init__(self, path: Path, written: Sequence[Written] = ()) -> None:
         self.path, self.written = path, list(written)
+        self.is_complete = False  # or about to be
         self.nbytes = sum(t.nbytes for t in self.written)
         data = data_file(path)
         if self.written and (not data.is_file() or data.stat().st_size < self.nbytes):
@@ -142,6 +143,7 @@ class ShardWriter:
 
         The data stays for a journal that still lists it, until :meth:`abort`.
         """
+        self.is_complete = True
         self._data.seek(0)
         with atomic_file(self.path) as f:
             f.write(build_header([(t.name, t.dtype, t.shape) for t in self.written], file_metadata(self.digests)))

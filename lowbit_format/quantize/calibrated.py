@@ -146,7 +146,9 @@ class _Grid:
             signs = ((code[:, None] >> shifts) & 1).float() * 2 - 1
             self.features = torch.cat([signs, torch.ones_like(signs[:, :1])], 1) if target.offset else signs
         elif target.codec == "uniform":
-            self.features = torch.stack([self.index.float(), torch.ones(len(code), device=device)], 1)
+            self.features = torch.stack(
+                [self.index.float(), torch.ones(len(code), dtype=torch.float32, device=device)], 1
+            )
         else:
             self.features = torch.from_numpy(codebook.padded(target.values())).to(device)[:, None]
 
@@ -273,7 +275,7 @@ class _State:
         """The best code of each column from `begin` to `end`, while all others stay."""
         here, bits = slice(begin, end), list(self.grids)
         levels = torch.stack([grid.levels(*self._get(k, group)) for k, grid in self.grids.items()])
-        shares = torch.tensor([1 / self._errors[k] for k in bits], device=levels.device)
+        shares = torch.tensor([1 / self._errors[k] for k in bits], dtype=torch.float32, device=levels.device)
         gradient = torch.stack([gradients[k][:, here] for k in bits])
         before = torch.stack([self.decoded[k][:, here] for k in bits])
         decoded = before.clone()

@@ -116,7 +116,9 @@ def _grid_start(x: Tensor, w: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     if not target.offset:
         high = torch.maximum(high, -low)
         low = -high
-    share = torch.tensor([2.0 ** (target.bits - 1 - p) for p in range(target.bits)], device=x.device)
+    share = torch.tensor(
+        [2.0 ** (target.bits - 1 - p) for p in range(target.bits)], dtype=torch.float32, device=x.device
+    )
     reach = (high - low) / 2 * bcq.GRID_RANGE[target.bits - 1]
     return reach[:, None] * share / (2**target.bits - 1), (low + high) / 2
 
@@ -124,7 +126,7 @@ def _grid_start(x: Tensor, w: Tensor, target: Target) -> tuple[Tensor, Tensor]:
 def _alternate(x: Tensor, w: Tensor, s: Tensor, z: Tensor, offset: bool, rounds: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rounds of nearest codes and least squares; see :func:`bcq._alternate`."""
     bits, gain = s.shape[1], torch.zeros_like(z)
-    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=bits)), device=x.device)
+    signs = torch.tensor(list(itertools.product([-1.0, 1.0], repeat=bits)), dtype=torch.float32, device=x.device)
     for _ in range(rounds):
         level, order = (s @ signs.T + z[:, None]).sort(dim=1, stable=True)
         mids = ((level[:, 1:] + level[:, :-1]) / 2).contiguous()

@@ -230,13 +230,14 @@ class LowbitConv1D(_Product, Conv1D):  # type: ignore[misc]
     """Replaces GPT-2's ``Conv1D``, and is one. Its weight is ``[in, out]``; the planes are ``[out, in]`` (CFG-5)."""
 
     kind = "conv1d"
+    __repr__ = nn.Module.__repr__
 
     def __init__(self, scheme: Scheme, rows: int, cols: int, **kwargs: Any) -> None:
         super().__init__(scheme, rows, cols, **kwargs)
         self.nf, self.nx = rows, cols
 
     def _dequantize(self, delta: Delta | None, dtype: torch.dtype | None = None) -> Tensor:
-        return super()._dequantize(delta, dtype).t()
+        return super()._dequantize(delta, dtype).t().contiguous()
 
     def float_module(self, weight: nn.Parameter) -> nn.Module:
         with torch.device("meta"):

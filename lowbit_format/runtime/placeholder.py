@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -122,7 +123,9 @@ _FACTS = frozenset(
     )
 )  # fmt: skip
 _VALUES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
-_REFUSED = frozenset(("data_ptr", "set_", "requires_grad_", "share_memory_", "register_hook", "retain_grad"))
+_REFUSED = frozenset(
+    ("data_ptr", "__dlpack__", "set_", "requires_grad_", "share_memory_", "register_hook", "retain_grad")
+)
 
 
 def _is_harmless(name: str, accessed: str | None, args: Any, kwargs: Any) -> bool:
@@ -153,6 +156,8 @@ def _computed(func: Any, args: Any, kwargs: Any, module: str) -> Any:
     storages = {t.untyped_storage()._cdata for t in decoded.values()}
 
     def wrapped(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            value.flags.writeable = False  # what is written there would be lost
         is_plain = type(value) is Tensor and value.layout is torch.strided
         if not is_plain or value.untyped_storage()._cdata not in storages:
             return value

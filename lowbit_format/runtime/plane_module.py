@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import LoadError, TensorError, UnsupportedOperationError
 from ..kernels import operators
@@ -39,6 +40,9 @@ class TiledPlanes:
 
 
 _changing_layout = threading.RLock()
+
+
+_layouts = WeakIdKeyDictionary()  # the parameters ``planes`` of all modules -> TiledPlanes
 
 
 class PlaneModule(nn.Module):
@@ -292,8 +296,9 @@ class PlaneModule(nn.Module):
         if name == "weight":
             raise _no_weight(self)
         if name == "planes":
-            self.tiled = TiledPlanes()  # new planes have the file's layout
             param = None if param is None else self._prefix_of_planes(param)
+            # New planes have the file's layout. Those of another module, which transformers ties to this one, have its.
+            self.tiled = TiledPlanes() if param is None else _layouts.setdefault(param, TiledPlanes())
         super().register_parameter(name, param)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -313,21 +318,19 @@ class PlaneModule(nn.Module):
             self.tile()
         return self
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """As in torch; frozen parameters in the dtypes that the file declares.
+
+        Code from outside casts them to float32, as PEFT's ``prepare_model_for_kbit_training`` does: to cast them back
+        is exact. Those that are trained are given as they are.
+        """
         with _changing_layout:
             self.untile()
-            self._restore_dtypes()
-            super()._save_to_state_dict(*args, **kwargs)
-
-    def _restore_dtypes(self) -> None:
-        """Give parameters the dtypes that the file declares, where code from outside has cast them, as PEFT does.
-
-        That is exact, since such code casts to float32 (``prepare_model_for_kbit_training``).
-        """
+            super()._save_to_state_dict(destination, prefix, keep_vars)
         for spec in tensor_specs(ModuleEntry("", self.scheme, self.kind, self.shape)):
             param = self._parameters.get(spec.role)
-            if param is not None and param.dtype != TORCH_DTYPES[spec.dtype]:
-                param.data = param.detach().to(TORCH_DTYPES[spec.dtype])
+            if param is not None and not param.requires_grad and param.dtype != TORCH_DTYPES[spec.dtype]:
+                destination[prefix + spec.role] = param.detach().to(TORCH_DTYPES[spec.dtype])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_layout:
@@ -337,6 +340,11 @@ class PlaneModule(nn.Module):
     def __getstate__(self) -> Any:
         self.untile()
         return self.__dict__
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        if self._parameters["planes"] is not None:
+            _layouts[self._parameters["planes"]] = self.tiled
 
     def extra_repr(self) -> str:
         s = self.scheme

@@ -267,8 +267,8 @@ def _start(module: LowbitModule, method: Method, kind: str, offsets: bool) -> De
         raise TuningError(
             f"{module.path!r} has no offsets or zero points to train: convert with an offset, or leave it"
         )
-    zeros = torch.zeros(*stack, *shape, device=module.scales.device)
-    return Delta(zeros, torch.zeros(*stack, rows, groups, device=zeros.device) if offsets else None)
+    zeros = torch.zeros(*stack, *shape, dtype=torch.float32, device=module.scales.device)
+    return Delta(zeros, zeros.new_zeros(*stack, rows, groups) if offsets else None)
 
 
 def _from(task: Delta | None, zeros: Delta, path: str, name: str) -> Delta:

@@ -456,6 +456,34 @@ class OperatorConformance:
             if value != value:
                 assert found[2].isnan().all()
 
+    @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"])
+    def test_defaults_of_the_process_do_not_matter(self, default: torch.dtype | str) -> None:
+        """Another thread may change them at any time: transformers sets the dtype while it makes a model."""
+        w = self.draw(KINDS[1], 2)
+        call, many = random_call(w, 3, tasks="mul"), random_call(w, self.many)
+        grad, ids = torch.randn(3, w.rows), torch.tensor([1, 0])
+
+        def results() -> list[Tensor | None]:
+            found = [self.linear(call), self.linear(many), self.run("dequantize", w, call.deltas, torch.float32)]
+            found.append(self.run("linear_each", call.x, [Share(self.tile(on_device(w, self.device)), 0, 3)], None))
+            found.append(self.run("embedding", ids, w, None, None, torch.float32))
+            return [*found, *self.run("linear_param_grads", grad, call.x, w, call.deltas, call.task_ids)]
+
+        want = results()
+        before = torch.get_default_dtype()
+        if isinstance(default, str):
+            with torch.device(default):
+                found = results()
+        else:
+            torch.set_default_dtype(default)
+            try:
+                found = results()
+            finally:
+                torch.set_default_dtype(before)
+        for a, b in zip(found, want, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or (a.dtype == b.dtype and same_bits(a, b))  # type: ignore[union-attr]
+
     def test_the_same_call_has_the_same_bits(self, kind: Scheme) -> None:
         call = random_call(self.draw(kind, 2), 3, dtype=self.dtypes[-1], tasks="mul")
         assert same_bits(self.linear(call), self.linear(call))

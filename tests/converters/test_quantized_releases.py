@@ -38,7 +38,7 @@ from transformers import AutoModelForCausalLM
 
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
-from lowbit_format.converters.huggingface import SafetensorsSource
+from lowbit_format.converters.huggingface import SafetensorsSource, open_checkpoint
 from lowbit_format.converters.quantized import open_quantized
 from lowbit_format.errors import CalibrationError, QuantizedSourceError
 from lowbit_format.quantize import Target
@@ -449,3 +449,17 @@ def test_whatever_is_in_the_file_it_is_exact_or_refused(data: st.DataObject) -> 
 def test_a_section_without_packed_weights_is_refused(tmp_path: Path) -> None:
     write_release(tmp_path / "source", gptq()[0], gptq()[1], floats=("",))
     refused(tmp_path / "source", tmp_path / "out", "it has no packed weights")
+
+
+def test_another_reading_of_the_release_is_another_source(tmp_path: Path) -> None:
+    """So that a conversion which was begun with the first reading does not go on with the second."""
+    encoder, section = gptq()
+    write_release(tmp_path / "release", encoder, section)
+    opened, config = (
+        open_checkpoint(str(tmp_path / "release")),
+        json.loads((tmp_path / "release/config.json").read_text()),
+    )
+    identities = {
+        open_quantized(opened, {**section, "checkpoint_format": form}, config).identity for form in ("gptq", "gptq_v2")
+    }
+    assert len(identities) == 2

@@ -318,6 +318,38 @@ def test_resize_token_embeddings(directory: Callable[..., Path]) -> None:
     assert AutoModelForCausalLM.from_pretrained(kept).resize_token_embeddings(65).num_embeddings == 65
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_models_are_tied_again(name: str, directory: Callable[..., Path]) -> None:
+    """Programs call it at any time, before the first product and after; a copy is a model like any other."""
+    model = AutoModelForCausalLM.from_pretrained(directory(name))
+    model.tie_weights()
+    want = logits(model)
+    for one in (model, copy.deepcopy(model)):
+        one.tie_weights()
+        assert torch.equal(logits(one), want)
+        one.resize_token_embeddings(64)
+        assert torch.equal(logits(one), want)
+        assert torch.equal(logits(copy.deepcopy(one)), want)
+
+
+def test_a_state_dict_leaves_the_parameters_as_they_are(directory: Callable[..., Path]) -> None:
+    """Cast from outside, those that are frozen are given as the file declares them; none is changed in the model."""
+    model = AutoModelForCausalLM.from_pretrained(directory("llama"))
+    linear = model.model.layers[0].mlp.up_proj
+    other = model.model.layers[0].mlp.down_proj
+    for module in (linear, other):
+        module.scales.data = module.scales.float()
+    linear.scales.requires_grad_(True)
+    with torch.no_grad():
+        linear.scales += 1e-5
+    before = linear.scales.detach().clone()
+    found = model.state_dict()
+    assert torch.equal(linear.scales, before)
+    assert torch.equal(found["model.layers.0.mlp.up_proj.scales"], before)
+    assert other.scales.dtype == torch.float32
+    assert found["model.layers.0.mlp.down_proj.scales"].dtype == torch.float16
+
+
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2", "t5"])
 def test_dequantize(name: str, directory: Callable[..., Path], tmp_path: Path) -> None:
     model = lowbit_format.from_pretrained(directory(name))

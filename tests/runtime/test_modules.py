@@ -93,11 +93,14 @@ def test_reading_the_weight_decodes_it(kind: type[LowbitModule]) -> None:
         lambda w: w.detach().to(torch.float32).contiguous(),
         lambda w: torch.from_numpy(w.detach().cpu().numpy()),
         lambda w: copy.deepcopy(w),
+        lambda w: w.view(-1).clone().view(w.shape),
     ):
         assert torch.equal(read(module.weight), want)
         with torch.inference_mode():
             assert torch.equal(read(module.weight), want)
     assert type(module.weight @ torch.ones(want.shape[1])) is torch.Tensor
+    with pytest.raises(ValueError, match="read-only"):
+        module.weight.data.numpy()[:] = 0
 
 
 @pytest.mark.parametrize(
@@ -117,6 +120,7 @@ def test_reading_the_weight_decodes_it(kind: type[LowbitModule]) -> None:
         lambda w: w.requires_grad_(),
         lambda w: setattr(w, "requires_grad", True),
         lambda w: w.data_ptr(),
+        lambda w: torch.from_dlpack(w.data),
     ],
 )  # fmt: skip
 def test_writing_to_the_weight_is_refused(write: Callable[[torch.Tensor], object]) -> None:

@@ -115,7 +115,7 @@ def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | N
     if len(flat) <= ROWS_AT_ONCE:
         out = plan.multiply(flat, bias, deltas, task_ids)
     else:
-        out = torch.empty(len(flat), plan.rows)
+        out = torch.empty(len(flat), plan.rows, dtype=torch.float32, device="cpu")
         for start in range(0, len(flat), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
             ids = None if task_ids is None else task_ids[rows]
@@ -129,7 +129,7 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> 
     if x.dtype not in _DTYPES:
         return one_by_one(x, shares, task_ids, linear=linear)
     check_shares(x, shares)
-    few, out = [], torch.empty(len(x), shares[0].w.rows)
+    few, out = [], torch.empty(len(x), shares[0].w.rows, dtype=torch.float32, device="cpu")
     for share in shares:
         w, begin, end, deltas = share
         check_linear(x, w, None, deltas, task_ids)
@@ -146,7 +146,7 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> 
 class _Kept(threading.local):
     """Memory of each thread for a chunk of weights."""
 
-    memory: Tensor = torch.empty(0)
+    memory: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 _kept = _Kept()
@@ -161,7 +161,7 @@ def _weight_chunks(w: PlaneMatrix, dtype: torch.dtype) -> Iterator[tuple[int, in
     w = w._replace(scales=group_major(w.scales))
     step = max(LANES, CHUNK // w.cols // LANES * LANES)
     if _kept.memory.numel() < min(step, rows) * w.cols:
-        _kept.memory = torch.empty(max(CHUNK, step * w.cols))
+        _kept.memory = torch.empty(max(CHUNK, step * w.cols), dtype=torch.float32, device="cpu")
     room = _kept.memory[: min(step, rows) * w.cols].view(-1, w.cols)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -207,7 +207,7 @@ def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor 
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         grad = weight_grad(start, stop).contiguous().numpy()
-        planes = _select(w, torch.arange(start, stop)).planes if w.is_tiled else w.planes[:, start:stop]
+        planes = _select(w, torch.arange(start, stop, device="cpu")).planes if w.is_tiled else w.planes[:, start:stop]
         signs = planes[: w.bits].detach().contiguous().numpy()
         parallel_rows(_signed_sums, len(grad), sums, totals, grad, signs, SIGNS, start, size)
     return grads_of_sums(w, torch.from_numpy(sums), torch.from_numpy(totals))

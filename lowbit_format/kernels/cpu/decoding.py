@@ -64,7 +64,7 @@ def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor
         threads: how many may work on it.
         out: contiguous memory to write to.
     """
-    out = torch.empty(stop - first, w.cols) if out is None else out
+    out = torch.empty(stop - first, w.cols, dtype=torch.float32, device="cpu") if out is None else out
     scales, shift = group_major(w.scales), w.shift
     work = DecodeJob(
         first_tile=first // LANES,

@@ -164,7 +164,7 @@ class Plan:
         Raises:
             IndexError: a task does not exist.
         """
-        x, out = padded(x), torch.empty(len(x), self.rows)
+        x, out = padded(x), torch.empty(len(x), self.rows, dtype=torch.float32, device="cpu")
         threads = parallel.num_threads() if self.lookups * len(x) >= ONE_THREAD_BELOW else 1
         job = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD)
         job.bias = _address(bias)
@@ -191,7 +191,9 @@ class Plan:
         """
         job, batch, parts, codebook = ProductJob.from_buffer_copy(self.job), end - begin, 1, None
         if deltas is not None:
-            task_ids = torch.zeros(end, dtype=torch.int64) if task_ids is None else task_ids.long().contiguous()
+            if task_ids is None:
+                task_ids = torch.zeros(end, dtype=torch.int64, device="cpu")
+            task_ids = task_ids.long().contiguous()
             check_task_ids(deltas, task_ids)
             deltas = deltas.detach().float().contiguous()
             job.task_ids = task_ids.data_ptr() + 8 * begin
