@@ -42,7 +42,7 @@ class TiledPlanes:
 _changing_layout = threading.RLock()
 
 
-_layouts = WeakIdKeyDictionary()  # the parameters ``planes`` of all modules -> TiledPlanes
+_layouts: Any = WeakIdKeyDictionary()  # the parameters ``planes`` of all modules -> TiledPlanes
 
 
 class PlaneModule(nn.Module):
@@ -318,19 +318,22 @@ class PlaneModule(nn.Module):
             self.tile()
         return self
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """As in torch; frozen parameters in the dtypes that the file declares.
-
-        Code from outside casts them to float32, as PEFT's ``prepare_model_for_kbit_training`` does: to cast them back
-        is exact. Those that are trained are given as they are.
-        """
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_layout:
             self.untile()
-            super()._save_to_state_dict(destination, prefix, keep_vars)
+            self._restore_dtypes()
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _restore_dtypes(self) -> None:
+        """Give frozen parameters the dtypes that the file declares, where code from outside has cast them.
+
+        That is exact: they have the file's values, and such code casts to float32, as PEFT's
+        ``prepare_model_for_kbit_training`` does. Those that someone trains stay as they are.
+        """
         for spec in tensor_specs(ModuleEntry("", self.scheme, self.kind, self.shape)):
             param = self._parameters.get(spec.role)
             if param is not None and not param.requires_grad and param.dtype != TORCH_DTYPES[spec.dtype]:
-                destination[prefix + spec.role] = param.detach().to(TORCH_DTYPES[spec.dtype])
+                param.data = param.detach().to(TORCH_DTYPES[spec.dtype])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         with _changing_layout:
@@ -342,7 +345,7 @@ class PlaneModule(nn.Module):
         return self.__dict__
 
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._parameters["planes"] is not None:
             _layouts[self._parameters["planes"]] = self.tiled
 
