@@ -31,7 +31,7 @@ from ...schema import Scheme, is_int
 from .float4 import float4_weight
 from .float8 import decoded_in, float8_weight, is_block
 from .gptq import check_order
-from .packed import Packed, Raw, spread, unpack_words
+from .packed import Packed, Raw, unpack_words
 from .release import WRONG, Release
 
 _ROLES = ("weight_packed", "weight_scale")
@@ -78,13 +78,8 @@ class IntegerWeight(Packed):
         return Params(self._scales(raw)[None], (self._zero_points(raw) + middle).astype(np.float32))
 
     def formula(self, raw: Raw, rows: slice) -> F32:
-        zeros, scales = self._zero_points(raw)[rows], self._scales(raw)[rows]
-        if self.refusal:  # the columns are in another order
-            group = raw["weight_g_idx"].astype(np.int64)
-            zeros, scales = zeros[:, group], scales[:, group]
-        else:
-            size, cols = self.scheme.group_size, self.shape[1]
-            zeros, scales = spread(zeros, size, cols), spread(scales, size, cols)
+        zeros = self.of_columns(self._zero_points(raw)[rows], raw, "weight_g_idx")
+        scales = self.of_columns(self._scales(raw)[rows], raw, "weight_g_idx")
         numbers = self.codes(raw, rows).astype(np.int16) - np.int16(2 ** (self.scheme.bits - 1))
         weight: F32 = (numbers - zeros).astype(np.float32) * scales
         return weight

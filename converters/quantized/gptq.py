@@ -23,7 +23,7 @@ from ...dtypes import stored
 from ...errors import QuantizedSourceError
 from ...matrix import F32, Params
 from ...schema import Scheme
-from .packed import Packed, Raw, spread, unpack_words
+from .packed import Packed, Raw, unpack_words
 from .release import WRONG, Release
 
 BITS = (2, 3, 4, 8)
@@ -50,13 +50,8 @@ class GptqWeight(Packed):
         return Params(np.ascontiguousarray(raw.floats("scales").T)[None], np.ascontiguousarray(zeros.T, np.float32))
 
     def formula(self, raw: Raw, rows: slice) -> F32:
-        zeros, scales = self._zeros(raw)[:, rows].T, raw.floats("scales")[:, rows].T
-        if self.refusal:  # the columns are in another order
-            group = raw["g_idx"].astype(np.int64)
-            zeros, scales = zeros[:, group], scales[:, group]
-        else:
-            size, cols = self.scheme.group_size, self.shape[1]
-            zeros, scales = spread(zeros, size, cols), spread(scales, size, cols)
+        zeros = self.of_columns(self._zeros(raw)[:, rows].T, raw, "g_idx")
+        scales = self.of_columns(raw.floats("scales")[:, rows].T, raw, "g_idx")
         weight: F32 = (self.codes(raw, rows) - zeros).astype(np.float32) * scales
         return weight
 

@@ -177,6 +177,12 @@ class Packed(ABC):
                 )
         return matrix
 
+    def of_columns(self, values: NDArray[_T], raw: Raw, order: str) -> NDArray[_T]:
+        """Parameters ``[n, groups]`` for each column, ``[n, cols]``; out of order, `order` names each one's group."""
+        if self.refusal:  # the columns are in another order
+            return values[:, raw[order].astype(np.int64)]
+        return spread(values, self.scheme.group_size, self.shape[1])
+
     def floats(self, raw: Raw) -> NDArray[np.uint8]:
         """The bytes of the unpacked weight in :attr:`dtype`, in the model's order."""
         rows, cols = self.shape
