@@ -165,7 +165,7 @@ class Plan:
             IndexError: a task does not exist.
         """
         x, out = padded(x), torch.empty(len(x), self.rows, dtype=torch.float32, device="cpu")
-        threads = parallel.num_threads() if self.lookups * len(x) >= ONE_THREAD_BELOW else 1
+        threads = _threads(self.lookups * len(x))
         job = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD)
         job.bias = _address(bias)
         _multiply(job, threads)
@@ -229,13 +229,17 @@ def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Ten
         IndexError: a task does not exist.
     """
     x = padded(x)
-    lookups = sum(plan.lookups * (share.end - share.begin) for plan, share in shares)
-    threads = parallel.num_threads() if lookups >= ONE_THREAD_BELOW else 1
+    threads = _threads(sum(plan.lookups * (share.end - share.begin) for plan, share in shares))
     chunks = -(-threads * CHUNKS_PER_THREAD // len(shares))
     jobs = [plan.prepare(x, out, s.begin, s.end, s.deltas, task_ids, chunks) for plan, s in shares]
     for one, after in itertools.pairwise(jobs):
         one.next = ctypes.addressof(after)
     _multiply(jobs[0], threads)
+
+
+def _threads(lookups: int) -> int:
+    """How many are worth waking for so many bits to look up."""
+    return parallel.num_threads() if lookups >= ONE_THREAD_BELOW else 1
 
 
 def padded(x: Tensor) -> Tensor:
