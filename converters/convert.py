@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..container.writer import SHARD_BYTES
 from ..dtypes import DTYPES
-from ..errors import CalibrationError, SourceError
+from ..errors import CalibrationError, SourceError, WorkerError
 from ..integrations.conversion_record import KEY
 from .calibration_data import Calibration, read_data
 from .card import model_card
@@ -26,6 +28,7 @@ from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
 from .splits import split
+from .workers import Workers, workers_memory
 
 if TYPE_CHECKING:
     from ..calibration.compare import Comparison
@@ -128,6 +131,8 @@ def convert_hf_to_lowbit(
     calibration: Calibration | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     resume: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
     measured: bool | None = None,
     report: Callable[[Step, int], None] = lambda step, total: None,
     report_block: Callable[[str, BlockResult], None] = lambda path, result: None,
@@ -148,6 +153,10 @@ def convert_hf_to_lowbit(
         calibration: data to quantize with, and how much work to do; None quantizes every weight alone.
         max_shard_bytes: size at which a new file is begun.
         resume: go on with what an interrupted run left; the result is the same bytes.
+        workers: processes that quantize, a tensor each at a time; the result is the same bytes. None: this process
+            alone, with a thread for each core. A script needs its main part under ``if __name__ == "__main__":``.
+        ray: address of a Ray cluster that has the workers (extra ``ray``): ``auto``, ``ray://host:10001``, or ``local``
+            for one that is begun here. Its machines have the same packages, and `source` under the same path.
         measured: compare the model with its checkpoint in the end: with data on what is held out for this, without data
             (a causal model only) on a short text of our own. None: only with data.
         report: called after every tensor with its step and the number of all steps.
@@ -157,9 +166,22 @@ def convert_hf_to_lowbit(
         LowbitError: one of its subclasses; nothing that looks finished is left behind.
     """
     began = time.perf_counter()
-    opened, plan, config = plan_conversion(
-        source, recipe, revision=revision, min_coverage=min_coverage, strip_prefix=strip_prefix, leave_out=leave_out
-    )
+    source = os.path.abspath(source) if Path(source).exists() else source
+    opening = partial(
+        plan_conversion, source, recipe, revision=revision, min_coverage=min_coverage, strip_prefix=strip_prefix,
+        leave_out=leave_out,
+    )  # fmt: skip
+    opened, plan, config = opening()
+    others = None
+    if workers is not None or ray is not None:
+        if calibration is not None:
+            raise WorkerError(
+                "a calibration needs its blocks one after the other, which workers cannot do; leave the workers out "
+                "(one process uses all cores)"
+            )
+        if opened.repo_id is not None:
+            opening = partial(opening, revision=opened.revision)  # the same commit for all
+        others = Workers(opening, workers, ray)
     out, quantizer = Path(out), None
     if calibration is not None:
         quantizer = calibrated(opened, plan, calibration, report_block, measured=measured is not False)
@@ -173,6 +195,7 @@ def convert_hf_to_lowbit(
         card=lambda found: model_card(opened, plan, found, name=out.name),
         max_shard_bytes=max_shard_bytes,
         quantizer=quantizer,
+        workers=others,
         check=lambda work, found: check_output(opened, plan, found, work),
         resume=resume,
         report=report,
@@ -191,8 +214,12 @@ def convert_hf_to_lowbit(
     return Conversion(out, plan, outcomes, seconds, quality, why)
 
 
-def peak_memory(source: Source, plan: Plan, calibration: Calibration | None, *, measured: bool) -> int:
-    """Expected peak of resident memory of a conversion, in bytes."""
+def peak_memory(
+    source: Source, plan: Plan, calibration: Calibration | None, *, measured: bool, workers: int | None = None
+) -> int:
+    """Expected peak of resident memory of a conversion, with all its workers on one machine, in bytes."""
+    if workers is not None:
+        return workers_memory(plan, workers)
     if calibration is not None:
         return calibrated(source, plan, calibration, measured=measured).peak_memory()
     if not measured:
