@@ -130,7 +130,7 @@ def convert(
     ray: Annotated[
         str | None,
         typer.Option(
-            help="A Ray cluster that has the workers: `auto`, `ray://host:10001`, or `local` for one that is begun here."
+            help="A Ray cluster that has the workers: `auto`, `ray://host:10001`, or `local` for one begun here."
         ),
     ] = None,
 ) -> None:
