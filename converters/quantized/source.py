@@ -19,12 +19,13 @@ from ...dtypes import DTYPES
 from ...errors import QuantizedSourceError
 from ...matrix import StoredMatrix
 from ..source import Grid, Source, SourceTensor
-from . import awq, bitnet, bitsandbytes, compressed_tensors, float4, float8, gptq
+from . import auto_round, awq, bitnet, bitsandbytes, compressed_tensors, float4, float8, gptq, modelopt
 from .packed import Packed
 from .release import WRONG, Release, model_dtype
 
 # Kinds of releases by quant_method: what finds their weights.
 KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
+    "auto-round": auto_round.find,
     "awq": awq.find,
     "bitnet": bitnet.find,
     "bitsandbytes": bitsandbytes.find,
@@ -32,6 +33,7 @@ KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
     "fbgemm_fp8": float8.find,
     "fp8": float8.find,
     "gptq": gptq.find,
+    "modelopt": modelopt.find,
     "mxfp4": float4.find,
 }
 # Kinds that are known, and cannot be stored without loss.

@@ -20,6 +20,7 @@ from support.conversions import assert_nothing_looks_finished, content
 from support.quantized_releases import (
     Encoder,
     Tensors,
+    auto_round,
     awq,
     bitnet,
     bitsandbytes,
@@ -31,6 +32,8 @@ from support.quantized_releases import (
     fbgemm_fp8,
     gptq,
     mistral_fp8,
+    modelopt_fp8,
+    modelopt_nvfp4,
     write_gpt_oss,
     write_release,
 )
@@ -104,6 +107,11 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "fp8-compressed-rows": (compressed_fp8(), torch.bfloat16),
     "fp8-compressed-matrix": (compressed_fp8("tensor", shape=lambda rows, cols: (1,)), torch.bfloat16),
     "fp8-compressed-blocks": (compressed_fp8("block"), torch.bfloat16),
+    "auto-round": (auto_round(gptq(4)), torch.float16),
+    "auto-round-zeros": (auto_round(gptq(2, minus_one=False), "auto_round"), torch.float16),
+    "auto-round-awq": (auto_round(awq(), "auto_round:auto_awq"), torch.float16),
+    "modelopt-fp8": (modelopt_fp8(), torch.bfloat16),
+    "modelopt-nvfp4": (modelopt_nvfp4(), torch.bfloat16),
     "nvfp4": (compressed_fp4(), torch.bfloat16),
     "mxfp4": (compressed_fp4("mxfp4"), torch.bfloat16),
     "bitnet": (bitnet(), torch.bfloat16),
@@ -367,6 +375,22 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     ),
     "nvfp4-global": (
         compressed_fp4(), _set("weight_global_scale", lambda t: t * 0), r"up_proj\.weight_global_scale: is 0\.0, and",
+    ),
+    "modelopt-smoothed": (
+        modelopt_nvfp4(), lambda t: t.update({f"{UP}.pre_quant_scale": torch.ones(128)}),
+        r"up_proj\.pre_quant_scale: the release changes activations",
+    ),
+    "modelopt-kind": (
+        modelopt_fp8(), _set("weight", lambda t: t.view(torch.uint8)), r"up_proj: has scales and a weight of U8; of",
+    ),
+    "modelopt-global": (
+        modelopt_nvfp4(), _set("weight_scale_2", lambda t: t * torch.inf), r"up_proj\.weight_scale_2: holds 1 NaN",
+    ),
+    "auto-round-data-type": (
+        _with(auto_round(gptq()), {"data_type": "nv_fp"}), lambda t: None, r"data_type 'nv_fp', expected 'int'",
+    ),
+    "auto-round-packing": (
+        auto_round(gptq(), "auto_round:mlx"), lambda t: None, r"packing_format 'auto_round:mlx', expected one of auto_",
     ),
     "nvfp4-scale": (compressed_fp4(), _set("weight_scale", lambda t: t.float()), r"weight_scale: has dtype F32"),
     "mxfp4-nan": (

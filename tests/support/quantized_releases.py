@@ -178,6 +178,15 @@ def awq(group_size: int = 32, *, dtype: torch.dtype = torch.float16) -> tuple[En
     return encode, section
 
 
+def auto_round(
+    kind: tuple[Encoder, dict[str, Any]], packing: str = "auto_round:auto_gptq"
+) -> tuple[Encoder, dict[str, Any]]:
+    """As AutoRound says of a layout of others."""
+    encode, section = kind
+    own = {key: section[key] for key in ("bits", "group_size", "sym") if key in section}
+    return encode, {**own, "quant_method": "auto-round", "data_type": "int", "packing_format": packing}
+
+
 # --- compressed-tensors and FP8 ---------------------------------------------------------------------
 
 
@@ -290,6 +299,17 @@ def compressed_fp8(strategy: str = "channel", **more: Any) -> tuple[Encoder, dic
     return float8(block, "weight_scale", _compressed("float-quantized", weights), scale_dtype=torch.bfloat16, **more)
 
 
+def modelopt_fp8() -> tuple[Encoder, dict[str, Any]]:
+    """One scale for the matrix, which its library rounds to the model's dtype."""
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        numbers, scale = torch.randn(rows, cols).to(torch.float8_e4m3fn), 0.01 + 0.02 * torch.rand(())
+        parts = {"weight": numbers, "weight_scale": scale, "input_scale": torch.tensor(0.1)}
+        return parts, numbers.to(torch.bfloat16) * scale.to(torch.bfloat16)
+
+    return encode, {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+
+
 # --- FP4 --------------------------------------------------------------------------------------------
 
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -321,6 +341,19 @@ def compressed_fp4(kind: str = "nvfp4", *, dtype: torch.dtype = torch.bfloat16) 
     strategy = "tensor_group" if kind == "nvfp4" else "group"
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": strategy, "group_size": size}
     return encode, _compressed(f"{kind}-pack-quantized", weights)
+
+
+def modelopt_nvfp4() -> tuple[Encoder, dict[str, Any]]:
+    """As compressed-tensors', but for names, and a factor in place of a divisor; no zero is negative."""
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        codes = random_codes(4, rows, cols)
+        scales, factor = (8 + 400 * torch.rand(rows, cols // 16)).to(torch.float8_e4m3fn), 1e-4 * (1 + torch.rand(()))
+        steps = (scales.float() * factor).repeat_interleave(16, dim=1)
+        weight = ((_E2M1[codes] + 0.0) * steps).to(torch.bfloat16)
+        return {"weight": _pack_halves(codes), "weight_scale": scales, "weight_scale_2": factor}, weight
+
+    return encode, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
 
 
 def tiny_gpt_oss() -> Any:
