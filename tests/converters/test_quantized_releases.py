@@ -96,6 +96,8 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "int4": (compressed_integers(), torch.bfloat16),
     "int4-zeros": (compressed_integers(symmetric=False, dtype=torch.float16), torch.float16),
     "int3-rows-zeros": (compressed_integers(3, strategy="channel", symmetric=False), torch.bfloat16),
+    "int3-padded-words": (compressed_integers(3, strategy="channel", symmetric=False, padded=True), torch.bfloat16),
+    "int6-padded-words": (compressed_integers(6, symmetric=False, padded=True, dtype=torch.float16), torch.float16),
     "int8-zeros": (compressed_integers(8, strategy="channel", symmetric=False), torch.bfloat16),
     "int8-matrix-zero": (compressed_integers(8, strategy="tensor", symmetric=False), torch.bfloat16),
     "int8-unpacked": (compressed_integers(8, strategy="channel", packed=False), torch.bfloat16),
@@ -336,6 +338,14 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "awq-bits": (_with(awq(), {"bits": 8}), lambda t: None, r"bits 8, expected one of 4"),
     "int4-shape": (
         _INT4, _set("weight_shape", lambda t: t * 2**40), r"up_proj\.weight_packed: has.*weight_shape",
+    ),
+    "int3-two-ways": (
+        compressed_integers(3, strategy="channel"),
+        lambda t: t.update({
+            f"{UP}.weight_packed": t[f"{UP}.weight_packed"][:, :15].contiguous(),
+            f"{UP}.weight_shape": torch.tensor([256, 150]),
+        }),
+        r"up_proj\.weight_packed: 150 codes of 3 bits take as many words in either",
     ),
     "int4-negative": (_INT4, _set("weight_shape", lambda t: -t), r"up_proj\.weight_packed: has shape"),
     "int4-groups": (_INT4, _set("weight_scale", lambda t: t[:, :-1]), r"up_proj\.weight_scale: has shape"),

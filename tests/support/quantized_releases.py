@@ -113,6 +113,12 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def pack_padded_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """As :func:`pack_words`, ``32 // bits`` codes in each word."""
+    per = 32 // bits
+    return torch.cat([pack_words(part, bits) for part in codes.split(per, dim=1)], dim=1)
+
+
 # --- GPTQ -------------------------------------------------------------------------------------------
 
 
@@ -205,9 +211,11 @@ def compressed_integers(
     strategy: str = "group",
     symmetric: bool = True,
     packed: bool = True,
+    padded: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Encoder, dict[str, Any]]:
-    """pack-quantized, or int-quantized."""
+    """pack-quantized, or int-quantized. `padded`: a word holds whole codes alone, as before version 0.20."""
+    pack = pack_padded_words if padded else pack_words
 
     def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
         groups = cols // group_size if strategy == "group" else 1
@@ -222,12 +230,12 @@ def compressed_integers(
             weight[:, c] = (numbers[:, c] - zero) * scale
         parts = {"weight_scale": scales}
         if packed:
-            parts["weight_packed"] = pack_words(numbers + middle, bits)
+            parts["weight_packed"] = pack(numbers + middle, bits)
             parts["weight_shape"] = torch.tensor([rows, cols])
         else:
             parts["weight"] = numbers.to(torch.int8)
         if not symmetric and packed and strategy != "tensor":
-            parts["weight_zero_point"] = pack_words((zeros + middle).T, bits).T
+            parts["weight_zero_point"] = pack((zeros + middle).T, bits).T
         elif not symmetric:
             parts["weight_zero_point"] = zeros.to(torch.int8)
         return parts, weight
