@@ -212,8 +212,8 @@ def _integers(release: Release, path: str, arguments: Arguments) -> IntegerWeigh
             )
         if padded and tensor.shape[1] == _words(cols, bits, False) > 1:
             raise release.error(
-                f"{packed}: {cols} codes of {bits} bits take as many words in both ways to pack them, and the file does "
-                "not tell which; convert the original checkpoint"
+                f"{packed}: {cols} codes of {bits} bits take as many words in both ways to pack them, and the file "
+                "does not tell which; convert the original checkpoint"
             )
         parts = {"weight_packed": tensor, "weight_shape": shape}
     elif bits == 8:

@@ -120,6 +120,7 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "bitnet-divided": (bitnet("bitlinear", torch.float16), torch.float16),
     "bnb-nf4": (bitsandbytes(), torch.bfloat16),
     "bnb-nf4-nested": (bitsandbytes(nested=True, dtype=torch.float16), torch.float16),
+    "bnb-nf4-stored-as-bf16": (bitsandbytes(storage=torch.bfloat16), torch.bfloat16),
     "bnb-fp4-nested-of-rows": (bitsandbytes("fp4", 256, nested=True), torch.bfloat16),
 }
 
@@ -378,6 +379,10 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     ),
     "fp8-alone": (
         deepseek_fp8(), lambda t: t.update({"more": t[f"{UP}.weight"].clone()}), r"more: has dtype F8_E4M3, and bel",
+    ),
+    "fp8-stack": (
+        deepseek_fp8(), lambda t: t.update({"experts.up_proj": t[f"{UP}.weight"].clone()[None]}),
+        r"experts\.up_proj: is a stack of experts in F8_E4M3, which is not imported",
     ),
     "fp8-kind": (_with(deepseek_fp8(), {"fmt": "e5m2"}), lambda t: None, r"fmt 'e5m2', expected"),
     "fp8-block": (

@@ -405,9 +405,14 @@ _BNB_FP4 = [0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0, -0.0625, -8.0, -12.0, -
 
 
 def bitsandbytes(
-    kind: str = "nf4", block: int = 64, *, nested: bool = False, dtype: torch.dtype = torch.bfloat16
+    kind: str = "nf4",
+    block: int = 64,
+    *,
+    nested: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    storage: torch.dtype = torch.uint8,
 ) -> tuple[Encoder, dict[str, Any]]:
-    """`nested`: the scales are quantized too, in blocks of 256."""
+    """`nested`: the scales are quantized too, in blocks of 256. `storage`: the dtype of the packed bytes."""
     table = torch.tensor(_NF4) if kind == "nf4" else torch.tensor(_BNB_FP4) / 12
 
     def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
@@ -427,7 +432,7 @@ def bitsandbytes(
         weight = (table[codes] * absmax.repeat_interleave(block)[: rows * cols]).to(dtype).reshape(rows, cols)
         text = json.dumps(state).encode()
         parts |= {
-            "weight": ((codes[0::2] << 4) | codes[1::2]).to(torch.uint8)[:, None],
+            "weight": ((codes[0::2] << 4) | codes[1::2]).to(torch.uint8).view(storage)[:, None],
             "weight.quant_map": table,
             f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(text), dtype=torch.uint8),
         }
