@@ -113,8 +113,8 @@ def open_quantized(source: Source, section: Mapping[str, Any], config: Mapping[s
     for name, tensor in source.tensors.items():
         if name not in used and tensor.dtype.startswith("F8") and len(tensor.shape) == 3:
             raise release.error(
-                f"{name}: is a stack of experts in {tensor.dtype}, which is not imported (experts in tensors of their own "
-                "are); convert the original checkpoint"
+                f"{name}: is a stack of experts in {tensor.dtype}, which is not imported (experts in tensors of their "
+                "own are); convert the original checkpoint"
             )
         if name not in used and (tensor.dtype.startswith("F8") or name.rpartition(".")[2] in _PACKED):
             raise release.error(
