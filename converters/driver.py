@@ -26,7 +26,7 @@ from .. import __version__
 from ..container.atomic import check_absent, disk_errors, publish, write_json
 from ..container.reader import CONFIG_FILE
 from ..container.writer import ShardWriter, StoredTensor, data_file, module_tensors, shard_name, write_index
-from ..errors import OutputError, SourceError
+from ..errors import HubError, OutputError, SourceError
 from ..schema import QuantizationConfig
 from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, working_shard
 from .plan import Plan, Step, Taken
@@ -215,7 +215,7 @@ def _write_shards(
         if writer is not None:
             _close(writer, work, settings, done)
             writer = None
-    except (KeyboardInterrupt, SystemExit, OSError, OutputError):
+    except (KeyboardInterrupt, SystemExit, OSError, OutputError, HubError):
         if writer is not None:  # stopped from outside: save the work, to resume
             if not writer.is_complete:  # else the last journal holds: the shard's data are still there
                 with contextlib.suppress(OSError, OutputError):

@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, str]] = [
     ("container", "files: a reader works with numpy and numba alone, for those who only inspect or verify"),
     ("quantize kernels", "making codes and computing with them; neither knows the other, nor an nn.Module"),
     ("runtime", "modules of torch over the kernels, and the tasks that are active in them"),
-    ("hub", "transport to and from the Hub; what it carries it need not understand"),
+    ("hub remote", "transport to and from the Hub; what it carries it need not understand"),
     ("integrations", "transformers and PEFT, which take the runtime's modules"),
     ("tasks", "bundles of many tasks over one base"),
     ("calibration", "what the layers of a float model see of data, and quantizing them for it"),
