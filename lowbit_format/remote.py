@@ -11,7 +11,9 @@ import io
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from .hub import Token
 
 FIRST = 1 << 16  # bytes of a file that are read for its header; most headers are shorter
+GAP = 1 << 17  # bytes between two ranges that are fetched along, in the place of another request
+PARALLEL = 4  # requests at a time
+AHEAD = 1 << 25  # bytes
 TRIES = 5  # without PROGRESS, after which a range is given up
 PROGRESS = 1 << 20  # bytes
 _CHUNK = 1 << 18
@@ -90,6 +95,32 @@ class RemoteFiles:
                     f"the end; check the network, then try again. {self._outcome}. ({cut})"
                 )
             time.sleep(min(2.0 ** (fruitless - 1), _LONGEST_WAIT))
+
+    def read_all(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of ranges ``(begin, end)``, which ascend and do not overlap; some are fetched ahead.
+
+        Neighbours are fetched together where that is less work than another request. Memory holds :data:`AHEAD` bytes,
+        or one range that is larger.
+        """
+        following, waiting = deque(spans(ranges, gap=GAP, most=AHEAD // PARALLEL)), deque[tuple[int, int, Any]]()
+        pool = ThreadPoolExecutor(PARALLEL, thread_name_prefix="lowbit-fetch")
+        try:
+            data, at, to = np.empty(0, np.uint8), 0, 0
+            for begin, end in ranges:
+                while end > to:
+                    if waiting:
+                        waiting.popleft()
+                    del data
+                    while following and (
+                        not waiting or sum(e - b for b, e, _ in waiting) + following[0][1] - following[0][0] <= AHEAD
+                    ):
+                        span = following.popleft()
+                        waiting.append((*span, pool.submit(self.read, path, *span)))
+                    at, to, future = waiting[0]
+                    data = future.result()
+                yield data[begin - at : end - at]
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def read_header(self, path: str) -> Header:
         """The checked header of a safetensors file. Raises HeaderError, DigestError, HubError."""
