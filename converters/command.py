@@ -118,6 +118,14 @@ def convert(
         float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
     ] = 0.9,
     max_shard_size: Annotated[str, typer.Option(help="Begin a new file at this size, such as `2GB`.")] = "5GiB",
+    stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--stream/--no-stream",
+            help="Fetch weights from the Hub tensor by tensor and keep none of their files; by default only where they "
+            "do not fit the disk of the Hub's cache.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     modules: Annotated[bool, typer.Option("--modules", help="List every module, not only their kinds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Complete an interrupted conversion.")] = False,
@@ -172,7 +180,7 @@ def convert(
             _ = data.work  # raises for an unknown effort before anything is read
         options: dict[str, Any] = {
             "revision": revision, "min_coverage": min_coverage, "strip_prefix": strip_prefix or [],
-            "leave_out": leave_out or [],
+            "leave_out": leave_out or [], "stream": stream,
         }  # fmt: skip
         if out is None or dry_run:
             opened, plan, _ = plan_conversion(source, plan_recipe, **options)

@@ -28,11 +28,13 @@ from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
 from .splits import split
+from .streamed import StreamedSource
 from .workers import Workers, workers_memory
 
 if TYPE_CHECKING:
     from ..calibration.compare import Comparison
     from ..calibration.ladder import BlockResult
+    from ..remote import Traffic
     from .calibrated import Calibrated
     from .student import Quality
 
@@ -53,6 +55,7 @@ class Conversion:
         calibrated: it was made with data.
         unseen: paths of modules that too little of the data reached: they were quantized without. Of a module of
             experts, how many of them.
+        traffic: what was fetched of the weights, where they were streamed; else None.
     """
 
     directory: Path
@@ -63,6 +66,7 @@ class Conversion:
     unmeasured: str = ""
     calibrated: bool = False
     unseen: tuple[str, ...] = ()
+    traffic: Traffic | None = None
 
     @property
     def comparison(self) -> Comparison | None:
@@ -78,6 +82,7 @@ def plan_conversion(
     min_coverage: float = 0.9,
     strip_prefix: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    stream: bool | None = None,
 ) -> tuple[Source, Plan, dict[str, Any]]:
     """Open a checkpoint and plan its conversion, from headers alone.
 
@@ -88,14 +93,23 @@ def plan_conversion(
         min_coverage: part of the matrices' weights that must be quantized.
         strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
         leave_out: patterns of files beside the weights that must not come along.
+        stream: fetch the Hub's weights tensor by tensor; None: where their files do not fit the disk.
 
     Returns:
         The open source, the plan, and the ``config.json`` of the output, but for ``quantization_config``.
 
     Raises:
         SourceError, RecipeError, CoverageError: see :func:`make_plan`.
+        HubError: the headers of streamed weights cannot be had.
     """
-    opened: Source = open_checkpoint(source, revision=revision, leave_out=leave_out)
+    opened = open_checkpoint(source, revision=revision, leave_out=leave_out, stream=stream)
+    return _plan(opened, recipe, min_coverage, strip_prefix, leave_out)
+
+
+def _plan(
+    opened: Source, recipe: Recipe, min_coverage: float, strip_prefix: Sequence[str], leave_out: Sequence[str]
+) -> tuple[Source, Plan, dict[str, Any]]:
+    """See :func:`plan_conversion`."""
     config = without_auto_map(read_model_config(opened.directory))
     side = side_files(opened.directory, opened.files, opened.tensors, leave_out)
     section, config = quantized_by(config, opened.directory)
@@ -130,6 +144,7 @@ def convert_hf_to_lowbit(
     leave_out: Sequence[str] = (),
     calibration: Calibration | None = None,
     max_shard_bytes: int = SHARD_BYTES,
+    stream: bool | None = None,
     resume: bool = False,
     workers: int | None = None,
     ray: str | None = None,
@@ -152,13 +167,16 @@ def convert_hf_to_lowbit(
         leave_out: patterns of files beside the weights that must not come along.
         calibration: data to quantize with, and how much work to do; None quantizes every weight alone.
         max_shard_bytes: size at which a new file is begun.
+        stream: fetch the Hub's weights tensor by tensor, by range requests, and keep none of their files; None: where
+            they do not fit the disk of the Hub's cache.
         resume: go on with what an interrupted run left; the result is the same bytes.
         workers: processes that quantize, a tensor each at a time; the result is the same bytes. None: this process
             alone, with a thread for each core. A script needs its main part under ``if __name__ == "__main__":``.
         ray: address of a Ray cluster that has the workers (extra ``ray``): ``auto``, ``ray://host:10001``, or ``local``
             for one that is begun here. Its machines have the same packages, and `source` under the same path.
         measured: compare the model with its checkpoint in the end: with data on what is held out for this, without data
-            (a causal model only) on a short text of our own. None: only with data.
+            (a causal model only) on a short text of our own. None: only with data. Without data it is left out where
+            weights are streamed: all of them would be fetched again, and again for every sample.
         report: called after every tensor with its step and the number of all steps.
         report_block: called after every block that was calibrated with its path and what came of it.
 
@@ -166,12 +184,9 @@ def convert_hf_to_lowbit(
         LowbitError: one of its subclasses; nothing that looks finished is left behind.
     """
     began = time.perf_counter()
-    source = os.path.abspath(source) if Path(source).exists() else source
-    opening = partial(
-        plan_conversion, source, recipe, revision=revision, min_coverage=min_coverage, strip_prefix=strip_prefix,
-        leave_out=leave_out,
-    )  # fmt: skip
-    opened, plan, config = opening()
+    checkpoint = open_checkpoint(source, revision=revision, leave_out=leave_out, stream=stream)
+    traffic = checkpoint.traffic if isinstance(checkpoint, StreamedSource) else None
+    opened, plan, config = _plan(checkpoint, recipe, min_coverage, strip_prefix, leave_out)
     others = None
     if workers is not None or ray is not None:
         if calibration is not None:
@@ -179,8 +194,11 @@ def convert_hf_to_lowbit(
                 "a calibration needs its blocks one after the other, which workers cannot do; leave the workers out "
                 "(one process uses all cores)"
             )
-        if opened.repo_id is not None:
-            opening = partial(opening, revision=opened.revision)  # the same commit for all
+        where = os.path.abspath(source) if checkpoint.repo_id is None else source
+        opening = partial(
+            plan_conversion, where, recipe, revision=checkpoint.revision, min_coverage=min_coverage,
+            strip_prefix=strip_prefix, leave_out=leave_out, stream=traffic is not None,
+        )  # fmt: skip
         others = Workers(opening, workers, ray)
     out, quantizer = Path(out), None
     if calibration is not None:
@@ -203,10 +221,20 @@ def convert_hf_to_lowbit(
     seconds = time.perf_counter() - began
     if quantizer is not None:
         return Conversion(
-            out, plan, outcomes, seconds, quantizer.quality, calibrated=True, unseen=tuple(quantizer.unseen)
+            out,
+            plan,
+            outcomes,
+            seconds,
+            quantizer.quality,
+            calibrated=True,
+            unseen=tuple(quantizer.unseen),
+            traffic=traffic,
         )
     if not measured:
-        return Conversion(out, plan, outcomes, seconds)
+        return Conversion(out, plan, outcomes, seconds, traffic=traffic)
+    if traffic is not None:
+        why = "its weights are streamed, and would all be fetched again"
+        return Conversion(out, plan, outcomes, seconds, unmeasured=why, traffic=traffic)
     from .measure import measure  # a leaf that imports torch
 
     found = measure(opened, plan, out)

@@ -5,36 +5,59 @@ from __future__ import annotations
 import difflib
 import glob
 import json
+import logging
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..container.header import Header, read_header
+from ..container.header import read_header
 from ..errors import FormatError, SourceError
+from ..hub import Listing
 from ..schema import QUANT_METHOD
 from ..tasks.bundle_config import TASK_CONFIG_FILE
 from .side import PICKLES, PYTORCH, SAFETENSORS, sort_files
-from .source import Source, SourceTensor, check_index, file_identity
+from .source import Source, file_identity, placed_tensors
+from .streamed import StreamedSource
+
+log = logging.getLogger(__name__)
 
 
-def open_checkpoint(source: str, *, revision: str | None = None, leave_out: Iterable[str] = ()) -> Source:
+def open_checkpoint(
+    source: str, *, revision: str | None = None, leave_out: Iterable[str] = (), stream: bool | None = None
+) -> Source:
     """Open SOURCE for reading: an existing directory, or a repository on the Hub, without the files `leave_out` there.
+
+    Args:
+        source: the directory, or the repository's id.
+        revision: branch, tag or commit on the Hub.
+        leave_out: patterns of files beside the weights that are not wanted.
+        stream: fetch weights when they are read, and do not keep their files; None: where they do not fit the disk.
 
     Raises:
         SourceError: it is neither, or its files are missing or ill-formed.
+        HubError: the headers of streamed files cannot be had.
     """
-    directory, repo_id = Path(source), None
+    directory, listing = Path(source), None
     _check_local(directory, source)
     if not directory.is_dir():
-        directory, repo_id = _download(source, revision, leave_out), source
+        directory, listing = _download(source, revision, leave_out, stream)
         _check_local(directory, source)
-        revision = directory.name  # the commit that a branch or tag was resolved to
-    elif revision is not None:
+        if listing is not None:
+            return StreamedSource(directory, _weight_files(directory, listing.sizes), source, listing)
+        return _open_files(directory, source, directory.name)  # the commit that a branch or tag was resolved to
+    if revision is not None:
         raise SourceError(f"{source}: is a directory, which has no revisions; leave --revision out")
+    if stream:
+        raise SourceError(f"{source}: is a directory on this machine, not a repository; leave --stream out")
+    return _open_files(directory, None, None)
+
+
+def _open_files(directory: Path, repo_id: str | None, revision: str | None) -> Source:
     files = _weight_files(directory)
     if next(iter(files)).endswith(".safetensors"):
         return SafetensorsSource(directory, files, repo_id, revision)
@@ -52,25 +75,16 @@ class SafetensorsSource:
     def __init__(self, directory: Path, files: dict[str, list[str]], repo_id: str | None, revision: str | None) -> None:
         self.directory, self.repo_id, self.revision = directory, repo_id, revision
         self.files = (*files, f"{SAFETENSORS}.index.json")
-        headers: dict[str, Header] = {}
-        for file in files:
-            try:
-                headers[file] = read_header(directory / file)
-            except FormatError as e:
-                raise SourceError(f"cannot read the checkpoint: {e}") from e
-            check_index(directory / file, files[file], headers[file].tensors)
-        self._place: dict[str, tuple[Path, int]] = {}
-        self.tensors: dict[str, SourceTensor] = {}
-        for file, header in headers.items():
-            for t in header.tensors.values():
-                if t.name in self.tensors:
-                    raise SourceError(f"{directory / file}: tensor {t.name!r} stands in another shard too")
-                self.tensors[t.name] = SourceTensor(t.name, t.dtype, t.shape, t.nbytes)
-                self._place[t.name] = (directory / file, t.begin)
+        try:
+            headers = {file: read_header(directory / file) for file in files}
+        except FormatError as e:
+            raise SourceError(f"cannot read the checkpoint: {e}") from e
+        self.tensors, self._place = placed_tensors(headers, files, directory)
         self.identity = file_identity([directory / f for f in files])
 
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
-        path, place = self._place[name]
+        file, place = self._place[name]
+        path = self.directory / file
         out = np.empty(self.tensors[name].nbytes - begin if nbytes is None else nbytes, np.uint8)
         try:
             with open(path, "rb", buffering=0) as f:
@@ -215,14 +229,17 @@ def _not_here(source: str) -> str:
     return f"{source}: no such directory" + (f" (did you mean {place.parent / near[0]}?)" if near else "")
 
 
-def _weight_files(directory: Path) -> dict[str, list[str]]:
-    """Names of the weight files, safetensors first, with the tensors that an index puts into each."""
+def _weight_files(directory: Path, there: Container[str] | None = None) -> dict[str, list[str]]:
+    """Names of the weight files, safetensors first, with the tensors that an index puts into each.
+
+    `there` are the files of the repository, where those of the weights are not in the directory.
+    """
     for single in (SAFETENSORS, PYTORCH):
-        if (directory / single).is_file():
+        if (directory / single).is_file() if there is None else single in there:
             return {single: []}
         index = directory / f"{single}.index.json"
         if index.is_file():
-            return _indexed_files(index)
+            return _indexed_files(index, there)
     names = [f.name for f in sorted(directory.iterdir())]
     what = _instead(names, directory)
     raise SourceError(
@@ -231,7 +248,7 @@ def _weight_files(directory: Path) -> dict[str, list[str]]:
     )
 
 
-def _indexed_files(index: Path) -> dict[str, list[str]]:
+def _indexed_files(index: Path, there: Container[str] | None) -> dict[str, list[str]]:
     try:
         weight_map = json.loads(index.read_text("utf-8"))["weight_map"]
         files: dict[str, list[str]] = {file: [] for file in weight_map.values()}
@@ -242,15 +259,20 @@ def _indexed_files(index: Path) -> dict[str, list[str]]:
     for file in files:
         if not isinstance(file, str) or not re.fullmatch(r"[^./\\][^/\\]*", file):
             raise SourceError(f"{index}: file name {file!r} is not a plain name")
-        if not (index.parent / file).is_file():
+        if not ((index.parent / file).is_file() if there is None else file in there):
             raise SourceError(f"{index}: the shard {file} is missing; the download is incomplete")
     for name, file in weight_map.items():
         files[file].append(name)
     return files
 
 
-def _download(repo_id: str, revision: str | None, leave_out: Iterable[str]) -> Path:
-    """The repository's files in the local cache, those that a conversion reads or carries over."""
+def _download(
+    repo_id: str, revision: str | None, leave_out: Iterable[str], stream: bool | None
+) -> tuple[Path, Listing | None]:
+    """The repository's files in the local cache, those that a conversion reads or carries over.
+
+    Where weights are to be streamed theirs are not among them, and the listing of the commit is given.
+    """
     import huggingface_hub as hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -260,21 +282,47 @@ def _download(repo_id: str, revision: str | None, leave_out: Iterable[str]) -> P
         raise SourceError(f"{_not_here(repo_id)}, and not the id of a Hub repository")
     try:
         try:
-            info = hub.HfApi().model_info(repo_id, revision=revision)
+            info = hub.HfApi().model_info(repo_id, revision=revision, files_metadata=True)
         except (HfHubHTTPError, HFValidationError):
             raise
         except Exception as e:  # the Hub cannot be reached (each HTTP client has its own errors): use the cache
             try:
-                return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True))
+                return Path(hub.snapshot_download(repo_id, revision=revision, local_files_only=True)), None
             except LocalEntryNotFoundError:
                 raise OSError(str(e)) from e
-        names = [sibling.rfilename for sibling in info.siblings or ()]
-        wanted = _wanted(repo_id, str(info.sha), names, leave_out)
-        patterns = [glob.escape(name) for name in wanted]
-        return Path(hub.snapshot_download(repo_id, revision=info.sha, allow_patterns=patterns))
+        names, listing = [sibling.rfilename for sibling in info.siblings or ()], Listing.of(info)
+        wanted = _wanted(repo_id, listing.commit, names, leave_out)
+        weights = [name for name in wanted if _OWN[0].fullmatch(name) and name.endswith(".safetensors")]
+        if stream and not weights:
+            raise SourceError(
+                f"{repo_id}: has its weights in {PYTORCH} only, and a pickle cannot be read in parts; leave "
+                "--stream out"
+            )
+        streamed = bool(weights) and (_is_short(repo_id, weights, listing) if stream is None else stream)
+        patterns = [glob.escape(name) for name in wanted if not streamed or name not in weights]
+        directory = Path(hub.snapshot_download(repo_id, revision=listing.commit, allow_patterns=patterns))
+        return directory, listing if streamed else None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         at = f" at revision {revision}" if revision else ""
         raise SourceError(f"{_not_here(repo_id)}, and not to be had from the Hub{at}: {e}") from e
+
+
+def _is_short(repo_id: str, weights: list[str], listing: Listing) -> bool:
+    """Whether the disk of the Hub's cache has no room for those of the weight files that it does not hold; says so."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = {name for name in weights if try_to_load_from_cache(repo_id, name, revision=listing.commit)}
+    needed = sum(listing.sizes.get(name, 0) for name in weights if name not in cached)
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    place = next(parent for parent in (cache, *cache.parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        log.warning(
+            "%s: its weights take %.1f GB, and the disk of the Hub's cache (%s) has %.1f GB left: they are streamed, "
+            "and their files are not kept (--no-stream: try to download them)",
+            repo_id, needed / 1e9, cache, free / 1e9,
+        )  # fmt: skip
+    return needed > free
 
 
 def _wanted(repo_id: str, commit: str, names: list[str], leave_out: Iterable[str]) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..container.header import Header
 from ..dtypes import stored, to_float32
 from ..errors import SourceError
 from ..matrix import F32, StoredMatrix
@@ -127,13 +128,35 @@ def as_float32(raw: NDArray[np.uint8], tensor: SourceTensor) -> F32:
     return to_float32(stored(raw, tensor.dtype, tensor.shape), tensor.dtype, copy=False)
 
 
-def check_index(path: Path, expected: Iterable[str], found: Container[str]) -> None:
+def check_index(path: object, expected: Iterable[str], found: Container[str]) -> None:
     """Raise SourceError unless the file at `path` has every tensor that the index lists for it."""
     for name in expected:
         if name not in found:
             raise SourceError(
                 f"{path}: lacks the tensor {name!r}, which the index puts there; download the checkpoint again"
             )
+
+
+def placed_tensors(
+    headers: Mapping[str, Header], files: Mapping[str, Iterable[str]], directory: object
+) -> tuple[dict[str, SourceTensor], dict[str, tuple[str, int]]]:
+    """The tensors of safetensors files, and of each its file and its first byte there, by name.
+
+    Args:
+        headers: of the files, by name.
+        files: the tensors that an index puts into each file.
+        directory: for messages.
+
+    Raises SourceError if one stands in two files, or not where the index puts it.
+    """
+    tensors, places = dict[str, SourceTensor](), dict[str, tuple[str, int]]()
+    for file, header in headers.items():
+        check_index(f"{directory}/{file}", files[file], header.tensors)
+        for t in header.tensors.values():
+            if t.name in tensors:
+                raise SourceError(f"{directory}/{file}: tensor {t.name!r} stands in another shard too")
+            tensors[t.name], places[t.name] = SourceTensor(t.name, t.dtype, t.shape, t.nbytes), (file, t.begin)
+    return tensors, places
 
 
 def file_identity(paths: list[Path]) -> str:

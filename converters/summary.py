@@ -174,6 +174,8 @@ def result_tables(done: Conversion) -> list[Table]:
     rows.extend(remarks(plan))
     rows.append(("relative error", f"{totals.relative_error:.4f}"))
     rows.append(("time", f"{seconds:.1f} s ({totals.weights / seconds / 1e6:.1f} M weights/s)"))
+    if done.traffic is not None:
+        rows.append(("fetched of the weights", str(done.traffic)))
     if lossless := [o for o in outcomes.values() if o.lossless]:
         why = f"as the release has them ({plan.release})" if plan.release else "lay on a grid already"
         rows.append(("stored without loss", f"{len(lossless)} modules {why}"))

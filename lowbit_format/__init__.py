@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .errors import LowbitError
     from .evaluation import evaluate
     from .loading import from_pretrained
+    from .partial_download import fetch_precision
     from .quantize import Target
     from .runtime.autotune import autotune
     from .tasks.merging import merge_task
@@ -44,6 +45,7 @@ __all__ = [
     "autotune",
     "convert_hf_to_lowbit",
     "evaluate",
+    "fetch_precision",
     "from_pretrained",
     "list_tasks",
     "load_task",
@@ -68,6 +70,7 @@ _LAZY = {  # public name -> module that defines it
     "autotune": "lowbit_format.runtime.autotune",
     "convert_hf_to_lowbit": "lowbit_format.converters",
     "evaluate": "lowbit_format.evaluation",
+    "fetch_precision": "lowbit_format.partial_download",
     "from_pretrained": "lowbit_format.loading",
     "list_tasks": "lowbit_format.tasks.serving",
     "load_task": "lowbit_format.tasks.serving",

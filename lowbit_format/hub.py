@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +31,22 @@ _MAX_SAID = 300  # characters of the Hub's own words in a message
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of one commit: its id, and the size of each file by path."""
+    """The files of one commit: its id, and by path the size of each file and its ETag.
+
+    The ETag is the SHA-256 of a file in the Hub's store for large files, and git's id of another.
+    """
 
     commit: str
     sizes: Mapping[str, int]
+    etags: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, info: Any) -> Listing:
+        """By what the Hub says of a repository with ``files_metadata``; files of unknown size have none."""
+        files = [file for file in info.siblings or () if file.size is not None]
+        etags = {f.rfilename: f.lfs.sha256 if f.lfs is not None else f.blob_id for f in files}
+        known = {path: str(etag) for path, etag in etags.items() if etag}
+        return cls(str(info.sha), {f.rfilename: int(f.size) for f in files}, known)
 
 
 @dataclass(frozen=True)
@@ -87,7 +99,7 @@ def commit_files(
     if create_pr and tag is not None:
         raise HubError(f"{repo_id}: a pull request cannot be tagged; leave out the tag, and set it after the merge")
     where, api = place_of(repo_id, revision, folder), _api(token)
-    with _hub_errors(where, "Nothing was published"):
+    with hub_errors(where, "Nothing was published"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if private and not api.repo_info(repo_id).private:
             raise HubError(f"{where}: is public already, but private=True; make it private on the Hub, then push")
@@ -109,7 +121,7 @@ def commit_files(
             create_pr=create_pr,
         )
     if tag is not None:
-        with _hub_errors(where, f"The files were published as {commit.commit_url}; set the tag there"):
+        with hub_errors(where, f"The files were published as {commit.commit_url}; set the tag there"):
             api.create_tag(repo_id, tag=tag, revision=commit.oid)
     return commit.pr_url or commit.commit_url
 
@@ -134,7 +146,7 @@ def push_model_directory(
     Returns the URL of the commit, or of the pull request. Raises HubError.
     """
     where, api = place_of(repo_id, revision, None), _api(token)
-    with _hub_errors(where, "Nothing was published"):
+    with hub_errors(where, "Nothing was published"):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         _make_branch(api, repo_id, revision, create_pr)
         if not api.file_exists(repo_id, CARD_FILE, revision=None if create_pr else revision):
@@ -186,7 +198,7 @@ def download_files(
     where, api = place_of(repo_id, revision, folder), _api(token)
     if force_download and local_files_only:
         raise HubError(f"{where}: force_download and local_files_only exclude each other")
-    with _hub_errors(where, "Nothing was loaded"):
+    with hub_errors(where, "Nothing was loaded"):
         if force_download:
             api.repo_info(repo_id, revision=revision)  # where this fails, snapshot_download would turn to the cache
         snapshot = snapshot_download(
@@ -203,18 +215,15 @@ def download_files(
 
 def list_files(repo_id: str, *, revision: str | None = None, token: Token = None) -> Listing:
     """All files of a repository at one commit. Raises HubError."""
-    with _hub_errors(place_of(repo_id, revision, None), "Nothing was listed"):
-        api = _api(token)
-        commit = str(api.repo_info(repo_id, revision=revision).sha)
-        tree = api.list_repo_tree(repo_id, recursive=True, revision=commit)
-        return Listing(commit, {entry.path: int(entry.size) for entry in tree if hasattr(entry, "size")})  # no folders
+    with hub_errors(place_of(repo_id, revision, None), "Nothing was listed"):
+        return Listing.of(_api(token).repo_info(repo_id, revision=revision, files_metadata=True))
 
 
 def download_file(path: str, repo_id: str, commit: str, token: Token = None) -> Path:
     """One file of a commit, in the cache. Raises HubError."""
     from huggingface_hub import hf_hub_download
 
-    with _hub_errors(place_of(repo_id, commit, None), "Nothing was loaded"):
+    with hub_errors(place_of(repo_id, commit, None), "Nothing was loaded"):
         return Path(hf_hub_download(repo_id, path, revision=commit, token=token))
 
 
@@ -222,7 +231,7 @@ def search_models(
     tags: Sequence[str], *, author: str | None = None, token: Token = None, limit: int | None = None
 ) -> tuple[Found, ...]:
     """Repositories of models that carry all of `tags`. Raises HubError where the Hub does not answer."""
-    with _hub_errors(f"search for {', '.join(tags)}", "Nothing was found"):
+    with hub_errors(f"search for {', '.join(tags)}", "Nothing was found"):
         found = list(_api(token).list_models(filter=list(tags), author=author, limit=limit))
     return tuple(Found(m.id, tuple(m.tags or ()), bool(m.private), m.downloads) for m in found)
 
@@ -241,7 +250,7 @@ def full_repo_id(repo_id: str, token: Token = None) -> str:
     """`repo_id` with the namespace that the Hub would give it; raises HubError where the token has no owner."""
     if "/" in repo_id:
         return repo_id
-    with _hub_errors(repo_id, "Nothing was published"):
+    with hub_errors(repo_id, "Nothing was published"):
         return f"{_api(token).whoami()['name']}/{repo_id}"
 
 
@@ -319,17 +328,17 @@ _BY_STATUS = {
     404: "the Hub knows no such place",
     409: _RACE,
     412: _RACE,
+    416: "the file is shorter than it was",
     429: "the Hub wants fewer requests; wait some minutes, or log in",
 }
 
 
 @contextlib.contextmanager
-def _hub_errors(where: str, outcome: str) -> Iterator[None]:
+def hub_errors(where: str, outcome: str) -> Iterator[None]:
     """Turn all that huggingface_hub raises into a HubError that says where, why, what to do, and the outcome."""
     from huggingface_hub import errors
 
-    # httpx's base of errors in 1.x, httpx2's in 2.x; Xet's transfers raise RuntimeError, and LFS' are wrapped in one.
-    transport: Any = errors.HfHubHTTPError.__bases__[0]
+    transport = transport_error()  # Xet's transfers raise RuntimeError, and LFS' are wrapped in one
     try:
         yield
     except (transport, OSError, ValueError, RuntimeError, errors.EntryNotFoundError) as e:
@@ -338,6 +347,13 @@ def _hub_errors(where: str, outcome: str) -> Iterator[None]:
             cause = cause.__cause__
         said = "".join(c for c in " ".join(str(cause).split()) if c.isprintable())[:_MAX_SAID]
         raise HubError(f"{where}: {_advice(cause, isinstance(cause, transport))}. {outcome}. ({said})") from e
+
+
+def transport_error() -> Any:
+    """The base class of the HTTP client's errors: httpx's with huggingface_hub 1.x, httpx2's with 2.x."""
+    from huggingface_hub import errors
+
+    return errors.HfHubHTTPError.__bases__[0]
 
 
 def _advice(e: Any, transport: bool) -> str:

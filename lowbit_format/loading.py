@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import LoadError
+from .hub import is_hub_id
 from .integrations.architecture import known_class
-from .schema import QUANT_METHOD
+from .schema import QUANT_METHOD, QuantizationConfig
+
+if TYPE_CHECKING:
+    from .partial_download import Fetched
 
 _TASK_OPTIONS = ("cache_dir", "token", "local_files_only")  # of the Hub, which hold for a task as for its base
 
@@ -27,8 +31,9 @@ def from_pretrained(
 
     Args:
         path_or_repo: directory, or Hub id.
-        bits: read the first `bits` planes of every matrix, with the parameters stored for that (NST-1).
-        verify: check all digests and rules of the format before loading.
+        bits: read the first `bits` planes of every matrix, with the parameters stored for that (NST-1). Of a model on
+            the Hub no others are fetched, see :func:`lowbit_format.fetch_precision`, unless the cache holds all.
+        verify: check all digests and rules of the format before loading. This takes the whole files, also of the Hub.
         revision: branch, tag or commit on the Hub.
         model_class: a transformers class, such as ``AutoModelForSequenceClassification``; by default the class
             that ``config.json`` names under ``architectures``, or ``AutoModel``.
@@ -60,11 +65,33 @@ def from_pretrained(
     bundle = None if task is None else find_bundle(task, **{k: hub[k] for k in hub if k in _TASK_OPTIONS}).bundle
     if bundle is not None and bits is None:
         bits = bundle.config.bits
-    with load_options(LoadOptions(bits, verify)):
-        model = model_class.from_pretrained(path_or_repo, revision=revision, **kwargs)
+    part = None if verify else _part(path_or_repo, config, bits, revision, hub)
+    if part is None:
+        with load_options(LoadOptions(bits, verify)):
+            model = model_class.from_pretrained(path_or_repo, revision=revision, **kwargs)
+    else:
+        with load_options(LoadOptions(origin=part.origin)):
+            model = model_class.from_pretrained(part.directory, **kwargs)
+        model.name_or_path = model.config._name_or_path = part.repo_id  # for cards, and for tasks that are saved
     if bundle is not None:
         set_task(model, load_task(model, bundle, name=Path(str(task)).name))
     return model
+
+
+def _part(
+    place: str | os.PathLike[str], config: dict[str, Any], bits: int | None, revision: str | None, hub: dict[str, Any]
+) -> Fetched | None:
+    """A directory of the precision alone, of a model on the Hub; None where the whole model is to be loaded."""
+    if bits is None or hub.get("subfolder") or not is_hub_id(os.fspath(place)):
+        return None
+    whole = QuantizationConfig.from_dict(config["quantization_config"], file=place)
+    whole.check_precision(bits, file=place)
+    if all(module.scheme.bits <= bits for module in whole):
+        return None
+    from .partial_download import find_part
+
+    options = {key: value for key, value in hub.items() if key != "subfolder"}
+    return find_part(os.fspath(place), bits, revision=revision, **options)
 
 
 def _class_of(config: dict[str, Any], where: object) -> Any:

@@ -23,11 +23,14 @@ LAYERS: list[tuple[str, str]] = [
     ("container", "files: a reader works with numpy and numba alone, for those who only inspect or verify"),
     ("quantize kernels", "making codes and computing with them; neither knows the other, nor an nn.Module"),
     ("runtime", "modules of torch over the kernels, and the tasks that are active in them"),
-    ("hub", "transport to and from the Hub; what it carries it need not understand"),
+    ("hub remote", "transport to and from the Hub; what it carries it need not understand"),
     ("integrations", "transformers and PEFT, which take the runtime's modules"),
     ("tasks", "bundles of many tasks over one base"),
     ("calibration", "what the layers of a float model see of data, and quantizing them for it"),
-    ("converters export loading evaluation", "whole models in and out: they use all of the above"),
+    (
+        "converters export loading precision partial_download evaluation",
+        "whole models in and out: they use all of the above",
+    ),
     ("cli testing", "what people call: commands, and tests of other backends and readers"),
     (PACKAGE, "the public names, which are imported when they are first used, from wherever they are defined"),
 ]

@@ -23,6 +23,25 @@ class Fingerprint:
     head: str
 
 
+@dataclass(frozen=True)
+class Identity:
+    """What the fingerprints of a base are computed from.
+
+    Attributes:
+        config: its ``quantization_config``.
+        digests: SHA-256 in lower-case hex of every lowbit tensor, by name.
+        shapes: shape of every lowbit tensor, by name.
+    """
+
+    config: QuantizationConfig
+    digests: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def fingerprint(self) -> Fingerprint:
+        """The fingerprint of the base."""
+        return fingerprint(self.config, self.digests, self.shapes)
+
+
 def fingerprint(
     config: QuantizationConfig, digests: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
 ) -> Fingerprint:

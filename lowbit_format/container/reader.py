@@ -11,7 +11,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from ..matrix import Params, StoredMatrix
 from ..schema import ModuleEntry, QuantizationConfig
 from ..tensors import TensorSpec, all_roles, tensor_specs
 from . import strict_json
-from .fingerprint import Fingerprint, fingerprint
+from .fingerprint import Fingerprint, Identity
 from .header import Header, TensorInfo, read_header
 
 CONFIG_FILE = "config.json"
@@ -56,11 +56,16 @@ class ModelReader:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         self.directory = Path(directory)
         self.model_config, self.config = read_config(self.directory)
-        self.headers = read_headers(self.directory)
+        self.headers = read_headers(self.directory, self._header)
         self._file_of = {name: file for file, header in self.headers.items() for name in header.tensors}
         self._maps: dict[str, NDArray[np.uint8]] = {}
         self._specs = {m.path: tensor_specs(m) for m in self.config}
         _check_tensors(self)
+
+    def _header(self, file: str) -> Header | None:
+        """The checked header of a weight file, or None if there is no such file."""
+        path = self.directory / file
+        return read_header(path) if path.is_file() else None
 
     # --- names and shapes ---
 
@@ -98,10 +103,15 @@ class ModelReader:
 
     def raw(self, name: str) -> NDArray[np.uint8]:
         """The bytes of tensor `name`: uint8, read-only, memory-mapped."""
-        info, file = self.info(name), self._file_of[name]
+        info = self.info(name)
+        return next(self.ranges(self._file_of[name], [(info.begin, info.end)]))
+
+    def ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
+        """Bytes ``(begin, end)`` of a weight file, in ascending order: uint8, read-only, memory-mapped."""
         if file not in self._maps:
             self._maps[file] = _map(self.directory / file)
-        return self._maps[file][info.begin : info.end]
+        for begin, end in ranges:
+            yield self._maps[file][begin:end]
 
     def tensor(self, name: str) -> NDArray[Any]:
         """A U8, F16, BF16 or F32 tensor as an array: U8 as a view of the file, floats as float32."""
@@ -219,9 +229,13 @@ class ModelReader:
         It uses the digests of the headers, which nothing has checked unless :meth:`check_digest` did; without
         `trust_digests`, or where one is missing, it computes them.
         """
+        return self.identity(trust_digests=trust_digests).fingerprint()
+
+    def identity(self, *, trust_digests: bool = True) -> Identity:
+        """What :meth:`fingerprint` is computed from."""
         names = self.lowbit_names()
         digests = {n: (self.stored_digest(n) if trust_digests else None) or self.digest(n) for n in names}
-        return fingerprint(self.config, digests, {n: self.info(n).shape for n in names})
+        return Identity(self.config, digests, {n: self.info(n).shape for n in names})
 
     def has_lowbit_digests(self) -> bool:
         """Whether :meth:`fingerprint` would rest on a digest that a header gives (FPR-5)."""
@@ -287,21 +301,25 @@ def _has_constant(value: object) -> bool:
     return isinstance(value, list) and any(_has_constant(v) for v in value)
 
 
-def read_headers(directory: Path) -> dict[str, Header]:
-    """Checked headers of all weight files, by file name; index and shards must agree (DIR-2 to DIR-4)."""
-    single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
-    if single.is_file() and index.is_file():
+def read_headers(directory: Path, header_of: Callable[[str], Header | None]) -> dict[str, Header]:
+    """Checked headers of all weight files, by file name; index and shards must agree (DIR-2 to DIR-4).
+
+    `header_of` gives the checked header of a file by its name, or None if there is no such file.
+    """
+    single, index = header_of(WEIGHTS_FILE), directory / INDEX_FILE
+    if single is not None and index.is_file():
         raise DirectoryError("DIR-2", f"has both {WEIGHTS_FILE} and {INDEX_FILE}; remove the stale one", file=directory)
-    if single.is_file():
-        return {WEIGHTS_FILE: read_header(single)}
+    if single is not None:
+        return {WEIGHTS_FILE: single}
     if not index.is_file():
         raise DirectoryError("DIR-2", f"has neither {WEIGHTS_FILE} nor {INDEX_FILE}", file=directory)
     weight_map = _read_index(index)
     headers = {}
     for file in dict.fromkeys(weight_map.values()):
-        if not (directory / file).is_file():
+        header = header_of(file)
+        if header is None:
             raise DirectoryError("DIR-4", f"names the shard {file}, which is missing", file=index)
-        headers[file] = read_header(directory / file)
+        headers[file] = header
     for name, file in weight_map.items():
         if name not in headers[file].tensors:
             raise DirectoryError(

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..container.fingerprint import Fingerprint, fingerprint
-from ..container.reader import ModelReader
+from ..container.fingerprint import Fingerprint, Identity, fingerprint
 from ..schema import ModuleEntry, QuantizationConfig
 from ..tensors import tensor_specs
 
@@ -31,27 +30,27 @@ class Base:
     bits: int | None = None
 
 
-def base_of_files(reader: ModelReader, files: Mapping[str, ModuleEntry], prefix: str, bits: int | None) -> Base:
+def base_of_files(identity: Identity, files: Mapping[str, ModuleEntry], prefix: str, bits: int | None) -> Base:
     """The base of a model that was read at `bits` from a directory.
 
     A part whose modules have other names than in the whole model, also without the base model's prefix, is a base of
     its own: bundles name modules, so that tasks of the whole do not fit it.
 
     Args:
-        reader: of the directory.
+        identity: of the directory.
         files: path of a module in the model -> its entry in the directory.
         prefix: the model's ``base_model_prefix``.
         bits: as in :class:`Base`.
     """
-    config = QuantizationConfig({path: replace(entry, path=path) for path, entry in files.items()}, {}, prefix)
-    if all(config.canonical_path(p)[0] == reader.config.canonical_path(e.path)[0] for p, e in files.items()):
-        return Base(reader.config, reader.fingerprint(), bits)
+    whole, paths = identity.config, {path: entry.path for path, entry in files.items()}
+    config = QuantizationConfig({p: replace(whole.modules[e], path=p) for p, e in paths.items()}, {}, prefix)
+    if all(config.canonical_path(p)[0] == whole.canonical_path(e)[0] for p, e in paths.items()):
+        return Base(whole, identity.fingerprint(), bits)
     digests, shapes = {}, {}
-    for path, entry in files.items():
-        for spec in tensor_specs(entry):
+    for path, stored in paths.items():
+        for spec in tensor_specs(whole.modules[stored]):
             name = config.modules[path].tensor(spec.role)
-            digests[name] = reader.stored_digest(spec.name) or reader.digest(spec.name)
-            shapes[name] = reader.info(spec.name).shape
+            digests[name], shapes[name] = identity.digests[spec.name], identity.shapes[spec.name]
     return Base(config, fingerprint(config, digests, shapes), bits)
 
 

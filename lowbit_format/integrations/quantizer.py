@@ -21,6 +21,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..container.fingerprint import Identity
 from ..container.reader import CONFIG_FILE, ModelReader
 from ..container.writer import file_metadata
 from ..errors import LoadError
@@ -40,16 +41,31 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The base of which a directory holds one precision alone: tasks of this base are tasks of the directory.
+
+    Attributes:
+        identity: of the whole base.
+        bits: the precision.
+    """
+
+    identity: Identity
+    bits: int
+
+
+@dataclass(frozen=True)
 class LoadOptions:
     """How to load a model.
 
     Attributes:
         bits: precision to read at (NST-1); None is full precision.
         verify: check all digests and rules first.
+        origin: the base that the directory is a part of; None: it is whole.
     """
 
     bits: int | None = None
     verify: bool = False
+    origin: Origin | None = None
 
 
 _DEFAULT = LoadOptions()
@@ -134,7 +150,9 @@ class LowbitQuantizer(HfQuantizer):
         specialize(model, state)
         model.lowbit_files = files
         self.exact_names = exact_names(model, _wanted_names(files, self.placed))
-        self.base = base_of_files(reader, self.placed.files, model.base_model_prefix, self.options.bits)
+        origin, prefix = self.options.origin, model.base_model_prefix
+        identity, bits = (reader.identity(), self.options.bits) if origin is None else (origin.identity, origin.bits)
+        self.base = base_of_files(identity, self.placed.files, prefix, bits)
         tie(model, self.placed)  # the loader must neither miss the tensors of tied modules nor tie their `weight`
         if self.options.bits is not None:  # the parameters of other precisions are not loaded
             ignored = model._keys_to_ignore_on_load_unexpected  # None, a list or a set: versions differ

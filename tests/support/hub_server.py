@@ -33,11 +33,13 @@ LFS_SUFFIXES = (".safetensors", ".bin")
 
 @dataclass(frozen=True)
 class Request:
-    """What the server was asked; `body` is its length."""
+    """What the server was asked; `body` is its length, `range` its header, `token` whether it had one."""
 
     method: str
     path: str
     body: int
+    range: str = ""
+    token: bool = False
 
 
 @dataclass
@@ -46,19 +48,23 @@ class Fault:
 
     Attributes:
         status: answer with it, and do nothing.
-        cut: break the connection in the middle: of the request's body, or of the answer's if it has none.
+        cut: break the connection in the middle: of the request's body, or of the answer's if it has none; a number is
+            how many bytes of the answer go out before.
         after: carry out the request first, then answer with `status` (or cut): the answer is lost.
         call: run this first, then carry on.
+        headers: of the answer, in the place of its own.
+        whole: ignore that a range is asked for, and answer with the whole file.
     """
 
     method: str
     path: re.Pattern[str]
     times: int
     status: int | None = None
-    cut: bool = False
+    cut: bool | int = False
     after: bool = False
     call: Callable[[], object] | None = None
     headers: dict[str, str] = field(default_factory=dict)
+    whole: bool = False
 
 
 class HubServer:
@@ -69,6 +75,9 @@ class HubServer:
         self.users = {OWNER_TOKEN: "owner", OTHER_TOKEN: "other"}
         self.log: list[Request] = []
         self.faults: list[Fault] = []
+        self.store: str | None = None  # address of another server, to which downloads of large files are redirected
+        self.sent = 0  # bytes of files
+        self._oids: dict[tuple[Path, int, int], str] = {}
         (root / "lfs").mkdir(parents=True)
 
     def fail(self, method: str, path: str, *, times: int = 1, **fault: Any) -> None:
@@ -109,6 +118,13 @@ class HubServer:
             return str(sha)
         commits = [p.name for p in (self.place(repo_id) / "commits").iterdir()]
         return next((c for c in commits if len(revision) >= 7 and c.startswith(revision)), None)
+
+    def oid(self, file: Path) -> str:
+        """The ETag of a file, which is computed again when the file has changed."""
+        key = (file, file.stat().st_mtime_ns, file.stat().st_size)
+        if key not in self._oids:
+            self._oids[key] = oid(file.name, file.read_bytes())
+        return self._oids[key]
 
     def head(self, repo_id: str, branch: str = "main") -> str:
         return str(self.refs(repo_id)["heads"][branch])
@@ -170,8 +186,10 @@ class Handler(BaseHTTPRequestHandler):
         self.query, path = parse_qs(url.query), unquote(url.path)
         fault = self.hub.fault_for(self.command, path)
         length = int(self.headers.get("Content-Length") or 0)
-        self.hub.log.append(Request(self.command, path, length))
-        if fault and fault.cut and not fault.after and length:
+        ranged, token = self.headers.get("Range", ""), "Authorization" in self.headers
+        self.hub.log.append(Request(self.command, path, length, ranged, token))
+        self.whole = bool(fault and fault.whole)
+        if fault and fault.cut is not False and not fault.after and length:
             self.rfile.read(length // 2)
             return self.hang_up()
         self.body = self.read_body(length)
@@ -194,8 +212,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(key, str(value))
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content[: len(content) // 2] if fault and fault.cut else content)
-        if fault and fault.cut:
+            if fault and fault.cut is not False:
+                content = content[: len(content) // 2 if fault.cut is True else fault.cut]
+            self.hub.sent += len(content) if "/resolve/" in path or path.startswith("/store/") else 0
+            self.wfile.write(content)
+        if fault and fault.cut is not False:
             self.hang_up()
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
@@ -287,7 +308,10 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, repo: str, revision: str = "main") -> Any:
         sha = self.commit_of(repo, revision)
         facts = {"id": repo, "modelId": repo, "sha": sha, "private": self.hub.refs(repo)["private"]}
-        return {**facts, "tags": self.hub.tags(repo), "siblings": [{"rfilename": f} for f in self.hub.files(repo, sha)]}
+        files = self.hub.files(repo, sha)
+        blobs = "blobs" in self.query
+        siblings = [{"rfilename": f, **(sibling(f, data) if blobs else {})} for f, data in files.items()]
+        return {**facts, "tags": self.hub.tags(repo), "siblings": siblings}
 
     def list_refs(self, repo: str) -> Any:
         refs = self.hub.refs(repo)
@@ -376,18 +400,35 @@ class Handler(BaseHTTPRequestHandler):
 
     def download(self, repo: str, revision: str, path: str) -> Any:
         sha = self.commit_of(repo, revision)
-        files = self.hub.files(repo, sha)
-        if path not in files:
+        file = self.hub.place(repo) / "commits" / sha / path
+        if not file.is_file():
             raise Refusal(404, "EntryNotFound", "Entry not found")
-        data = files[path]
-        headers = {"X-Repo-Commit": sha, "ETag": f'"{oid(path, data)}"', "Accept-Ranges": "bytes"}
+        etag, size = self.hub.oid(file), file.stat().st_size
+        headers = {"X-Repo-Commit": sha, "ETag": f'"{etag}"', "Accept-Ranges": "bytes"}
         headers["Content-Type"] = "application/octet-stream"
         if path.endswith(LFS_SUFFIXES):
-            headers |= {"X-Linked-Etag": f'"{oid(path, data)}"', "X-Linked-Size": str(len(data))}
-        if asked := re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            begin, end = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
-            return 206, {**headers, "Content-Range": f"bytes {begin}-{end}/{len(data)}"}, data[begin : end + 1]
-        return 200, headers, data
+            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(size)}
+            if self.hub.store is not None:
+                return 302, {**headers, "Location": f"{self.hub.store}/store/{repo}/{sha}/{path}"}, b""
+        return self.answer(file, headers)
+
+    def fetch(self, repo: str, revision: str, path: str) -> Any:
+        """A large file from the store, which knows neither commits nor tokens, and has ETags of its own."""
+        file = self.hub.place(repo) / "commits" / revision / path
+        return self.answer(file, {"ETag": '"of the store"', "Content-Type": "application/octet-stream"})
+
+    def answer(self, file: Path, headers: dict[str, str]) -> Any:
+        """The file, or the range of it that is asked for."""
+        size = file.stat().st_size
+        asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None or self.whole:
+            return 200, headers, file.read_bytes()
+        begin, end = int(asked[1]), min(int(asked[2] or size - 1), size - 1)
+        if begin >= size:
+            raise Refusal(416, message="Range Not Satisfiable")
+        with open(file, "rb") as f:
+            f.seek(begin)
+            return 206, {**headers, "Content-Range": f"bytes {begin}-{end}/{size}"}, f.read(end + 1 - begin)
 
 
 def oid(path: str, data: bytes) -> str:
@@ -395,6 +436,12 @@ def oid(path: str, data: bytes) -> str:
     if path.endswith(LFS_SUFFIXES):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def sibling(path: str, data: bytes) -> dict[str, Any]:
+    """What a repository's facts say of a file, where asked for blobs."""
+    lfs = {"lfs": {"sha256": oid(path, data), "size": len(data), "pointerSize": 134}}
+    return {"size": len(data), "blobId": oid("", data), **(lfs if path.endswith(LFS_SUFFIXES) else {})}
 
 
 def entry(path: str, data: bytes) -> dict[str, Any]:
@@ -424,6 +471,7 @@ ROUTES: list[tuple[tuple[str, ...], str, Callable[..., Any]]] = [
     (("PUT",), "/lfs/(?P<oid>[0-9a-f]{64})", Handler.lfs_put),
     (("POST",), "/lfs-verify", Handler.lfs_verify),
     (("GET", "HEAD"), f"/{_REPO}/resolve{_AT}/(?P<path>.+)", Handler.download),
+    (("GET",), f"/store/{_REPO}{_AT}/(?P<path>.+)", Handler.fetch),
 ]
 WRITES = (Handler.create_branch, Handler.create_tag, Handler.preupload, Handler.push)
 
@@ -437,35 +485,45 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServ
     from huggingface_hub import constants, file_download, hf_api
     from huggingface_hub.utils import _http
 
+    from lowbit_format import remote
+
     hub = HubServer(root / "hub")
+    with serving(hub) as url:
+        settings = {
+            "ENDPOINT": url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(root / "cache"),
+            "HF_TOKEN_PATH": str(root / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+        }
+        for key, value in settings.items():
+            monkeypatch.setattr(constants, key, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", url)
+        monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
+        for variable in ("no_proxy", "NO_PROXY"):
+            monkeypatch.setenv(variable, "127.0.0.1")
+        at_once = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})  # retries do not wait
+        for module in (_http, file_download, remote):
+            monkeypatch.setattr(module, "time", at_once)
+        forget_clients()
+        try:
+            yield hub
+        finally:
+            forget_clients()
+
+
+@contextlib.contextmanager
+def serving(hub: HubServer) -> Iterator[str]:
+    """A server of `hub`, at the address that is given; a second one may be its store (``hub.store``)."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("OneHub", (Handler,), {"hub": hub}))
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    settings = {
-        "ENDPOINT": url,
-        "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_CACHE": str(root / "cache"),
-        "HF_TOKEN_PATH": str(root / "token"),
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_DISABLE_TELEMETRY": True,
-    }
-    for key, value in settings.items():
-        monkeypatch.setattr(constants, key, value)
-    monkeypatch.setattr(hf_api.api, "endpoint", url)
-    monkeypatch.setenv("HF_TOKEN", OWNER_TOKEN)
-    for variable in ("no_proxy", "NO_PROXY"):
-        monkeypatch.setenv(variable, "127.0.0.1")
-    at_once = types.SimpleNamespace(**{**vars(time), "sleep": lambda _: None})  # retries do not wait
-    monkeypatch.setattr(_http, "time", at_once)
-    monkeypatch.setattr(file_download, "time", at_once)
-    forget_clients()
     try:
-        yield hub
+        yield f"http://127.0.0.1:{server.server_address[1]}"
     finally:
-        forget_clients()
         server.shutdown()
         server.server_close()
         thread.join()
