@@ -64,7 +64,7 @@ class Workers:
         """
         far = [i for i in range(begin, len(plan.steps)) if plan.steps[i].target is not None]
         pool: _Pool[Any] = _LocalPool(self.number or 1) if self.ray is None else _RayPool(self.ray, self.number)
-        order = pickle.dumps(_Order(self.opening, identity(source, plan), pool.threads))
+        order = pickle.dumps(_Order(self.opening, identity(source, plan)))
         results = _in_order(pool, order, far)
         try:
             for step in plan.steps[begin:]:
@@ -118,11 +118,10 @@ def _results(
 
 @dataclass(frozen=True)
 class _Order:
-    """What a worker needs to know; `identity` is that of the driver's steps, `threads` are for one worker."""
+    """What a worker needs to know; `identity` is that of the driver's steps."""
 
     opening: Opening
     identity: str
-    threads: int
 
 
 def _work(order: bytes, index: int) -> Carried:
@@ -136,7 +135,6 @@ def _work(order: bytes, index: int) -> Carried:
 def _opened(order: bytes) -> tuple[Source, Plan]:
     """The checkpoint and plan of an order, which this process has from its first step to its last."""
     wanted: _Order = pickle.loads(order)  # made by the driver, in this program
-    os.environ.setdefault("LOWBIT_NUM_THREADS", str(wanted.threads))
     source, plan, _ = wanted.opening()
     if identity(source, plan) != wanted.identity:
         raise WorkerError(
@@ -162,12 +160,10 @@ class _Pool(Protocol[Work]):
 
     Attributes:
         number: of workers.
-        threads: that each of them should use.
         hint: what else may be wrong where workers are lost again and again.
     """
 
     number: int
-    threads: int
     hint: str
 
     def submit(self, order: bytes, index: int) -> Work:
@@ -193,7 +189,7 @@ class _LocalPool:
     hint = "A script that converts with workers needs its main part under `if __name__ == '__main__':`."
 
     def __init__(self, number: int) -> None:
-        self.number, self.threads = number, max(1, num_threads() // number)
+        self.number, self._threads = number, max(1, num_threads() // number)
         # Not forked from this process, whose threads may hold locks, but from a server that has our modules imported.
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context = multiprocessing.get_context(kind)
@@ -201,7 +197,7 @@ class _LocalPool:
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self.number, self._context, initializer=_begin)
+        return ProcessPoolExecutor(self.number, self._context, initializer=_begin, initargs=(self._threads,))
 
     def submit(self, order: bytes, index: int) -> Future[Carried]:
         try:
@@ -227,8 +223,9 @@ class _LocalPool:
             process.terminate()
 
 
-def _begin() -> None:
+def _begin(threads: int) -> None:
     """Begin a local worker: an interruption is the driver's to handle, and without a driver there is no work."""
+    os.environ["LOWBIT_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101 - a worker is spawned
@@ -259,8 +256,9 @@ class _RayPool:
                 raise WorkerError(f"{address}: no Ray cluster can be reached there: {e}") from e
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self.number = number or max(1, sum(n > 0 for n in cores))
-        self.threads = max(1, min(sum(cores) // self.number, max(cores)))
-        self._task = ray.remote(num_cpus=self.threads, max_retries=0)(_work)
+        threads = max(1, min(sum(cores) // self.number, max(cores)))
+        environment = {"env_vars": {"LOWBIT_NUM_THREADS": str(threads)}}
+        self._task = ray.remote(num_cpus=threads, max_retries=0, runtime_env=environment)(_work)
 
     def submit(self, order: bytes, index: int) -> Any:
         return self._task.remote(order, index)

@@ -7,6 +7,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ class HerePool:
     hint = ""
 
     def __init__(self, number: int, losses: dict[int, int] | None = None) -> None:
-        self.number, self.threads = number, 1
+        self.number = number
         self.losses = dict(losses or {})
         self.most_open, self._open = 0, 0
 
@@ -166,7 +167,7 @@ def test_work_that_is_lost_can_be_resumed(
 
 def test_a_worker_that_sees_another_checkpoint_refuses(checkpoint: Checkpoint) -> None:
     opening = functools.partial(plan_conversion, str(checkpoint("llama")), OPTIONS["recipe"])
-    order = pickle.dumps(workers._Order(opening, "another", 1))
+    order = pickle.dumps(workers._Order(opening, "another"))
     with pytest.raises(WorkerError, match=r"a worker on .* sees another checkpoint in .*same files"):
         workers._work(order, 0)
 
@@ -175,7 +176,7 @@ def test_the_error_of_a_step_is_the_driver_s(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "_LocalPool", HerePool)
-    source = checkpoint("llama")
+    source = Path(shutil.copytree(checkpoint("llama"), tmp_path / "source"))
 
     def spoil(weights: dict[str, Any]) -> None:
         weights["model.layers.1.mlp.up_proj.weight"][0, 0] = np.nan
@@ -222,6 +223,6 @@ def _drive(sender: Any) -> None:
 
 
 def _wait_for_ever(sender: Any) -> None:
-    workers._begin()
+    workers._begin(1)
     sender.send(os.getpid())
     time.sleep(600)
