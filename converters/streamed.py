@@ -43,7 +43,9 @@ class StreamedSource:
     """
 
     def __init__(self, directory: Path, files: Mapping[str, list[str]], repo_id: str, listing: Listing) -> None:
-        self.directory, self.repo_id, self.revision = directory, repo_id, listing.commit
+        self.directory = directory
+        self.repo_id: str | None = repo_id
+        self.revision: str | None = listing.commit
         self.files = (*files, f"{SAFETENSORS}.index.json")
         outcome = f"What is converted is kept: --resume, with --revision {listing.commit}, goes on from there"
         self._remote = RemoteFiles(repo_id, listing, outcome=outcome)
@@ -78,8 +80,8 @@ class StreamedSource:
         if begin == end:
             return np.empty(0, np.uint8)
         if run := self._runs.get(name):
-            first = place - run[1]
-            return self._small(run)[first + begin : first + end].copy()
+            found: NDArray[np.uint8] = self._small(run)[place - run[1] + begin : place - run[1] + end].copy()
+            return found
         tail = self._tails.get(name)
         if tail is None or end < self.tensors[name].nbytes or tail in self._fetched:
             return self._remote.read(file, place + begin, place + end)

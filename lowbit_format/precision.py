@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .container.atomic import disk_errors, write_json
+from .container.atomic import atomic_directory, disk_errors, write_json
 from .container.header import TensorInfo
-from .container.reader import CONFIG_FILE, ModelReader
+from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
 from .container.writer import ShardWriter, StoredTensor, shard_name, write_index
 from .errors import DigestError
 from .schema import ModuleEntry
@@ -73,6 +74,24 @@ def pieces(reader: ModelReader, bits: int) -> dict[str, list[Piece]]:
         kept = (_lowbit_piece(reader, *lowbit[t.name], t, bits) if t.name in lowbit else _all_of(t) for t in infos)
         found[file] = [piece for piece in kept if piece is not None]
     return found
+
+
+def copy_precision(
+    reader: ModelReader, bits: int, out: Path, *, report: Callable[[int], object] = lambda nbytes: None
+) -> Verified:
+    """Write precision `bits` of a model as the directory `out`, which appears when it is complete (DIR-7).
+
+    The files beside the weights come along. Otherwise as :func:`write_precision`; raises OutputError also if `out`
+    exists.
+    """
+    with atomic_directory(out) as work:
+        for path in sorted(reader.directory.rglob("*")):
+            name = path.relative_to(reader.directory)
+            is_own = str(name) in (*reader.headers, CONFIG_FILE, INDEX_FILE)
+            if path.is_file() and not is_own and not any(part.startswith(".") for part in name.parts):
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, work / name)
+        return write_precision(reader, bits, work, report=report)
 
 
 def write_precision(
@@ -137,14 +156,12 @@ def _lowbit_piece(
         return replace(_all_of(info), name=module.tensor(role))
     if not is_cut or role == "codebook":
         return _all_of(info)
-    row_bits = reader.row_bits(module.path)
+    row_bits, shape = reader.row_bits(module.path), (*info.shape[:-3], bits, *info.shape[-2:])
     if role == "row_bits":
         assert row_bits is not None  # noqa: S101 - for the type checker: the tensor is there
         return Piece(info.name, info.dtype, info.shape, (), info.name, data=np.minimum(row_bits, np.uint8(bits)))
     if row_bits is not None:  # NST-2
         shape = (int(np.minimum(row_bits, bits).sum(dtype=np.int64)), info.shape[1])
-    else:
-        shape = (*info.shape[:-3], bits, *info.shape[-2:])
     stacks = module.experts or 1  # BIT-4 holds for each expert alone (EXP-2)
     stride, size = info.nbytes // stacks, math.prod(shape) // stacks
     begins = range(info.begin, info.end, stride)

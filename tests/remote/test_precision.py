@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.directories import Matrices, random_matrices, tensors_of, write_directory
 from support.hub_server import HubServer, running_hub
+from typer.testing import CliRunner
 
 import lowbit_format as lb
 from lowbit_format import remote
+from lowbit_format.cli.main import app
 from lowbit_format.container.header import build_header, read_header
 from lowbit_format.container.reader import INDEX_FILE, ModelReader
 from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import DigestError, FormatError, HubError, PrecisionError
+from lowbit_format.partial_download import FACTS
 from lowbit_format.precision import pieces, write_precision
-from lowbit_format.reference import decode_numpy
 from lowbit_format.schema import ModuleEntry, QuantizationConfig, Scheme
 from lowbit_format.testing.strategies import modules
 from lowbit_format.testing.vectors import assert_same_bits
@@ -127,7 +129,7 @@ def test_from_the_hub_just_the_bytes_of_the_precision(hub: HubServer, whole: Pat
     assert found.nbytes < 0.7 * found.total
     beside = sum(p.stat().st_size for p in whole.iterdir() if p.suffix == ".json")
     assert found.nbytes <= hub.sent <= found.nbytes + beside
-    assert not [p for p in (tmp_path / "server" / "cache").glob("**/snapshots/**/*.safetensors")]
+    assert not list((tmp_path / "server" / "cache").glob("**/snapshots/**/*.safetensors"))
     assert found.origin is not None
     assert found.origin.identity.fingerprint() == reader.fingerprint()
     assert found.origin.bits == 2
@@ -231,3 +233,24 @@ def test_files_without_digests_give_no_identity(hub: HubServer, whole: Path, cap
     assert found.origin is None
     assert "have no digests" in caplog.text
     assert lb.fetch_precision(REPO, 2).origin is None
+
+
+def test_what_is_damaged_in_the_cache_is_fetched_again(hub: HubServer, whole: Path) -> None:
+    found = lb.fetch_precision(REPO, 2)
+    (found.directory.parent / FACTS).write_text("{")
+    assert lb.fetch_precision(REPO, 2) == found
+    assert_is_precision(found.directory, whole, 2)
+
+
+@pytest.mark.parametrize("place", ["here", "there"])
+def test_the_command(hub: HubServer, whole: Path, tmp_path: Path, place: str) -> None:
+    runner, out = CliRunner(env={"COLUMNS": "200"}), tmp_path / "out"
+    command = ["cut", REPO if place == "there" else str(whole), str(out), "--bits"]
+    refused = runner.invoke(app, [*command, "3"])
+    assert refused.exit_code == 2, refused.output
+    assert not out.exists()
+    done = runner.invoke(app, [*command, "2"])
+    assert done.exit_code == 0, done.output
+    assert ("; fetched 0.0 MB in" in done.output) == (place == "there")
+    assert_is_precision(out, whole, 2)
+    assert (out / "tokenizer.json").read_text() == "{}"
