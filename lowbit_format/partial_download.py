@@ -24,9 +24,9 @@ from .container.fingerprint import Identity
 from .container.header import Header
 from .container.reader import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelReader
 from .errors import FormatError, HubError, OutputError
-from .hub import Listing, download_files, is_plain_folder, list_files, place_of
+from .hub import Listing, download_files, list_files, place_of
 from .integrations.quantizer import Origin
-from .precision import Verified, copy_precision, pieces
+from .precision import Verified, comes_along, copy_precision, pieces
 from .remote import RemoteFiles
 from .schema import QuantizationConfig
 
@@ -197,7 +197,7 @@ def open_remote(
         return download_files(patterns, repo_id, revision=listing.commit, token=token, cache_dir=cache_dir)
 
     reader = RemoteReader(downloaded([CONFIG_FILE, INDEX_FILE]), RemoteFiles(repo_id, listing, token=token))
-    downloaded(name for name in listing.sizes if name not in reader.headers and is_plain_folder(name))
+    downloaded(name for name in listing.sizes if comes_along(name, reader.headers))
     return reader
 
 

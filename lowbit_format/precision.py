@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from .container.atomic import atomic_directory, disk_errors, write_json
 from .container.header import TensorInfo
-from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
+from .container.reader import CONFIG_FILE, ModelReader
 from .container.writer import ShardWriter, StoredTensor, shard_name, write_index
 from .errors import DigestError
+from .hub import is_plain_folder
 from .schema import ModuleEntry
 from .tensors import TensorSpec
 
@@ -76,6 +77,22 @@ def pieces(reader: ModelReader, bits: int) -> dict[str, list[Piece]]:
     return found
 
 
+def comes_along(name: str, weights: Container[str]) -> bool:
+    """Whether a file of a model, by its path there, is copied with a precision; `weights` are those of the model.
+
+    Not its own weights, which are written anew, nor other copies of them, pickles (DIR-5) and hidden files.
+    """
+    folder, _, file = name.rpartition("/")
+    is_other = file.endswith(_OTHER) or (not folder and file.endswith((".safetensors", ".safetensors.index.json")))
+    return name not in weights and name != CONFIG_FILE and not is_other and is_plain_folder(name)
+
+
+_OTHER = (
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
+    ".ot", ".tflite", ".npz",
+)  # fmt: skip
+
+
 def copy_precision(
     reader: ModelReader, bits: int, out: Path, *, report: Callable[[int], object] = lambda nbytes: None
 ) -> Verified:
@@ -86,9 +103,8 @@ def copy_precision(
     """
     with atomic_directory(out) as work:
         for path in sorted(reader.directory.rglob("*")):
-            name = path.relative_to(reader.directory)
-            is_own = str(name) in (*reader.headers, CONFIG_FILE, INDEX_FILE)
-            if path.is_file() and not is_own and not any(part.startswith(".") for part in name.parts):
+            name = path.relative_to(reader.directory).as_posix()
+            if path.is_file() and comes_along(name, reader.headers):
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, work / name)
         return write_precision(reader, bits, work, report=report)

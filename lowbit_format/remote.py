@@ -140,18 +140,23 @@ class RemoteFiles:
         headers |= {"Range": f"bytes={begin}-{begin + len(out) - 1}", "Accept-Encoding": "identity"}
         url, done, cut = hf_hub_url(self.repo_id, path, revision=self.listing.commit), 0, "the answer was too short"
         timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-        with hub.http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
-            hub.hf_raise_for_status(response)
-            self._check(response, path, begin, begin + len(out), where)
-            try:
-                for chunk in response.iter_raw(_CHUNK):
-                    n = min(len(chunk), len(out) - done)
-                    out[done : done + n] = chunk[:n]
-                    done += n
-                    if done == len(out):
-                        break
-            except transport_error() as e:
-                cut = f"{type(e).__name__}: {e}"
+        try:
+            with hub.http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
+                hub.hf_raise_for_status(response)
+                self._check(response, path, begin, begin + len(out), where)
+                try:
+                    for chunk in response.iter_raw(_CHUNK):
+                        n = min(len(chunk), len(out) - done)
+                        out[done : done + n] = chunk[:n]
+                        done += n
+                        if done == len(out):
+                            break
+                except transport_error() as e:
+                    cut = f"{type(e).__name__}: {e}"
+        except RuntimeError as e:  # where one thread cannot connect, the library closes the client of all
+            if "closed" not in str(e):
+                raise
+            cut = str(e)
         with self._lock:
             self.traffic.nbytes += done
             self.traffic.requests += 1

@@ -52,7 +52,16 @@ def write_model(directory: Path, entries: list[ModuleEntry] = NESTED, shards: in
 @pytest.fixture(params=[1, 3])
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write_model(tmp_path / "whole", shards=request.param)
-    (tmp_path / "whole" / "tokenizer.json").write_text("{}")
+    beside = [
+        "tokenizer.json",
+        "2_Dense/model.safetensors",
+        "training.pt",
+        "consolidated.safetensors",
+        ".hidden/a.json",
+    ]
+    for name in beside:
+        (tmp_path / "whole" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "whole" / name).write_text("{}")
     return tmp_path / "whole"
 
 
@@ -62,9 +71,14 @@ def hub(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(remote, "GAP", 0)
     with running_hub(tmp_path / "server", monkeypatch) as hub:
         hub.create(REPO)
-        hub.commit(REPO, {p.name: p.read_bytes() for p in whole.iterdir()})
+        hub.commit(REPO, {p.relative_to(whole).as_posix(): p.read_bytes() for p in whole.rglob("*") if p.is_file()})
         hub.sent = 0
         yield hub
+
+
+def files_beside(directory: Path) -> list[str]:
+    own = {"config.json", INDEX_FILE, *ModelReader(directory).headers}
+    return sorted({p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - own)
 
 
 def assert_is_precision(directory: Path, whole: Path, bits: int) -> None:
@@ -119,17 +133,17 @@ def test_of_any_model(
 def test_from_the_hub_just_the_bytes_of_the_precision(hub: HubServer, whole: Path, tmp_path: Path) -> None:
     found = lb.fetch_precision(REPO, 2)
     assert_is_precision(found.directory, whole, 2)
-    assert (found.directory / "tokenizer.json").read_text() == "{}"
+    assert files_beside(found.directory) == ["2_Dense/model.safetensors", "tokenizer.json"]
     reader = ModelReader(whole)
     needed = sum(p.nbytes for some in pieces(reader, 2).values() for p in some)
     headers = sum(min(t.begin for t in h.tensors.values()) for h in reader.headers.values())
     row_bits = reader.info("model.mixed.row_bits").nbytes
     assert needed + headers <= found.nbytes <= needed + headers + row_bits
-    assert found.total == sum(p.stat().st_size for p in whole.glob("*.safetensors"))
+    assert found.total == sum((whole / file).stat().st_size for file in reader.headers)
     assert found.nbytes < 0.7 * found.total
-    beside = sum(p.stat().st_size for p in whole.iterdir() if p.suffix == ".json")
+    beside = 10 + sum(p.stat().st_size for p in whole.iterdir() if p.suffix == ".json")
     assert found.nbytes <= hub.sent <= found.nbytes + beside
-    assert not list((tmp_path / "server" / "cache").glob("**/snapshots/**/*.safetensors"))
+    assert not list((tmp_path / "server" / "cache").glob("**/snapshots/*/*.safetensors"))
     assert found.origin is not None
     assert found.origin.identity.fingerprint() == reader.fingerprint()
     assert found.origin.bits == 2
@@ -222,7 +236,7 @@ def test_what_is_no_lowbit_model(hub: HubServer, change: dict[str, bytes | None]
 
 def test_files_without_digests_give_no_identity(hub: HubServer, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     """So that no task can be taken to fit."""
-    for file in whole.glob("*.safetensors"):
+    for file in whole.glob("model*.safetensors"):
         header = read_header(file)
         data = file.read_bytes()[min(t.begin for t in header.tensors.values()) :]
         tensors = [(t.name, t.dtype, t.shape) for t in header.tensors.values()]
@@ -253,4 +267,4 @@ def test_the_command(hub: HubServer, whole: Path, tmp_path: Path, place: str) ->
     assert done.exit_code == 0, done.output
     assert ("; fetched 0.0 MB in" in done.output) == (place == "there")
     assert_is_precision(out, whole, 2)
-    assert (out / "tokenizer.json").read_text() == "{}"
+    assert files_beside(out) == ["2_Dense/model.safetensors", "tokenizer.json"]
