@@ -197,7 +197,8 @@ def open_remote(
         return download_files(patterns, repo_id, revision=listing.commit, token=token, cache_dir=cache_dir)
 
     reader = RemoteReader(downloaded([CONFIG_FILE, INDEX_FILE]), RemoteFiles(repo_id, listing, token=token))
-    downloaded(name for name in listing.sizes if comes_along(name, reader.headers))
+    if beside := [name for name in listing.sizes if comes_along(name, reader.headers)]:
+        downloaded(beside)
     return reader
 
 
