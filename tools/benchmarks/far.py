@@ -5,12 +5,15 @@
 The Hub is the one of the tests, on 127.0.0.1, and waits `--latency` seconds before each answer about a weight file; a
 range from a store of another address, as on the Hub itself, would be two answers. The checkpoint has the shapes of
 SmolLM2-135M, at random, unless one is given. Each job runs in a process of its own; its peak is VmHWM, imports
-included. Disk is what the Hub's cache and the output take together, looked at every 50 ms.
+included. In the last row of streaming, some answers are cut, refused for being too many (429), or fail (500); the
+weights have to be the same bytes in all rows. Disk is what the Hub's cache and the output take together, looked at
+every 50 ms.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -24,6 +27,9 @@ from typing import Any
 from .common import Facts, job_of_this_process, memory, run_part, table
 
 REPO = "owner/model"
+FAULTS: list[dict[str, Any]] = [  # after every nine requests one of them
+    {"cut": 100_000}, {"status": 429, "headers": {"Retry-After": "1"}}, {"status": 500},
+]  # fmt: skip
 
 
 def make_checkpoint(directory: Path) -> Path:
@@ -38,6 +44,12 @@ def make_checkpoint(directory: Path) -> Path:
     )  # fmt: skip
     hf.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory
+
+
+def weights(directory: Path) -> list[str]:
+    """SHA-256 of the weight files."""
+    files = sorted(directory.glob("*.safetensors"))
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def work(do: str, source: str, out: str) -> Facts:
@@ -107,9 +119,12 @@ def main() -> None:
                 files = {p.relative_to(directory).as_posix(): p for p in directory.rglob("*") if p.is_file()}
                 hub.commit(REPO, {name: path.read_bytes() for name, path in files.items()})
 
-            def measured(name: str, do: str, place: str) -> list[Any]:
-                cache, out = root / f"cache-{do}", root / f"out-{do}"
+            def measured(name: str, do: str, place: str, faults: int = 0) -> list[Any]:
+                cache, out = root / f"cache-{do}-{faults}", root / f"out-{do}-{faults}"
                 os.environ["HF_HUB_CACHE"] = str(cache)
+                for i in range(faults):
+                    hub.fail("GET", r"safetensors$", times=9, call=lambda: time.sleep(args.latency))
+                    hub.fail("GET", r"safetensors$", **FAULTS[i % len(FAULTS)])
                 hub.fail("GET", r"safetensors$", times=1 << 30, call=lambda: time.sleep(args.latency))
                 hub.log.clear()
                 hub.sent = 0
@@ -117,7 +132,10 @@ def main() -> None:
                     facts = run_part("far", {"do": do, "source": place, "out": str(out)}, threads=2, HF_HUB_OFFLINE="0")
                 if "failed" in facts:
                     sys.exit(facts["failed"])
+                left = sum(fault.times for fault in hub.faults[:-1])
                 hub.faults.clear()
+                if left or (place == REPO and out.exists() and weights(out) != weights(root / "out-here-0")):
+                    sys.exit(f"{name}: {left} faults did not happen, or the weights are not the same")
                 requests = sum(r.method == "GET" and r.path.endswith("safetensors") for r in hub.log)
                 sizes = [f"{n / 1e6:,.1f}" for n in (hub.sent, disk.most, facts["peak"])]
                 return [name, sizes[0], requests, *sizes[1:], f"{facts['seconds']:.1f}"]
@@ -127,10 +145,11 @@ def main() -> None:
                 measured("a directory here", "here", str(source)),
                 measured("the Hub, downloaded first", "download", REPO),
                 measured("the Hub, `--stream`", "stream", REPO),
+                measured("the same, with 9 faults", "stream", REPO, 9),
             ]
             head = ["", "fetched MB", "requests", "peak of disk MB", "peak of memory MB", "s"]
             print(table(["converted from", *head[1:]], rows))
-            publish(root / "out-here")
+            publish(root / "out-here-0")
             rows = [measured("all", "all", REPO), measured("2 of 4 bits", "fetch", REPO)]
             print()
             print(table(["fetched", *head[1:]], rows))
