@@ -166,7 +166,7 @@ def _lowbit_piece(
     """What becomes of a tensor of a module: all of it, a part, or nothing."""
     role, _, of = spec.role.partition("_k") if "_k" in spec.role else (spec.role, "", "")
     is_cut = bits < module.scheme.bits
-    if role in ("scales", "offsets", "zeros"):
+    if role not in ("planes", "codebook", "row_bits"):  # parameters of groups: NST-1
         if of != (str(bits) if is_cut else ""):
             return None
         return replace(_all_of(info), name=module.tensor(role))
