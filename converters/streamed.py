@@ -69,7 +69,7 @@ class StreamedSource:
                     self._tails[t.name] = (file, *runs[t.end])
         self._kept: OrderedDict[Run, NDArray[np.uint8]] = OrderedDict()
         self._fetched = set[Run]()
-        self._lock = threading.Lock()
+        self._lock, self._fetching = threading.Lock(), threading.Lock()
         facts = [f"{file}\t{listing.sizes[file]}\t{listing.etags.get(file)}" for file in files]
         self.identity = hashlib.sha256("\n".join([repo_id, listing.commit, *facts]).encode()).hexdigest()
 
@@ -90,12 +90,13 @@ class StreamedSource:
         return data[: end - begin]
 
     def _small(self, run: Run) -> NDArray[np.uint8]:
-        with self._lock:
-            data = self._kept.get(run)
-        if data is None:
-            data = self._remote.read(*run)
-            self._keep(run, data)
-        return data
+        with self._fetching:  # two threads that want the same are served by one request
+            with self._lock:
+                data = self._kept.get(run)
+            if data is None:
+                data = self._remote.read(*run)
+                self._keep(run, data)
+            return data
 
     def _keep(self, run: Run, data: NDArray[np.uint8]) -> None:
         with self._lock:
