@@ -52,9 +52,7 @@ class SplitSource:
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         """As of any source; or `nbytes` of the tensor's bytes from `begin`."""
         key, first = self._places[name]
-        end = self.tensors[name].nbytes if nbytes is None else begin + nbytes
-        part: NDArray[np.uint8] = self._source.read(key)[first + begin : first + end].copy()
-        return part
+        return self._source.read(key, first + begin, self.tensors[name].nbytes - begin if nbytes is None else nbytes)
 
 
 def _cut(rename: Renamer, model: Any, tensor: SourceTensor) -> Iterator[SourceTensor]:

@@ -43,7 +43,9 @@ class StreamedSource:
     """
 
     def __init__(self, directory: Path, files: Mapping[str, list[str]], repo_id: str, listing: Listing) -> None:
-        self.directory, self.repo_id, self.revision = directory, repo_id, listing.commit
+        self.directory = directory
+        self.repo_id: str | None = repo_id
+        self.revision: str | None = listing.commit
         self.files = (*files, f"{SAFETENSORS}.index.json")
         outcome = f"What is converted is kept: --resume, with --revision {listing.commit}, goes on from there"
         self._remote = RemoteFiles(repo_id, listing, outcome=outcome)
@@ -67,7 +69,7 @@ class StreamedSource:
                     self._tails[t.name] = (file, *runs[t.end])
         self._kept: OrderedDict[Run, NDArray[np.uint8]] = OrderedDict()
         self._fetched = set[Run]()
-        self._lock = threading.Lock()
+        self._lock, self._fetching = threading.Lock(), threading.Lock()
         facts = [f"{file}\t{listing.sizes[file]}\t{listing.etags.get(file)}" for file in files]
         self.identity = hashlib.sha256("\n".join([repo_id, listing.commit, *facts]).encode()).hexdigest()
 
@@ -78,8 +80,8 @@ class StreamedSource:
         if begin == end:
             return np.empty(0, np.uint8)
         if run := self._runs.get(name):
-            first = place - run[1]
-            return self._small(run)[first + begin : first + end].copy()
+            found: NDArray[np.uint8] = self._small(run)[place - run[1] + begin : place - run[1] + end].copy()
+            return found
         tail = self._tails.get(name)
         if tail is None or end < self.tensors[name].nbytes or tail in self._fetched:
             return self._remote.read(file, place + begin, place + end)
@@ -88,12 +90,13 @@ class StreamedSource:
         return data[: end - begin]
 
     def _small(self, run: Run) -> NDArray[np.uint8]:
-        with self._lock:
-            data = self._kept.get(run)
-        if data is None:
-            data = self._remote.read(*run)
-            self._keep(run, data)
-        return data
+        with self._fetching:  # two threads that want the same are served by one request
+            with self._lock:
+                data = self._kept.get(run)
+            if data is None:
+                data = self._remote.read(*run)
+                self._keep(run, data)
+            return data
 
     def _keep(self, run: Run, data: NDArray[np.uint8]) -> None:
         with self._lock:

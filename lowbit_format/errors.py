@@ -155,7 +155,8 @@ class TaskError(LowbitError):
 
 
 class HubError(LowbitError):
-    """The Hub refused, or could not be reached; nothing was published or loaded in part."""
+    """The Hub refused, could not be reached, or gave something else than before; nothing was published or loaded in
+    part."""
 
 
 class CalibrationError(LowbitError):

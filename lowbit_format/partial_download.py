@@ -1,7 +1,7 @@
 """One precision of a model on the Hub, fetched by ranges into a model directory of the cache.
 
 The Hub's cache gets the config and the files beside the weights, as always. The weights of precision k are written to
-``lowbit/COMMIT/k-bits`` in the repository's folder of that cache: an ordinary lowbit model, which every program loads.
+``lowbit/COMMIT/k-bits/model`` in the repository's folder of that cache: an ordinary lowbit model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from .container.atomic import atomic_directory, write_json
 from .container.fingerprint import Identity
 from .container.header import Header
 from .container.reader import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelReader
-from .errors import HubError, OutputError
-from .hub import Listing, download_files, is_plain_folder, list_files, place_of
+from .errors import FormatError, HubError, OutputError
+from .hub import Listing, download_files, list_files, place_of
 from .integrations.quantizer import Origin
-from .precision import Verified, pieces, write_precision
+from .precision import Verified, comes_along, copy_precision, pieces
 from .remote import RemoteFiles
 from .schema import QuantizationConfig
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .hub import Token
 
 log = logging.getLogger(__name__)
+
+MODEL, FACTS = "model", "fetched.json"  # in the folder of a precision
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,18 @@ class RemoteReader(ModelReader):
     """A model whose config and index are in `directory`, and whose weights are on the Hub; checked when it is opened.
 
     Raises FormatError, one of its subclasses, and HubError.
+
+    Attributes:
+        files: those on the Hub.
     """
 
     def __init__(self, directory: Path, files: RemoteFiles) -> None:
-        self._files = files
+        self.files = files
         self._row_bits_of = dict[str, NDArray[np.uint8] | None]()
         super().__init__(directory)
 
     def _header(self, file: str) -> Header | None:
-        return self._files.read_header(file) if file in self._files.listing.sizes else None
+        return self.files.read_header(file) if file in self.files.listing.sizes else None
 
     def row_bits(self, path: str) -> NDArray[np.uint8] | None:
         """As of any model; fetched once."""
@@ -84,7 +89,7 @@ class RemoteReader(ModelReader):
         return self._row_bits_of[path]
 
     def ranges(self, file: str, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
-        return self._files.read_all(file, ranges)
+        return self.files.read_all(file, ranges)
 
 
 def fetch_precision(
@@ -134,9 +139,9 @@ def find_part(
         listing = list_files(repo_id, revision=revision, token=token)
     except HubError:
         commit = _commit_in_cache(repo_id, revision, cache_dir)
-        place = commit and _place(repo_id, commit, bits, cache_dir)
-        if place and place.is_dir():
-            return _recorded(place)
+        found = commit and _recorded(_place(repo_id, commit, bits, cache_dir))
+        if found:
+            return found
         if local_files_only or commit:  # transformers finds the whole model there, or says what is amiss
             return None
         raise
@@ -154,53 +159,57 @@ def _fetched(
     again: bool,
 ) -> Fetched:
     place = _place(repo_id, listing.commit, bits, cache_dir)
-    if place.is_dir() and again:
-        shutil.rmtree(place)
-    if place.is_dir():
-        return _recorded(place)
+    if not again and (there := _recorded(place)) is not None:
+        return there
+    reader = open_remote(repo_id, listing, token=token, cache_dir=cache_dir)
+    pieces(reader, bits)  # raises before anything is made
+    origin, traffic = _origin(reader, bits), reader.files.traffic
+    total = sum(listing.sizes[file] for file in reader.headers)
+    shutil.rmtree(place, ignore_errors=True)
+    try:
+        with progress(reader, bits) as bar, atomic_directory(place) as work:
+            verified = copy_precision(reader, bits, work / MODEL, report=bar.update)
+            found = Fetched(
+                place / MODEL, repo_id, listing.commit, bits, traffic.nbytes, traffic.requests, total, verified, origin
+            )
+            _record(found, work / FACTS)
+    except OutputError:
+        if (there := _recorded(place)) is None:  # else another process has fetched it meanwhile
+            raise
+        return there
+    log.info(
+        "%s at %d bits: fetched %s, of %.1f MB in all; the digests of %d of %d tensors agree, cut planes have none",
+        repo_id, bits, traffic, total / 1e6, verified.agreed, verified.tensors,
+    )  # fmt: skip
+    return found
+
+
+def open_remote(
+    repo_id: str, listing: Listing, *, token: Token = None, cache_dir: str | os.PathLike[str] | None = None
+) -> RemoteReader:
+    """Open the model of a commit; its files beside the weights are then in the cache.
+
+    Raises FormatError, one of its subclasses, and HubError.
+    """
 
     def downloaded(names: Iterable[str]) -> Path:
         patterns = [glob.escape(name) for name in names]
         return download_files(patterns, repo_id, revision=listing.commit, token=token, cache_dir=cache_dir)
 
-    files = RemoteFiles(repo_id, listing, token=token)
-    reader = RemoteReader(downloaded([CONFIG_FILE, INDEX_FILE]), files)
-    weights, total = reader.headers.keys(), sum(listing.sizes[file] for file in reader.headers)
-    beside = [name for name in listing.sizes if name not in weights and is_plain_folder(name)]
-    snapshot = downloaded(beside)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with _progress(repo_id, reader, bits) as bar:
-        try:
-            with atomic_directory(place) as work:
-                for name in beside:
-                    if name not in (CONFIG_FILE, INDEX_FILE):
-                        (work / name).parent.mkdir(parents=True, exist_ok=True)
-                        shutil.copyfile(snapshot / name, work / name)
-                verified = write_precision(reader, bits, work, report=bar.update)
-                origin = _origin(reader, bits)
-                traffic = files.traffic
-                found = Fetched(
-                    place, repo_id, listing.commit, bits, traffic.nbytes, traffic.requests, total, verified, origin
-                )
-                _record(found)
-        except OutputError:
-            if not place.is_dir():  # else another process has fetched it meanwhile
-                raise
-            return _recorded(place)
-    log.info(
-        "%s at %d bits: fetched %s, of %.1f MB in all; the digests of %d of %d tensors agree, planes that were cut have "
-        "none",
-        repo_id, bits, files.traffic, total / 1e6, verified.agreed, verified.tensors,
-    )  # fmt: skip
-    return found
+    reader = RemoteReader(downloaded([CONFIG_FILE, INDEX_FILE]), RemoteFiles(repo_id, listing, token=token))
+    if beside := [name for name in listing.sizes if comes_along(name, reader.headers)]:
+        downloaded(beside)
+    return reader
 
 
-def _progress(repo_id: str, reader: ModelReader, bits: int) -> Any:
-    from huggingface_hub.utils import tqdm
+def progress(reader: RemoteReader, bits: int) -> Any:
+    """A bar of huggingface_hub's, which counts the bytes that a precision is made from; its ``update`` takes some."""
+    from huggingface_hub import utils
 
+    hub: Any = utils  # which has no types
     most = max((m.scheme.bits for m in reader.config), default=bits)
     total = sum(piece.nbytes for some in pieces(reader, bits).values() for piece in some)
-    return tqdm(total=total, unit="B", unit_scale=True, desc=f"{repo_id}, {bits} of {most} bits")
+    return hub.tqdm(total=total, unit="B", unit_scale=True, desc=f"{reader.files.repo_id}, {bits} of {most} bits")
 
 
 def _origin(reader: ModelReader, bits: int) -> Origin | None:
@@ -249,15 +258,15 @@ def _path(cache_dir: str | os.PathLike[str] | None) -> Path | None:
     return None if cache_dir is None else Path(cache_dir)
 
 
-def _record(found: Fetched) -> None:
-    """Write what is known of a directory beside it: what it cost, and the base that it is a part of."""
+def _record(found: Fetched, file: Path) -> None:
+    """Write what is known of a directory beside it: of what base it is a part, and what of it is verified."""
     origin = None
     if found.origin is not None:
         identity = found.origin.identity
         tensors = {name: [identity.digests[name], list(shape)] for name, shape in sorted(identity.shapes.items())}
         origin = {"quantization_config": identity.config.to_dict(), "tensors": tensors}
     write_json(
-        found.directory.with_suffix(".json"),
+        file,
         {
             "repo_id": found.repo_id, "commit": found.commit, "bits": found.bits, "total": found.total,
             "tensors": found.verified.tensors, "agreed": found.verified.agreed, "origin": origin,
@@ -265,13 +274,17 @@ def _record(found: Fetched) -> None:
     )  # fmt: skip
 
 
-def _recorded(place: Path) -> Fetched:
-    """What was fetched before."""
-    facts = json.loads(place.with_suffix(".json").read_text("utf-8"))
-    origin, bits = None, facts["bits"]
-    if (whole := facts["origin"]) is not None:
-        digests = {name: digest for name, (digest, _) in whole["tensors"].items()}
-        shapes = {name: tuple(shape) for name, (_, shape) in whole["tensors"].items()}
-        origin = Origin(Identity(QuantizationConfig.from_dict(whole["quantization_config"]), digests, shapes), bits)
-    verified = Verified(facts["tensors"], facts["agreed"])
-    return Fetched(place, facts["repo_id"], facts["commit"], bits, 0, 0, facts["total"], verified, origin)
+def _recorded(place: Path) -> Fetched | None:
+    """What was fetched to a place before; None if nothing was, or what is there is damaged."""
+    try:
+        facts = json.loads((place / FACTS).read_text("utf-8"))
+        origin, bits = None, facts["bits"]
+        if (whole := facts["origin"]) is not None:
+            digests = {name: digest for name, (digest, _) in whole["tensors"].items()}
+            shapes = {name: tuple(shape) for name, (_, shape) in whole["tensors"].items()}
+            config = QuantizationConfig.from_dict(whole["quantization_config"])
+            origin = Origin(Identity(config, digests, shapes), bits)
+        verified = Verified(facts["tensors"], facts["agreed"])
+        return Fetched(place / MODEL, facts["repo_id"], facts["commit"], bits, 0, 0, facts["total"], verified, origin)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, FormatError):
+        return None

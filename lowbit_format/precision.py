@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .container.atomic import disk_errors, write_json
+from .container.atomic import atomic_directory, disk_errors, write_json
 from .container.header import TensorInfo
 from .container.reader import CONFIG_FILE, ModelReader
 from .container.writer import ShardWriter, StoredTensor, shard_name, write_index
 from .errors import DigestError
+from .hub import is_plain_folder
 from .schema import ModuleEntry
 from .tensors import TensorSpec
 
@@ -73,6 +75,39 @@ def pieces(reader: ModelReader, bits: int) -> dict[str, list[Piece]]:
         kept = (_lowbit_piece(reader, *lowbit[t.name], t, bits) if t.name in lowbit else _all_of(t) for t in infos)
         found[file] = [piece for piece in kept if piece is not None]
     return found
+
+
+def comes_along(name: str, weights: Container[str]) -> bool:
+    """Whether a file of a model, by its path there, is copied with a precision; `weights` are those of the model.
+
+    Not its own weights, which are written anew, nor other copies of them, pickles (DIR-5) and hidden files.
+    """
+    folder, _, file = name.rpartition("/")
+    is_other = file.endswith(_OTHER) or (not folder and file.endswith((".safetensors", ".safetensors.index.json")))
+    return name not in weights and name != CONFIG_FILE and not is_other and is_plain_folder(name)
+
+
+_OTHER = (
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf",
+    ".ot", ".tflite", ".npz",
+)  # fmt: skip
+
+
+def copy_precision(
+    reader: ModelReader, bits: int, out: Path, *, report: Callable[[int], object] = lambda nbytes: None
+) -> Verified:
+    """Write precision `bits` of a model as the directory `out`, which appears when it is complete (DIR-7).
+
+    The files beside the weights come along. Otherwise as :func:`write_precision`; raises OutputError also if `out`
+    exists.
+    """
+    with atomic_directory(out) as work:
+        for path in sorted(reader.directory.rglob("*")):
+            name = path.relative_to(reader.directory).as_posix()
+            if path.is_file() and comes_along(name, reader.headers):
+                (work / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, work / name)
+        return write_precision(reader, bits, work, report=report)
 
 
 def write_precision(
@@ -131,20 +166,18 @@ def _lowbit_piece(
     """What becomes of a tensor of a module: all of it, a part, or nothing."""
     role, _, of = spec.role.partition("_k") if "_k" in spec.role else (spec.role, "", "")
     is_cut = bits < module.scheme.bits
-    if role in ("scales", "offsets", "zeros"):
+    if role not in ("planes", "codebook", "row_bits"):  # parameters of groups: NST-1
         if of != (str(bits) if is_cut else ""):
             return None
         return replace(_all_of(info), name=module.tensor(role))
     if not is_cut or role == "codebook":
         return _all_of(info)
-    row_bits = reader.row_bits(module.path)
+    row_bits, shape = reader.row_bits(module.path), (*info.shape[:-3], bits, *info.shape[-2:])
     if role == "row_bits":
         assert row_bits is not None  # noqa: S101 - for the type checker: the tensor is there
         return Piece(info.name, info.dtype, info.shape, (), info.name, data=np.minimum(row_bits, np.uint8(bits)))
     if row_bits is not None:  # NST-2
         shape = (int(np.minimum(row_bits, bits).sum(dtype=np.int64)), info.shape[1])
-    else:
-        shape = (*info.shape[:-3], bits, *info.shape[-2:])
     stacks = module.experts or 1  # BIT-4 holds for each expert alone (EXP-2)
     stride, size = info.nbytes // stacks, math.prod(shape) // stacks
     begins = range(info.begin, info.end, stride)

@@ -71,23 +71,21 @@ class RemoteFiles:
         """Bytes `begin` to `end` of a file, as a new array.
 
         Raises:
-            HubError: they cannot be had, or the file is not the one that it was.
+            HubError: they cannot be had, are more than memory, or the file is not the one that it was.
         """
-        out = np.empty(end - begin, np.uint8)
-        self.read_into(path, begin, out)
-        return out
-
-    def read_into(self, path: str, begin: int, out: NDArray[np.uint8]) -> None:
-        """As :meth:`read`, into an array."""
-        done = fruitless = 0
         place = place_of(self.repo_id, self.listing.commit, None)
-        where = f"{place}: bytes {begin:,} to {begin + len(out):,} of {path}"
+        where = f"{place}: bytes {begin:,} to {end:,} of {path}"
+        try:
+            out = np.empty(end - begin, np.uint8)  # which takes memory only as the bytes come
+        except (MemoryError, ValueError) as e:
+            raise HubError(f"{where}: are more than the memory of this machine. {self._outcome}") from e
+        done = fruitless = 0
         while done < len(out):
             with hub_errors(where, self._outcome):
                 came, cut = self._request(path, begin + done, out[done:].data, where)
             done += came
             if done == len(out):
-                return
+                break
             fruitless = 1 if came >= PROGRESS else fruitless + 1
             if fruitless == TRIES:
                 raise HubError(
@@ -95,6 +93,7 @@ class RemoteFiles:
                     f"the end; check the network, then try again. {self._outcome}. ({cut})"
                 )
             time.sleep(min(2.0 ** (fruitless - 1), _LONGEST_WAIT))
+        return out
 
     def read_all(self, path: str, ranges: Sequence[tuple[int, int]]) -> Iterator[NDArray[np.uint8]]:
         """The bytes of ranges ``(begin, end)``, which ascend and do not overlap; some are fetched ahead.
@@ -134,24 +133,30 @@ class RemoteFiles:
 
     def _request(self, path: str, begin: int, out: memoryview, where: str) -> tuple[int, str]:
         """Ask once; returns how many bytes came, and what cut them short."""
-        from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+        from huggingface_hub import constants, hf_hub_url, utils
 
-        headers = build_hf_headers(token=self._token, library_name="lowbit-format")
+        hub: Any = utils  # which has no types
+        headers = hub.build_hf_headers(token=self._token, library_name="lowbit-format")
         headers |= {"Range": f"bytes={begin}-{begin + len(out) - 1}", "Accept-Encoding": "identity"}
         url, done, cut = hf_hub_url(self.repo_id, path, revision=self.listing.commit), 0, "the answer was too short"
-        with http_stream_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
-            hf_raise_for_status(response)
-            self._check(response, path, begin, begin + len(out), where)
-            try:
-                for chunk in response.iter_raw(_CHUNK):
-                    n = min(len(chunk), len(out) - done)
-                    out[done : done + n] = chunk[:n]
-                    done += n
-                    if done == len(out):
-                        break
-            except transport_error() as e:
-                cut = f"{type(e).__name__}: {e}"
+        timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        try:
+            with hub.http_stream_backoff("GET", url, headers=headers, timeout=timeout) as response:
+                hub.hf_raise_for_status(response)
+                self._check(response, path, begin, begin + len(out), where)
+                try:
+                    for chunk in response.iter_raw(_CHUNK):
+                        n = min(len(chunk), len(out) - done)
+                        out[done : done + n] = chunk[:n]
+                        done += n
+                        if done == len(out):
+                            break
+                except transport_error() as e:
+                    cut = f"{type(e).__name__}: {e}"
+        except RuntimeError as e:  # where one thread cannot connect, the library closes the client of all
+            if "closed" not in str(e):
+                raise
+            cut = str(e)
         with self._lock:
             self.traffic.nbytes += done
             self.traffic.requests += 1

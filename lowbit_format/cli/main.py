@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..converters.command import convert
-from . import demo, dequantize, diff, evaluate, inspect, task, verify
+from . import cut, demo, dequantize, diff, evaluate, inspect, task, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +24,7 @@ app.command()(convert)
 app.command()(demo.demo)
 app.command()(inspect.inspect)
 app.command()(verify.verify)
+app.command()(cut.cut)
 app.command()(dequantize.dequantize)
 app.command()(diff.diff)
 app.command("eval")(evaluate.evaluate)

@@ -78,3 +78,22 @@ def test_parts_are_ranges_of_bytes(directory: Path) -> None:
     again, nothing = split(cut)
     assert again is cut
     assert nothing == {}
+
+
+def test_of_a_fused_tensor_no_more_is_read_than_the_part(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte once, since a source may be far away."""
+    source = open_checkpoint(str(directory / "float"))
+    cut, joined = split(source)
+    read, came = source.read, dict[str, int]()
+
+    def counted(name: str, begin: int = 0, nbytes: int | None = None) -> Any:
+        found = read(name, begin, nbytes)
+        came[name] = came.get(name, 0) + len(found)
+        return found
+
+    monkeypatch.setattr(source, "read", counted)
+    for key, parts in joined.items():
+        assert np.array_equal(np.concatenate([cut.read(part) for part in parts]), read(key))
+        assert came[key] == source.tensors[key].nbytes
+        assert np.array_equal(cut.read(parts[1], 5, 20), cut.read(parts[1])[5:25])
+    assert joined

@@ -13,15 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.directories import Matrices, random_matrices, tensors_of, write_directory
 from support.hub_server import HubServer, running_hub
+from typer.testing import CliRunner
 
 import lowbit_format as lb
 from lowbit_format import remote
+from lowbit_format.cli.main import app
 from lowbit_format.container.header import build_header, read_header
 from lowbit_format.container.reader import INDEX_FILE, ModelReader
 from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import DigestError, FormatError, HubError, PrecisionError
+from lowbit_format.partial_download import FACTS
 from lowbit_format.precision import pieces, write_precision
-from lowbit_format.reference import decode_numpy
 from lowbit_format.schema import ModuleEntry, QuantizationConfig, Scheme
 from lowbit_format.testing.strategies import modules
 from lowbit_format.testing.vectors import assert_same_bits
@@ -50,7 +52,16 @@ def write_model(directory: Path, entries: list[ModuleEntry] = NESTED, shards: in
 @pytest.fixture(params=[1, 3])
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     write_model(tmp_path / "whole", shards=request.param)
-    (tmp_path / "whole" / "tokenizer.json").write_text("{}")
+    beside = [
+        "tokenizer.json",
+        "2_Dense/model.safetensors",
+        "training.pt",
+        "consolidated.safetensors",
+        ".hidden/a.json",
+    ]
+    for name in beside:
+        (tmp_path / "whole" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "whole" / name).write_text("{}")
     return tmp_path / "whole"
 
 
@@ -60,9 +71,14 @@ def hub(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     monkeypatch.setattr(remote, "GAP", 0)
     with running_hub(tmp_path / "server", monkeypatch) as hub:
         hub.create(REPO)
-        hub.commit(REPO, {p.name: p.read_bytes() for p in whole.iterdir()})
+        hub.commit(REPO, {p.relative_to(whole).as_posix(): p.read_bytes() for p in whole.rglob("*") if p.is_file()})
         hub.sent = 0
         yield hub
+
+
+def files_beside(directory: Path) -> list[str]:
+    own = {"config.json", INDEX_FILE, *ModelReader(directory).headers}
+    return sorted({p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()} - own)
 
 
 def assert_is_precision(directory: Path, whole: Path, bits: int) -> None:
@@ -117,17 +133,17 @@ def test_of_any_model(
 def test_from_the_hub_just_the_bytes_of_the_precision(hub: HubServer, whole: Path, tmp_path: Path) -> None:
     found = lb.fetch_precision(REPO, 2)
     assert_is_precision(found.directory, whole, 2)
-    assert (found.directory / "tokenizer.json").read_text() == "{}"
+    assert files_beside(found.directory) == ["2_Dense/model.safetensors", "tokenizer.json"]
     reader = ModelReader(whole)
     needed = sum(p.nbytes for some in pieces(reader, 2).values() for p in some)
     headers = sum(min(t.begin for t in h.tensors.values()) for h in reader.headers.values())
     row_bits = reader.info("model.mixed.row_bits").nbytes
     assert needed + headers <= found.nbytes <= needed + headers + row_bits
-    assert found.total == sum(p.stat().st_size for p in whole.glob("*.safetensors"))
+    assert found.total == sum((whole / file).stat().st_size for file in reader.headers)
     assert found.nbytes < 0.7 * found.total
-    beside = sum(p.stat().st_size for p in whole.iterdir() if p.suffix == ".json")
+    beside = 10 + sum(p.stat().st_size for p in whole.iterdir() if p.suffix == ".json")
     assert found.nbytes <= hub.sent <= found.nbytes + beside
-    assert not [p for p in (tmp_path / "server" / "cache").glob("**/snapshots/**/*.safetensors")]
+    assert not list((tmp_path / "server" / "cache").glob("**/snapshots/*/*.safetensors"))
     assert found.origin is not None
     assert found.origin.identity.fingerprint() == reader.fingerprint()
     assert found.origin.bits == 2
@@ -220,7 +236,7 @@ def test_what_is_no_lowbit_model(hub: HubServer, change: dict[str, bytes | None]
 
 def test_files_without_digests_give_no_identity(hub: HubServer, whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     """So that no task can be taken to fit."""
-    for file in whole.glob("*.safetensors"):
+    for file in whole.glob("model*.safetensors"):
         header = read_header(file)
         data = file.read_bytes()[min(t.begin for t in header.tensors.values()) :]
         tensors = [(t.name, t.dtype, t.shape) for t in header.tensors.values()]
@@ -231,3 +247,24 @@ def test_files_without_digests_give_no_identity(hub: HubServer, whole: Path, cap
     assert found.origin is None
     assert "have no digests" in caplog.text
     assert lb.fetch_precision(REPO, 2).origin is None
+
+
+def test_what_is_damaged_in_the_cache_is_fetched_again(hub: HubServer, whole: Path) -> None:
+    found = lb.fetch_precision(REPO, 2)
+    (found.directory.parent / FACTS).write_text("{")
+    assert lb.fetch_precision(REPO, 2) == found
+    assert_is_precision(found.directory, whole, 2)
+
+
+@pytest.mark.parametrize("place", ["here", "there"])
+def test_the_command(hub: HubServer, whole: Path, tmp_path: Path, place: str) -> None:
+    runner, out = CliRunner(env={"COLUMNS": "200"}), tmp_path / "out"
+    command = ["cut", REPO if place == "there" else str(whole), str(out), "--bits"]
+    refused = runner.invoke(app, [*command, "3"])
+    assert refused.exit_code == 2, refused.output
+    assert not out.exists()
+    done = runner.invoke(app, [*command, "2"])
+    assert done.exit_code == 0, done.output
+    assert ("; fetched 0.0 MB in" in done.output) == (place == "there")
+    assert_is_precision(out, whole, 2)
+    assert files_beside(out) == ["2_Dense/model.safetensors", "tokenizer.json"]

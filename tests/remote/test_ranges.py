@@ -179,6 +179,15 @@ def test_shapes_that_lie_are_refused_with_the_header(hub: HubServer) -> None:
         opened().read_header(FILE)
 
 
+def test_a_tensor_that_no_memory_holds(hub: HubServer) -> None:
+    """Whatever size the Hub says that its file has."""
+    listing = list_files(REPO)
+    files = RemoteFiles(REPO, type(listing)(listing.commit, {FILE: 1 << 63}, listing.etags))
+    for size in (1 << 60, 1 << 63):
+        with pytest.raises(HubError, match=r"are more than the memory of this machine\. Nothing was loaded"):
+            files.read(FILE, 0, size)
+
+
 # --- joining ranges ---------------------------------------------------------------------------------
 
 
