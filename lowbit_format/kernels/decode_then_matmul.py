@@ -25,9 +25,10 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
 
     With deltas of groups, every task in the batch takes a product with its own weight. With deltas of rows, products
     with the base's planes are shared by all tasks: where ``z[p] = x @ (scale[p] * sign[p]).T`` is what plane p adds to
-    the result, a factor ``1 + delta[p]`` on its scales adds ``delta[p] * z[p]``. With one scale for the whole code, ``z``
-    is the result itself (of affine: without its offsets). If there are no more tasks than shared products, a CPU computes a product per task after
-    all. A GPU never does: to find out which tasks are in a batch, it would have to wait for the device.
+    the result, a factor ``1 + delta[p]`` on its scales adds ``delta[p] * z[p]``. With one scale for the whole code,
+    ``z`` is the result itself (of affine: without its offsets). If there are no more tasks than shared products, a CPU
+    computes a product per task after all. A GPU never does: to find out which tasks are in a batch, it would have to
+    wait for the device.
     """
     out = x.new_empty(len(x), w.rows)
     shared = 1 + (0 if deltas is None or not w.has_offsets else deltas.shape[1])

@@ -20,7 +20,7 @@ from .matrix import PlaneMatrix, full_planes, present_rows
 
 
 def decode(w: PlaneMatrix) -> Tensor:
-    """The weights ``[rows, cols]``, float32 (float64 if the scales are), by the operations of DEC-2 to DEC-4 and DEC-7."""
+    """The weights ``[rows, cols]``, float32 (float64 if the scales are), by the operations of section 6."""
     scales, shift = w.scales.to(w.work_dtype)[..., None], _shift(w)
     if not w.scale_per_plane:
         scaled = _levels(w) * scales[0]

@@ -143,7 +143,7 @@ def on_device(given: Given, device: str) -> Given:
 
 
 def decode(w: PlaneMatrix) -> Tensor:
-    """Weights ``[rows, cols]``, operation by operation (DEC-1 to DEC-4, DEC-7, MIX-2, MIX-4); float64 if the scales are."""
+    """Weights ``[rows, cols]``, operation by operation (section 6, MIX-2, MIX-4); float64 if the scales are."""
     work = torch.promote_types(w.scales.dtype, torch.float32)
     bits, present = _bits(w)
     group = torch.arange(w.cols) // (w.group_size or w.cols)

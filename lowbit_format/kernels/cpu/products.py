@@ -448,8 +448,8 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
 def _set_parameters(job, g, scratch, tile, bits, task, TILES):
     """Fill scales and shift of `scratch` for group `g` of TILES tiles, with what `task` adds to scales, if it is >= 0.
 
-    Scales of the uniform and the affine codec are ``scale * 2**(n - 2 - p)``, since a bit adds or subtracts half of what it counts in
-    a code, around the middle code ``(2**n - 1) / 2``.
+    Scales of the uniform and the affine codec are ``scale * 2**(n - 2 - p)``, since a bit adds or subtracts half of
+    what it counts in a code, around the middle code ``(2**n - 1) / 2``.
     """
     literally(TILES)
     width, index, stride = TILES * LANES, g * job.padded_rows + tile * LANES, job.groups * job.padded_rows

@@ -1,4 +1,4 @@
-"""Weights decoded from the tiled layout, bit for bit as the spec says (DEC-1 to DEC-5, DEC-7): rows in order, or chosen ones.
+"""Weights decoded from the tiled layout, bit for bit as the spec says (section 6): rows in order, or chosen ones.
 
 Every operation is one of float32, rounded; the compiler may not fuse two of them (``enable_fp_fusion=False``).
 """

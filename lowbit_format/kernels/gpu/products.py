@@ -219,15 +219,10 @@ def _multiply(
                         at_delta = deltas_ptr + at_task[None, :] + at_row[:, None]
                         scale += _group_delta(at_delta, group, stride_delta_group, last > 0)
                     if CODEC == "affine":
-                        if DELTAS == "rows":  # not those of the offset: it is no part of what is tuned
-                            factor = 1.0 + _row_delta(deltas_ptr, at_task, at_row, last > 0)
-                            moved = (
-                                scale * factor[None, :, :] * level + moved
-                                if SHIFT
-                                else scale * factor[None, :, :] * level
-                            )
-                        else:
-                            moved = scale * level + moved if SHIFT else scale * level
+                        top = scale * level
+                        if DELTAS == "rows":  # which leave the offset as it is
+                            top += top * _row_delta(deltas_ptr, at_task, at_row, last > 0)[None, :, :]
+                        moved = top + moved if SHIFT else top
                     else:
                         moved = scale * (level - moved) if SHIFT else scale * level
                 _, total = _units(at_unit + s * (PANEL * 2))

