@@ -21,7 +21,7 @@ from .huggingface import open_checkpoint, quantized_by, read_model_config
 from .journal import Outcome
 from .names import map_names
 from .plan import Plan, Step, make_plan
-from .quantized import open_quantized
+from .quantized import QuantizedSource, open_quantized
 from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
@@ -98,8 +98,9 @@ def plan_conversion(
     section, config = quantized_by(config, opened.directory)
     release, unused = "", tuple[str, ...]()
     if section:
-        opened = quantized = open_quantized(opened, section, config)
-        release, unused = quantized.method, quantized.unused
+        opened = open_quantized(opened, section, config)
+    if isinstance(opened, QuantizedSource):
+        release, unused = opened.method, opened.unused
     if strip_prefix:
         opened = _stripped(opened, strip_prefix)
     opened, joined = split(opened)

@@ -364,7 +364,8 @@ def differentiable(w: PlaneMatrix, delta: Tensor | None) -> Tensor:
         return out if w.offsets is None else out + w.offsets[:, group]
     code = sum(bits[p] * 2 ** (w.bits - 1 - p) for p in range(w.bits))
     level = code if w.codebook is None else w.codebook.double()[code.long()]
-    return (level if w.zeros is None else level - w.zeros[:, group]) * scales[0][:, group]
+    out = (level if w.zeros is None else level - w.zeros[:, group]) * scales[0][:, group]
+    return out if w.offsets is None else out + w.offsets[:, group]
 
 
 @pytest.mark.usefixtures("gpu_backend")
