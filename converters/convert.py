@@ -75,6 +75,7 @@ def plan_conversion(
     min_coverage: float = 0.9,
     strip_prefix: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    requantize: bool = False,
 ) -> tuple[Source, Plan, dict[str, Any]]:
     """Open a checkpoint and plan its conversion, from headers alone.
 
@@ -85,6 +86,7 @@ def plan_conversion(
         min_coverage: part of the matrices' weights that must be quantized.
         strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
         leave_out: patterns of files beside the weights that must not come along.
+        requantize: quantize the weights of a release that is quantized already anew, from what it decodes to.
 
     Returns:
         The open source, the plan, and the ``config.json`` of the output, but for ``quantization_config``.
@@ -105,7 +107,11 @@ def plan_conversion(
         opened = _stripped(opened, strip_prefix)
     opened, joined = split(opened)
     names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
-    plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side)
+    if requantize and not release:
+        raise SourceError(
+            f"{source}: is not quantized yet, so that there is nothing to quantize anew; leave --requantize out"
+        )
+    plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side, requantize=requantize)
     plan = replace(plan, renamed=", ".join(strip_prefix), release=release, unused=unused)
     if plan.architecture != plan.named:  # of which it holds the base model alone
         config = {**config, "architectures": [plan.architecture]}
@@ -126,6 +132,7 @@ def convert_hf_to_lowbit(
     min_coverage: float = 0.9,
     strip_prefix: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    requantize: bool = False,
     calibration: Calibration | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     resume: bool = False,
@@ -146,6 +153,7 @@ def convert_hf_to_lowbit(
         min_coverage: part of the matrices' weights that must be quantized.
         strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
         leave_out: patterns of files beside the weights that must not come along.
+        requantize: quantize the weights of a release that is quantized already anew, from what it decodes to.
         calibration: data to quantize with, and how much work to do; None quantizes every weight alone.
         max_shard_bytes: size at which a new file is begun.
         resume: go on with what an interrupted run left; the result is the same bytes.
@@ -159,7 +167,13 @@ def convert_hf_to_lowbit(
     """
     began = time.perf_counter()
     opened, plan, config = plan_conversion(
-        source, recipe, revision=revision, min_coverage=min_coverage, strip_prefix=strip_prefix, leave_out=leave_out
+        source,
+        recipe,
+        revision=revision,
+        min_coverage=min_coverage,
+        strip_prefix=strip_prefix,
+        leave_out=leave_out,
+        requantize=requantize,
     )
     out, quantizer = Path(out), None
     if calibration is not None:
@@ -220,10 +234,10 @@ def calibrated(
 
     from .calibrated import Calibrated  # a leaf that imports torch
 
-    if plan.release:
+    if plan.release and not plan.requantized:
         raise CalibrationError(
             f"{source.directory}: is quantized already ({plan.release}), and its own grid is kept: there is nothing to "
-            "calibrate; leave --calibrate out, or convert the original checkpoint"
+            "calibrate; leave --calibrate out, quantize it anew (--requantize), or convert the original checkpoint"
         )
     try:
         device = torch.device(calibration.device)
