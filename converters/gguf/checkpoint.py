@@ -24,9 +24,18 @@ from ..quantized.source import QuantizedSource
 from ..source import Source, SourceTensor, file_identity
 from .blocks import FLOATS, TYPES
 from .container import BlockSize, GgufFile, Tensor, read_gguf
-from .names import _ROPE, Naming, Placed, check_architecture, llama3_rope
+from .names import ROPE, Naming, Placed, check_architecture, llama3_rope
 from .parts import all_parts
 from .weight import GgufWeight
+
+# Metadata, behind the architecture, that transformers leaves to the defaults of its configs.
+_MORE = {
+    "attention.key_length": "head_dim",
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
 
 
 def open_gguf(file: Path) -> Source:
@@ -224,12 +233,16 @@ def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: _F
     if config.model_type not in classes:
         raise SourceError(f"{file.path}: transformers has no causal language model for {config.model_type!r}")
     config.architectures, config.dtype = [classes[config.model_type]], "float32"
+    for key, attribute in _MORE.items():
+        value = file.metadata.get(f"{architecture}.{key}")
+        if isinstance(value, int) and hasattr(config, attribute):
+            setattr(config, attribute, value)
     # By the tensors of all files: transformers looks at those of the first.
     config.tie_word_embeddings = not raw.has("output.weight") or architecture in ("falcon", "bloom")
-    if raw.has(_ROPE):
+    if raw.has(ROPE):
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         base = config.rope_parameters["rope_theta"]
-        config.rope_parameters = llama3_rope(raw.vector(_ROPE), base, head_dim, file.path)
+        config.rope_parameters = llama3_rope(raw.vector(ROPE), base, head_dim, file.path)
     vars(config).pop("_model_name_or_path", None)
     config.save_pretrained(directory)
     return config

@@ -19,11 +19,11 @@ from ...errors import SourceError
 
 # Architectures of transformers whose loading changes names, orders of rows, and values of vectors alone.
 _KNOWN = (
-    "llama", "mistral", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "bloom", "falcon", "stablelm", "starcoder2",
-    "nemotron", "gemma2", "gemma3", "deci",
+    "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma2", "gemma3", "bloom", "falcon", "stablelm",
+    "starcoder2", "nemotron",
 )  # fmt: skip
 _HALF_OF_EXPERTS = re.compile(r"(?P<path>.*\.ffn_)(gate|up)_exps(?P<rest>\.weight)?")
-_ROPE = "rope_freqs.weight"  # factors of rotary frequencies: the config says how they come about
+ROPE = "rope_freqs.weight"  # factors of rotary frequencies: the config says how they come about
 _UNUSED = re.compile(r"blk\.\d+\.(attn_rot_embd|attn\.rotary_emb\.inv_freq)(\.weight)?")  # computed by the model
 
 
@@ -73,7 +73,7 @@ class Naming:
         """
         found: dict[str, Placed] = {}
         for name, shape in shapes.items():
-            if _UNUSED.fullmatch(name) or name == _ROPE:
+            if _UNUSED.fullmatch(name) or name == ROPE:
                 continue
             place = self._names.get(name) or self._names.get(name.removesuffix(".weight"))
             if place is None:
@@ -145,6 +145,6 @@ def llama3_rope(factors: NDArray[np.float32], base: float, head_dim: int, where:
                 "high_freq_factor": high, "original_max_position_embeddings": context,
             }  # fmt: skip
     raise SourceError(
-        f"{where}: {_ROPE} has factors of rotary frequencies that no known parameters of a config give; convert the "
+        f"{where}: {ROPE} has factors of rotary frequencies that no known parameters of a config give; convert the "
         "original checkpoint"
     )
