@@ -44,7 +44,7 @@ def open_gguf(file: Path) -> Source:
     Raises:
         SourceError: it is no valid file, of an architecture that is not known, or a package is missing.
     """
-    types = _types()
+    types = block_sizes()
     files = [read_gguf(path, types) for path in all_parts(file)]
     first, places = files[0], dict[str, GgufFile]()
     for one in files:
@@ -85,7 +85,7 @@ def open_gguf(file: Path) -> Source:
     return QuantizedSource(Release(raw, {"quant_method": "gguf"}, "F32"), packed)
 
 
-def _types() -> dict[int, BlockSize]:
+def block_sizes() -> dict[int, BlockSize]:
     """All types that the package gguf knows."""
     try:
         from gguf.constants import GGML_QUANT_SIZES
@@ -235,7 +235,8 @@ def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: _F
     config.architectures, config.dtype = [classes[config.model_type]], "float32"
     for key, attribute in _MORE.items():
         value = file.metadata.get(f"{architecture}.{key}")
-        if isinstance(value, int) and hasattr(config, attribute):
+        fixed = isinstance(getattr(type(config), attribute, None), property)
+        if isinstance(value, int) and hasattr(config, attribute) and not fixed:
             setattr(config, attribute, value)
     # By the tensors of all files: transformers looks at those of the first.
     config.tie_word_embeddings = not raw.has("output.weight") or architecture in ("falcon", "bloom")

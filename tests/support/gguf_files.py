@@ -8,8 +8,8 @@ from typing import Any
 
 import gguf
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM
 
@@ -66,6 +66,7 @@ def write_gguf(file: Path, architecture: str, shapes: Shapes, fields: Fields, ch
         parts: number of files.
     """
     names = list(shapes)
+    kinds = ["F32" if len(shapes[name]) == 1 else choose(name, shapes[name]) for name in names]
     for part in range(parts):
         path = file if parts == 1 else file.with_name(file.name.replace("00001-of", f"{part + 1:05}-of"))
         writer = gguf.GGUFWriter(path, architecture)
@@ -73,9 +74,8 @@ def write_gguf(file: Path, architecture: str, shapes: Shapes, fields: Fields, ch
             _write_metadata(writer, architecture, fields)
         for i, name in enumerate(names):
             if i % parts == part:
-                shape = shapes[name]
-                kind = "F32" if len(shape) == 1 else choose(name, shape)
-                writer.add_tensor(name, tensor(kind, shape, seed=i), raw_dtype=GGMLQuantizationType[kind])
+                kind = GGMLQuantizationType[kinds[i]]
+                writer.add_tensor(name, tensor(kind.name, shapes[name], seed=i), raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
