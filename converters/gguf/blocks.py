@@ -59,7 +59,7 @@ class BlockType:
 def _fields(packed: U8, bits: int, run: int) -> U8:
     """Numbers of so many bits, uint8 ``[n, columns]``: of each `run` bytes first all lowest ones, then all next."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    found = (packed.reshape(len(packed), -1, 1, run) >> shifts) & np.uint8(2**bits - 1)
+    found: U8 = (packed.reshape(len(packed), -1, 1, run) >> shifts) & np.uint8(2**bits - 1)
     return found.reshape(len(packed), -1)
 
 
@@ -70,7 +70,8 @@ def _halves(blocks: U8, begin: int, count: int = 1) -> F32:
 
 
 def _with_fifth(low: U8, high: U8) -> U8:
-    return low | (high << np.uint8(4))
+    found: U8 = low | (high << np.uint8(4))
+    return found
 
 
 def _fifth_bits(packed: U8) -> U8:
@@ -124,7 +125,8 @@ def _tq1_codes(blocks: U8) -> U8:
 
 
 def _levels(bits: int, zero: int) -> F32:
-    return np.arange(2**bits, dtype=np.float32) - np.float32(zero)
+    found: F32 = np.arange(2**bits, dtype=np.float32) - np.float32(zero)
+    return found
 
 
 def _uniform(bits: int, codes: Callable[[U8], U8], zero: float, size: int = 32, d: int = 0) -> BlockType:

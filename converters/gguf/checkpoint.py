@@ -12,18 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from ...dtypes import DTYPES, stored, to_float32
 from ...errors import QuantizedSourceError, SourceError
 from ...schema import Scheme
 from ..quantized.packed import Packed
 from ..quantized.release import Release
 from ..quantized.source import QuantizedSource
-from ..source import Source, SourceTensor, file_identity
+from ..source import Source, SourceTensor
 from .blocks import FLOATS, TYPES
 from .container import BlockSize, GgufFile, Tensor, read_gguf
+from .files import Files, joined
 from .names import ROPE, Naming, Placed, check_architecture, llama3_rope
 from .parts import all_parts
 from .weight import GgufWeight
@@ -63,10 +60,11 @@ def open_gguf(file: Path) -> Source:
                 "vector of floats, or a matrix of floats or blocks"
             )
     room = _Room(file.name)
-    raw = _Files(room, {name: (places[name].path, tensor) for name, tensor in tensors.items()}, files)
+    raw = Files(room.path, {name: (places[name].path, tensor) for name, tensor in tensors.items()}, files)
+    raw.kept = room  # the directory goes with the source
     config = _write_directory(first, room.path, architecture, raw)
     naming = Naming(_meta_model(room.path), architecture, config.to_dict(), first.path)
-    packed = {}
+    packed = dict[str, Packed]()
     for placed in naming.places({name: tensor.shape for name, tensor in tensors.items()}):
         kinds = {types[tensors[part].type].name for part in placed.parts}
         if kinds <= FLOATS.keys():
@@ -77,9 +75,9 @@ def open_gguf(file: Path) -> Source:
                 "and are one matrix in the model; convert the original checkpoint"
             )
         else:
-            one = _weight(placed, [tensors[part] for part in placed.parts], types)
-            packed[one.name] = one
-            raw.tensors.update({part.name: part for part in one.parts.values()})
+            weight = _weight(placed, [tensors[part] for part in placed.parts], types)
+            packed[weight.name] = weight
+            raw.tensors.update({part.name: part for part in weight.parts.values()})
     if not packed:
         return raw
     return QuantizedSource(Release(raw, {"quant_method": "gguf"}, "F32"), packed)
@@ -106,90 +104,6 @@ class _Room:
         self.path.mkdir()
 
 
-class _Files:
-    """The tensors of the files: packed ones under their own names, as bytes, others under the model's."""
-
-    def __init__(self, room: _Room, places: dict[str, tuple[Path, Tensor]], files: list[GgufFile]) -> None:
-        self._room, self._places = room, places
-        self.directory, self.repo_id, self.revision = room.path, None, None
-        self.files = tuple(one.path.name for one in files)
-        self.tensors: dict[str, SourceTensor] = {}
-        self.identity = file_identity([one.path for one in files])
-        self._values: dict[str, tuple[Placed, Naming]] = {}
-        self._kinds = _float_ids()
-
-    def place(self, placed: Placed, naming: Naming) -> None:
-        """Enter tensors of floats under the model's name: vectors in float32, others in their own dtype."""
-        parts = [self._places[part][1] for part in placed.parts]
-        dtypes = {self._kinds[part.type] for part in parts}
-        dtype = dtypes.pop() if len(dtypes) == 1 and len(parts[0].shape) > 1 else "F32"
-        shape = _joined([part.shape for part in parts])
-        if len(shape) == 1:
-            shape = naming.values(parts[0].name, np.ones(shape, np.float32)).shape
-        nbytes = int(np.prod(shape, dtype=object)) * DTYPES[dtype].nbytes
-        self.tensors[placed.name] = SourceTensor(placed.name, dtype, shape, nbytes)
-        self._values[placed.name] = placed, naming
-
-    def vector(self, name: str) -> NDArray[np.float32]:
-        """A tensor of the file as float32."""
-        path, tensor = self._places[name]
-        kind = self._kinds[tensor.type]
-        return to_float32(stored(_bytes(path, tensor, 0, tensor.nbytes), kind, tensor.shape), kind)
-
-    def has(self, name: str) -> bool:
-        return name in self._places
-
-    def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
-        if name not in self._values:
-            path, tensor = self._places[name]
-            return _bytes(path, tensor, begin, tensor.nbytes - begin if nbytes is None else nbytes)
-        whole = self._whole(*self._values[name], self.tensors[name])
-        return whole[begin : len(whole) if nbytes is None else begin + nbytes]
-
-    def _whole(self, placed: Placed, naming: Naming, tensor: SourceTensor) -> NDArray[np.uint8]:
-        if len(self._places[placed.parts[0]][1].shape) == 1:
-            found = naming.values(placed.parts[0], self.vector(placed.parts[0]))
-            return found.astype("<f4", copy=False).reshape(-1).view(np.uint8)
-        parts = []
-        for part in placed.parts:
-            path, there = self._places[part]
-            raw, kind = _bytes(path, there, 0, there.nbytes), self._kinds[there.type]
-            if kind != tensor.dtype:  # parts of different dtypes, which are one tensor
-                raw = to_float32(stored(raw, kind, there.shape), kind).astype("<f4").reshape(-1).view(np.uint8)
-            parts.append(raw.reshape(*there.shape[:-1], -1))
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-2)
-        return (whole if placed.order is None else whole[placed.order]).reshape(-1)
-
-
-def _float_ids() -> dict[int, str]:
-    from gguf.constants import GGMLQuantizationType
-
-    return {int(GGMLQuantizationType[name]): dtype for name, dtype in FLOATS.items()}
-
-
-def _joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
-    """The shape of matrices with the rows of all, one behind the other."""
-    if len(shapes) == 1:
-        return shapes[0]
-    return (*shapes[0][:-2], sum(shape[-2] for shape in shapes), shapes[0][-1])
-
-
-def _bytes(path: Path, tensor: Tensor, begin: int, nbytes: int) -> NDArray[np.uint8]:
-    out = np.empty(nbytes, np.uint8)
-    try:
-        with open(path, "rb", buffering=0) as f:
-            f.seek(tensor.begin + begin)
-            done = 0
-            while done < nbytes:  # one read call gives at most 2 GiB
-                n = f.readinto(out[done:].data)
-                if not n:
-                    raise SourceError(f"{path}: ends inside tensor {tensor.name!r}; it changed while it was read")
-                done += n
-    except OSError as e:
-        raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
-    return out
-
-
 def _weight(placed: Placed, tensors: list[Tensor], types: dict[int, BlockSize]) -> Packed:
     """A weight of blocks, as it is stored, or the reason why it cannot be."""
     size = types[tensors[0].type]
@@ -203,19 +117,20 @@ def _weight(placed: Placed, tensors: list[Tensor], types: dict[int, BlockSize]) 
             )
         shape = (*lead, cols // size.weights * size.nbytes)
         parts[str(i)] = SourceTensor(tensor.name, "U8", shape, tensor.nbytes)
-    shape = _joined([tensor.shape for tensor in tensors])
+    shape = joined([tensor.shape for tensor in tensors])
     form = TYPES.get(size.name)
     refusal = ""
     if form is None:
         refusal = f"its type {size.name} chooses several weights at once from a table, which a lowbit model cannot do"
+    scheme = form.scheme if form is not None else Scheme("uniform", 8, 0, "F32")  # the second is never used
     return GgufWeight(
-        placed.name, shape[-2:], "F32", form.scheme if form is not None else Scheme("uniform", 8, 0, "F32"), parts,
+        placed.name, (shape[-2], shape[-1]), "F32", scheme, parts,
         experts=shape[0] if len(shape) == 3 else None, refusal=refusal,
         kind=size.name, block_bytes=size.nbytes, order=placed.order,
     )  # fmt: skip
 
 
-def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: _Files) -> Any:
+def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: Files) -> Any:
     """Write config, tokenizer and chat template as transformers makes them from the metadata; gives the config."""
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES

@@ -63,7 +63,8 @@ class Naming:
         )
 
         self._where = where
-        self._processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(config))
+        make: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._processor = make(config=dict(config))
         self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
 
     def places(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Placed]:
@@ -106,7 +107,7 @@ class Naming:
         moved = self._processor.process(weights=numbers, name=name)
         if moved.weights is numbers:
             return None
-        order = moved.weights[:, 0].astype(np.int64)
+        order: NDArray[np.int64] = moved.weights[:, 0].astype(np.int64)
         whole = moved.weights.shape == shape and np.array_equal(np.sort(order), np.arange(shape[0]))
         if moved.name != name or not whole or not (moved.weights == moved.weights[:, :1]).all():
             raise SourceError(

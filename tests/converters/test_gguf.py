@@ -13,19 +13,21 @@ import transformers as hf
 from support.conversions import assert_nothing_looks_finished
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 
+import gguf
 from support.gguf_files import TEMPLATE, VOCABULARY, blocks, of_config, write_gguf
 
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, convert_hf_to_lowbit
+from lowbit_format.converters.calibration_data import Calibration
 from lowbit_format.converters.gguf.blocks import TYPES
 from lowbit_format.converters.gguf.names import llama3_rope
 from lowbit_format.converters.gguf.weight import GgufWeight
 from lowbit_format.converters.huggingface import open_checkpoint
 from lowbit_format.converters.quantized.packed import Raw
 from lowbit_format.converters.source import SourceTensor
-from lowbit_format.errors import QuantizedSourceError, SourceError
+from lowbit_format.errors import CalibrationError, QuantizedSourceError, SourceError
 from lowbit_format.quantize import Target
 from lowbit_format.reference import decode
 from lowbit_format.testing.vectors import assert_same_bits
@@ -173,6 +175,23 @@ def test_quantized_anew(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert "second-hand" in card
     assert "7 modules are quantized anew from what the release (gguf) decodes to" in card
+
+
+def test_quantized_anew_with_data(tmp_path: Path) -> None:
+    """The float model is what the file decodes to."""
+    file = write(tmp_path / "model.gguf", llama(), ("Q8_0", "Q4_K"))
+    text = tmp_path / "text.txt"
+    text.write_text("the other, then he; " * 60, "utf-8")
+    data = Calibration(str(text), "fast", 6, 32)
+    with pytest.raises(CalibrationError, match="--requantize"):
+        convert(file, tmp_path / "out", calibration=data)
+    done = convert(
+        file, tmp_path / "out", Recipe(Target(bits=3, group_size=64)), requantize=True, calibration=data, measured=True
+    )
+    assert done.calibrated
+    assert done.comparison is not None
+    assert done.comparison.tokens > 0
+    assert {o.module.scheme.bits for o in done.outcomes.values()} == {3, 8}
 
 
 def test_a_type_that_is_no_grid(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.conversions import assert_nothing_looks_finished
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 
 from support.gguf_files import VOCABULARY, of_config, write_gguf
 
@@ -140,7 +139,7 @@ def test_any_damage_is_a_named_error_or_none(tmp_path: Path, data: st.DataObject
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole model: Q4_K, and F32 norms."""
     config = hf.LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
@@ -148,7 +147,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     )  # fmt: skip
     file = tmp_path_factory.mktemp("gguf") / "model.gguf"
     write_gguf(file, *of_config(config), lambda name, shape: "Q4_K")
-    yield file
+    return file
 
 
 @pytest.mark.parametrize("bad", [0x7E00, 0x7C00], ids=["nan", "infinity"])
@@ -183,5 +182,4 @@ def test_a_file_that_shrinks_while_it_is_read(model: Path, tmp_path: Path) -> No
     source = open_checkpoint(str(file))
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(SourceError, match="ends inside tensor"):
-        for name in source.tensors:
-            source.read(name)
+        source.read(list(source.tensors)[-1])
