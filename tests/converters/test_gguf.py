@@ -179,7 +179,7 @@ def test_quantized_anew(tmp_path: Path) -> None:
 
 def test_quantized_anew_with_data(tmp_path: Path) -> None:
     """The float model is what the file decodes to."""
-    file = write(tmp_path / "model.gguf", llama(), ("Q8_0", "Q4_K"))
+    file = write(tmp_path / "model.gguf", llama(num_hidden_layers=2), ("Q8_0", "Q4_K"))
     text = tmp_path / "text.txt"
     text.write_text("the other, then he; " * 60, "utf-8")
     data = Calibration(str(text), "fast", 6, 32)
