@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import QuantizedSourceError, SourceError
 from ...schema import Scheme
 from ..quantized.packed import Packed
@@ -121,13 +123,28 @@ def _weight(placed: Placed, tensors: list[Tensor], types: dict[int, BlockSize]) 
     form = TYPES.get(size.name)
     refusal = ""
     if form is None:
-        refusal = f"its type {size.name} chooses several weights at once from a table, which a lowbit model cannot do"
+        _check_decoded(tensors[0], size)
+        refusal = f"its type {size.name} is none of those that are stored without loss ({', '.join(TYPES)})"
     scheme = form.scheme if form is not None else Scheme("uniform", 8, 0, "F32")  # the second is never used
     return GgufWeight(
         placed.name, (shape[-2], shape[-1]), "F32", scheme, parts,
         experts=shape[0] if len(shape) == 3 else None, refusal=refusal,
         kind=size.name, block_bytes=size.nbytes, order=placed.order,
     )  # fmt: skip
+
+
+def _check_decoded(tensor: Tensor, size: BlockSize) -> None:
+    """Raise QuantizedSourceError unless the package gguf can decode blocks of this type."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, size.nbytes), np.uint8), GGMLQuantizationType[size.name])
+    except NotImplementedError as e:
+        raise QuantizedSourceError(
+            f"{tensor.name}: has the type {size.name}, which the package gguf cannot decode; convert the original "
+            "checkpoint"
+        ) from e
 
 
 def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: Files) -> Any:

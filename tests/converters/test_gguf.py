@@ -36,6 +36,7 @@ SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
 EXPERTS = {"moe_intermediate_size": 256, "num_experts": 3, "num_experts_per_tok": 2}
 MIXED = ("Q4_K", "Q6_K", "Q4_1", "Q8_0")
 
@@ -179,10 +180,10 @@ def test_quantized_anew(tmp_path: Path) -> None:
 
 def test_quantized_anew_with_data(tmp_path: Path) -> None:
     """The float model is what the file decodes to."""
-    file = write(tmp_path / "model.gguf", llama(num_hidden_layers=2), ("Q8_0", "Q4_K"))
+    file = write(tmp_path / "model.gguf", llama(**SMALL), ("Q8_0", "Q4_1"))
     text = tmp_path / "text.txt"
     text.write_text("the other, then he; " * 60, "utf-8")
-    data = Calibration(str(text), "fast", 6, 32)
+    data = Calibration(str(text), "fast", 4, 16)
     with pytest.raises(CalibrationError, match="--requantize"):
         convert(file, tmp_path / "out", calibration=data)
     done = convert(
@@ -197,11 +198,14 @@ def test_quantized_anew_with_data(tmp_path: Path) -> None:
 def test_a_type_that_is_no_grid(tmp_path: Path) -> None:
     """It is refused, and can be quantized anew."""
     file = write(tmp_path / "model.gguf", llama(), ("Q8_0", "Q4_0", "IQ2_XXS"))
-    with pytest.raises(QuantizedSourceError, match="its type IQ2_XXS chooses several weights at once"):
+    with pytest.raises(QuantizedSourceError, match="its type IQ2_XXS is none of those that are stored without loss"):
         convert(file, tmp_path / "out")
     assert_nothing_looks_finished(tmp_path / "out")
     done = convert(file, tmp_path / "out", Recipe(Target(bits=4, group_size=64)), requantize=True)
     assert {o.module.scheme.bits for o in done.outcomes.values()} == {4, 8}
+    file = write(tmp_path / "other.gguf", llama(), ("Q8_0", "Q4_0", "Q8_K"))
+    with pytest.raises(QuantizedSourceError, match="has the type Q8_K, which the package gguf cannot decode"):
+        convert(file, tmp_path / "again", requantize=True)
 
 
 def test_rope_factors_become_the_config(tmp_path: Path) -> None:
