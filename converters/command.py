@@ -113,6 +113,14 @@ def convert(
             "or (without data, a causal model) on a short text of our own.",
         ),
     ] = True,
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize",
+            help="SOURCE is quantized already: quantize its weights anew, from what they decode to, with the options "
+            "given here. Without this its own grid is kept.",
+        ),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     min_coverage: Annotated[
         float, typer.Option(min=0, max=1, help="Fail if less of the matrices' weights would be quantized.")
@@ -180,7 +188,7 @@ def convert(
             _ = data.work  # raises for an unknown effort before anything is read
         options: dict[str, Any] = {
             "revision": revision, "min_coverage": min_coverage, "strip_prefix": strip_prefix or [],
-            "leave_out": leave_out or [], "stream": stream,
+            "leave_out": leave_out or [], "stream": stream, "requantize": requantize,
         }  # fmt: skip
         if out is None or dry_run:
             opened, plan, _ = plan_conversion(source, plan_recipe, **options)
@@ -259,10 +267,10 @@ def _print_modules(plan: Plan, console: Console, wanted: bool) -> None:
 def _say_kept(plan: Plan, console: Console, context: typer.Context) -> None:
     """Say which options had no effect on weights that are quantized already."""
     given = [f"--{name.replace('_', '-')}" for name in _OF_TARGET if _is_given(context, name)]
-    if plan.release and given:
+    if plan.release and given and not plan.requantized:
         console.print(
             f"Note: SOURCE is quantized already ({escape(plan.release)}): its own grid is kept, and {', '.join(given)} "
-            "applies to other weights only.",
+            "applies to other weights only; --requantize quantizes it anew.",
             highlight=False,
         )
 

@@ -23,7 +23,7 @@ from .huggingface import open_checkpoint, quantized_by, read_model_config
 from .journal import Outcome
 from .names import map_names
 from .plan import Plan, Step, make_plan
-from .quantized import open_quantized
+from .quantized import QuantizedSource, open_quantized
 from .recipe import Recipe
 from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
@@ -82,6 +82,7 @@ def plan_conversion(
     min_coverage: float = 0.9,
     strip_prefix: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    requantize: bool = False,
     stream: bool | None = None,
 ) -> tuple[Source, Plan, dict[str, Any]]:
     """Open a checkpoint and plan its conversion, from headers alone.
@@ -93,6 +94,7 @@ def plan_conversion(
         min_coverage: part of the matrices' weights that must be quantized.
         strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
         leave_out: patterns of files beside the weights that must not come along.
+        requantize: quantize the weights of a release that is quantized already anew, from what it decodes to.
         stream: fetch the Hub's weights tensor by tensor; None: where their files do not fit the disk.
 
     Returns:
@@ -103,25 +105,38 @@ def plan_conversion(
         HubError: the headers of streamed weights cannot be had.
     """
     opened = open_checkpoint(source, revision=revision, leave_out=leave_out, stream=stream)
-    return _plan(opened, recipe, min_coverage, strip_prefix, leave_out)
+    return _plan(
+        opened, recipe, min_coverage=min_coverage, strip_prefix=strip_prefix, leave_out=leave_out, requantize=requantize
+    )
 
 
 def _plan(
-    opened: Source, recipe: Recipe, min_coverage: float, strip_prefix: Sequence[str], leave_out: Sequence[str]
+    opened: Source,
+    recipe: Recipe,
+    *,
+    min_coverage: float,
+    strip_prefix: Sequence[str],
+    leave_out: Sequence[str],
+    requantize: bool,
 ) -> tuple[Source, Plan, dict[str, Any]]:
-    """See :func:`plan_conversion`."""
+    """As :func:`plan_conversion`, of a checkpoint that is open."""
     config = without_auto_map(read_model_config(opened.directory))
     side = side_files(opened.directory, opened.files, opened.tensors, leave_out)
     section, config = quantized_by(config, opened.directory)
     release, unused = "", tuple[str, ...]()
     if section:
-        opened = quantized = open_quantized(opened, section, config)
-        release, unused = quantized.method, quantized.unused
+        opened = open_quantized(opened, section, config)
+    if isinstance(opened, QuantizedSource):
+        release, unused = opened.method, opened.unused
     if strip_prefix:
         opened = _stripped(opened, strip_prefix)
     opened, joined = split(opened)
     names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
-    plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side)
+    if requantize and not release:
+        raise SourceError(
+            f"{opened.directory}: is not quantized yet, so that there is nothing to quantize anew; leave --requantize out"
+        )
+    plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side, requantize=requantize)
     plan = replace(plan, renamed=", ".join(strip_prefix), release=release, unused=unused)
     if plan.architecture != plan.named:  # of which it holds the base model alone
         config = {**config, "architectures": [plan.architecture]}
@@ -142,6 +157,7 @@ def convert_hf_to_lowbit(
     min_coverage: float = 0.9,
     strip_prefix: Sequence[str] = (),
     leave_out: Sequence[str] = (),
+    requantize: bool = False,
     calibration: Calibration | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     stream: bool | None = None,
@@ -165,6 +181,7 @@ def convert_hf_to_lowbit(
         min_coverage: part of the matrices' weights that must be quantized.
         strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
         leave_out: patterns of files beside the weights that must not come along.
+        requantize: quantize the weights of a release that is quantized already anew, from what it decodes to.
         calibration: data to quantize with, and how much work to do; None quantizes every weight alone.
         max_shard_bytes: size at which a new file is begun.
         stream: fetch the Hub's weights tensor by tensor, by range requests, and keep none of their files; None: where
@@ -186,7 +203,10 @@ def convert_hf_to_lowbit(
     began = time.perf_counter()
     checkpoint = open_checkpoint(source, revision=revision, leave_out=leave_out, stream=stream)
     traffic = checkpoint.traffic if isinstance(checkpoint, StreamedSource) else None
-    opened, plan, config = _plan(checkpoint, recipe, min_coverage, strip_prefix, leave_out)
+    planned: dict[str, Any] = {
+        "min_coverage": min_coverage, "strip_prefix": strip_prefix, "leave_out": leave_out, "requantize": requantize,
+    }  # fmt: skip
+    opened, plan, config = _plan(checkpoint, recipe, **planned)
     others = None
     if workers is not None or ray is not None:
         if calibration is not None:
@@ -195,10 +215,8 @@ def convert_hf_to_lowbit(
                 "(one process uses all cores)"
             )
         where = os.path.abspath(source) if checkpoint.repo_id is None else source
-        opening = partial(
-            plan_conversion, where, recipe, revision=checkpoint.revision, min_coverage=min_coverage,
-            strip_prefix=strip_prefix, leave_out=leave_out, stream=traffic is not None,
-        )  # fmt: skip
+        streamed = traffic is not None
+        opening = partial(plan_conversion, where, recipe, revision=checkpoint.revision, stream=streamed, **planned)
         others = Workers(opening, workers, ray)
     out, quantizer = Path(out), None
     if calibration is not None:
@@ -221,15 +239,9 @@ def convert_hf_to_lowbit(
     seconds = time.perf_counter() - began
     if quantizer is not None:
         return Conversion(
-            out,
-            plan,
-            outcomes,
-            seconds,
-            quantizer.quality,
-            calibrated=True,
-            unseen=tuple(quantizer.unseen),
+            out, plan, outcomes, seconds, quantizer.quality, calibrated=True, unseen=tuple(quantizer.unseen),
             traffic=traffic,
-        )
+        )  # fmt: skip
     if not measured:
         return Conversion(out, plan, outcomes, seconds, traffic=traffic)
     if traffic is not None:
@@ -274,10 +286,10 @@ def calibrated(
 
     from .calibrated import Calibrated  # a leaf that imports torch
 
-    if plan.release:
+    if plan.release and not plan.requantized:
         raise CalibrationError(
             f"{source.directory}: is quantized already ({plan.release}), and its own grid is kept: there is nothing to "
-            "calibrate; leave --calibrate out, or convert the original checkpoint"
+            "calibrate; leave --calibrate out, quantize it anew (--requantize), or convert the original checkpoint"
         )
     try:
         device = torch.device(calibration.device)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: a directory or a Hub id; safetensors, sharded or not, and old PyTorch files."""
+"""Checkpoints: a directory or a Hub id; safetensors, sharded or not, old PyTorch files; GGUF files."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ..errors import FormatError, SourceError
 from ..hub import Listing
 from ..schema import QUANT_METHOD
 from ..tasks.bundle_config import TASK_CONFIG_FILE
+from .gguf.parts import models_in
 from .side import PICKLES, PYTORCH, SAFETENSORS, sort_files
 from .source import Source, file_identity, placed_tensors
 from .streamed import StreamedSource
@@ -32,6 +33,8 @@ def open_checkpoint(
 ) -> Source:
     """Open SOURCE for reading: an existing directory, or a repository on the Hub, without the files `leave_out` there.
 
+    A GGUF file, or a directory that holds one and no other model, is read too.
+
     Args:
         source: the directory, or the repository's id.
         revision: branch, tag or commit on the Hub.
@@ -43,6 +46,12 @@ def open_checkpoint(
         HubError: the headers of streamed files cannot be had.
     """
     directory, listing = Path(source), None
+    if (file := _gguf_file(directory)) is not None:
+        if revision is not None or stream:
+            raise SourceError(f"{source}: is a file on this machine; leave --revision and --stream out")
+        from .gguf.checkpoint import open_gguf  # a leaf that imports torch and gguf
+
+        return open_gguf(file)
     _check_local(directory, source)
     if not directory.is_dir():
         directory, listing = _download(source, revision, leave_out, stream)
@@ -158,9 +167,7 @@ def _without_empty(config: dict[str, Any]) -> dict[str, Any]:
 def _check_local(place: Path, source: str) -> None:
     """Raise SourceError if `place` exists and is no checkpoint; the message says what it is and what to do."""
     if place.is_file():
-        if place.suffix == ".gguf":
-            advice = _gguf(place)
-        elif place.name.endswith((".safetensors", *PICKLES, ".index.json", "config.json")):
+        if place.name.endswith((".safetensors", *PICKLES, ".index.json", "config.json")):
             advice = f"is a file; SOURCE is the directory of the model: {place.parent}"
         else:
             advice = "is a file, expected the directory of a Hugging Face model"
@@ -193,7 +200,10 @@ def _instead(names: list[str], place: Path) -> str:
             "merge_and_unload() and save_pretrained(), and convert that directory"
         )
     if gguf := [name for name in names if name.endswith(".gguf")]:
-        return f"holds {gguf[0]}, which {_gguf(place / gguf[0])}"
+        how = f"give that file as SOURCE: {place / gguf[0]}"
+        if not place.is_dir():
+            how = f"download one (hf download {place} {gguf[0]} --local-dir DIR) and give it as SOURCE: DIR/{gguf[0]}"
+        return f"holds {len(gguf)} GGUF file{'s' * (len(gguf) > 1)}; {how}"
     if "model_index.json" in names:
         return "is a pipeline of several models (diffusers); give the folder of one that transformers loads as SOURCE"
     other = [name for name in names if name.endswith((".h5", ".msgpack", ".ot", ".onnx", ".tflite"))]
@@ -211,12 +221,20 @@ def _instead(names: list[str], place: Path) -> str:
     return ""
 
 
-def _gguf(file: Path) -> str:
-    return (
-        "is a GGUF file and quantized already; convert the float checkpoint that it was made from, or "
-        f"load it with transformers, from_pretrained({str(file.parent)!r}, gguf_file={file.name!r}), save it "
-        "with save_pretrained and convert that directory"
-    )
+def _gguf_file(place: Path) -> Path | None:
+    """The GGUF file at `place`, or in a directory that holds one and no other model; None if there is none.
+
+    Raises SourceError if there are several to choose from.
+    """
+    if place.is_file():
+        return place if place.suffix == ".gguf" else None
+    if not place.is_dir() or (place / "config.json").is_file():
+        return None
+    files = list(models_in(place))
+    if len(files) > 1:
+        names = ", ".join(file.name for file in files)
+        raise SourceError(f"{place}: holds several GGUF files ({names}); give one of them as SOURCE")
+    return files[0] if files else None
 
 
 def _not_here(source: str) -> str:

@@ -91,6 +91,7 @@ class Plan:
         strange: tensors of the checkpoint that `architecture` does not know; they are kept.
         release: how the checkpoint is quantized already; empty if it is not.
         unused: tensors of such a release that a lowbit model has no use for.
+        requantized: its weights are quantized anew, from what it decodes to.
     """
 
     steps: tuple[Step, ...]
@@ -105,6 +106,7 @@ class Plan:
     strange: tuple[str, ...] = ()
     release: str = ""
     unused: tuple[str, ...] = ()
+    requantized: bool = False
 
     @property
     def quantized(self) -> list[Step]:
@@ -189,9 +191,17 @@ def _stack_memory(step: Step) -> int:
 
 
 def make_plan(
-    source: Source, names: Names, recipe: Recipe, *, min_coverage: float = 0.9, side: SideFiles | None = None
+    source: Source,
+    names: Names,
+    recipe: Recipe,
+    *,
+    min_coverage: float = 0.9,
+    side: SideFiles | None = None,
+    requantize: bool = False,
 ) -> Plan:
     """Decide about every tensor; `side` are the files beside the weights.
+
+    With `requantize`, weights that a release has quantized are quantized anew by the recipe.
 
     Raises:
         NothingToQuantizeError: no module would be quantized.
@@ -214,7 +224,11 @@ def make_plan(
         owner = names.tied.get(destination.path, destination.path)
         stack = destination.stack
         whole = tensor if stack is None else stack.tensor(source.tensors)
-        target, reason = _decide(destination, owner, names, recipe, quantized=quantized, grid=whole.grid)
+        target, reason = _decide(
+            destination, owner, names, recipe, quantized=quantized, grid=whole.grid, requantize=requantize
+        )
+        if requantize and whole.grid is not None and isinstance(target, Target):
+            target = replace(target, recognise=False)  # or its own grid would be found, and kept
         if target is not None and tensor.numel == 0:
             target, reason = None, "has no weights"
         if target is not None and destination.path != owner and owner in by_path:
@@ -244,18 +258,28 @@ def make_plan(
         names.absent,
         side or SideFiles(),
         strange=names.strange,
+        requantized=requantize,
     )
     _check(plan, min_coverage)
     return plan
 
 
 def _decide(
-    destination: Destination, owner: str, names: Names, recipe: Recipe, *, quantized: bool, grid: Grid | None
+    destination: Destination,
+    owner: str,
+    names: Names,
+    recipe: Recipe,
+    *,
+    quantized: bool,
+    grid: Grid | None,
+    requantize: bool = False,
 ) -> tuple[Target | Taken | None, str]:
     """Target of a tensor, or None and the reason. All places of a tied matrix share one decision.
 
     Of a checkpoint that is `quantized` already, what has a `grid` keeps it, and other weights of the body their floats.
-    A rule of the recipe can keep a weight in floats; to quantize anew, it can only what cannot be taken over.
+    A rule of the recipe can keep a weight in floats; to quantize anew, it can only what cannot be taken over. With
+    `requantize`, the recipe decides about all that have a grid as about those of any checkpoint; what it would leave in
+    floats, embeddings and the output head, keeps its grid.
     """
     if destination.kind not in (*MATRICES, "embedding"):
         return None, ""
@@ -270,9 +294,9 @@ def _decide(
             return None, reason
     for place in places:
         rule = recipe.rule_for(place)
-        if rule is not None and (grid is None or grid.refusal or rule.target is None):
+        if rule is not None and (requantize or grid is None or grid.refusal or rule.target is None):
             return rule.target, "" if rule.target is not None else f"kept by the pattern {rule.match!r}"
-    if grid is not None:
+    if grid is not None and not requantize:
         return _taken(destination, places, grid)
     embedding = "embedding" in (destination.kind, *(names.kinds.get(place) for place in places))
     heads = [place in names.heads for place in places]
@@ -280,10 +304,14 @@ def _decide(
         head = any(heads)
         if recipe.embeddings or (head and recipe.lm_head):
             return recipe.default, ""
+        if grid is not None and not grid.refusal:
+            return _taken(destination, places, grid)
         return None, "embedding, tied to the output head" if head else "embedding"
     if all(heads) or (destination.head and len(places) == 1):  # tied to a Linear of the body, it is one of the body
+        if grid is not None and not grid.refusal and not recipe.lm_head:
+            return _taken(destination, places, grid)
         return (recipe.default, "") if recipe.lm_head else (None, "output head")
-    return (None, LEFT) if quantized else (recipe.default, "")
+    return (None, LEFT) if quantized and grid is None else (recipe.default, "")
 
 
 def _taken(destination: Destination, places: list[str], grid: Grid) -> tuple[Taken | None, str]:

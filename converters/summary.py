@@ -214,14 +214,20 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
     rows = []
     if plan.release:
         taken = [s for s in plan.quantized if isinstance(s.target, Taken)]
+        if plan.requantized:
+            again = [s for s in plan.quantized if s.tensor.grid is not None and not isinstance(s.target, Taken)]
+            rows.append(
+                (
+                    "second-hand",
+                    f"{len(again)} modules are quantized anew from what the release ({plan.release}) decodes to; the "
+                    "original checkpoint would give a better model",
+                )
+            )
         bits = sorted({s.module().scheme.bits for s in taken})
         width = " and ".join(map(str, bits))
-        rows.append(
-            (
-                "quantized by the release",
-                f"{plan.release}: {len(taken)} modules of {width} bits are imported without loss, with their own grid",
-            )
-        )
+        if taken:
+            what = f"{len(taken)} modules of {width} bits are imported without loss, with their own grid"
+            rows.append(("quantized by the release", f"{plan.release}: {what}"))
     if plan.unused:
         rows.append(("not needed, since activations stay floats", _some(plan.unused)))
     if plan.architecture != plan.named:

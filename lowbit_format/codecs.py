@@ -16,18 +16,23 @@ class Codec:
     Attributes:
         id: permanent name in the file.
         scale_per_plane: scales are ``[bits, rows, groups]``; otherwise ``[1, rows, groups]``.
-        shift: role of the additive ``[rows, groups]`` parameter, or None. Offsets are optional, see ``Scheme.shift``.
+        shift: role of the additive ``[rows, groups]`` parameter, or None.
         codebook: a table of ``2**bits`` levels exists.
+        optional_shift: the shift exists only where a scheme says so (``Scheme.offset``).
+        version: of the format that has it first (VER-3).
     """
 
     id: str
     scale_per_plane: bool
     shift: str | None
     codebook: bool
+    optional_shift: bool = False
+    version: str = "1.0"
 
 
 CODECS = {
-    "bcq": Codec("bcq", scale_per_plane=True, shift="offsets", codebook=False),
+    "bcq": Codec("bcq", scale_per_plane=True, shift="offsets", codebook=False, optional_shift=True),
     "uniform": Codec("uniform", scale_per_plane=False, shift="zeros", codebook=False),
     "codebook": Codec("codebook", scale_per_plane=False, shift=None, codebook=True),
+    "affine": Codec("affine", scale_per_plane=False, shift="offsets", codebook=False, version="1.1"),
 }

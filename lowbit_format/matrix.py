@@ -21,7 +21,7 @@ class Params:
 
     Attributes:
         scales: float32 ``[bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
-        shift: float32 ``[rows, groups]``: offsets (bcq) or zeros (uniform); None where the scheme has none.
+        shift: float32 ``[rows, groups]``: offsets (bcq, affine) or zeros (uniform); None where the scheme has none.
     """
 
     scales: F32

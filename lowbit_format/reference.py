@@ -20,7 +20,7 @@ _NO_SHIFT: F32 = np.empty((0, 0), np.float32)
 
 
 def decode(matrix: StoredMatrix, bits: int | None = None, out: F32 | None = None) -> F32:
-    """The weights of `matrix` in float32 (DEC-1 to DEC-4).
+    """The weights of `matrix` in float32 (DEC-1 to DEC-4, DEC-7).
 
     Args:
         matrix: the matrix to decode.
@@ -68,7 +68,7 @@ def decode_arrays(
         out: float32 ``[rows, cols]``, C-contiguous, to write into.
         planes: uint8 ``[>= bits, rows, bytes]``, or ragged ``[>= sum of the planes to read, bytes]`` (MIX-2).
         scales: float32 ``[>= bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
-        shift: float32 ``[rows, groups]``: offsets (bcq) or zeros (uniform), or None.
+        shift: float32 ``[rows, groups]``: offsets (bcq, affine) or zeros (uniform), or None.
         codebook: float32 ``[2**bits]`` (codebook), or None.
         row_bits: uint8 ``[rows]`` if the planes are ragged, or None.
         codec: id of the codec.
@@ -81,6 +81,8 @@ def decode_arrays(
     shift = _NO_SHIFT if shift is None else shift
     if codec == "bcq":
         parallel_rows(_decode_bcq, rows, out, flat, index, scales, shift, bits, group_columns)
+    elif codec == "affine":
+        parallel_rows(_decode_affine, rows, out, flat, index, scales[0], shift, bits, group_columns)
     else:
         table = np.arange(2**bits, dtype=np.float32) if codebook is None else codebook
         parallel_rows(_decode_levels, rows, out, flat, index, scales[0], shift, table, bits, group_columns)
@@ -107,6 +109,10 @@ def decode_numpy(matrix: StoredMatrix, bits: int | None = None) -> F32:
             continue
         code = unpack_codes(mine, matrix.cols)
         level = code.astype(np.float32) if matrix.codebook is None else matrix.codebook[code]
+        if matrix.scheme.codec == "affine":
+            level = level * scales[0]
+            out[rows] = level if shift is None else level + shift
+            continue
         if shift is not None:
             level = level - shift
         out[rows] = level * scales[0]
@@ -182,3 +188,17 @@ def _decode_levels(start, stop, out, planes, index, scales, zeros, table, n, gro
             else:
                 for c in range(g * group, min(cols, (g + 1) * group)):
                     out[r, c] = table[codes[c]] * scale
+
+
+@numba.njit(nogil=True, cache=True)
+def _decode_affine(start, stop, out, planes, index, scales, offsets, n, group):
+    """DEC-7 for rows start to stop: ``code * scale + offset``, rounded twice."""
+    rows, cols = out.shape
+    codes = np.empty(planes.shape[1] * 8, np.uint8)
+    for r in range(start, stop):
+        _row_codes(codes, planes, index, r, rows, n)
+        for g in range(scales.shape[1]):
+            scale = scales[r, g]
+            offset = offsets[r, g] if offsets.shape[0] > 0 else np.float32(-0.0)  # which changes nothing
+            for c in range(g * group, min(cols, (g + 1) * group)):
+                out[r, c] = np.float32(codes[c]) * scale + offset

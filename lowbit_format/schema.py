@@ -15,7 +15,7 @@ from .dtypes import FLOATS
 from .errors import ConfigError, PrecisionError, VersionError
 
 QUANT_METHOD = "lowbit"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"  # the newest that is known; files say the lowest that has what they use (VER-3)
 MAX_DIMENSION = 2**31 - 1  # CFG-6
 MAX_PATH = 512  # CFG-4
 
@@ -32,13 +32,13 @@ class Scheme:
     """How one matrix is stored (CFG-2).
 
     Attributes:
-        codec: ``"bcq"``, ``"uniform"`` or ``"codebook"``.
+        codec: ``"bcq"``, ``"uniform"``, ``"affine"`` or ``"codebook"``.
         bits: number of planes, 1 to 8.
         group_size: number of consecutive columns that share parameters; 0 is the whole row.
         scale_dtype: safetensors dtype of scales, offsets and zeros.
         offset: the matrix has an offset tensor (bcq).
-        row_bits: rows have different numbers of bits (bcq, uniform).
-        nested: precisions below ``bits`` that have their own parameters (bcq, uniform), ascending.
+        row_bits: rows have different numbers of bits (not of a codebook).
+        nested: precisions below ``bits`` that have their own parameters (not of a codebook), ascending.
         label: a name for people; readers ignore it.
     """
 
@@ -61,9 +61,9 @@ class Scheme:
 
     @property
     def shift(self) -> str | None:
-        """Role of the shift that a matrix of this scheme has: ``"zeros"`` always, ``"offsets"`` on request."""
-        shift = CODECS[self.codec].shift
-        return None if shift == "offsets" and not self.offset else shift
+        """Role of the shift that a matrix of this scheme has: that of its codec; of bcq, only on request."""
+        codec = CODECS[self.codec]
+        return None if codec.optional_shift and not self.offset else codec.shift
 
     def scale_planes(self, bits: int) -> int:
         """First dimension of the scales of a matrix with `bits` planes."""
@@ -137,9 +137,9 @@ class Scheme:
             raise fail(f"nested is {nested!r}, expected a list of integers from 1 to bits - 1")
         if nested != sorted(set(nested)):
             raise fail(f"nested is {nested!r}, expected ascending integers without repetition")
-        if obj.get("offset") and codec != "bcq":
+        if obj.get("offset") and not CODECS[codec].optional_shift:
             raise fail(f"offset is for bcq, not for {codec}")
-        if codec == "codebook" and (nested or obj.get("row_bits")):
+        if CODECS[codec].codebook and (nested or obj.get("row_bits")):
             raise fail("a codebook has neither row_bits nor nested precisions")
         label = obj.get("label")
         if "label" in obj and not isinstance(label, str):
@@ -208,13 +208,17 @@ class QuantizationConfig:
         modules: module entries by path.
         tied: path of a module without a matrix in the file -> path of the owner of its matrix (TIE-1).
         base_model_prefix: path of the base model inside the model with its head, or the empty string.
-        format_version: ``"major.minor"``.
+        format_version: ``"major.minor"``; if not given, the lowest that has all schemes (VER-3).
     """
 
     modules: dict[str, ModuleEntry]
     tied: dict[str, str] = field(default_factory=dict)
     base_model_prefix: str = ""
-    format_version: str = FORMAT_VERSION
+    format_version: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.format_version:
+            object.__setattr__(self, "format_version", lowest_version(m.scheme for m in self))
 
     def __iter__(self) -> Iterator[ModuleEntry]:
         return iter(self.modules.values())
@@ -289,6 +293,12 @@ class QuantizationConfig:
             if owner not in modules:
                 raise ConfigError("TIE-2", f"is tied to {owner!r}, which is not in modules", file=file, tensor=place)
         return cls(modules, dict(tied), prefix, obj["format_version"])
+
+
+def lowest_version(schemes: Iterable[Scheme]) -> str:
+    """The lowest version of the format that has everything that these schemes use (VER-3)."""
+    versions = {CODECS[scheme.codec].version for scheme in schemes}
+    return max(versions, key=lambda v: tuple(map(int, v.split("."))), default="1.0")
 
 
 def scheme_names(schemes: Any) -> dict[Scheme, str]:

@@ -1,5 +1,5 @@
 """Releases that are published only quantized: one kind a file, and what all have in common in :mod:`.packed`."""
 
-from .source import open_quantized
+from .source import QuantizedSource, open_quantized
 
-__all__ = ["open_quantized"]
+__all__ = ["QuantizedSource", "open_quantized"]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codecs import CODECS
 from ..kernels import operators
 from ..kernels.matrix import PlaneMatrix
 from ..matrix import StoredMatrix
@@ -20,7 +21,7 @@ def decoded(matrix: StoredMatrix, device: torch.device) -> Tensor:
 
 def plane_matrix(matrix: StoredMatrix, device: torch.device) -> PlaneMatrix:
     """A matrix as kernels take it, at full precision."""
-    scheme, shift = matrix.scheme, matrix.params.shift
+    scheme, shift, role = matrix.scheme, matrix.params.shift, CODECS[matrix.scheme.codec].shift
 
     def tensor(array: np.ndarray[Any, Any] | None) -> Tensor | None:
         return None if array is None else torch.from_numpy(np.array(array, order="C")).to(device)
@@ -30,8 +31,8 @@ def plane_matrix(matrix: StoredMatrix, device: torch.device) -> PlaneMatrix:
     return PlaneMatrix(
         planes,
         scales,
-        tensor(shift) if scheme.codec == "bcq" else None,
-        tensor(shift) if scheme.codec == "uniform" else None,
+        tensor(shift) if role == "offsets" else None,
+        tensor(shift) if role == "zeros" else None,
         tensor(matrix.codebook),
         tensor(matrix.row_bits),
         scheme.codec,

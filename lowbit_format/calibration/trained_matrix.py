@@ -33,7 +33,7 @@ class TrainedMatrix:
         w = w._replace(scales=(w.scales / self._unit).requires_grad_())
         self.tensors = [w.scales]
         if w.shift is not None:
-            shift = w.shift / self._unit if w.codec == "bcq" else w.shift.clone()
+            shift = w.shift / self._unit if w.has_offsets else w.shift.clone()
             w = w.with_shift(shift.requires_grad_())
             self.tensors.append(shift)
         self._w = w
@@ -58,11 +58,11 @@ class TrainedMatrix:
         with torch.no_grad():
             self.tensors[0].copy_(torch.from_numpy(params.scales) / self._unit)
             if params.shift is not None:
-                unit = self._unit if self._w.codec == "bcq" else 1.0
+                unit = self._unit if self._w.has_offsets else 1.0
                 self.tensors[1].copy_(torch.from_numpy(params.shift) / unit)
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         shift = self._w.shift
-        if shift is not None and self._w.codec == "bcq":
+        if shift is not None and self._w.has_offsets:
             shift = shift * self._unit
         return self._w.scales * self._unit, shift

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..schema import FORMAT_VERSION, Scheme
+from ..schema import Scheme, lowest_version
 
 _KEPT = {  # keys of a source's front matter that hold for the base too, and what their values may be
     "license": r"[\w.-]+",
@@ -46,6 +46,7 @@ def base_card(
     front += [f"{key}: {value}" for key, value in facts.items()]
     if "base_model" in facts:
         front.append("base_model_relation: quantized")
+    schemes = list(schemes)
     kinds = ", ".join(sorted({scheme_text(scheme) for scheme in schemes}))
     comment = f"  # a {loaded}" if loaded else ""
     return (
@@ -54,7 +55,7 @@ def base_card(
 
 # {name}
 
-{what} with its weights in bit-planes ({kinds}), in the lowbit format {FORMAT_VERSION}.
+{what} with its weights in bit-planes ({kinds}), in the lowbit format {lowest_version(schemes)}.
 
 ## Loading
 

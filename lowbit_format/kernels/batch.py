@@ -81,7 +81,7 @@ def sum_over_tasks(
         else:
             deltas_grad[task] = grad[:p]
         scales_grad += grad
-    offsets_grad, zeros_grad = (shift_grad, None) if w.codec == "bcq" else (None, shift_grad)
+    offsets_grad, zeros_grad = (shift_grad, None) if w.has_offsets else (None, shift_grad)
     return scales_grad, offsets_grad, zeros_grad, deltas_grad
 
 
@@ -103,9 +103,11 @@ def grads_of_sums(w: PlaneMatrix, signed: Tensor, total: Tensor) -> tuple[Tensor
         return signed, None if w.offsets is None else total
     if w.codebook is not None:
         return signed, None
-    zero = 0 if w.zeros is None else w.zeros.float()
     weights = 2.0 ** torch.arange(w.bits - 1, -1, -1, device=signed.device)  # BIT-1
     code = (signed.add_(total).div_(2) * weights[:, None, None]).sum(0)  # a bit is (its sign + 1) / 2
+    if w.has_offsets:
+        return code[None], None if w.offsets is None else total
+    zero = 0 if w.zeros is None else w.zeros.float()
     return (code - zero * total)[None], None if w.zeros is None else -total * w.scales[0].float()
 
 

@@ -26,11 +26,12 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
     With deltas of groups, every task in the batch takes a product with its own weight. With deltas of rows, products
     with the base's planes are shared by all tasks: where ``z[p] = x @ (scale[p] * sign[p]).T`` is what plane p adds to
     the result, a factor ``1 + delta[p]`` on its scales adds ``delta[p] * z[p]``. With one scale for the whole code,
-    ``z`` is the result itself. If there are no more tasks than shared products, a CPU computes a product per task after
-    all. A GPU never does: to find out which tasks are in a batch, it would have to wait for the device.
+    ``z`` is the result itself (of affine: without its offsets). If there are no more tasks than shared products, a CPU
+    computes a product per task after all. A GPU never does: to find out which tasks are in a batch, it would have to
+    wait for the device.
     """
     out = x.new_empty(len(x), w.rows)
-    shared = 1 if w.codec != "bcq" else 1 + (0 if deltas is None else deltas.shape[1])
+    shared = 1 + (0 if deltas is None or not w.has_offsets else deltas.shape[1])
     few = deltas is not None and len(deltas) <= shared and not x.is_cuda
     if deltas is None or task_ids is None or deltas.dim() == 4 or few:
         for rows, mine in each_task(w, deltas, task_ids):
@@ -43,19 +44,19 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
     with_base = F.pad(deltas, (0, 0, 0, 0, 0, 1))  # zeros last, where the base's -1 points
     for start, stop, weight in chunks(w, x.dtype):
         torch.mm(x, weight.t(), out=out[:, start:stop])
-    base = out.clone() if w.codec != "bcq" else out
+    base = out if w.has_offsets else out.clone()
     for p in range(deltas.shape[1]):
         factor = with_base[task_ids.clamp(-1, len(deltas) - 1), p]
         factor = torch.where((task_ids < len(deltas))[:, None], factor, float("nan"))  # of a task that does not exist
-        for start, stop, weight in chunks(_plane(w, p), x.dtype) if w.codec == "bcq" else ():
+        for start, stop, weight in chunks(_plane(w, p), x.dtype) if w.has_offsets else ():
             out[:, start:stop].addcmul_(factor[:, start:stop].to(x.dtype), x @ weight.t())
-        if w.codec != "bcq":
+        if not w.has_offsets:
             out.addcmul_(factor.to(x.dtype), base)
     return out
 
 
 def _plane(w: PlaneMatrix, p: int) -> PlaneMatrix:
-    """`w` without what is not of plane `p`: the other scales are zero, and there is no offset."""
+    """`w` without what the scales of plane `p` do not change: the other scales are zero, and there is no offset."""
     scales = torch.zeros_like(w.scales)
     scales[p] = w.scales[p]
     return w._replace(scales=group_major(scales), offsets=None)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..codecs import CODECS
+
 FILE, TILED = "file", "tiled"  # layouts: that of spec section 4, and the one that a backend's kernels read
 
 
@@ -17,8 +19,8 @@ class PlaneMatrix(NamedTuple):
         planes: uint8. In the file's layout ``[>= bits, rows, bytes]``, or ragged ``[>= sum of row_bits, bytes]``
             (MIX-2); the backend of the device defines the shape in the tiled layout.
         scales: float ``[bits, rows, groups]`` (bcq) or ``[1, rows, groups]``.
-        offsets: float ``[rows, groups]``, or None.
-        zeros: float ``[rows, groups]``, or None.
+        offsets: float ``[rows, groups]`` (bcq, affine), or None.
+        zeros: float ``[rows, groups]`` (uniform), or None.
         codebook: float32 ``[2**bits]``, or None.
         row_bits: uint8 ``[rows]``, or None.
         codec, group_size: of the scheme.
@@ -67,16 +69,21 @@ class PlaneMatrix(NamedTuple):
     @property
     def scale_per_plane(self) -> bool:
         """Whether each plane has its own scales (bcq); else one scale applies to the whole level."""
-        return self.codec == "bcq"
+        return CODECS[self.codec].scale_per_plane
+
+    @property
+    def has_offsets(self) -> bool:
+        """Whether the codec's shift is added behind the scales (bcq, affine), which then do not change it."""
+        return CODECS[self.codec].shift == "offsets"
 
     @property
     def shift(self) -> Tensor | None:
-        """The additive parameter ``[rows, groups]``: offsets of bcq, zeros of uniform."""
-        return self.offsets if self.codec == "bcq" else self.zeros
+        """The additive parameter ``[rows, groups]``: offsets of bcq and affine, zeros of uniform."""
+        return self.offsets if self.has_offsets else self.zeros
 
     def with_shift(self, values: Tensor) -> PlaneMatrix:
         """This matrix with another :attr:`shift`."""
-        return self._replace(offsets=values) if self.codec == "bcq" else self._replace(zeros=values)
+        return self._replace(offsets=values) if self.has_offsets else self._replace(zeros=values)
 
     @property
     def work_dtype(self) -> torch.dtype:

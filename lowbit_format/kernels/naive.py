@@ -20,10 +20,11 @@ from .matrix import PlaneMatrix, full_planes, present_rows
 
 
 def decode(w: PlaneMatrix) -> Tensor:
-    """The weights ``[rows, cols]``, float32 (float64 if the scales are), by the operations of DEC-2 to DEC-4."""
+    """The weights ``[rows, cols]``, float32 (float64 if the scales are), by the operations of section 6."""
     scales, shift = w.scales.to(w.work_dtype)[..., None], _shift(w)
     if not w.scale_per_plane:
-        return _columns(_levels(w) * scales[0], w)
+        scaled = _levels(w) * scales[0]
+        return _columns(scaled if shift is None or not w.has_offsets else scaled + shift, w)
     rows, groups = w.rows, w.groups
     acc = torch.zeros((), dtype=scales.dtype, device=scales.device) if shift is None else shift
     acc = acc.expand(rows, groups, w.group_columns)
@@ -47,7 +48,9 @@ def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor 
     scales_grad = torch.zeros_like(w.scales, dtype=grad.dtype)
     if not w.scale_per_plane:
         scales_grad[0] = (grad * _levels(w)).sum(-1)
-        return scales_grad, None if shift is None else -grad.sum(-1) * w.scales[0].to(grad.dtype)
+        if shift is None or w.has_offsets:
+            return scales_grad, None if shift is None else grad.sum(-1)
+        return scales_grad, -grad.sum(-1) * w.scales[0].to(grad.dtype)
     present = present_rows(w)
     for p, bit in enumerate(_bits(w)):
         signed = torch.where(bit, grad, -grad).sum(-1)
@@ -91,7 +94,10 @@ def _shift(w: PlaneMatrix) -> Tensor | None:
 
 
 def _levels(w: PlaneMatrix) -> Tensor:
-    """Levels before scaling: ``float(code) - zero`` or ``codebook[code]``, ``[rows, groups, columns of a group]``."""
+    """Levels before scaling: ``float(code)``, ``float(code) - zero`` or ``codebook[code]``.
+
+    ``[rows, groups, columns of a group]``.
+    """
     present, work = present_rows(w), w.work_dtype
     code = torch.zeros((), dtype=torch.uint8, device=w.planes.device)
     for p, bit in enumerate(_bits(w)):
@@ -99,7 +105,7 @@ def _levels(w: PlaneMatrix) -> Tensor:
         code = longer if present is None else torch.where(present[p][:, None, None], longer, code)
     level = code.to(work) if w.codebook is None else w.codebook.to(work)[code.long()]
     shift = _shift(w)
-    return level if shift is None else level - shift
+    return level if shift is None or w.has_offsets else level - shift
 
 
 def _bits(w: PlaneMatrix) -> Iterator[Tensor]:

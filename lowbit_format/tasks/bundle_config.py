@@ -9,10 +9,11 @@ from typing import Any
 
 from ..container import strict_json
 from ..errors import BundleError, FormatError, VersionError
-from ..schema import FORMAT_VERSION, check_path, check_version, is_int, is_sha256, is_text
+from ..schema import check_path, check_version, is_int, is_sha256, is_text
 
 TASK_CONFIG_FILE = "task_config.json"
 FORMAT = "lowbit-task"
+BUNDLE_VERSION = "1.0"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TaskConfig:
     revision: str | None = None
     bits: int | None = None
     modules_to_save: tuple[str, ...] = ()
-    format_version: str = FORMAT_VERSION
+    format_version: str = BUNDLE_VERSION
     others: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def scalar_bit(matrix: StoredMatrix, p: int, r: int, c: int) -> int:
 
 
 def scalar_decode(matrix: StoredMatrix, bits: int | None = None) -> F32:
-    """The weights, one by one (DEC-1 to DEC-4, MIX-4, NST-1, NST-2)."""
+    """The weights, one by one (DEC-1 to DEC-4, DEC-7, MIX-4, NST-1, NST-2)."""
     scheme = matrix.scheme
     params = matrix.params if bits is None or bits >= scheme.bits else matrix.nested[bits]
     at_most = scheme.bits if bits is None else min(bits, scheme.bits)
@@ -55,6 +55,10 @@ def scalar_decode(matrix: StoredMatrix, bits: int | None = None) -> F32:
                 elif scheme.codec == "uniform":
                     assert params.shift is not None
                     weight = (np.float32(code) - params.shift[r][g]) * scale[0]
+                elif scheme.codec == "affine":
+                    assert params.shift is not None
+                    weight = np.float32(code) * scale[0]
+                    weight = weight + params.shift[r][g]
                 elif scheme.codec == "codebook":
                     assert matrix.codebook is not None
                     weight = matrix.codebook[code] * scale[0]
@@ -67,7 +71,7 @@ def scalar_decode(matrix: StoredMatrix, bits: int | None = None) -> F32:
 
 def scheme_for(codec: str, bits: int, group_size: int = 0, **more: object) -> Scheme:
     """A scheme with F32 parameters, and with an offset where the codec can have one."""
-    return replace(Scheme(codec, bits, group_size, "F32", CODECS[codec].shift == "offsets"), **more)  # type: ignore[arg-type]
+    return replace(Scheme(codec, bits, group_size, "F32", CODECS[codec].optional_shift), **more)  # type: ignore[arg-type]
 
 
 CODEC_BITS = [pytest.param(codec, bits, id=f"{codec}-{bits}") for codec in CODECS for bits in range(1, 9)]
@@ -159,6 +163,11 @@ class DecoderConformance:
             scheme_for("uniform", 2), 1, 1, pack_codes(np.full((1, 1), 3, np.uint8), 2), Params(scale, zero)
         )
         assert_same_bits(self.decode(uniform, None), np.float32(3) * scale[0])
+        scale = np.array([[[1.0 + 2.0**-23]]], np.float32)  # 3 times it is a tie to even; the offset shows which way
+        offset = np.array([[-np.float32(3) * scale[0, 0, 0]]], np.float32)
+        codes = pack_codes(np.full((1, 1), 3, np.uint8), 2)
+        affine = StoredMatrix(scheme_for("affine", 2), 1, 1, codes, Params(scale, offset))
+        assert_same_bits(self.decode(affine, None), np.zeros((1, 1), np.float32))  # fused, what was rounded off is left
 
     @pytest.mark.parametrize("codec", CODECS)
     def test_subnormals_are_kept(self, codec: str) -> None:

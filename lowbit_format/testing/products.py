@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..codecs import CODECS
 from ..kernels.matrix import PlaneMatrix
 from ..matrix import StoredMatrix
 from ..runtime.stored_tensors import TORCH_DTYPES
@@ -28,8 +29,9 @@ KINDS = [  # schemes without bits and group size
     Scheme("uniform"),
     Scheme("uniform", row_bits=True),
     Scheme("codebook"),
+    Scheme("affine"),
 ]
-NAMES = ["bcq", "bcq-offset", "bcq-ragged", "uniform", "uniform-ragged", "codebook"]
+NAMES = ["bcq", "bcq-offset", "bcq-ragged", "uniform", "uniform-ragged", "codebook", "affine"]
 ROUNDINGS = 1e-6  # error of a float32 product, of the sum of its terms' absolute values: eight roundings' worth
 PARAMETERS = "scales", "offsets", "zeros"
 
@@ -59,7 +61,7 @@ def plane_matrix(matrix: StoredMatrix, bits: int | None = None, dtype: torch.dty
     def tensor(array: np.ndarray | None, dtype: torch.dtype | None) -> Tensor | None:
         return None if array is None else torch.from_numpy(np.array(array)).to(dtype)
 
-    offsets, zeros = (params.shift, None) if scheme.codec == "bcq" else (None, params.shift)
+    offsets, zeros = (None, params.shift) if CODECS[scheme.codec].shift == "zeros" else (params.shift, None)
     scales = tensor(params.scales, declared)
     planes = torch.from_numpy(np.array(matrix.planes))
     assert scales is not None
@@ -141,7 +143,7 @@ def on_device(given: Given, device: str) -> Given:
 
 
 def decode(w: PlaneMatrix) -> Tensor:
-    """Weights ``[rows, cols]``, operation by operation (DEC-1 to DEC-4, MIX-2, MIX-4); float64 if the scales are."""
+    """Weights ``[rows, cols]``, operation by operation (section 6, MIX-2, MIX-4); float64 if the scales are."""
     work = torch.promote_types(w.scales.dtype, torch.float32)
     bits, present = _bits(w)
     group = torch.arange(w.cols) // (w.group_size or w.cols)
@@ -155,6 +157,9 @@ def decode(w: PlaneMatrix) -> Tensor:
     for bit, there in zip(bits, present, strict=True):  # BIT-1: the first plane is the most significant
         code = torch.where(there[:, None], 2 * code + bit, code)
     level = code.to(work) if w.codebook is None else w.codebook.to(work)[code]
+    if w.codec == "affine":
+        scaled = level * scales[0]
+        return scaled if w.offsets is None else scaled + w.offsets.to(work)[:, group]
     return (level if w.zeros is None else level - w.zeros.to(work)[:, group]) * scales[0]
 
 

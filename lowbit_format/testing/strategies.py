@@ -43,7 +43,7 @@ def schemes(draw: st.DrawFn, ragged: bool | None = None) -> Scheme:
         bits,
         draw(GROUP_SIZES),
         draw(st.sampled_from(SCALE_DTYPES)),
-        codec.shift == "offsets" and draw(st.booleans()),
+        codec.optional_shift and draw(st.booleans()),
         row_bits,
         tuple(sorted(nested)),
         draw(st.none() | st.text(max_size=5)),

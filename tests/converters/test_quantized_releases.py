@@ -76,6 +76,17 @@ def assert_imported(out: Path, expected: Tensors) -> None:
     assert torch.isfinite(model(input_ids=torch.tensor([[1, 5, 9]])).logits).all()
 
 
+def test_a_release_can_be_quantized_anew(tmp_path: Path) -> None:
+    """With the recipe's bits from what it decodes to; its own grid is not found again."""
+    expected = write_release(tmp_path / "release", *gptq(bits=4))
+    done = convert(tmp_path / "release", tmp_path / "out", Recipe(Target(bits=2, group_size=32)), requantize=True)
+    assert done.plan.requantized
+    assert {o.module.scheme.bits for o in done.outcomes.values()} == {2}
+    for path, weight in expected.items():
+        found = torch.from_numpy(ModelReader(tmp_path / "out").decode(path))
+        assert 0.05 < (found - weight.float()).norm() / weight.float().norm() < 0.7
+
+
 def refused(source: Path, out: Path, match: str, recipe: Recipe = RECIPE, **options: Any) -> None:
     """The conversion ends in a QuantizedSourceError and leaves nothing that looks finished."""
     with pytest.raises(QuantizedSourceError, match=match):

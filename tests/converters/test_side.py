@@ -110,7 +110,7 @@ def test_it_comes_along_from_the_hub_too(encoder: Path, tmp_path: Path, monkeypa
     ("names", "message"),
     [
         (["adapter_config.json", "adapter_model.safetensors"], "somebody/x: is an adapter .*merge_and_unload"),
-        (["x.Q4.gguf", "README.md"], r"somebody/x: holds x\.Q4\.gguf, which is a GGUF file"),
+        (["x.Q4.gguf", "README.md"], r"holds 1 GGUF file; download one \(hf download somebody/x x\.Q4\.gguf --local"),
         (["fp16/config.json", "fp16/model.safetensors"], "holds no model itself, but its folder fp16 does"),
         (["config.json", "tf_model.h5"], r"has neither model\.safetensors .* another framework only \(tf_model\.h5\)"),
         (["README.md"], r"has no config\.json"),

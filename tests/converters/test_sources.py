@@ -293,7 +293,7 @@ def test_a_file_is_named_for_what_it_is(own_checkpoint: Checkpoint, tmp_path: Pa
     source = own_checkpoint("llama")
     for name in ("x.gguf", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
-    refused(tmp_path / "x.gguf", r"is a GGUF file.*gguf_file='x\.gguf'", tmp_path)
+    refused(tmp_path / "x.gguf", r"x\.gguf: has 1 bytes, and is no GGUF file", tmp_path)
     refused(tmp_path / "notes.txt", "is a file, expected the directory", tmp_path)
     refused(source / "model.safetensors", f"SOURCE is the directory of the model: {source}", tmp_path)
 
@@ -304,7 +304,7 @@ def test_a_directory_that_is_no_model_is_named_for_what_it_is(own_checkpoint: Ch
     for folder, file, message in (
         ("adapter", "adapter_config.json", "is an adapter .*merge_and_unload"),
         ("bundle", "task_config.json", "is a task bundle"),
-        ("gguf", "x.gguf", r"holds x\.gguf, which is a GGUF file"),
+        ("gguf", "x.gguf", r"x\.gguf: has 2 bytes, and is no GGUF file"),
     ):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / file).write_text("{}")

@@ -130,7 +130,7 @@ def test_tensor_specs(module: ModuleEntry) -> None:
     assert all(spec.name == f"{module.path}{joint}{spec.role}" for spec in specs)
     suffixes = ["", *(f"_k{k}" for k in scheme.nested)]
     roles = ["planes", *(f"scales{s}" for s in suffixes)]
-    roles += [f"{codec.shift}{s}" for s in suffixes if codec.shift == "zeros" or scheme.offset]
+    roles += [f"{codec.shift}{s}" for s in suffixes if (codec.shift and not codec.optional_shift) or scheme.offset]
     roles += ["codebook"] * codec.codebook + ["row_bits"] * scheme.row_bits
     assert sorted(spec.role for spec in specs) == sorted(roles)
     assert specs[0].role == "planes"

@@ -136,7 +136,7 @@ ROWS, COLS, TASKS = 256, 8192, 4
 
 # The first of each is the plain one. Rows of x: one, as many as fill so many columns, or several panels.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "codec": ("bcq+offset", "bcq", "uniform", "uniform+zero", "codebook"),
+    "codec": ("bcq+offset", "bcq", "uniform", "uniform+zero", "codebook", "affine+offset"),
     "group": (128, 32, 64, 256, 0),
     "rows": ("8", "one", "16", "many"),
     "deltas": ("none", "row", "group"),
@@ -184,6 +184,7 @@ FEW: dict[str, tuple[dict[str, Any], ...]] = {
         {"codec": "bcq", "group": 32, "rows": "one", "deltas": "row", "x": "fp32", "scales": "fp32", "warps": 2},
         {"codec": "uniform+zero", "group": 64, "rows": "many", "deltas": "group", "ids": True, "x": "bf16", "warps": 8},
         {"codec": "codebook", "group": 32, "deltas": "row", "ids": True, "scales": "bf16", "bits": 4, "bias": False},
+        {"codec": "affine+offset", "group": 32, "deltas": "row", "ids": True, "scales": "fp32"},
     ),
     "sm_80": ({"group": 64},),
     "gfx942": (
@@ -267,7 +268,7 @@ def matrix(codec: str, bits: int, group: int, scales: str = "fp16", rows: int = 
     w = PlaneMatrix(
         planes=torch.zeros(bits, rows, cols // 8, dtype=torch.uint8),
         scales=torch.zeros(bits if kind == "bcq" else 1, rows, groups, dtype=dtype),
-        offsets=shift if kind == "bcq" else None,
+        offsets=shift if kind in ("bcq", "affine") else None,
         zeros=shift if kind == "uniform" else None,
         codebook=torch.zeros(2**bits) if kind == "codebook" else None,
         row_bits=None,
@@ -339,6 +340,7 @@ DECODED = (
     decoded("uniform", 4, 64, "bf16", 48, "row"),
     decoded("codebook", 4, 256, "fp16"),
     decoded("codebook", 8, 32, "fp32", 48, "group"),
+    decoded("affine+offset", 4, 32, "fp16"),
 )
 SUMMED = (
     summed("bcq+offset", 3, 128, "fp16"),
@@ -370,7 +372,7 @@ ONES = (
     summed("codebook", 1, 32, "fp16", 1, **ONE),
     sliced(4, 8, "fp16", cols=128),
 )
-FEW_OTHERS = (DECODED[0], DECODED[5], DECODED[6], SUMMED[0], SUMMED[2], SUMMED[4], SLICED[0], SLICED[2])
+FEW_OTHERS = (DECODED[0], DECODED[5], DECODED[6], DECODED[-1], SUMMED[0], SUMMED[2], SUMMED[4], SLICED[0], SLICED[2])
 FEW_ONES = (ONES[2], ONES[3], ONES[7], ONES[-1])
 KERNELS = {
     "product": products._multiply,

@@ -24,6 +24,7 @@ def bundle_bases() -> Iterator[Valid]:
         "bundle-edge-base", "Parameters of -0.0, subnormal ones, and ones near the largest number.", edge_base()
     )
     yield Valid("bundle-names-base", "A module of the head named like one of the body, a tied place.", names_base())
+    yield Valid("bundle-affine-base", "affine, nested and experts, for deltas on scales and offsets.", affine_base())
     yield Valid("bundle-saved-base", "Digests, and modules that are not quantized, for bundles to save.", saved_base())
 
 
@@ -47,6 +48,14 @@ def task_base() -> Model:
     )
     model.quant["base_model_prefix"] = "model"
     return model
+
+
+def affine_base() -> Model:
+    return (
+        Model("bundle-affine-base")
+        .add("fc", scheme("affine", 3, 4, nested=[2]), [2, 6])
+        .add("experts.w", scheme("affine", 2, 0, "F32"), [2, 3, 5], "experts")
+    )
 
 
 def edge_base() -> Model:
@@ -216,7 +225,8 @@ def sensitive_delta(base: Model) -> Tensor:
 
 
 def bundles() -> Iterator[ValidBundle]:
-    example, base, edge, named, plain = bundle_bases()
+    example, base, edge, named, affine, plain = bundle_bases()
+    yield from affine_bundles(affine)
     delta = hexed("F32", (1, 2), "00 00 00 3e 00 00 80 be")
     worked = Bundle(example, {"fc.scales.mul": delta})
     assert np.array_equal(delta.f32(), np.array([[0.125, -0.25]], np.float32))
@@ -353,6 +363,18 @@ def part_bundles(plain: Valid) -> Iterator[ValidBundle]:
     fresh = {"modules_to_save.score.weight": random_delta("score", 3, 6)}
     about = "A saved module that the base's files do not have: only a model can tell whether it fits."
     yield ValidBundle("saved-fresh", about, Bundle(plain, fresh, {"modules_to_save": ["score"]}))
+
+
+def affine_bundles(affine: Valid) -> Iterator[ValidBundle]:
+    """Scales and offsets of the codec affine; the scales do not change the offsets."""
+    deltas = {
+        "fc.scales.mul": random_delta("affine.fc", 1, 2),
+        "fc.offsets.add": random_delta("affine.offsets", 2, 2),
+        "experts.w.scales.add": random_delta("affine.experts", 2, 1, 3, 1),
+    }
+    yield ValidBundle("affine", "Deltas on affine modules.", Bundle(affine, deltas))
+    nested = Bundle(affine, {"fc.scales.mul": random_delta("affine.nested", 1, 2)}, {"bits": 2})
+    yield ValidBundle("affine-nested", "The same at a nested precision.", nested)
 
 
 def edge_bundles(edge: Valid) -> Iterator[ValidBundle]:

@@ -15,7 +15,7 @@ from .reader import Tensor, Tensors
 
 
 def invalid_bundles() -> Iterator[InvalidBundle]:
-    _, base, edge, named, plain = bundle_bases()
+    _, base, edge, named, _, plain = bundle_bases()
     good: Tensors = {"layers.0.fc.scales.mul": random_delta("good", 1, 2)}
     prints = base.model.fingerprints()
 

@@ -126,6 +126,7 @@ def scheme_cases() -> Iterator[Invalid]:
     yield case("label", "label is a number.", plain, label=7)
     yield case("offset-uniform", "offset for uniform.", uniform, offset=True)
     yield case("offset-codebook", "offset for codebook.", table, offset=True)
+    yield case("offset-affine", "offset for affine, which always has offsets.", scheme("affine", 2, 4), offset=True)
     yield case("nested-codebook", "nested for codebook.", table, nested=[1])
     model = small(scheme("codebook", 2), shape=[3, 2])
     next(iter(model.quant["schemes"].values()))["row_bits"] = True

@@ -102,6 +102,12 @@ def codec_tensor_cases(changed: Callable[..., Invalid]) -> Iterator[Invalid]:
     yield changed("no-zeros", "uniform without zeros.", {"fc.zeros": None}, small(uniform))
     yield changed("no-zeros-k2", "uniform without zeros_k2.", {"fc.zeros_k2": None}, small(uniform))
     yield changed("offsets-uniform", "offsets for uniform.", {"fc.offsets": floats([[1, 1]], "F16")}, small(uniform))
+    affine = scheme("affine", 3, 4, nested=[2])
+    yield changed("no-offsets-affine", "affine without offsets.", {"fc.offsets": None}, small(affine))
+    yield changed("no-offsets-k2-affine", "affine without offsets_k2.", {"fc.offsets_k2": None}, small(affine))
+    yield changed("zeros-affine", "zeros for affine.", {"fc.zeros": floats([[1, 1]], "F16")}, small(affine))
+    per_plane = {"fc.scales": random_floats("a", "F16", (3, 1, 2))}
+    yield changed("scales-affine", "affine with scales for each plane.", per_plane, small(affine))
     per_plane = {"fc.scales": random_floats("u", "F16", (3, 1, 2))}
     yield changed("scales-uniform", "uniform with scales for each plane.", per_plane, small(uniform))
     table = scheme("codebook", 2, 4)

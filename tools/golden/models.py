@@ -51,7 +51,8 @@ def random_module(label: str, scheme: Json, kind: str, shape: list[int], row_bit
     lead = tuple(experts)
     bits, dtype, codec = scheme["bits"], scheme["scale_dtype"], scheme["codec"]
     groups = group_count(cols, scheme["group_size"])
-    shift_role = "offsets" if scheme.get("offset") else "zeros" if codec == "uniform" else None
+    has_offsets = scheme.get("offset") or codec == "affine"
+    shift_role = "offsets" if has_offsets else "zeros" if codec == "uniform" else None
     roles: Tensors = {}
 
     def put(role: str, tensor_dtype: str, tensor_shape: tuple[int, ...]) -> None:
@@ -107,6 +108,8 @@ class Model:
         if name is None:
             name = f"{scheme['codec']}-{scheme['bits']}-{len(schemes)}"
             schemes[name] = scheme
+        if scheme["codec"] == "affine":  # VER-3
+            self.quant["format_version"] = "1.1"
         self.quant["modules"][path] = {"scheme": name, "kind": kind, "shape": shape}
         if roles is None:
             roles = random_module(f"{self.label}/{path}", scheme, kind, shape, row_bits)

@@ -172,7 +172,9 @@ def decode(module: Module, k: int | None = None) -> np.ndarray:
     if k is not None and k not in module.nested:  # NST-3
         raise ValueError(f"the module cannot be read at {k} bit(s)")
     suffix = "" if k is None else f"_k{k}"  # NST-1
-    shift_role = {"bcq": "offsets", "uniform": "zeros", "codebook": ""}[module.scheme["codec"]] + suffix
+    shift_role = {"bcq": "offsets", "uniform": "zeros", "affine": "offsets", "codebook": ""}[
+        module.scheme["codec"]
+    ] + suffix
     roles = module.roles
     planes = roles["planes"].u8()
     scales = roles["scales" + suffix].f32()
@@ -226,7 +228,7 @@ def decode_row(
 
     Args:
         bits: ``[n, cols]``, plane 0 first.
-        scales: ``[n, cols]`` (one row for ``uniform`` and ``codebook``): for each column those of its group.
+        scales: ``[n, cols]`` (one row for all but ``bcq``): for each column those of its group.
         shift: ``[cols]``: offsets or zeros, for each column that of its group.
         codebook: ``[2^bits]``.
     """
@@ -239,6 +241,9 @@ def decode_row(
         if codec == "uniform":  # DEC-3
             difference = codes_of(bits).astype(np.float32) - shift
             return difference * scales[0]
+        if codec == "affine":  # DEC-7
+            product = codes_of(bits).astype(np.float32) * scales[0]
+            return product + shift
         return codebook[codes_of(bits)] * scales[0]  # DEC-4
 
 

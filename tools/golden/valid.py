@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .affine import affine_cases
 from .cases import Valid
 from .files import (
     compact,
@@ -381,3 +382,4 @@ def valid_cases() -> Iterator[Valid]:
     yield from kind_cases()
     yield from container_cases()
     yield from arithmetic_cases()
+    yield from affine_cases()

@@ -1,4 +1,4 @@
-"""Weights in float32 from the tiled layout, with the same bits as the reference decoder (DEC-1 to DEC-4)."""
+"""Weights in float32 from the tiled layout, with the same bits as the reference decoder (DEC-1 to DEC-4, DEC-7)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
 from . import tiles
 from .intrinsics import (
+    AFFINE,
     BCQ,
     CODEBOOK,
     CODEC_NUMBERS,
@@ -44,7 +45,7 @@ class DecodeJob(Job):
     words: int  # in a row of a plane
     group_words: int  # in a whole group
     groups: int  # in a row
-    codec: int  # BCQ, UNIFORM or CODEBOOK
+    codec: int  # BCQ, UNIFORM, AFFINE or CODEBOOK
     # addresses
     planes: int  # uint32 [tiles, words * bits, LANES]: the tiled layout
     scales: int  # [bits or 1, groups, padded_rows]
@@ -99,6 +100,8 @@ def _decode(job):
     cols, rows, words, whole, padded = job.cols, job.rows, job.words, job.group_words, job.padded_rows
     signed = np.zeros((MOST_PLANES, LANES), np.float32)
     start, scale, shift = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
+    if codec == AFFINE:
+        shift[:] = np.float32(-0.0)  # without offsets: what changes nothing
     block = np.empty((LANES, WORD), np.float32)  # a word's weights where not all of them are wanted
     if codec != BCQ:  # the sum is the code: (2**n - 1) / 2 plus or minus half of what each bit counts
         start[:] = np.float32((1 << bits) - 1) * np.float32(0.5)
@@ -153,12 +156,14 @@ def _read_tile(source, target, count, index, stride, dtype):
 
 
 @numba.njit
-def _decode_word(words, signed, start, scale, zero, codebook, out, planes, plane_stride, out_stride, codec):
+def _decode_word(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, codec):
     """:func:`.intrinsics.decode_word` with the code of `codec`."""
-    a, b, c, d = signed.ctypes.data, start.ctypes.data, scale.ctypes.data, zero.ctypes.data
+    a, b, c, d = signed.ctypes.data, start.ctypes.data, scale.ctypes.data, shift.ctypes.data
     if codec == BCQ:
         decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, BCQ)
     elif codec == UNIFORM:
         decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, UNIFORM)
+    elif codec == AFFINE:
+        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, AFFINE)
     elif codec == CODEBOOK:
         decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, CODEBOOK)

@@ -51,7 +51,7 @@ CACHE_LINE = 64
 
 # Kernels know codecs and dtypes of parameters by number.
 CODEC_NUMBERS = {name: number for number, name in enumerate(CODECS)}
-BCQ, UNIFORM, CODEBOOK = (CODEC_NUMBERS[name] for name in ("bcq", "uniform", "codebook"))
+BCQ, UNIFORM, CODEBOOK, AFFINE = (CODEC_NUMBERS[name] for name in ("bcq", "uniform", "codebook", "affine"))
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 DTYPE_NUMBERS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
@@ -433,7 +433,7 @@ def decode_word(
     signed,
     start,
     scale,
-    zero,
+    shift,
     codebook,
     out,
     # sizes
@@ -444,25 +444,26 @@ def decode_word(
     # constants
     CODEC,
 ):
-    """Weights of 32 columns of a tile, with the operations of DEC-2 to DEC-4 in their order.
+    """Weights of 32 columns of a tile, with the operations of DEC-2 to DEC-4 and DEC-7 in their order.
 
     A weight is computed from ``sum = start + (-signed where the bit is 1, +signed where it is 0, for each plane)``:
-    BCQ: ``sum``. UNIFORM: ``(sum - zero) * scale``. CODEBOOK: ``codebook[sum] * scale``.
+    BCQ: ``sum``. UNIFORM: ``(sum - shift) * scale``. AFFINE: ``sum * scale + shift``.
+    CODEBOOK: ``codebook[sum] * scale``.
 
     Args:
         words: int32 ``[planes (plane_stride), LANES]``.
         signed: float32 ``[planes, LANES]``.
-        start, scale, zero: float32 ``[LANES]``.
+        start, scale, shift: float32 ``[LANES]``.
         codebook: float32 ``[2**planes]``.
         out: float32 ``[LANES (out_stride), 32]``.
         planes: number of planes, at least 1.
-        CODEC: BCQ, UNIFORM or CODEBOOK.
+        CODEC: BCQ, UNIFORM, AFFINE or CODEBOOK.
     """
     codec = CODEC.literal_value
     signature = types.void(*[types.int64] * 10, CODEC)
 
     def codegen(context, builder, signature, args):
-        words, signed, start, scale, zero, codebook, out = args[:7]
+        words, signed, start, scale, shift, codebook, out = args[:7]
         planes, plane_stride, out_stride = args[7:10]
         for half in range(2):
 
@@ -475,8 +476,11 @@ def decode_word(
             first = load(builder, start, VECTOR_F32)
             columns = loop(builder, planes, plane, [first] * LANES)
             if codec == UNIFORM:
-                down, by = load(builder, zero, VECTOR_F32), load(builder, scale, VECTOR_F32)
+                down, by = load(builder, shift, VECTOR_F32), load(builder, scale, VECTOR_F32)
                 columns = [builder.fmul(builder.fsub(v, down), by) for v in columns]
+            if codec == AFFINE:
+                up, by = load(builder, shift, VECTOR_F32), load(builder, scale, VECTOR_F32)
+                columns = [builder.fadd(builder.fmul(v, by), up) for v in columns]
             if codec == CODEBOOK:
                 by = load(builder, scale, VECTOR_F32)
                 columns = [builder.fmul(_level(builder, codebook, v), by) for v in columns]

@@ -7,11 +7,13 @@ of x:
 * bcq: ``y = sum_g (sum_p scale[p] * S[p] + offset * X)``, S[p] being the signed sum by the bits of plane p.
 * uniform: a code is ``(sum_p ±2**(n-1-p) + 2**n - 1) / 2``, so it is bcq with the scales ``scale * 2**(n-2-p)`` and the
   offset ``scale * ((2**n - 1) / 2 - zero)``.
+* affine: the same with the offset ``scale * (2**n - 1) / 2 + offset``.
 * codebook: ``y = sum_g scale * sum codebook[code] * x``.
 
 A task that multiplies the scales of plane p by ``1 + delta`` adds ``delta * part[p]``: parts of tuned planes are kept
 apart from the rest, and rows of several tasks share all of the work but the last sum (TSK-8). A task that adds to the
-scales of single groups changes them as they are read, for its own rows of x.
+scales of single groups changes them as they are read, for its own rows of x. So does one that multiplies the scales of
+affine codes: their sum of x times the offset, which it leaves as it is, is not kept apart.
 
 Work is cut into chunks of *strips* of four tiles. For each group a chunk makes the tables of x once, and uses them for
 all its strips while they are in the nearest cache. Every chunk makes the tables anew: that takes no longer than
@@ -39,6 +41,7 @@ from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
 from . import parallel, tiles
 from .intrinsics import (
+    AFFINE,
     BCQ,
     CODEBOOK,
     CODEC_NUMBERS,
@@ -83,7 +86,7 @@ class ProductJob(Job):
     words: int  # in a row of a plane
     group_words: int  # in a whole group
     groups: int  # in a row
-    codec: int  # BCQ, UNIFORM or CODEBOOK
+    codec: int  # BCQ, UNIFORM, AFFINE or CODEBOOK
     # the matrix: addresses
     planes: int  # uint32 [vectors, LANES]: the tiled layout
     scales: int  # [bits or 1, groups, padded_rows]
@@ -106,6 +109,7 @@ class ProductJob(Job):
     task_ids: int  # address, int64 [batch]; negative: no task
     factors: int  # address, float32 [tasks, factor_planes, rows]: deltas that multiply scales
     factor_planes: int
+    row_factors: int  # address, float32 [tasks, rows]: deltas that multiply the scales of affine codes
     terms: int  # address, float32 [tasks, term_planes, groups, padded_rows]: deltas that add to scales
     term_planes: int
 
@@ -122,10 +126,10 @@ class Plan:
         self.of = _identity(w)
         self.rows, self.cols, self.groups, self.planes = w.rows, w.cols, w.groups, w.bits
         self.most_rows = most_rows(w.bits)
-        self.one_part = w.codec != "bcq"
+        self.one_part, self.is_affine = not w.scale_per_plane, w.codec == "affine"
         self.strips = -(-self.rows // (STRIP * LANES))
         self.lookups = self.rows * w.cols * w.bits
-        if w.codec == "uniform" and shift is None:
+        if w.codec in ("uniform", "affine") and shift is None:
             shift = torch.zeros_like(w.scales[0])
         scales, shift = group_major(w.scales.detach()), None if shift is None else group_major(shift.detach())
         planes = w.planes.detach() if tiles.has_margin(w.planes) else F.pad(w.planes.detach().flatten(), (0, VECTOR))
@@ -197,7 +201,9 @@ class Plan:
             check_task_ids(deltas, task_ids)
             deltas = deltas.detach().float().contiguous()
             job.task_ids = task_ids.data_ptr() + 8 * begin
-            if deltas.dim() == 3:
+            if deltas.dim() == 3 and self.is_affine:
+                job.row_factors = deltas.data_ptr()
+            elif deltas.dim() == 3:
                 job.factors, job.factor_planes = deltas.data_ptr(), deltas.shape[1]
                 parts = 1 if self.one_part else 1 + deltas.shape[1]
             else:
@@ -378,7 +384,7 @@ def _add_block(job, block, scratch, tile, y, TILES):
     if job.row_bits != 0:
         bits, start = longs_at(job.tile_bits)[tile], longs_at(job.tile_starts)[tile]
     words = job.planes + (start + block.group * job.group_words * bits + block.first) * VECTOR
-    if job.terms == 0:
+    if job.terms == 0 and job.row_factors == 0:
         _set_parameters(job, block.group, scratch, tile, bits, np.int64(-1), TILES)
         r = np.int64(0)  # a literal 0 would be a type, and the functions compiled for it once more
         while r < batch:
@@ -442,8 +448,8 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
 def _set_parameters(job, g, scratch, tile, bits, task, TILES):
     """Fill scales and shift of `scratch` for group `g` of TILES tiles, with what `task` adds to scales, if it is >= 0.
 
-    Scales of the uniform codec are ``scale * 2**(n - 2 - p)``, since a bit adds or subtracts half of what it counts in
-    a code, around the middle code ``(2**n - 1) / 2``.
+    Scales of the uniform and the affine codec are ``scale * 2**(n - 2 - p)``, since a bit adds or subtracts half of
+    what it counts in a code, around the middle code ``(2**n - 1) / 2``.
     """
     literally(TILES)
     width, index, stride = TILES * LANES, g * job.padded_rows + tile * LANES, job.groups * job.padded_rows
@@ -457,14 +463,18 @@ def _set_parameters(job, g, scratch, tile, bits, task, TILES):
             terms = floats_at(job.terms + 4 * first)
             for i in range(width):
                 scales[p * width + i] += terms[i]
+        if job.row_factors != 0:
+            factors = floats_at(job.row_factors + 4 * (task * job.rows + tile * LANES))
+            for i in range(min(width, job.rows - tile * LANES)):
+                scales[i] *= np.float32(1.0) + factors[i]
     if job.shift != 0:
         read_parameters(job.shift, scratch.shift, 1, index, stride, ahead, job.shift_dtype, TILES)
     if job.row_bits != 0:
         _set_ragged_parameters(job, scratch, tile, bits)
-    elif job.codec == UNIFORM:
+    elif job.codec == UNIFORM or job.codec == AFFINE:
         middle = np.float32((1 << bits) - 1) * np.float32(0.5)
         for i in range(width):
-            shift[i] = (middle - shift[i]) * scales[i]
+            shift[i] = (middle - shift[i]) * scales[i] if job.codec == UNIFORM else middle * scales[i] + shift[i]
         for p in range(bits - 1, -1, -1):  # plane 0 last: its place has the scale itself
             factor = np.float32(1 << (bits - 1 - p)) * np.float32(0.5)
             for i in range(width):
@@ -478,8 +488,9 @@ def _set_ragged_parameters(job, scratch, tile, bits):
     for i in range(LANES):
         row, scale = tile * LANES + i, scales[i]
         n = np.int64(row_bits[row]) if row < job.rows else 1
-        if job.codec == UNIFORM:
-            shift[i] = (np.float32((1 << n) - 1) * np.float32(0.5) - shift[i]) * scale
+        if job.codec == UNIFORM or job.codec == AFFINE:
+            middle = np.float32((1 << n) - 1) * np.float32(0.5)
+            shift[i] = (middle - shift[i]) * scale if job.codec == UNIFORM else middle * scale + shift[i]
             for p in range(n):
                 scales[p * LANES + i] = scale * (np.float32(1 << (n - 1 - p)) * np.float32(0.5))
         for p in range(n, bits):

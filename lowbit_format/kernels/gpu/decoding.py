@@ -1,4 +1,4 @@
-"""Weights decoded from the tiled layout, bit for bit as the spec says (DEC-1 to DEC-5): rows in order, or chosen ones.
+"""Weights decoded from the tiled layout, bit for bit as the spec says (section 6): rows in order, or chosen ones.
 
 Every operation is one of float32, rounded; the compiler may not fuse two of them (``enable_fp_fusion=False``).
 """
@@ -96,7 +96,7 @@ def _decode(
     # Pointers. The last dimension is contiguous unless a stride below says otherwise.
     planes_ptr,  # uint8 [tiles, macros, BITS * STEPS, PIECE], see tiles.py
     scales_ptr,  # float [BITS (bcq) or 1, groups, rows padded to whole tiles]
-    shift_ptr,  # float [groups, rows padded to whole tiles]: offsets (bcq) or zeros (uniform)
+    shift_ptr,  # float [groups, rows padded to whole tiles]: offsets (bcq, affine) or zeros (uniform)
     codebook_ptr,  # float32 [2**BITS]
     chosen_ptr,  # int64 [n]: rows of the weight
     deltas_ptr,  # float32 [tasks, tuned_planes, rows] or [tasks, tuned_planes, rows, groups], any strides
@@ -123,7 +123,7 @@ def _decode(
     BITS: tl.constexpr,  # planes
     STEPS: tl.constexpr,  # of STEP columns in a block: 1, 2, 4
     BLOCKS: tl.constexpr,  # in a group; 0: a row has one group
-    CODEC: tl.constexpr,  # "bcq", "uniform", "codebook"
+    CODEC: tl.constexpr,  # "bcq", "uniform", "affine", "codebook"
     SHIFT: tl.constexpr,  # whether there are offsets or zeros
     CHOSEN: tl.constexpr,  # whether rows are chosen; otherwise they follow each other from first_tile
     DELTAS: tl.constexpr,  # "none", "rows", "groups": see products.delta_kind
@@ -201,7 +201,10 @@ def _decode(
             if DELTAS != "none":
                 scale = _tuned(scale, at_task + group * stride_delta_group, last > 0, DELTAS)
             level = tl.load(codebook_ptr + value) if CODEC == "codebook" else value.to(tl.float32)
-            value = (level - moved if SHIFT else level) * scale[:, None]
+            if CODEC == "affine":
+                value = level * scale[:, None] + moved if SHIFT else level * scale[:, None]
+            else:
+                value = (level - moved if SHIFT else level) * scale[:, None]
         if CHOSEN:  # a row that is not there must not look like one
             value = tl.where(known[:, None], value, float("nan"))
         column = (m * 8 + s) * BLOCK + tl.arange(0, BLOCK)

@@ -130,7 +130,7 @@ def _multiply(
     # Pointers. The last dimension is contiguous unless a stride below says otherwise.
     planes_ptr,  # uint8 [tiles, macros, bits * STEPS, PIECE], see tiles.py
     scales_ptr,  # float [bits (bcq) or 1, groups, rows padded to whole tiles]
-    shift_ptr,  # float [groups, rows padded to whole tiles]: offsets (bcq) or zeros (uniform)
+    shift_ptr,  # float [groups, rows padded to whole tiles]: offsets (bcq, affine) or zeros (uniform)
     codebook_ptr,  # float32 [2**bits]
     slices_ptr,  # int8 [panels, macros, 8, STEPS * STEP * PANEL * SLICES], see activations.py
     units_ptr,  # float32 [panels * macros + 1, 8, PANEL, 2], see activations.py
@@ -161,7 +161,7 @@ def _multiply(
     SLICES: tl.constexpr,  # of an element of x: 2, 4
     WARPS: tl.constexpr,
     BLOCKS: tl.constexpr,  # in a group; 0: a row has one group
-    CODEC: tl.constexpr,  # "bcq", "uniform", "codebook"
+    CODEC: tl.constexpr,  # "bcq", "uniform", "affine", "codebook"
     SHIFT: tl.constexpr,  # whether there are offsets or zeros
     BIAS: tl.constexpr,  # whether there is a bias
     DELTAS: tl.constexpr,  # "none", "rows", "groups": see delta_kind
@@ -197,7 +197,7 @@ def _multiply(
         at_task = tl.maximum(task, 0) * stride_delta_task
         at_row = tl.minimum(r, rows - 1).to(tl.int64) * stride_delta_row
 
-    if CODEC == "uniform":
+    if CODEC == "uniform" or CODEC == "affine":
         level = ((1 << bits) - 1) * 0.5
     if CODEC == "codebook":
         level = _coefficient(codebook_ptr, 0, bits)
@@ -218,7 +218,13 @@ def _multiply(
                     if DELTAS == "groups":
                         at_delta = deltas_ptr + at_task[None, :] + at_row[:, None]
                         scale += _group_delta(at_delta, group, stride_delta_group, last > 0)
-                    moved = scale * (level - moved) if SHIFT else scale * level
+                    if CODEC == "affine":
+                        top = scale * level
+                        if DELTAS == "rows":  # which leave the offset as it is
+                            top += top * _row_delta(deltas_ptr, at_task, at_row, last > 0)[None, :, :]
+                        moved = top + moved if SHIFT else top
+                    else:
+                        moved = scale * (level - moved) if SHIFT else scale * level
                 _, total = _units(at_unit + s * (PANEL * 2))
                 acc += moved * total[:, None, :]
 
@@ -258,11 +264,11 @@ def _multiply(
                 at, at_scale, at_unit, x, deltas_ptr, p, m, columns, groups, stride_scale_group, stride_delta_group,
                 columns, STEPS, PANEL, SLICES, WARPS, BLOCKS, CODEC, ASM, False,
             )  # fmt: skip
-        if CODEC == "uniform":
+        if CODEC == "uniform" or CODEC == "affine":
             part *= 0.5 * (1 << (bits - 1 - p)).to(tl.float32)
         if CODEC == "codebook":
             part *= -_coefficient(codebook_ptr, p + 1, bits)
-        if DELTAS == "rows" and CODEC == "bcq":
+        if DELTAS == "rows" and (CODEC == "bcq" or CODEC == "affine"):
             part += part * _row_delta(deltas_ptr, at_plane, at_row, plane < last)[None, :, :]
         acc += part
         p += 1
@@ -271,7 +277,7 @@ def _multiply(
 
     # ---- the sums of all warps, as rows of the result -------------------------------------------------------------
     y = tl.sum(acc, 0)
-    if DELTAS == "rows" and CODEC != "bcq":
+    if DELTAS == "rows" and CODEC != "bcq" and CODEC != "affine":
         y += y * _row_delta(deltas_ptr, at_task, at_row, last > 0)
     if DELTAS != "none":
         y = tl.where(known[None, :], y, float("nan"))
