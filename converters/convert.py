@@ -134,7 +134,7 @@ def _plan(
     names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
     if requantize and not release:
         raise SourceError(
-            f"{opened.directory}: is not quantized yet, so that there is nothing to quantize anew; leave --requantize out"
+            f"{opened.directory}: is not quantized yet: there is nothing to quantize anew; leave --requantize out"
         )
     plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side, requantize=requantize)
     plan = replace(plan, renamed=", ".join(strip_prefix), release=release, unused=unused)
