@@ -37,13 +37,13 @@ from ..quantize.solve import measured
 from ..reference import decode
 from ..runtime.known_experts import is_grouped
 from ..tensors import stored_bits, tensor_specs
-from .driver import load_step
 from .experts import KINDS, recognised_stack, store_stack
 from .float_model import FloatModel
 from .journal import Outcome
 from .plan import BASE_MEMORY, Plan, Step
 from .quantizer import WithoutData
 from .source import Source
+from .steps import load_step
 from .student import Quality
 from .together import FULL, train_together
 

@@ -18,11 +18,11 @@ from ..quantize.solve import measured
 from ..runtime.active_tasks import TaskState
 from .architecture import meta_model
 from .completeness import fit
-from .driver import load_step
 from .experts import stack_errors
 from .journal import Outcome
 from .plan import Plan, Step, Taken
 from .source import Source
+from .steps import load_step
 from .taken import check_taken
 
 

@@ -129,6 +129,18 @@ def convert(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     modules: Annotated[bool, typer.Option("--modules", help="List every module, not only their kinds.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Complete an interrupted conversion.")] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Quantize in this many processes; the result is the same bytes. Default: in this one."
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="A Ray cluster that has the workers: `auto`, `ray://host:10001`, or `local` for one begun here."
+        ),
+    ] = None,
 ) -> None:
     """Convert a Hugging Face checkpoint to low-bit planes.
 
@@ -174,7 +186,7 @@ def convert(
             opened, plan, _ = plan_conversion(source, plan_recipe, **options)
             _print_modules(plan, console, modules)
             _say_kept(plan, console, context)
-            memory = peak_memory(opened, plan, data, measured=measured)
+            memory = peak_memory(opened, plan, data, measured=measured, workers=workers)
             for one in plan_tables(plan, memory):
                 console.print(one)
             if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -184,7 +196,7 @@ def convert(
             task = progress.add_task("reading", total=None)
             done = convert_hf_to_lowbit(
                 source, out, plan_recipe, **options, max_shard_bytes=shard_bytes, resume=resume,
-                measured=measured,
+                workers=workers, ray=ray, measured=measured,
                 report=lambda step, total: progress.update(
                     task, advance=1, total=total, description=step.destination.path[-40:]
                 ),

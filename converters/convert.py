@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..container.writer import SHARD_BYTES
 from ..dtypes import DTYPES
-from ..errors import CalibrationError, SourceError
+from ..errors import CalibrationError, SourceError, WorkerError
 from ..integrations.conversion_record import KEY
 from .calibration_data import Calibration, read_data
 from .card import model_card
@@ -27,6 +29,7 @@ from .side import side_files, without_auto_map
 from .source import FLOATS, RenamedSource, Source
 from .splits import split
 from .streamed import StreamedSource
+from .workers import Workers, workers_memory
 
 if TYPE_CHECKING:
     from ..calibration.compare import Comparison
@@ -52,7 +55,7 @@ class Conversion:
         calibrated: it was made with data.
         unseen: paths of modules that too little of the data reached: they were quantized without. Of a module of
             experts, how many of them.
-        traffic: what was fetched of the weights, where they were streamed; else None.
+        traffic: what was fetched of the weights, where they were streamed without workers; else None.
     """
 
     directory: Path
@@ -143,6 +146,8 @@ def convert_hf_to_lowbit(
     max_shard_bytes: int = SHARD_BYTES,
     stream: bool | None = None,
     resume: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
     measured: bool | None = None,
     report: Callable[[Step, int], None] = lambda step, total: None,
     report_block: Callable[[str, BlockResult], None] = lambda path, result: None,
@@ -165,6 +170,10 @@ def convert_hf_to_lowbit(
         stream: fetch the Hub's weights tensor by tensor, by range requests, and keep none of their files; None: where
             they do not fit the disk of the Hub's cache.
         resume: go on with what an interrupted run left; the result is the same bytes.
+        workers: processes that quantize, a tensor each at a time; the result is the same bytes. None: this process
+            alone, with a thread for each core. A script needs its main part under ``if __name__ == "__main__":``.
+        ray: address of a Ray cluster that has the workers (extra ``ray``): ``auto``, ``ray://host:10001``, or ``local``
+            for one that is begun here. Its machines have the same packages, and `source` under the same path.
         measured: compare the model with its checkpoint in the end: with data on what is held out for this, without data
             (a causal model only) on a short text of our own. None: only with data. Without data it is left out where
             weights are streamed: all of them would be fetched again, and again for every sample.
@@ -178,6 +187,20 @@ def convert_hf_to_lowbit(
     checkpoint = open_checkpoint(source, revision=revision, leave_out=leave_out, stream=stream)
     traffic = checkpoint.traffic if isinstance(checkpoint, StreamedSource) else None
     opened, plan, config = _plan(checkpoint, recipe, min_coverage, strip_prefix, leave_out)
+    others = None
+    if workers is not None or ray is not None:
+        if calibration is not None:
+            raise WorkerError(
+                "a calibration needs its blocks one after the other, which workers cannot do; leave the workers out "
+                "(one process uses all cores)"
+            )
+        where = os.path.abspath(source) if checkpoint.repo_id is None else source
+        opening = partial(
+            plan_conversion, where, recipe, revision=checkpoint.revision, min_coverage=min_coverage,
+            strip_prefix=strip_prefix, leave_out=leave_out, stream=traffic is not None,
+        )  # fmt: skip
+        others = Workers(opening, workers, ray)
+    fetched = traffic if others is None else None  # what workers fetch is not known here
     out, quantizer = Path(out), None
     if calibration is not None:
         quantizer = calibrated(opened, plan, calibration, report_block, measured=measured is not False)
@@ -191,6 +214,7 @@ def convert_hf_to_lowbit(
         card=lambda found: model_card(opened, plan, found, name=out.name),
         max_shard_bytes=max_shard_bytes,
         quantizer=quantizer,
+        workers=others,
         check=lambda work, found: check_output(opened, plan, found, work),
         resume=resume,
         report=report,
@@ -205,13 +229,13 @@ def convert_hf_to_lowbit(
             quantizer.quality,
             calibrated=True,
             unseen=tuple(quantizer.unseen),
-            traffic=traffic,
+            traffic=fetched,
         )
     if not measured:
-        return Conversion(out, plan, outcomes, seconds, traffic=traffic)
+        return Conversion(out, plan, outcomes, seconds, traffic=fetched)
     if traffic is not None:
         why = "its weights are streamed, and would all be fetched again"
-        return Conversion(out, plan, outcomes, seconds, unmeasured=why, traffic=traffic)
+        return Conversion(out, plan, outcomes, seconds, unmeasured=why, traffic=fetched)
     from .measure import measure  # a leaf that imports torch
 
     found = measure(opened, plan, out)
@@ -219,8 +243,12 @@ def convert_hf_to_lowbit(
     return Conversion(out, plan, outcomes, seconds, quality, why)
 
 
-def peak_memory(source: Source, plan: Plan, calibration: Calibration | None, *, measured: bool) -> int:
-    """Expected peak of resident memory of a conversion, in bytes."""
+def peak_memory(
+    source: Source, plan: Plan, calibration: Calibration | None, *, measured: bool, workers: int | None = None
+) -> int:
+    """Expected peak of resident memory of a conversion, with all its workers on one machine, in bytes."""
+    if workers is not None:
+        return workers_memory(plan, workers)
     if calibration is not None:
         return calibrated(source, plan, calibration, measured=measured).peak_memory()
     if not measured:

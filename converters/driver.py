@@ -13,26 +13,25 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__
 from ..container.atomic import check_absent, disk_errors, publish, write_json
 from ..container.reader import CONFIG_FILE
-from ..container.writer import ShardWriter, StoredTensor, data_file, module_tensors, shard_name, write_index
-from ..errors import HubError, OutputError, SourceError
+from ..container.writer import ShardWriter, data_file, shard_name, write_index
+from ..errors import HubError, OutputError, SourceError, WorkerError
 from ..schema import QuantizationConfig
 from .journal import JOURNAL, Outcome, Progress, finished_shard, load_progress, working_shard
-from .plan import Plan, Step, Taken
+from .plan import Plan, Step
 from .quantizer import Quantizer, WithoutData
-from .source import Source, as_float32
-from .taken import take_over, take_over_stack
+from .source import Source
+from .steps import Carried, carry_out, identity, load_step
+from .workers import Workers
 
 SAVE_SECONDS = 20.0  # between two saves of the journal: a killed conversion loses at most this much work
 
@@ -47,6 +46,7 @@ def run(
     card: Callable[[dict[str, Outcome]], str],
     max_shard_bytes: int,
     quantizer: Quantizer | None = None,
+    workers: Workers | None = None,
     check: Callable[[Path, dict[str, Outcome]], None] = lambda directory, outcomes: None,
     resume: bool = False,
     report: Callable[[Step, int], None] = lambda step, total: None,
@@ -62,6 +62,7 @@ def run(
         card: makes the model card from the outcomes.
         max_shard_bytes: most bytes of tensors in one shard.
         quantizer: of the weights; None quantizes each alone. The plan's steps are in its order.
+        workers: other processes that carry out the steps, which then quantize each weight alone; None does it here.
         check: looks at the finished directory and raises if it is not what was meant; then it is not published.
         resume: continue an interrupted run.
         report: called after each step with the step and the number of all steps.
@@ -72,6 +73,7 @@ def run(
     Raises:
         OutputError: `out` exists, the disk is full, or the interrupted run had other settings.
         SourceError, QuantizationError: a tensor cannot be read or quantized.
+        WorkerError: a worker was lost too often, or does not see what this process sees.
     """
     out = out.absolute()
     work = work_directory(out)
@@ -87,7 +89,11 @@ def run(
                 _clean(work, done)
                 _compare_dropped(source, plan)
                 quantizer.begin(work, done.steps)
-                _write_shards(source, plan, quantizer, work, settings, done, max_shard_bytes, report)
+                carried_out = _carried_out(source, plan.steps[done.steps :], quantizer)
+                if workers is not None:
+                    carried_out = workers.carried_out(source, plan, done.steps)
+                with contextlib.closing(carried_out):
+                    _write_shards(plan, carried_out, quantizer, work, settings, done, max_shard_bytes, report)
                 _finish(plan, config, work, done, side)
                 _improve(quantizer, work, settings, done)
                 (work / "README.md").write_text(card(done.outcomes), "utf-8")
@@ -165,16 +171,13 @@ def _clean(work: Path, done: Progress) -> None:
 
 def _settings(source: Source, plan: Plan, config: dict[str, Any], max_shard_bytes: int, quantizer: Quantizer) -> str:
     """A digest of everything that the output's bytes depend on."""
-    steps = [(s.tensor.name, s.path, None if s.target is None else asdict(s.target)) for s in plan.steps]
-    text = json.dumps(
-        [__version__, source.identity, steps, plan.tied, config, max_shard_bytes, quantizer.identity], sort_keys=True
-    )
+    text = json.dumps([identity(source, plan), config, max_shard_bytes, quantizer.identity], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_shards(
-    source: Source,
     plan: Plan,
+    carried_out: Iterator[tuple[Step, Carried]],
     quantizer: Quantizer,
     work: Path,
     settings: str,
@@ -189,14 +192,7 @@ def _write_shards(
     writer = ShardWriter(working_shard(work, len(done.shards)), done.open) if done.open else None
     saved = time.monotonic()
     try:
-        for step, data in _read_ahead(source, plan.steps[done.steps :]):
-            if step.stack is None:
-                tensors, outcome = _carry_out(quantizer, step, data)
-            elif isinstance(step.target, Taken):
-                tensors, outcome = take_over_stack(step)
-            else:
-                tensors, outcome = quantizer.quantize_stack(source, step)
-            del data  # the next tensor is in memory already
+        for step, (tensors, outcome) in carried_out:
             if writer is not None and writer.nbytes + sum(t.nbytes for t in tensors) > max_shard_bytes:
                 _close(writer, work, settings, done)
                 writer = None
@@ -215,7 +211,7 @@ def _write_shards(
         if writer is not None:
             _close(writer, work, settings, done)
             writer = None
-    except (KeyboardInterrupt, SystemExit, OSError, OutputError, HubError):
+    except (KeyboardInterrupt, SystemExit, OSError, OutputError, HubError, WorkerError):
         if writer is not None:  # stopped from outside: save the work, to resume
             if not writer.is_complete:  # else the last journal holds: the shard's data are still there
                 with contextlib.suppress(OSError, OutputError):
@@ -237,6 +233,17 @@ def _close(writer: ShardWriter, work: Path, settings: str, done: Progress) -> No
     writer.abort()
 
 
+def _carried_out(
+    source: Source, steps: tuple[Step, ...], quantizer: Quantizer
+) -> Generator[tuple[Step, Carried], None, None]:
+    """Each step with what it comes to, one after the other in this process."""
+    for step, data in _read_ahead(source, steps):
+        carried = carry_out(quantizer, source, step, data)
+        del data  # the next tensor is in memory already
+        yield step, carried
+        del carried
+
+
 def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step, NDArray[Any]]]:
     """Each step with its tensor (see :func:`load_step`); while the caller works on one tensor, the next is read."""
     with ThreadPoolExecutor(1, thread_name_prefix="lowbit-read") as reader:
@@ -247,31 +254,6 @@ def _read_ahead(source: Source, steps: tuple[Step, ...]) -> Iterator[tuple[Step,
             following = reader.submit(load_step, source, steps[i + 1]) if i + 1 < len(steps) else None
             yield step, data
             del data
-
-
-def load_step(source: Source, step: Step) -> NDArray[Any]:
-    """A tensor to quantize as a float32 matrix ``[rows, cols]``; a tensor to keep as its bytes.
-
-    Nothing of a stack of experts, which is read an expert at a time, or of what is taken over as it is.
-    """
-    if step.stack is not None or isinstance(step.target, Taken):
-        return np.empty(0, np.float32)
-    raw = source.read(step.tensor.name)
-    if step.target is None:
-        return raw
-    weight = as_float32(raw, step.tensor)
-    return np.ascontiguousarray(weight.T) if step.destination.kind == "conv1d" else weight
-
-
-def _carry_out(quantizer: Quantizer, step: Step, data: NDArray[Any]) -> tuple[list[StoredTensor], Outcome | None]:
-    """The tensors to write for one tensor of the checkpoint, and the outcome if it was quantized."""
-    if step.target is None:
-        return [StoredTensor(step.tensor.name, step.tensor.dtype, step.tensor.shape, data)], None
-    result = take_over(step) if isinstance(step.target, Taken) else quantizer.quantize(step, data)
-    module = replace(step.module(), scheme=result.matrix.scheme)
-    tensors = module_tensors(module, result.matrix)
-    nbytes = sum(t.nbytes for t in tensors)
-    return tensors, Outcome(module, nbytes, result.squared_error, result.squared_norm, result.lossless, result.widened)
 
 
 def _compare_dropped(source: Source, plan: Plan) -> None:

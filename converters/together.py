@@ -27,11 +27,11 @@ from ..container.reader import ModelReader
 from ..container.writer import StoredTensor, module_tensors, replace_tensors
 from ..matrix import Params, StoredMatrix
 from ..quantize.solve import measured
-from .driver import load_step
 from .float_model import FloatModel
 from .journal import Outcome
 from .plan import Step
 from .source import Source
+from .steps import load_step
 from .student import Quality, Student, matrices_at, precisions
 
 TRAINED = "trained.safetensors"  # beside the activations

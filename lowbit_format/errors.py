@@ -34,6 +34,16 @@ class FormatError(LowbitError):
         message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} …"
         super().__init__(f"{': '.join(where)}{': ' if where else ''}{message} [{rule}]")
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, as an error of another process is, it keeps its text: the arguments of the class make another."""
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(cls: type[FormatError], args: tuple[object, ...], facts: dict[str, object]) -> FormatError:
+    error = cls.__new__(cls, *args)
+    error.__dict__.update(facts)
+    return error
+
 
 class DirectoryError(FormatError):
     """The set of files is wrong: missing, ambiguous, or index and shards disagree (DIR rules)."""
@@ -108,6 +118,10 @@ class CoverageError(LowbitError):
 
 class ConversionError(LowbitError):
     """A conversion made something else than was meant; it is not published."""
+
+
+class WorkerError(LowbitError):
+    """A process that should take part in a conversion was lost, cannot be reached, or sees another checkpoint."""
 
 
 class OutputError(LowbitError):

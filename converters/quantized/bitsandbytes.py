@@ -2,7 +2,8 @@
 
 | tensor | dtype, shape | meaning |
 |---|---|---|
-| weight | uint8 [rows * cols / 2, 1] | codes row by row, the first in the upper half of a byte |
+| weight | uint8 [rows * cols / 2, 1] | codes row by row, the first in the upper half of a byte; the bytes may also be |
+|        |                            | called floats (bnb_4bit_quant_storage, for FSDP) |
 | weight.absmax | float32 [blocks]; uint8, if the scales are quantized too | the scales |
 | weight.quant_map | float32 [16] | the table |
 | weight.nested_absmax, weight.nested_quant_map | float32 [blocks of blocks], [256] | of quantized scales |
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...bits import U8
-from ...dtypes import BY_NAME
+from ...dtypes import BY_NAME, FLOATS
 from ...matrix import F32, Params
 from ...quantize.codebook import TABLES, padded
 from ...schema import MAX_DIMENSION, Scheme, is_int
@@ -53,7 +54,7 @@ class BlockWeight(Packed):
     def codes(self, raw: Raw, rows: slice) -> U8:
         cols = self.shape[1]
         first, last = rows.start * cols, rows.stop * cols
-        packed = raw["weight"].reshape(-1)[first // 2 : -(-last // 2)].astype(np.uint8)
+        packed = raw["weight"].reshape(-1).view(np.uint8)[first // 2 : -(-last // 2)]
         swapped = (packed >> np.uint8(4)) | (packed << np.uint8(4))
         flat: U8 = unpack_bytes(swapped[None], 4, 2 * len(packed))[0]
         return flat[first % 2 : first % 2 + last - first].reshape(-1, cols)
@@ -107,9 +108,9 @@ def _weight(release: Release, path: str, kind: str, state: SourceTensor) -> Bloc
         )
     facts = _facts(release, state)
     (rows, cols), block, dtype = facts["shape"], facts["blocksize"], BY_NAME[facts["dtype"]]
-    weight = release.tensor(f"{path}.weight", ("U8",))
-    if weight.numel != -(-rows * cols // 2):
-        raise release.error(f"{weight.name}: has {weight.numel} bytes, which {[rows, cols]} do not fill; {WRONG}")
+    weight = release.tensor(f"{path}.weight", ("U8", *FLOATS))
+    if weight.nbytes != -(-rows * cols // 2):
+        raise release.error(f"{weight.name}: has {weight.nbytes} bytes, which {[rows, cols]} do not fill; {WRONG}")
     blocks, nested = -(-rows * cols // block), release.has(f"{path}.weight.nested_absmax")
     parts = {
         "weight": weight,

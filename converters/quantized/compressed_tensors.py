@@ -4,11 +4,14 @@ Integers, of 2 to 8 bits, in the formats "pack-quantized" and "int-quantized":
 
 | tensor | dtype, shape | meaning |
 |---|---|---|
-| weight_packed | int32 [rows, ceil(cols * bits / 32)] | codes of a row one behind the other: number + 2^(bits - 1) |
+| weight_packed | int32 [rows, words] | codes of a row: number + 2^(bits - 1) |
 | weight | int8 [rows, cols] | or this: the numbers themselves |
 | weight_shape | int64 [2] | rows and cols, beside weight_packed |
 | weight_scale | float: one number, [rows, 1] or [rows, groups] | |
-| weight_zero_point | int32 [ceil(rows * bits / 32), groups] packed by rows, or int8 as it is; or absent | |
+| weight_zero_point | int32 [words, groups] packed by rows, or int8 as it is; or absent | |
+
+Of 3, 5, 6 and 7 bits, which do not divide 32, a word has as many whole codes as fit, and the other bits are unused;
+newer versions (0.20) put the codes one behind the other, across the ends of words.
 
 weight = (number - zero point) * scale, in the dtype of the scales. FP8 is in :mod:`.float8`, FP4 in :mod:`.float4`.
 """
@@ -31,7 +34,7 @@ from ...schema import Scheme, is_int
 from .float4 import float4_weight
 from .float8 import decoded_in, float8_weight, is_block
 from .gptq import check_order
-from .packed import Packed, Raw, unpack_words
+from .packed import Packed, Raw, unpack_padded_words, unpack_words
 from .release import WRONG, Release
 
 _ROLES = ("weight_packed", "weight_scale")
@@ -64,13 +67,19 @@ class Arguments:
 
 @dataclass(frozen=True)
 class IntegerWeight(Packed):
-    """A weight of integers. `groups`: of columns; 0 if all of the matrix has one scale."""
+    """A weight of integers.
+
+    Attributes:
+        groups: of columns; 0 if all of the matrix has one scale.
+        padded: a word has whole codes alone.
+    """
 
     groups: int = 0
+    padded: bool = False
 
     def codes(self, raw: Raw, rows: slice) -> U8:
         if "weight_packed" in raw:
-            return unpack_words(raw["weight_packed"][rows], self.scheme.bits, self.shape[1])
+            return self._unpack(raw["weight_packed"][rows], self.shape[1])
         return (raw["weight"][rows].astype(np.int16) + 128).astype(np.uint8)
 
     def params(self, raw: Raw) -> Params:
@@ -97,9 +106,12 @@ class IntegerWeight(Packed):
             return np.zeros((self.shape[0], max(self.groups, 1)), np.int16)
         if self.parts["weight_zero_point"].dtype == "I8":
             return self._spread(raw["weight_zero_point"].astype(np.int16))
-        codes = unpack_words(raw["weight_zero_point"].T, self.scheme.bits, self.shape[0])
+        codes = self._unpack(raw["weight_zero_point"].T, self.shape[0])
         points: NDArray[np.int16] = np.ascontiguousarray(codes.T).astype(np.int16) - 2 ** (self.scheme.bits - 1)
         return points
+
+    def _unpack(self, words: NDArray[np.generic], count: int) -> U8:
+        return (unpack_padded_words if self.padded else unpack_words)(words, self.scheme.bits, count)
 
     def _spread(self, values: NDArray[_T]) -> NDArray[_T]:
         """Parameters of the rows: of one for all, every row gets it."""
@@ -184,7 +196,7 @@ def _names(target: str, path: str) -> bool:
 
 
 def _integers(release: Release, path: str, arguments: Arguments) -> IntegerWeight:
-    bits = arguments.bits
+    bits, padded = arguments.bits, False
     if arguments.kind != "int":
         raise release.error(f"{path}: holds integers, but config.json says {arguments.kind}; {WRONG}")
     packed = f"{path}.weight_packed"
@@ -192,10 +204,16 @@ def _integers(release: Release, path: str, arguments: Arguments) -> IntegerWeigh
         tensor = release.matrix_tensor(packed, ("I32",))
         shape = release.tensor(f"{path}.weight_shape", ("I64", "I32"), (2,))
         rows, cols = (int(n) for n in stored(release.source.read(shape.name), shape.dtype, shape.shape).tolist())
-        if cols < 1 or tensor.shape != (rows, -(-cols * bits // 32)):
+        padded = 32 % bits > 0 and tensor.shape[1] == -(-cols // (32 // bits))
+        if cols < 1 or tensor.shape != (rows, _words(cols, bits, padded)):
             raise release.error(
                 f"{packed}: has shape {list(tensor.shape)}, which is not that of {[rows, cols]} (weight_shape) in "
                 f"{bits} bits; {WRONG}"
+            )
+        if padded and tensor.shape[1] == _words(cols, bits, False) > 1:
+            raise release.error(
+                f"{packed}: {cols} codes of {bits} bits take as many words in both ways to pack them, and the file "
+                "does not tell which; convert the original checkpoint"
             )
         parts = {"weight_packed": tensor, "weight_shape": shape}
     elif bits == 8:
@@ -209,7 +227,7 @@ def _integers(release: Release, path: str, arguments: Arguments) -> IntegerWeigh
     zero = f"{path}.weight_zero_point"
     if release.has(zero):
         part = parts["weight_zero_point"] = release.tensor(zero, ("I32", "I8"))
-        expected = (-(-rows * bits // 32), groups) if part.dtype == "I32" else scale.shape
+        expected = (_words(rows, bits, padded), groups) if part.dtype == "I32" else scale.shape
         release.tensor(zero, ("I32", "I8"), expected)
     elif not arguments.symmetric:
         release.tensor(zero, ("I32", "I8"))
@@ -219,7 +237,14 @@ def _integers(release: Release, path: str, arguments: Arguments) -> IntegerWeigh
         refusal = check_order(release, part.name, max(groups, 1), size or cols)
     scheme = Scheme("uniform", bits, size, scale.dtype)
     dtype = decoded_in(scale, release)
-    return IntegerWeight(f"{path}.weight", (rows, cols), dtype, scheme, parts, refusal=refusal, groups=groups)
+    return IntegerWeight(
+        f"{path}.weight", (rows, cols), dtype, scheme, parts, refusal=refusal, groups=groups, padded=padded
+    )
+
+
+def _words(codes: int, bits: int, padded: bool) -> int:
+    """Words of a number of codes."""
+    return -(-codes // (32 // bits)) if padded else -(-codes * bits // 32)
 
 
 def _groups(

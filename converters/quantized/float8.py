@@ -20,7 +20,7 @@ from typing import TypeGuard
 import numpy as np
 
 from ...bits import U8
-from ...dtypes import FLOATS
+from ...dtypes import FLOATS, round_to
 from ...matrix import F32, Params
 from ...schema import Scheme, is_int
 from ..source import SourceTensor
@@ -39,11 +39,13 @@ class Float8Weight(Packed):
         block_rows: rows that share their scales.
         groups: of columns.
         exponents: the scales are bytes that hold exponents (E8M0).
+        rounded: the library rounds the scales to :attr:`dtype` before it multiplies.
     """
 
     block_rows: int = 1
     groups: int = 1
     exponents: bool = False
+    rounded: bool = False
 
     def codes(self, raw: Raw, rows: slice) -> U8:
         return raw["weight"][rows].astype(np.uint8)
@@ -63,7 +65,8 @@ class Float8Weight(Packed):
     def _scales(self, raw: Raw) -> F32:
         """float32 ``[blocks of rows, groups]``."""
         dtype = "F8_E8M0" if self.exponents else None
-        return raw.floats("scales", dtype).reshape(-1, self.groups)
+        scales = raw.floats("scales", dtype).reshape(-1, self.groups)
+        return round_to(scales, self.dtype) if self.rounded else scales
 
 
 def find(release: Release) -> Iterator[Packed]:

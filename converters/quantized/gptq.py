@@ -70,9 +70,14 @@ def find(release: Release) -> Iterator[Packed]:
             f"config.json: quantization_config has checkpoint_format {form!r}, expected one of {', '.join(FORMATS)}; "
             "save the model in one of these with its own library, or convert the original checkpoint"
         )
-    bits, varied = release.number("bits", BITS), bool(release.section.get("dynamic"))
+    yield from weights(release, varied=bool(release.section.get("dynamic")), minus_one=form == "gptq")
+
+
+def weights(release: Release, *, varied: bool, minus_one: bool) -> Iterator[GptqWeight]:
+    """The weights of a release in this layout; `varied`: the bits of some modules are not those of the section."""
+    bits = release.number("bits", BITS)
     for path in release.modules("qweight"):
-        yield _weight(release, path, bits, varied, form == "gptq")
+        yield _weight(release, path, bits, varied, minus_one)
 
 
 def _weight(release: Release, path: str, bits: int, varied: bool, minus_one: bool) -> GptqWeight:

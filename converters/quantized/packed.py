@@ -221,6 +221,16 @@ def unpack_words(words: NDArray[np.generic], bits: int, count: int) -> U8:
     return unpack_bytes(np.ascontiguousarray(words).view(np.uint8), bits, count)
 
 
+def unpack_padded_words(words: NDArray[np.generic], bits: int, count: int) -> U8:
+    """As :func:`unpack_words`, of words with ``32 // bits`` whole codes each and nothing in the bits that are left."""
+    per = 32 // bits
+    words = np.ascontiguousarray(words).view(np.uint32)
+    out = np.empty((*words.shape, per), np.uint8)
+    for j in range(per):
+        out[:, :, j] = (words >> np.uint32(bits * j)) & np.uint32(2**bits - 1)
+    return out.reshape(len(words), -1)[:, :count]
+
+
 def unpack_bytes(packed: U8, bits: int, count: int) -> U8:
     """As :func:`unpack_words`, of uint8 ``[n, bytes]``."""
     n = len(packed)

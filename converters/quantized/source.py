@@ -19,12 +19,13 @@ from ...dtypes import DTYPES
 from ...errors import QuantizedSourceError
 from ...matrix import StoredMatrix
 from ..source import Grid, Source, SourceTensor
-from . import awq, bitnet, bitsandbytes, compressed_tensors, float4, float8, gptq
+from . import auto_round, awq, bitnet, bitsandbytes, compressed_tensors, float4, float8, gptq, modelopt
 from .packed import Packed
 from .release import WRONG, Release, model_dtype
 
 # Kinds of releases by quant_method: what finds their weights.
 KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
+    "auto-round": auto_round.find,
     "awq": awq.find,
     "bitnet": bitnet.find,
     "bitsandbytes": bitsandbytes.find,
@@ -32,6 +33,7 @@ KINDS: dict[str, Callable[[Release], Iterator[Packed]]] = {
     "fbgemm_fp8": float8.find,
     "fp8": float8.find,
     "gptq": gptq.find,
+    "modelopt": modelopt.find,
     "mxfp4": float4.find,
 }
 # Kinds that are known, and cannot be stored without loss.
@@ -109,6 +111,11 @@ def open_quantized(source: Source, section: Mapping[str, Any], config: Mapping[s
     packed = {one.name: one for one in find(release)}
     used = {part.name for one in packed.values() for part in one.parts.values()}
     for name, tensor in source.tensors.items():
+        if name not in used and tensor.dtype.startswith("F8") and len(tensor.shape) == 3:
+            raise release.error(
+                f"{name}: is a stack of experts in {tensor.dtype}, which is not imported (experts in tensors of their "
+                "own are); convert the original checkpoint"
+            )
         if name not in used and (tensor.dtype.startswith("F8") or name.rpartition(".")[2] in _PACKED):
             raise release.error(
                 f"{name}: has dtype {tensor.dtype}, and belongs to no packed weight of a known kind; {WRONG}, or "

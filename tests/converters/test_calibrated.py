@@ -31,7 +31,7 @@ from lowbit_format.converters import (
 )
 from lowbit_format.converters.calibrated import Calibrated
 from lowbit_format.converters.calibration_data import read_data
-from lowbit_format.converters.driver import load_step
+from lowbit_format.converters.steps import load_step
 from lowbit_format.errors import CalibrationError, OutputError
 from lowbit_format.quantize import Target
 

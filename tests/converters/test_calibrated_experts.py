@@ -23,8 +23,8 @@ from lowbit_format.calibration.ladder import BlockResult
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Calibration, Conversion, Recipe, Rule, convert_hf_to_lowbit, plan_conversion
 from lowbit_format.converters.calibrated import Calibrated
-from lowbit_format.converters.driver import load_step
 from lowbit_format.converters.plan import BASE_MEMORY
+from lowbit_format.converters.steps import load_step
 from lowbit_format.export import dequantize_directory
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode

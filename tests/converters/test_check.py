@@ -20,13 +20,13 @@ RECIPE = Recipe(Target(bits=2, group_size=32), embeddings=True)
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any, Any], Any]) -> None:
     """Let the driver write other tensors than it should."""
-    carry_out = driver._carry_out
+    carry_out = driver.carry_out
 
-    def spoilt(quantizer: Any, step: Any, data: Any) -> Any:
-        tensors, outcome = carry_out(quantizer, step, data)
+    def spoilt(quantizer: Any, source: Any, step: Any, data: Any) -> Any:
+        tensors, outcome = carry_out(quantizer, source, step, data)
         return change(step, tensors), outcome
 
-    monkeypatch.setattr(driver, "_carry_out", spoilt)
+    monkeypatch.setattr(driver, "carry_out", spoilt)
 
 
 def test_a_tensor_that_is_lost_is_noticed(

@@ -20,6 +20,7 @@ from support.conversions import assert_nothing_looks_finished, content
 from support.quantized_releases import (
     Encoder,
     Tensors,
+    auto_round,
     awq,
     bitnet,
     bitsandbytes,
@@ -31,6 +32,8 @@ from support.quantized_releases import (
     fbgemm_fp8,
     gptq,
     mistral_fp8,
+    modelopt_fp8,
+    modelopt_nvfp4,
     write_gpt_oss,
     write_release,
 )
@@ -93,6 +96,8 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "int4": (compressed_integers(), torch.bfloat16),
     "int4-zeros": (compressed_integers(symmetric=False, dtype=torch.float16), torch.float16),
     "int3-rows-zeros": (compressed_integers(3, strategy="channel", symmetric=False), torch.bfloat16),
+    "int3-padded-words": (compressed_integers(3, strategy="channel", symmetric=False, padded=True), torch.bfloat16),
+    "int6-padded-words": (compressed_integers(6, symmetric=False, padded=True, dtype=torch.float16), torch.float16),
     "int8-zeros": (compressed_integers(8, strategy="channel", symmetric=False), torch.bfloat16),
     "int8-matrix-zero": (compressed_integers(8, strategy="tensor", symmetric=False), torch.bfloat16),
     "int8-unpacked": (compressed_integers(8, strategy="channel", packed=False), torch.bfloat16),
@@ -104,12 +109,18 @@ KINDS: dict[str, tuple[Kind, torch.dtype]] = {
     "fp8-compressed-rows": (compressed_fp8(), torch.bfloat16),
     "fp8-compressed-matrix": (compressed_fp8("tensor", shape=lambda rows, cols: (1,)), torch.bfloat16),
     "fp8-compressed-blocks": (compressed_fp8("block"), torch.bfloat16),
+    "auto-round": (auto_round(gptq(4)), torch.float16),
+    "auto-round-zeros": (auto_round(gptq(2, minus_one=False), "auto_round"), torch.float16),
+    "auto-round-awq": (auto_round(awq(), "auto_round:auto_awq"), torch.float16),
+    "modelopt-fp8": (modelopt_fp8(), torch.bfloat16),
+    "modelopt-nvfp4": (modelopt_nvfp4(), torch.bfloat16),
     "nvfp4": (compressed_fp4(), torch.bfloat16),
     "mxfp4": (compressed_fp4("mxfp4"), torch.bfloat16),
     "bitnet": (bitnet(), torch.bfloat16),
     "bitnet-divided": (bitnet("bitlinear", torch.float16), torch.float16),
     "bnb-nf4": (bitsandbytes(), torch.bfloat16),
     "bnb-nf4-nested": (bitsandbytes(nested=True, dtype=torch.float16), torch.float16),
+    "bnb-nf4-stored-as-bf16": (bitsandbytes(storage=torch.bfloat16), torch.bfloat16),
     "bnb-fp4-nested-of-rows": (bitsandbytes("fp4", 256, nested=True), torch.bfloat16),
 }
 
@@ -329,6 +340,14 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "int4-shape": (
         _INT4, _set("weight_shape", lambda t: t * 2**40), r"up_proj\.weight_packed: has.*weight_shape",
     ),
+    "int3-two-ways": (
+        compressed_integers(3, strategy="channel"),
+        lambda t: t.update({
+            f"{UP}.weight_packed": torch.zeros(256, 15, dtype=torch.int32),
+            f"{UP}.weight_shape": torch.tensor([256, 150]),
+        }),
+        r"up_proj\.weight_packed: 150 codes of 3 bits take as many words in both",
+    ),
     "int4-negative": (_INT4, _set("weight_shape", lambda t: -t), r"up_proj\.weight_packed: has shape"),
     "int4-groups": (_INT4, _set("weight_scale", lambda t: t[:, :-1]), r"up_proj\.weight_scale: has shape"),
     "int4-lacks": (
@@ -361,12 +380,32 @@ LIES: dict[str, tuple[Kind, Callable[[Tensors], object], str]] = {
     "fp8-alone": (
         deepseek_fp8(), lambda t: t.update({"more": t[f"{UP}.weight"].clone()}), r"more: has dtype F8_E4M3, and bel",
     ),
+    "fp8-stack": (
+        deepseek_fp8(), lambda t: t.update({"experts.up_proj": t[f"{UP}.weight"].clone()[None]}),
+        r"experts\.up_proj: is a stack of experts in F8_E4M3, which is not imported",
+    ),
     "fp8-kind": (_with(deepseek_fp8(), {"fmt": "e5m2"}), lambda t: None, r"fmt 'e5m2', expected"),
     "fp8-block": (
         _with(deepseek_fp8(), {"weight_block_size": [0, 4]}), lambda t: None, r"weight_block_size \[0",
     ),
     "nvfp4-global": (
         compressed_fp4(), _set("weight_global_scale", lambda t: t * 0), r"up_proj\.weight_global_scale: is 0\.0, and",
+    ),
+    "modelopt-smoothed": (
+        modelopt_nvfp4(), lambda t: t.update({f"{UP}.pre_quant_scale": torch.ones(128)}),
+        r"up_proj\.pre_quant_scale: the release changes activations",
+    ),
+    "modelopt-kind": (
+        modelopt_fp8(), _set("weight", lambda t: t.view(torch.uint8)), r"up_proj: has scales and a weight of U8; of",
+    ),
+    "modelopt-global": (
+        modelopt_nvfp4(), _set("weight_scale_2", lambda t: t * torch.inf), r"up_proj\.weight_scale_2: holds 1 NaN",
+    ),
+    "auto-round-data-type": (
+        _with(auto_round(gptq()), {"data_type": "nv_fp"}), lambda t: None, r"data_type 'nv_fp', expected 'int'",
+    ),
+    "auto-round-packing": (
+        auto_round(gptq(), "auto_round:mlx"), lambda t: None, r"packing_format 'auto_round:mlx', expected one of auto_",
     ),
     "nvfp4-scale": (compressed_fp4(), _set("weight_scale", lambda t: t.float()), r"weight_scale: has dtype F32"),
     "mxfp4-nan": (

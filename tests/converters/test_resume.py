@@ -148,13 +148,13 @@ def test_a_stopped_conversion_goes_on_inside_of_a_shard(
         convert_hf_to_lowbit(source, tmp_path / "out", **options, report=stop)
     assert_nothing_looks_finished(tmp_path / "out")
     carried = []
-    carry_out = driver._carry_out
+    carry_out = driver.carry_out
 
-    def noting(quantizer: Any, step: Any, data: Any) -> Any:
+    def noting(quantizer: Any, source: Any, step: Any, data: Any) -> Any:
         carried.append(step.tensor.name)
-        return carry_out(quantizer, step, data)
+        return carry_out(quantizer, source, step, data)
 
-    monkeypatch.setattr(driver, "_carry_out", noting)
+    monkeypatch.setattr(driver, "carry_out", noting)
     done = convert_hf_to_lowbit(source, tmp_path / "out", **options, resume=True)
     assert not set(seen) & set(carried)
     assert content(tmp_path / "out") == content(whole)
@@ -268,7 +268,7 @@ def test_a_failing_rename_can_be_resumed(
         with pytest.raises(OutputError, match="Permission denied"):
             convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS)
     carried = []
-    monkeypatch.setattr(driver, "_carry_out", lambda quantizer, step, data: carried.append(step))
+    monkeypatch.setattr(driver, "carry_out", lambda quantizer, source, step, data: carried.append(step))
     convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **OPTIONS, resume=True)
     assert carried == []
     assert ModelReader(tmp_path / "out").verify() == 0

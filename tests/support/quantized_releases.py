@@ -113,6 +113,12 @@ def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
+def pack_padded_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """As :func:`pack_words`, ``32 // bits`` codes in each word."""
+    per = 32 // bits
+    return torch.cat([pack_words(part, bits) for part in codes.split(per, dim=1)], dim=1)
+
+
 # --- GPTQ -------------------------------------------------------------------------------------------
 
 
@@ -178,6 +184,15 @@ def awq(group_size: int = 32, *, dtype: torch.dtype = torch.float16) -> tuple[En
     return encode, section
 
 
+def auto_round(
+    kind: tuple[Encoder, dict[str, Any]], packing: str = "auto_round:auto_gptq"
+) -> tuple[Encoder, dict[str, Any]]:
+    """As AutoRound says of a layout of others."""
+    encode, section = kind
+    own = {key: section[key] for key in ("bits", "group_size", "sym") if key in section}
+    return encode, {**own, "quant_method": "auto-round", "data_type": "int", "packing_format": packing}
+
+
 # --- compressed-tensors and FP8 ---------------------------------------------------------------------
 
 
@@ -196,9 +211,11 @@ def compressed_integers(
     strategy: str = "group",
     symmetric: bool = True,
     packed: bool = True,
+    padded: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Encoder, dict[str, Any]]:
-    """pack-quantized, or int-quantized."""
+    """pack-quantized, or int-quantized. `padded`: a word holds whole codes alone, as before version 0.20."""
+    pack = pack_padded_words if padded else pack_words
 
     def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
         groups = cols // group_size if strategy == "group" else 1
@@ -213,12 +230,12 @@ def compressed_integers(
             weight[:, c] = (numbers[:, c] - zero) * scale
         parts = {"weight_scale": scales}
         if packed:
-            parts["weight_packed"] = pack_words(numbers + middle, bits)
+            parts["weight_packed"] = pack(numbers + middle, bits)
             parts["weight_shape"] = torch.tensor([rows, cols])
         else:
             parts["weight"] = numbers.to(torch.int8)
         if not symmetric and packed and strategy != "tensor":
-            parts["weight_zero_point"] = pack_words((zeros + middle).T, bits).T
+            parts["weight_zero_point"] = pack((zeros + middle).T, bits).T
         elif not symmetric:
             parts["weight_zero_point"] = zeros.to(torch.int8)
         return parts, weight
@@ -290,6 +307,17 @@ def compressed_fp8(strategy: str = "channel", **more: Any) -> tuple[Encoder, dic
     return float8(block, "weight_scale", _compressed("float-quantized", weights), scale_dtype=torch.bfloat16, **more)
 
 
+def modelopt_fp8() -> tuple[Encoder, dict[str, Any]]:
+    """One scale for the matrix, which its library rounds to the model's dtype."""
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        numbers, scale = torch.randn(rows, cols).to(torch.float8_e4m3fn), 0.01 + 0.02 * torch.rand(())
+        parts = {"weight": numbers, "weight_scale": scale, "input_scale": torch.tensor(0.1)}
+        return parts, numbers.to(torch.bfloat16) * scale.to(torch.bfloat16)
+
+    return encode, {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["lm_head"]}
+
+
 # --- FP4 --------------------------------------------------------------------------------------------
 
 _E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -321,6 +349,19 @@ def compressed_fp4(kind: str = "nvfp4", *, dtype: torch.dtype = torch.bfloat16) 
     strategy = "tensor_group" if kind == "nvfp4" else "group"
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "strategy": strategy, "group_size": size}
     return encode, _compressed(f"{kind}-pack-quantized", weights)
+
+
+def modelopt_nvfp4() -> tuple[Encoder, dict[str, Any]]:
+    """As compressed-tensors', but for names, and a factor in place of a divisor; no zero is negative."""
+
+    def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
+        codes = random_codes(4, rows, cols)
+        scales, factor = (8 + 400 * torch.rand(rows, cols // 16)).to(torch.float8_e4m3fn), 1e-4 * (1 + torch.rand(()))
+        steps = (scales.float() * factor).repeat_interleave(16, dim=1)
+        weight = ((_E2M1[codes] + 0.0) * steps).to(torch.bfloat16)
+        return {"weight": _pack_halves(codes), "weight_scale": scales, "weight_scale_2": factor}, weight
+
+    return encode, {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
 
 
 def tiny_gpt_oss() -> Any:
@@ -364,9 +405,14 @@ _BNB_FP4 = [0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0, -0.0625, -8.0, -12.0, -
 
 
 def bitsandbytes(
-    kind: str = "nf4", block: int = 64, *, nested: bool = False, dtype: torch.dtype = torch.bfloat16
+    kind: str = "nf4",
+    block: int = 64,
+    *,
+    nested: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    storage: torch.dtype = torch.uint8,
 ) -> tuple[Encoder, dict[str, Any]]:
-    """`nested`: the scales are quantized too, in blocks of 256."""
+    """`nested`: the scales are quantized too, in blocks of 256. `storage`: the dtype of the packed bytes."""
     table = torch.tensor(_NF4) if kind == "nf4" else torch.tensor(_BNB_FP4) / 12
 
     def encode(rows: int, cols: int) -> tuple[Tensors, torch.Tensor]:
@@ -386,7 +432,7 @@ def bitsandbytes(
         weight = (table[codes] * absmax.repeat_interleave(block)[: rows * cols]).to(dtype).reshape(rows, cols)
         text = json.dumps(state).encode()
         parts |= {
-            "weight": ((codes[0::2] << 4) | codes[1::2]).to(torch.uint8)[:, None],
+            "weight": ((codes[0::2] << 4) | codes[1::2]).to(torch.uint8).view(storage)[:, None],
             "weight.quant_map": table,
             f"weight.quant_state.bitsandbytes__{kind}": torch.tensor(list(text), dtype=torch.uint8),
         }
