@@ -55,7 +55,7 @@ class Conversion:
         calibrated: it was made with data.
         unseen: paths of modules that too little of the data reached: they were quantized without. Of a module of
             experts, how many of them.
-        traffic: what was fetched of the weights, where they were streamed; else None.
+        traffic: what was fetched of the weights, where they were streamed without workers; else None.
     """
 
     directory: Path
@@ -218,6 +218,7 @@ def convert_hf_to_lowbit(
         streamed = traffic is not None
         opening = partial(plan_conversion, where, recipe, revision=checkpoint.revision, stream=streamed, **planned)
         others = Workers(opening, workers, ray)
+    fetched = traffic if others is None else None  # what workers fetch is not known here
     out, quantizer = Path(out), None
     if calibration is not None:
         quantizer = calibrated(opened, plan, calibration, report_block, measured=measured is not False)
@@ -240,13 +241,13 @@ def convert_hf_to_lowbit(
     if quantizer is not None:
         return Conversion(
             out, plan, outcomes, seconds, quantizer.quality, calibrated=True, unseen=tuple(quantizer.unseen),
-            traffic=traffic,
+            traffic=fetched,
         )  # fmt: skip
     if not measured:
-        return Conversion(out, plan, outcomes, seconds, traffic=traffic)
+        return Conversion(out, plan, outcomes, seconds, traffic=fetched)
     if traffic is not None:
         why = "its weights are streamed, and would all be fetched again"
-        return Conversion(out, plan, outcomes, seconds, unmeasured=why, traffic=traffic)
+        return Conversion(out, plan, outcomes, seconds, unmeasured=why, traffic=fetched)
     from .measure import measure  # a leaf that imports torch
 
     found = measure(opened, plan, out)
