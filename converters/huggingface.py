@@ -22,7 +22,7 @@ from ..schema import QUANT_METHOD
 from ..tasks.bundle_config import TASK_CONFIG_FILE
 from .gguf.parts import models_in
 from .side import PICKLES, PYTORCH, SAFETENSORS, sort_files
-from .source import Source, file_identity, placed_tensors
+from .source import Source, identity_of, placed_tensors
 from .streamed import StreamedSource
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class SafetensorsSource:
         except FormatError as e:
             raise SourceError(f"cannot read the checkpoint: {e}") from e
         self.tensors, self._place = placed_tensors(headers, files, directory)
-        self.identity = file_identity([directory / f for f in files])
+        self.identity = identity_of(directory, files, repo_id, revision)
 
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         file, place = self._place[name]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..dtypes import DTYPES
 from ..errors import SourceError
 from .side import PYTORCH
-from .source import SourceTensor, check_index, file_identity
+from .source import SourceTensor, check_index, identity_of
 
 SAFE_TORCH = (2, 6)  # an older torch can be made to run code despite weights_only=True: CVE-2025-32434
 
@@ -64,7 +64,7 @@ class PytorchSource:
                 f"{directory / min(files)}: holds no tensors, but {', '.join(map(repr, self.other[:5]))}; save the "
                 "model's state dict alone"
             )
-        self.identity = file_identity([directory / f for f in files])
+        self.identity = identity_of(directory, files, repo_id, revision)
 
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         import torch

@@ -159,6 +159,18 @@ def placed_tensors(
     return tensors, places
 
 
+def identity_of(directory: Path, files: Iterable[str], repo_id: str | None, commit: str | None) -> str:
+    """The identity of files on this machine, which are those of a commit on the Hub if `repo_id` is given."""
+    if repo_id is None or commit is None:
+        return file_identity([directory / file for file in files])
+    return commit_identity(repo_id, commit, files)
+
+
+def commit_identity(repo_id: str, commit: str, files: Iterable[str]) -> str:
+    """A digest of files of one commit on the Hub, however and wherever they are read."""
+    return hashlib.sha256("\n".join([repo_id, commit, *sorted(files)]).encode()).hexdigest()
+
+
 def file_identity(paths: list[Path]) -> str:
     """A digest of names, sizes, modification times and first bytes (the tensors' names and shapes) of files.
 

@@ -6,7 +6,6 @@ one before them or alone, and stay in memory for a while, since they are read on
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from ..errors import FormatError, SourceError
 from ..hub import Listing
 from ..remote import RemoteFiles, spans
 from .side import SAFETENSORS
-from .source import placed_tensors
+from .source import commit_identity, placed_tensors
 
 SMALL = 1 << 20  # bytes; a tensor below is fetched with those beside it
 RUN = 8 << 20  # bytes that are fetched together, at most
@@ -70,8 +69,7 @@ class StreamedSource:
         self._kept: OrderedDict[Run, NDArray[np.uint8]] = OrderedDict()
         self._fetched = set[Run]()
         self._lock, self._fetching = threading.Lock(), threading.Lock()
-        facts = [f"{file}\t{listing.sizes[file]}\t{listing.etags.get(file)}" for file in files]
-        self.identity = hashlib.sha256("\n".join([repo_id, listing.commit, *facts]).encode()).hexdigest()
+        self.identity = commit_identity(repo_id, listing.commit, files)
 
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         """As of any source. Raises HubError where the bytes cannot be had."""
