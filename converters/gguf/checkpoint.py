@@ -23,8 +23,9 @@ from ..source import Source, SourceTensor
 from .blocks import FLOATS, TYPES
 from .container import BlockSize, GgufFile, Tensor, read_gguf
 from .files import Files, joined
-from .names import ROPE, Naming, Placed, check_architecture, llama3_rope
+from .names import Naming, Placed, check_architecture
 from .parts import all_parts
+from .rope import FACTORS, scaled_rope
 from .weight import GgufWeight
 
 # Metadata, behind the architecture, that transformers leaves to the defaults of its configs.
@@ -172,10 +173,9 @@ def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: Fi
             setattr(config, attribute, value)
     # By the tensors of all files: transformers looks at those of the first.
     config.tie_word_embeddings = not raw.has("output.weight") or architecture in ("falcon", "bloom")
-    if raw.has(ROPE):
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        base = config.rope_parameters["rope_theta"]
-        config.rope_parameters = llama3_rope(raw.vector(ROPE), base, head_dim, file.path)
+    factors = raw.vector(FACTORS) if raw.has(FACTORS) else None
+    if (rope := scaled_rope(config, file.metadata, architecture, factors, file.path)) is not None:
+        config.rope_parameters = rope
     vars(config).pop("_model_name_or_path", None)
     config.save_pretrained(directory)
     return config

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import SourceError
+from .rope import FACTORS
 
 # Architectures of transformers whose loading changes names, orders of rows, and values of vectors alone.
 _KNOWN = (
@@ -23,7 +24,6 @@ _KNOWN = (
     "starcoder2", "nemotron",
 )  # fmt: skip
 _HALF_OF_EXPERTS = re.compile(r"(?P<path>.*\.ffn_)(gate|up)_exps(?P<rest>\.weight)?")
-ROPE = "rope_freqs.weight"  # factors of rotary frequencies: the config says how they come about
 _UNUSED = re.compile(r"blk\.\d+\.(attn_rot_embd|attn\.rotary_emb\.inv_freq)(\.weight)?")  # computed by the model
 
 
@@ -74,7 +74,7 @@ class Naming:
         """
         found: dict[str, Placed] = {}
         for name, shape in shapes.items():
-            if _UNUSED.fullmatch(name) or name == ROPE:
+            if _UNUSED.fullmatch(name) or name == FACTORS:
                 continue
             place = self._names.get(name) or self._names.get(name.removesuffix(".weight"))
             if place is None:
@@ -125,27 +125,3 @@ def check_architecture(architecture: object, where: object) -> str:
             "orders transformers can undo; convert the original checkpoint"
         )
     return architecture
-
-
-def llama3_rope(factors: NDArray[np.float32], base: float, head_dim: int, where: object) -> dict[str, Any]:
-    """The parameters of rotary positions that give these factors of frequencies, as a config has them.
-
-    GGUF stores the factors alone; the config of Llama 3.1 and later says how they come about. transformers' own loading
-    of such a file leaves them out.
-
-    Raises SourceError if none that are known give them.
-    """
-    lengths = 2 * np.pi * base ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)  # of a turn, in positions
-    for factor, low, high, context in ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192)):
-        smooth = (context / lengths - low) / (high - low)
-        between = 1 / ((1 - smooth) / factor + smooth)
-        own = np.where(lengths < context / high, 1.0, np.where(lengths > context / low, factor, between))
-        if own.shape == factors.shape and np.allclose(own, factors, rtol=1e-4):
-            return {
-                "rope_type": "llama3", "rope_theta": base, "factor": factor, "low_freq_factor": low,
-                "high_freq_factor": high, "original_max_position_embeddings": context,
-            }  # fmt: skip
-    raise SourceError(
-        f"{where}: {ROPE} has factors of rotary frequencies that no known parameters of a config give; convert the "
-        "original checkpoint"
-    )

@@ -22,7 +22,7 @@ from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.converters.calibration_data import Calibration
 from lowbit_format.converters.gguf.blocks import TYPES
-from lowbit_format.converters.gguf.names import llama3_rope
+from lowbit_format.converters.gguf.rope import scaled_rope
 from lowbit_format.converters.gguf.weight import GgufWeight
 from lowbit_format.converters.huggingface import open_checkpoint
 from lowbit_format.converters.quantized.packed import Raw
@@ -218,9 +218,29 @@ def test_rope_factors_become_the_config(tmp_path: Path) -> None:
         hf.models.llama.modeling_llama.LlamaRotaryEmbedding(c).inv_freq.double().numpy() for c in (plain, config)
     ]
     factors = (frequencies[0] / frequencies[1]).astype(np.float32)
-    assert llama3_rope(factors, 500000.0, 64, "x") == rope
+    assert scaled_rope(plain, {}, "llama", factors, "x") == rope
     with pytest.raises(SourceError, match="no known parameters"):
-        llama3_rope(factors * np.float32(1.5), 500000.0, 64, "x")
+        scaled_rope(plain, {}, "llama", factors * np.float32(1.5), "x")
+
+
+def test_scaled_positions_become_the_config() -> None:
+    """Or are refused: nothing of them is left out."""
+    plain = llama(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    front = "llama.rope.scaling."
+    given = {f"{front}type": "yarn", f"{front}factor": 4.0, f"{front}original_context_length": 32768}
+    found = scaled_rope(plain, given, "llama", None, "x")
+    assert found == {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32768,
+    }  # fmt: skip
+    assert scaled_rope(plain, {f"{front}type": "none"}, "llama", None, "x") == plain.rope_parameters
+    for bad in ({f"{front}type": "longrope"}, {**given, f"{front}attn_factor": 2.0}, {f"{front}type": "linear"}):
+        with pytest.raises(SourceError, match="scales rotary positions by"):
+            scaled_rope(plain, bad, "llama", None, "x")
+    gemma = hf.Gemma3TextConfig(**SIZES, head_dim=64)
+    linear = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
+    scaled = scaled_rope(gemma, linear, "gemma3", None, "x")
+    assert scaled["full_attention"]["factor"] == 8.0
+    assert scaled["sliding_attention"] == gemma.rope_parameters["sliding_attention"]
 
 
 def test_what_is_not_the_model(tmp_path: Path) -> None:
