@@ -1,4 +1,4 @@
-"""Rotary positions that a GGUF file scales, as a config has them. transformers' own loading of the file leaves them out.
+"""Rotary positions that a GGUF file scales, as a config has them. transformers' own loading leaves them out.
 
 A file has the factors of single frequencies (Llama 3.1 and later, where the config says how they come about), or a kind
 of scaling in its metadata.
