@@ -1,4 +1,4 @@
-"""Rotary positions that a GGUF file scales, as a config has them. transformers' own loading of the file leaves them out.
+"""Rotary positions that a GGUF file scales, as a config has them. transformers' own loading leaves them out.
 
 A file has the factors of single frequencies (Llama 3.1 and later, where the config says how they come about), or a kind
 of scaling in its metadata.
@@ -45,9 +45,7 @@ def scaled_rope(
     if factors is None and kind == "none":
         return parameters
     if not isinstance(parameters, dict):
-        raise SourceError(
-            f"{where}: scales rotary positions, which {config.model_type!r} does not have in transformers"
-        )
+        raise SourceError(f"{where}: scales rotary positions, which {config.model_type!r} in transformers has not")
     # By kind of attention where a model has several (Gemma 3): those of the whole context are scaled.
     by_kind = isinstance(parameters.get("full_attention"), dict)
     own = parameters["full_attention"] if by_kind else parameters
@@ -58,8 +56,9 @@ def scaled_rope(
         keys = _KNOWN.get(kind, {})
         unknown = given.keys() - keys.keys() - {*_WITHOUT_MEANING}
         if kind not in _KNOWN or unknown or not keys.keys() <= given.keys():
+            found = ", ".join(f"{key} {value!r}" for key, value in sorted(given.items()))
             raise SourceError(
-                f"{where}: scales rotary positions by {', '.join(f'{k} {v!r}' for k, v in sorted(given.items()))}, which "
+                f"{where}: scales rotary positions by {found}, which "
                 f"is not known (known are {', '.join(_KNOWN)}); convert the original checkpoint"
             )
         own = {**own, "rope_type": kind, **{attribute: given[key] for key, attribute in keys.items()}}
