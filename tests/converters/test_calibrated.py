@@ -218,14 +218,19 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("effort", [QUICK, Effort(sweeps=1, steps=4, learning_rate=0.01, drift=False, samples=8)])
+TRAINED = Effort(sweeps=1, steps=4, learning_rate=0.01, drift=False, samples=8)
+
+
+@pytest.mark.parametrize(
+    "effort", [pytest.param(QUICK, marks=pytest.mark.exhaustive), TRAINED], ids=["quick", "trained"]
+)
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
     effort: Effort, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
     source, data = checkpoint("llama"), Data.of(batches(), held_out=1)
     convert(source, tmp_path / "whole", data, effort=effort)
     count = len(plan_conversion(str(source), RECIPE)[1].steps)
-    for moment in range(0, count, 3):
+    for moment in range(0, count, 4):
         calls = 0
 
         def stop(*_: object, moment: int = moment) -> None:

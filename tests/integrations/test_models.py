@@ -370,7 +370,7 @@ def test_copies(directory: Callable[..., Path]) -> None:
         assert torch.equal(logits(twin), logits(model))
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "t5"])
+@pytest.mark.parametrize("name", ["llama-tied", pytest.param("t5", marks=pytest.mark.exhaustive)])
 def test_compiles_to_one_graph(name: str, directory: Callable[..., Path]) -> None:
     model = lowbit_format.from_pretrained(directory(name))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

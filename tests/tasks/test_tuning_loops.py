@@ -125,7 +125,7 @@ def graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.exhaustive), "gpt2"])
 def test_compiled(name: str, bases: Bases, fresh_compiler: None) -> None:
     """One graph, with the loss and the gradients of the eager model."""
     model = prepared(bases, name, kind="add", offsets=True)
@@ -152,7 +152,7 @@ def test_compiled(name: str, bases: Bases, fresh_compiler: None) -> None:
 
 @pytest.mark.parametrize(
     ("name", "modules_to_save"),
-    [("llama", []), pytest.param("bert", ["classifier"])],
+    [pytest.param("llama", [], marks=pytest.mark.exhaustive), ("bert", ["classifier"])],
 )
 def test_switching_compiles_nothing(
     name: str, modules_to_save: list[str], bases: Bases, tmp_path: Path, fresh_compiler: None
