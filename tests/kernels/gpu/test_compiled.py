@@ -1,8 +1,8 @@
 """The GPU kernels compiled ahead of time for three GPUs: none spills, all fit, and no product gets longer.
 
 ``support/compiled.py`` compiles and reads them, in a process of its own for each target, since kernels run in Triton's
-interpreter here. Every test run takes a few variants (``compiled.FEW``), for two of them. The full set takes eight minutes of one core,
-almost all of it in Triton's passes over its GPU dialect; whoever changes a kernel runs it::
+interpreter here. Every test run takes a few variants (``compiled.FEW``) for two of the three. The full set takes eight
+minutes of one core, almost all of it in Triton's passes over its GPU dialect; whoever changes a kernel runs it::
 
     pytest -m exhaustive tests/kernels/gpu/test_compiled.py
 """
