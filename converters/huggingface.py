@@ -278,7 +278,8 @@ def _indexed_files(index: Path, there: Container[str] | None) -> dict[str, list[
         if not isinstance(file, str) or not re.fullmatch(r"[^./\\][^/\\]*", file):
             raise SourceError(f"{index}: file name {file!r} is not a plain name")
         if not ((index.parent / file).is_file() if there is None else file in there):
-            raise SourceError(f"{index}: the shard {file} is missing; the download is incomplete")
+            what = "the download is incomplete" if there is None else "the repository lacks it"
+            raise SourceError(f"{index}: the shard {file} is missing; {what}")
     for name, file in weight_map.items():
         files[file].append(name)
     return files

@@ -261,7 +261,21 @@ def make_plan(
         requantized=requantize,
     )
     _check(plan, min_coverage)
+    if requantize:
+        _check_nested(plan, recipe)
     return plan
+
+
+def _check_nested(plan: Plan, recipe: Recipe) -> None:
+    """Raise RecipeError if a grid that is kept takes a precision from the model that the recipe asks for."""
+    for step in plan.quantized:
+        for bits in recipe.default.nested if isinstance(step.target, Taken) else ():
+            if bits < step.target.own.bits and bits not in step.target.own.nested:
+                raise RecipeError(
+                    f"{step.path}: keeps its own grid of {step.target.own.bits} bits, which has no precision of {bits} "
+                    "bits, so that the model would not (NST-3); quantize it anew too (--embeddings, --lm-head), "
+                    f"keep it in floats (--keep {step.path!r}), or leave --nested out"
+                )
 
 
 def _decide(

@@ -14,6 +14,7 @@ import os
 import pickle
 import signal
 import socket
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -59,7 +60,7 @@ class Workers:
         Tensors that are kept are read here: that is faster than sending them.
 
         Raises:
-            WorkerError: a step has lost its worker :data:`LOSSES` times, or a worker's plan is another one.
+            WorkerError: workers were lost :data:`LOSSES` times over one step, or a worker's plan is another one.
             LowbitError: of the step that failed.
         """
         far = [i for i in range(begin, len(plan.steps)) if plan.steps[i].target is not None]
@@ -101,8 +102,8 @@ def _results(
             losses += 1
             if losses == LOSSES:
                 raise WorkerError(
-                    f"step {i + 1} of the plan lost its worker {losses} times ({e}). Was it ended for want of memory? "
-                    f"Take fewer workers, and resume. {pool.hint}"
+                    f"workers were lost {losses} times before step {i + 1} of the plan was done ({e}). Were they ended "
+                    f"for want of memory? Take fewer of them, and resume. {pool.hint}"
                 ) from e
             begun = deque((i, pool.submit(order, i) if pool.is_lost(work) else work) for i, work in begun)
             continue
@@ -126,9 +127,21 @@ class _Order:
 
 def _work(order: bytes, index: int) -> Carried:
     """Carry out step `index` of the plan."""
-    source, plan = _opened(order)
-    step = plan.steps[index]
-    return carry_out(WithoutData(), source, step, load_step(source, step))
+    try:
+        source, plan = _opened(order)
+        step = plan.steps[index]
+        return carry_out(WithoutData(), source, step, load_step(source, step))
+    except Exception as e:
+        raise _sendable(e, index) from e
+
+
+def _sendable(error: Exception, index: int) -> Exception:
+    """The error, or a WorkerError that says it where it would not survive the way to the driver."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does on that way
+        return WorkerError(f"step {index + 1} of the plan: {type(error).__name__}: {error}")
+    return error
 
 
 @functools.lru_cache(1)
@@ -190,6 +203,7 @@ class _LocalPool:
 
     def __init__(self, number: int) -> None:
         self.number, self._threads = number, max(1, num_threads() // number)
+        self._scratch = tempfile.TemporaryDirectory(prefix="lowbit-")
         # Not forked from this process, whose threads may hold locks, but from a server that has our modules imported.
         kind = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context = multiprocessing.get_context(kind)
@@ -197,7 +211,9 @@ class _LocalPool:
         self._pool = self._new()
 
     def _new(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(self.number, self._context, initializer=_begin, initargs=(self._threads,))
+        return ProcessPoolExecutor(
+            self.number, self._context, initializer=_begin, initargs=(self._threads, self._scratch.name)
+        )
 
     def submit(self, order: bytes, index: int) -> Future[Carried]:
         try:
@@ -221,11 +237,17 @@ class _LocalPool:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
+            process.join()
+        self._scratch.cleanup()
 
 
-def _begin(threads: int) -> None:
-    """Begin a local worker: an interruption is the driver's to handle, and without a driver there is no work."""
+def _begin(threads: int, scratch: str) -> None:
+    """Begin a local worker: an interruption is the driver's to handle, and without a driver there is no work.
+
+    Its temporary files are in a directory that the driver removes: a worker that is ended cannot do it.
+    """
     os.environ["LOWBIT_NUM_THREADS"] = str(threads)
+    tempfile.tempdir = scratch
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None  # noqa: S101 - a worker is spawned
@@ -257,7 +279,11 @@ class _RayPool:
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
         self.number = number or max(1, sum(n > 0 for n in cores))
         threads = max(1, min(sum(cores) // self.number, max(cores)))
-        environment = {"env_vars": {"LOWBIT_NUM_THREADS": str(threads)}}
+        self._scratch = tempfile.TemporaryDirectory(prefix="lowbit-") if self._begun else None
+        variables = {"LOWBIT_NUM_THREADS": str(threads)}
+        if self._scratch is not None:  # the cluster is begun here and ends here, and so do its workers' files
+            variables["TMPDIR"] = self._scratch.name
+        environment = {"env_vars": variables}
         self._task = ray.remote(num_cpus=threads, max_retries=0, runtime_env=environment)(_work)
 
     def submit(self, order: bytes, index: int) -> Any:
@@ -285,3 +311,5 @@ class _RayPool:
     def close(self) -> None:
         if self._begun:
             self._ray.shutdown()
+        if self._scratch is not None:
+            self._scratch.cleanup()

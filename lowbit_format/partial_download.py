@@ -6,6 +6,7 @@ The Hub's cache gets the config and the files beside the weights, as always. The
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
@@ -15,15 +16,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .container.atomic import atomic_directory, write_json
+from .container.atomic import atomic_directory, disk_errors, write_json
 from .container.fingerprint import Identity
 from .container.header import Header
 from .container.reader import CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, ModelReader
-from .errors import FormatError, HubError, OutputError
+from .errors import FormatError, HubError
 from .hub import Listing, download_files, list_files, place_of
 from .integrations.quantizer import Origin
 from .precision import Verified, comes_along, copy_precision, pieces
@@ -119,7 +121,9 @@ def fetch_precision(
         FormatError: it is no lowbit model, or is damaged; PrecisionError: it does not have this precision.
     """
     listing = list_files(repo_id, revision=revision, token=token)
-    return _fetched(repo_id, listing, bits, token, cache_dir, force_download)
+    found = _fetched(repo_id, listing, bits, token, cache_dir, force_download)
+    _remember(repo_id, revision, listing.commit, cache_dir)
+    return found
 
 
 def find_part(
@@ -147,7 +151,9 @@ def find_part(
         raise
     if not force_download and _whole_in_cache(repo_id, listing, cache_dir):
         return None
-    return _fetched(repo_id, listing, bits, token, cache_dir, force_download)
+    found = _fetched(repo_id, listing, bits, token, cache_dir, force_download)
+    _remember(repo_id, revision, listing.commit, cache_dir)
+    return found
 
 
 def _fetched(
@@ -165,18 +171,20 @@ def _fetched(
     pieces(reader, bits)  # raises before anything is made
     origin, traffic = _origin(reader, bits), reader.files.traffic
     total = sum(listing.sizes[file] for file in reader.headers)
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        with progress(reader, bits) as bar, atomic_directory(place) as work:
+    with _locked(place):
+        if not again and (there := _recorded(place)) is not None:  # another process has fetched it meanwhile
+            return there
+        new = place.with_name(f"{place.name}.new")
+        shutil.rmtree(new, ignore_errors=True)
+        with progress(reader, bits) as bar, atomic_directory(new) as work:
             verified = copy_precision(reader, bits, work / MODEL, report=bar.update)
             found = Fetched(
                 place / MODEL, repo_id, listing.commit, bits, traffic.nbytes, traffic.requests, total, verified, origin
             )
             _record(found, work / FACTS)
-    except OutputError:
-        if (there := _recorded(place)) is None:  # else another process has fetched it meanwhile
-            raise
-        return there
+        shutil.rmtree(place, ignore_errors=True)
+        with disk_errors(place):
+            new.replace(place)
     log.info(
         "%s at %d bits: fetched %s, of %.1f MB in all; the digests of %d of %d tensors agree, cut planes have none",
         repo_id, bits, traffic, total / 1e6, verified.agreed, verified.tensors,
@@ -224,20 +232,52 @@ def _origin(reader: ModelReader, bits: int) -> Origin | None:
     return Origin(reader.identity(), bits)
 
 
+@contextlib.contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    """Let one process, or thread, after the other write to a place. The lock's file stays, as those of the Hub do."""
+    from huggingface_hub.utils import WeakFileLock
+
+    folder = place.parents[2]  # of the repository, in the cache
+    lock = folder.parent / ".locks" / folder.name / f"lowbit-{place.parent.name}-{place.name}.lock"
+    with disk_errors(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        yield
+
+
 # --- the cache --------------------------------------------------------------------------------------
 
 
 def _place(repo_id: str, commit: str, bits: int, cache_dir: str | os.PathLike[str] | None) -> Path:
+    return _folder(repo_id, cache_dir) / "lowbit" / commit / f"{bits}-bits"
+
+
+def _folder(repo_id: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """Of a repository in the cache."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(cache_dir or constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
-    return folder.absolute() / "lowbit" / commit / f"{bits}-bits"
+    cache = Path(cache_dir or constants.HF_HUB_CACHE).absolute()
+    return cache / repo_folder_name(repo_id=repo_id, repo_type="model")
+
+
+def _remember(repo_id: str, revision: str | None, commit: str, cache_dir: str | os.PathLike[str] | None) -> None:
+    """Write which commit a branch or tag is, for when the Hub cannot be asked."""
+    file = _ref(repo_id, revision, cache_dir)
+    with disk_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(commit, "utf-8")
+
+
+def _ref(repo_id: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> Path:
+    return _folder(repo_id, cache_dir) / "lowbit" / "refs" / quote(revision or "main", safe="")
 
 
 def _commit_in_cache(repo_id: str, revision: str | None, cache_dir: str | os.PathLike[str] | None) -> str | None:
     from huggingface_hub import try_to_load_from_cache
 
+    with contextlib.suppress(OSError):
+        return _ref(repo_id, revision, cache_dir).read_text("utf-8")
     config = try_to_load_from_cache(repo_id, CONFIG_FILE, cache_dir=_path(cache_dir), revision=revision)
     return Path(config).parent.name if isinstance(config, str) else None
 
@@ -284,6 +324,8 @@ def _recorded(place: Path) -> Fetched | None:
             shapes = {name: tuple(shape) for name, (_, shape) in whole["tensors"].items()}
             config = QuantizationConfig.from_dict(whole["quantization_config"])
             origin = Origin(Identity(config, digests, shapes), bits)
+        if not (place / MODEL / CONFIG_FILE).is_file():
+            return None
         verified = Verified(facts["tensors"], facts["agreed"])
         return Fetched(place / MODEL, facts["repo_id"], facts["commit"], bits, 0, 0, facts["total"], verified, origin)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, FormatError):

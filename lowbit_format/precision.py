@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import shutil
 from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
@@ -23,7 +24,7 @@ from .container.header import TensorInfo
 from .container.reader import CONFIG_FILE, ModelReader
 from .container.writer import ShardWriter, StoredTensor, shard_name, write_index
 from .errors import DigestError
-from .hub import is_plain_folder
+from .hub import CARD_FILE, is_plain_folder
 from .schema import ModuleEntry
 from .tensors import TensorSpec
 
@@ -107,7 +108,17 @@ def copy_precision(
             if path.is_file() and comes_along(name, reader.headers):
                 (work / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, work / name)
+        if (card := work / CARD_FILE).is_file():
+            card.write_bytes(_card_of_part(card.read_bytes(), bits))
         return write_precision(reader, bits, work, report=report)
+
+
+def _card_of_part(card: bytes, bits: int) -> bytes:
+    """The whole model's card with a sentence on top of its text, behind what the Hub reads."""
+    front = re.match(rb"---\r?\n.*?\n---\r?\n", card, re.DOTALL)
+    end = front.end() if front else 0
+    note = f"\n> These are the first {bits} planes of the model that this card describes, with the scales for them.\n\n"
+    return card[:end] + note.encode() + card[end:]
 
 
 def write_precision(
@@ -147,7 +158,7 @@ def write_precision(
         if len(shards) > 1:
             write_index(out, shards, total)
         modules = {m.path: replace(m, scheme=_scheme(m, bits)) for m in reader.config}
-        config = replace(reader.config, modules=modules)
+        config = replace(reader.config, modules=modules, format_version="")  # the lowest that it needs (VER-3)
         write_json(out / CONFIG_FILE, {**reader.model_config, "quantization_config": config.to_dict()})
     return Verified(sum(map(len, shards.values())), agreed)
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -66,10 +67,10 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     Raises OutputError if `out` exists and is not an empty directory.
     """
     check_absent(out)
-    work = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    work = out.with_name(f".{out.name}.{secrets.token_hex(8)}.tmp")  # containers share numbers of processes
     with disk_errors(out):
+        work.mkdir(parents=True)
         try:
-            work.mkdir(parents=True)
             yield work
             publish(work, out)
         except BaseException:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,12 @@ from support.quantized_releases import (
 )
 from transformers import AutoModelForCausalLM
 
+import lowbit_format
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.converters.huggingface import SafetensorsSource, open_checkpoint
 from lowbit_format.converters.quantized import open_quantized
-from lowbit_format.errors import CalibrationError, QuantizedSourceError
+from lowbit_format.errors import CalibrationError, QuantizedSourceError, RecipeError
 from lowbit_format.quantize import Target
 from lowbit_format.reference import decode
 
@@ -513,3 +515,13 @@ def test_another_reading_of_the_release_is_another_source(tmp_path: Path) -> Non
         open_quantized(opened, {**section, "checkpoint_format": form}, config).identity for form in ("gptq", "gptq_v2")
     }
     assert len(identities) == 2
+
+
+def test_a_grid_that_is_kept_does_not_take_a_precision_away(tmp_path: Path) -> None:
+    """--requantize --nested: what keeps its own grid would leave the model without the precision that was asked for."""
+    write_release(tmp_path / "source", *gptq(), floats=())
+    nested = Recipe(Target(bits=4, nested=(2,)))
+    with pytest.raises(RecipeError, match=r"lm_head: keeps its own grid of 4 bits, which has no precision of 2 bits"):
+        convert(tmp_path / "source", tmp_path / "out", nested, requantize=True)
+    convert(tmp_path / "source", tmp_path / "out", replace(nested, lm_head=True), requantize=True)
+    assert lowbit_format.from_pretrained(tmp_path / "out", bits=2) is not None

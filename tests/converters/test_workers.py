@@ -9,6 +9,7 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,9 @@ from lowbit_format.errors import FormatError, LowbitError, NonFiniteWeightError,
 Checkpoint = Callable[..., Path]
 
 
-def test_a_worker_is_killed_and_the_bytes_are_those_of_one_process(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_a_worker_is_killed_and_the_bytes_are_those_of_one_process(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, killed = str(checkpoint("mixtral")), list[int]()
 
     def kill(step: object, steps: int) -> None:
@@ -40,7 +43,11 @@ def test_a_worker_is_killed_and_the_bytes_are_those_of_one_process(checkpoint: C
             os.kill(killed[0], signal.SIGKILL)
 
     convert_hf_to_lowbit(source, tmp_path / "one" / "out", **OPTIONS)
-    convert_hf_to_lowbit(source, tmp_path / "two" / "out", **OPTIONS, workers=2, report=kill)
+    with tempfile.TemporaryDirectory() as scratch:  # a short path, since sockets stand there
+        monkeypatch.setattr(tempfile, "tempdir", scratch)
+        convert_hf_to_lowbit(source, tmp_path / "two" / "out", **OPTIONS, workers=2, report=kill)
+        monkeypatch.undo()
+        assert not [*Path(scratch).glob("lowbit-*")]  # the workers' files were in one of these
     assert killed
     assert content(tmp_path / "two" / "out") == content(tmp_path / "one" / "out")
     for worker in multiprocessing.active_children():  # those that were ended are collected
@@ -147,7 +154,7 @@ def test_results_come_in_order_with_a_bounded_number_ahead(steps: int, number: i
 
 def test_a_step_that_loses_its_worker_again_and_again_ends_the_conversion() -> None:
     pool = HerePool(2, {3: workers.LOSSES})
-    with pytest.raises(WorkerError, match=r"step 4 of the plan lost its worker 3 times.*want of memory"):
+    with pytest.raises(WorkerError, match=r"workers were lost 3 times before step 4 of the plan.*want of memory"):
         list(workers._in_order(pool, b"numbers", list(range(9))))
 
 
@@ -157,7 +164,7 @@ def test_work_that_is_lost_can_be_resumed(
     pool = functools.partial(HerePool, losses={8: workers.LOSSES})
     monkeypatch.setattr(workers, "_LocalPool", pool)
     source = str(checkpoint("llama"))
-    with pytest.raises(WorkerError, match="lost its worker"):
+    with pytest.raises(WorkerError, match="workers were lost"):
         convert_hf_to_lowbit(source, tmp_path / "out", **OPTIONS, workers=2)
     assert work_directory(tmp_path / "out").is_dir()
     convert_hf_to_lowbit(source, tmp_path / "out", **OPTIONS, resume=True)
@@ -196,6 +203,25 @@ def test_every_error_of_ours_survives_the_way_from_a_worker() -> None:
         assert (type(again), str(again), again.__dict__) == (cls, str(error), error.__dict__)
 
 
+class Stubborn(Exception):
+    """One that cannot be made again from its text."""
+
+    def __init__(self, text: str, *, code: int) -> None:
+        super().__init__(text)
+
+
+def test_an_error_that_cannot_be_sent_is_said(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise Stubborn("no more", code=7)
+
+    opening = functools.partial(plan_conversion, str(checkpoint("llama")), OPTIONS["recipe"])
+    source, plan, _ = opening()
+    order = pickle.dumps(workers._Order(opening, workers.identity(source, plan)))
+    monkeypatch.setattr(workers, "carry_out", fail)
+    with pytest.raises(WorkerError, match=r"step 6 of the plan: Stubborn: no more"):
+        workers._work(order, 5)
+
+
 def test_workers_do_not_calibrate(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"one after the other.*leave the workers out"):
         convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **CALIBRATED, workers=2)
@@ -223,6 +249,6 @@ def _drive(sender: Any) -> None:
 
 
 def _wait_for_ever(sender: Any) -> None:
-    workers._begin(1)
+    workers._begin(1, tempfile.gettempdir())
     sender.send(os.getpid())
     time.sleep(600)

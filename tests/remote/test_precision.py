@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +14,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.config_files import edit_config
 from support.directories import Matrices, random_matrices, tensors_of, write_directory
 from support.hub_server import HubServer, running_hub
 from typer.testing import CliRunner
 
 import lowbit_format as lb
-from lowbit_format import remote
+from lowbit_format import partial_download, remote
 from lowbit_format.cli.main import app
 from lowbit_format.container.header import build_header, read_header
 from lowbit_format.container.reader import INDEX_FILE, ModelReader
 from lowbit_format.container.writer import StoredTensor
 from lowbit_format.errors import DigestError, FormatError, HubError, PrecisionError
 from lowbit_format.partial_download import FACTS
-from lowbit_format.precision import pieces, write_precision
+from lowbit_format.precision import copy_precision, pieces, write_precision
 from lowbit_format.schema import ModuleEntry, QuantizationConfig, Scheme
 from lowbit_format.testing.strategies import modules
 from lowbit_format.testing.vectors import assert_same_bits
@@ -198,7 +202,7 @@ def test_what_cannot_be_had_leaves_nothing(hub: HubServer, tmp_path: Path, fault
     hub.fail("GET", r"\.safetensors$", **fault)
     with pytest.raises(HubError, match=message):
         lb.fetch_precision(REPO, 2)
-    assert not list((tmp_path / "server" / "cache").glob("**/*-bits*"))
+    assert not list((tmp_path / "server" / "cache").glob("models--*/**/*-bits*"))
 
 
 def test_damaged_bytes_are_found_where_a_digest_covers_them(hub: HubServer, whole: Path, tmp_path: Path) -> None:
@@ -210,14 +214,14 @@ def test_damaged_bytes_are_found_where_a_digest_covers_them(hub: HubServer, whol
     hub.commit(REPO, {file: bytes(data)})
     with pytest.raises(DigestError, match="DIG-3"):
         lb.fetch_precision(REPO, 2)
-    assert not list((tmp_path / "server" / "cache").glob("**/*-bits*"))
+    assert not list((tmp_path / "server" / "cache").glob("models--*/**/*-bits*"))
 
 
 @pytest.mark.parametrize("bits", [1, 3, 5, 0])
 def test_a_precision_that_it_does_not_have(hub: HubServer, tmp_path: Path, bits: int) -> None:
     with pytest.raises(PrecisionError, match="NST-3"):
         lb.fetch_precision(REPO, bits)
-    assert not list((tmp_path / "server" / "cache").glob("**/*-bits*"))
+    assert not list((tmp_path / "server" / "cache").glob("models--*/**/*-bits*"))
 
 
 @pytest.mark.parametrize(
@@ -268,3 +272,55 @@ def test_the_command(hub: HubServer, whole: Path, tmp_path: Path, place: str) ->
     assert ("; fetched 0.0 MB in" in done.output) == (place == "there")
     assert_is_precision(out, whole, 2)
     assert files_beside(out) == ["2_Dense/model.safetensors", "tokenizer.json"]
+
+
+def test_two_that_fetch_at_once_do_not_disturb_each_other(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both have seen that nothing is there; the second waits for the first, and takes what that has fetched."""
+    opened, open_remote = threading.Barrier(2), partial_download.open_remote
+
+    def open_together(*args: Any, **options: Any) -> Any:
+        reader = open_remote(*args, **options)
+        opened.wait(30)
+        return reader
+
+    monkeypatch.setattr(partial_download, "open_remote", open_together)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: lb.fetch_precision(REPO, 2), range(2))
+    assert first.directory == second.directory
+    assert 0 in (first.nbytes, second.nbytes)
+    assert ModelReader(first.directory).verify() == 0
+
+
+def test_what_is_there_stays_until_it_is_replaced(hub: HubServer) -> None:
+    found = lb.fetch_precision(REPO, 2)
+    hub.fail("GET", "safetensors", status=404, times=99)
+    with pytest.raises(HubError):
+        lb.fetch_precision(REPO, 2, force_download=True)
+    assert ModelReader(found.directory).verify() == 0
+    hub.faults.clear()
+    shutil.rmtree(found.directory)
+    assert ModelReader(lb.fetch_precision(REPO, 2).directory).verify() == 0
+
+
+def test_without_the_hub_a_branch_is_the_commit_that_it_was(hub: HubServer) -> None:
+    found = lb.fetch_precision(REPO, 2)
+    part = partial_download.find_part(REPO, 2, local_files_only=True)
+    assert part is not None
+    assert part.directory == found.directory
+    assert partial_download.find_part(REPO, 2, revision="other", local_files_only=True) is None
+
+
+def test_a_cut_model_says_the_lowest_version(whole: Path, tmp_path: Path) -> None:
+    """VER-3."""
+    edit_config(whole, lambda config: config["quantization_config"].update(format_version="1.7"))
+    write_precision(ModelReader(whole), 2, tmp_path)
+    assert ModelReader(tmp_path).config.format_version == "1.0"
+
+
+def test_its_card_says_what_it_is(whole: Path, tmp_path: Path) -> None:
+    (whole / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    copy_precision(ModelReader(whole), 2, tmp_path / "out")
+    front, text = (tmp_path / "out" / "README.md").read_text().split("---\n\n")
+    assert front == "---\nlicense: mit\n"
+    assert text.startswith("> These are the first 2 planes of the model that this card describes")
+    assert text.endswith("# A model\n")
