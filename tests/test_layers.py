@@ -27,7 +27,7 @@ LAYERS: list[tuple[str, str]] = [
     ("integrations", "transformers and PEFT, which take the runtime's modules"),
     ("tasks", "bundles of many tasks over one base"),
     ("calibration", "what the layers of a float model see of data, and quantizing them for it"),
-    ("converters export loading evaluation", "whole models in and out: they use all of the above"),
+    ("converters export loading evaluation vllm", "whole models in and out: they use all of the above"),
     ("cli testing", "what people call: commands, and tests of other backends and readers"),
     (PACKAGE, "the public names, which are imported when they are first used, from wherever they are defined"),
 ]

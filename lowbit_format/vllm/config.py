@@ -28,7 +28,8 @@ class LowbitConfig(VllmQuantizationConfig):
 
     def __init__(self, parsed: QuantizationConfig) -> None:
         super().__init__()
-        self.parsed, self.bits = parsed, None  # type: ignore[var-annotated]
+        self.parsed = parsed
+        self.bits: int | None = None
         tied = {place: parsed.modules[owner] for place, owner in parsed.tied.items()}
         self.entries: dict[str, ModuleEntry] = {**parsed.modules, **tied}
 

@@ -12,6 +12,7 @@ vLLM has no hook for another kind of adapter. Two names are replaced, each by on
 from __future__ import annotations
 
 import functools
+import importlib
 import inspect
 import os
 from typing import Any
@@ -32,6 +33,7 @@ _RELIED_ON = {  # object -> parameters that we pass or override
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("lora_request",),
     "vllm.lora.worker_manager:WorkerLoRAManager.remove_adapter": ("adapter_id",),
     "vllm.lora.model_manager:LoRAModelManager._create_lora_modules": (),
+    "vllm.lora.model_manager:LoRAModelManager._add_adapter": ("lora",),
     "vllm.lora.model_manager:LoRAModelManager._set_adapter_mapping": ("mapping",),
     "vllm.lora.model_manager:LoRAModelManager._deactivate_adapter": ("lora_id",),
     "vllm.lora.model_manager:LoRAModelManager._get_punica_wrapper": ("module_name",),
@@ -51,7 +53,7 @@ def check() -> None:
     for name, parameters in _RELIED_ON.items():
         module, _, path = name.partition(":")
         try:
-            found = functools.reduce(getattr, path.split("."), __import__(module, fromlist=["_"]))
+            found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
             has = inspect.signature(found).parameters
         except (ImportError, AttributeError) as e:
             raise _mismatch(f"it has no {name.replace(':', '.')} ({e})") from e

@@ -7,9 +7,8 @@ parts themselves are a list of modules in the layer, :data:`PARTS`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from ..errors import LoadError
 from ..schema import ModuleEntry
 from .parts import FloatPart, Part, PlanePart, product
-from .slices import Slice
+from .slices import Shard, Slice, ranges, shards_of
 
 PARTS = "lowbit_parts"
 _QKV = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the shards of a fused attention layer
@@ -39,7 +38,7 @@ class LowbitLinearMethod(LinearMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -55,9 +54,9 @@ class LowbitLinearMethod(LinearMethodBase):
         parts, first_shard = list[Part](), dict[int, int]()
         for number, (name, entry) in enumerate(self.matrices):
             first = len(output_partition_sizes) - len(shards)
-            count = _taken(entry, shards, len(self.matrices) - number - 1)
+            count = shards_of(entry, shards, len(self.matrices) - number - 1)
             mine, shards = shards[:count], shards[count:]
-            rows, piece = sum(shard.full for shard in mine), Slice(_ranges(mine), cols)
+            rows, piece = sum(shard.full for shard in mine), Slice(ranges(mine), cols)
             if entry is not None and entry.shape != (rows, input_size):
                 raise LoadError(f"{entry.path} is {list(entry.shape)} in the file, vLLM expects {[rows, input_size]}")
             first_shard[first] = number
@@ -67,10 +66,10 @@ class LowbitLinearMethod(LinearMethodBase):
                 parts.append(PlanePart(entry, piece, bits=self.bits, device=device))
         _attach(layer, parts, first_shard)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return product(getattr(layer, PARTS), x, bias)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         _finish(layer)
 
 
@@ -87,7 +86,7 @@ class LowbitEmbeddingMethod(QuantizeMethodBase):
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -106,18 +105,18 @@ class LowbitEmbeddingMethod(QuantizeMethodBase):
         layer.lowbit_dtype = params_dtype
         _attach(layer, [PlanePart(self.entry, piece, bits=self.bits, device=torch.empty(0).device)], {0: 0})
 
-    def embedding(self, layer: nn.Module, ids: Tensor) -> Tensor:
+    def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         (part,) = getattr(layer, PARTS)
         rows: Tensor = part.lookup(ids, layer.lowbit_dtype)
         return rows
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         (part,) = getattr(layer, PARTS)
         padding = layer.num_embeddings_per_partition - part.rows
         out: Tensor = part.product(x, None if bias is None else bias[: part.rows], sampled=True)
         return F.pad(out, (0, padding)) if padding else out
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Let a head use the matrix of the embedding, and what tasks change there."""
         parts = getattr(embed_tokens, PARTS, None)
         if parts is None:
@@ -127,11 +126,11 @@ class LowbitEmbeddingMethod(QuantizeMethodBase):
         setattr(layer, PARTS, parts)
         return layer
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         _finish(layer)
 
 
-def _attach(layer: nn.Module, parts: list[Part], first_shard: dict[int, int]) -> None:
+def _attach(layer: Any, parts: list[Part], first_shard: dict[int, int]) -> None:
     """Give a layer its parts, and placeholders by which vLLM loads them.
 
     Args:
@@ -156,7 +155,7 @@ def _attach(layer: nn.Module, parts: list[Part], first_shard: dict[int, int]) ->
         layer.register_parameter(role, param)
 
 
-def _finish(layer: nn.Module) -> None:
+def _finish(layer: Any) -> None:
     """Check that all parts have their tensors, and take the placeholders away."""
     missing = [name for part in getattr(layer, PARTS) for name in part.missing]
     if missing:
@@ -166,21 +165,7 @@ def _finish(layer: nn.Module) -> None:
         delattr(layer, name)
 
 
-class Shard(NamedTuple):
-    """One of the matrices that a linear layer of vLLM is made of.
-
-    Attributes:
-        full: its rows in the file.
-        start: first row of this process.
-        size: number of rows of this process.
-    """
-
-    full: int
-    start: int
-    size: int
-
-
-def _shards(layer: nn.Module, sizes: Sequence[int]) -> list[Shard]:
+def _shards(layer: Any, sizes: Sequence[int]) -> list[Shard]:
     """The shards of a linear layer, of which this process has `sizes` rows."""
     if not isinstance(layer, ColumnParallelLinear):
         return [Shard(size, 0, size) for size in sizes]
@@ -189,25 +174,3 @@ def _shards(layer: nn.Module, sizes: Sequence[int]) -> list[Shard]:
         copies = layer.num_kv_head_replicas if isinstance(layer, QKVParallelLinear) and number > 0 else 1
         shards.append(Shard(size * layer.tp_size // copies, layer.tp_rank // copies * size, size))
     return shards
-
-
-def _taken(entry: ModuleEntry | None, shards: Sequence[Shard], others: int) -> int:
-    """How many of the remaining shards a matrix of the file is made of; `others` matrices come behind it."""
-    if not others:
-        return len(shards)
-    sums = itertools.accumulate(shard.full for shard in shards)
-    return 1 + next((n for n, rows in enumerate(sums) if entry is not None and rows == entry.rows), 0)
-
-
-def _ranges(shards: Sequence[Shard]) -> tuple[tuple[int, int], ...]:
-    """Rows of this process in a matrix of the file that has these shards one behind the other."""
-    offsets = itertools.accumulate((shard.full for shard in shards), initial=0)
-    begins = [(offset + shard.start, shard.size) for offset, shard in zip(offsets, shards, strict=False)]
-    ranges = [(begin, begin + size) for begin, size in begins]
-    joined = ranges[:1]
-    for begin, end in ranges[1:]:
-        if begin == joined[-1][1]:
-            joined[-1] = joined[-1][0], end
-        else:
-            joined.append((begin, end))
-    return tuple(joined)

@@ -167,5 +167,6 @@ def product(parts: Sequence[Part], x: Tensor, bias: Tensor | None, *, sampled: b
     """The products with all parts, one behind the other: ``[..., rows of all parts]``; arguments as of a part's."""
     if len(parts) == 1:
         return parts[0].product(x, bias, sampled=sampled)
-    biases = [None] * len(parts) if bias is None else bias.split([part.rows for part in parts])
+    rows = [part.rows for part in parts]
+    biases = [None] * len(parts) if bias is None else torch.split(bias, rows)
     return torch.cat([p.product(x, b, sampled=sampled) for p, b in zip(parts, biases, strict=True)], -1)

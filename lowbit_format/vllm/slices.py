@@ -7,9 +7,11 @@ each with the same parameters; else it is refused.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +51,42 @@ class Slice:
     def width(self) -> int:
         """Number of columns."""
         return self.cols[1] - self.cols[0]
+
+
+class Shard(NamedTuple):
+    """One of the matrices that a fused layer is made of.
+
+    Attributes:
+        full: its rows in the file.
+        start: first row of this process.
+        size: number of rows of this process.
+    """
+
+    full: int
+    start: int
+    size: int
+
+
+def shards_of(entry: ModuleEntry | None, shards: Sequence[Shard], others: int) -> int:
+    """How many of the remaining shards a matrix of the file is made of; `others` matrices come behind it."""
+    if not others:
+        return len(shards)
+    sums = itertools.accumulate(shard.full for shard in shards)
+    return 1 + next((n for n, rows in enumerate(sums) if entry is not None and rows == entry.rows), 0)
+
+
+def ranges(shards: Sequence[Shard]) -> tuple[tuple[int, int], ...]:
+    """Rows of this process in a matrix of the file that has these shards one behind the other."""
+    offsets = itertools.accumulate((shard.full for shard in shards), initial=0)
+    begins = [(offset + shard.start, shard.size) for offset, shard in zip(offsets, shards, strict=False)]
+    ranges = [(begin, begin + size) for begin, size in begins]
+    joined = ranges[:1]
+    for begin, end in ranges[1:]:
+        if begin == joined[-1][1]:
+            joined[-1] = joined[-1][0], end
+        else:
+            joined.append((begin, end))
+    return tuple(joined)
 
 
 class Cut:

@@ -1,12 +1,12 @@
 """Tasks in the place of vLLM's LoRA adapters: the managers of a worker.
 
 vLLM has two. The worker's loads adapters when a request names one, the model's gives them slots and hands each step's
-mapping of tokens to slots to the kernels. Here both keep their interfaces and their bookkeeping; what an adapter is, and
-what happens when it gets a slot, is ours.
+mapping of tokens to slots to the kernels. Here both keep their interfaces and their bookkeeping; what an adapter is,
+and what happens when it gets a slot, is ours.
 
-All loaded tasks stay in this process's memory until they are unloaded: they are small, and the files of one may be gone
-when a request needs it again. ``--max-loras`` is the number of slots: how many tasks a batch may have. A task that needs
-a slot takes that of the task which has not been used for the longest time.
+All loaded tasks stay in this process's memory until they are unloaded: they are small, and the files of one may be
+gone when a request needs it again. ``--max-loras`` is the number of slots: how many tasks a batch may have. A task that
+needs a slot takes that of the task which has not been used for the longest time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
@@ -30,7 +30,7 @@ from ..kernels.matrix import with_delta
 from .bundles import ServedTask, base_in, served_task
 from .methods import PARTS
 from .parts import PlanePart
-from .task_table import ActiveTasks, TaskTable, table_delta
+from .task_table import BASE, ActiveTasks, TaskTable, table_delta
 
 log = logging.getLogger("vllm.lowbit")  # below vLLM's logger, which has a handler
 
@@ -63,16 +63,19 @@ class TaskManager(LRUCacheLoRAModelManager):
 
     Attributes:
         parts: quantized matrices by path in the files.
+        tables: theirs, by the same paths.
     """
 
     parts: dict[str, PlanePart]
+    tables: dict[str, TaskTable]
     kind: str  # of the tables; set by the class that the worker's manager makes
 
     def _create_lora_modules(self) -> None:
         """Give each of our matrices a table; layers stay what they are."""
-        self.parts, self._active_tasks = {}, {}
+        self.parts, self.tables = {}, {}
+        self._active_tasks: dict[Any, ActiveTasks] = {}
         for name, layer in self.model.named_modules():
-            for part in getattr(layer, PARTS, None) or () if isinstance(layer, nn.Module) else ():
+            for part in getattr(layer, PARTS, ()):
                 if isinstance(part, PlanePart) and part.tasks is None:
                     part.tasks = TaskTable(
                         part.plane_matrix,
@@ -81,17 +84,17 @@ class TaskManager(LRUCacheLoRAModelManager):
                         self._active_of(self._get_punica_wrapper(name)),
                         fixed=part.device.type != "cpu",
                     )
-                    self.parts[part.path] = part
+                    self.parts[part.path], self.tables[part.path] = part, part.tasks
         log.info("lowbit: %d matrices can be changed by tasks, %d tasks in a batch", len(self.parts), self.lora_slots)
 
     def _active_of(self, punica_wrapper: Any) -> ActiveTasks:
         """The tasks of tokens, over the tensors that vLLM's own kernels read."""
-        if punica_wrapper not in self._active_tasks:
-            on_cpu = self.device.type == "cpu"
-            self._active_tasks[punica_wrapper] = ActiveTasks(
-                punica_wrapper._token_lora_indices, punica_wrapper._sampler_indices, all=-1 if on_cpu else None
-            )
-        return self._active_tasks[punica_wrapper]
+        active = self._active_tasks.get(punica_wrapper)
+        if active is None:
+            active = ActiveTasks(punica_wrapper._token_lora_indices, punica_wrapper._sampler_indices)
+            active.all = BASE if self.device.type == "cpu" else None
+            self._active_tasks[punica_wrapper] = active
+        return active
 
     def _set_adapter_mapping(self, mapping: Any) -> None:
         super()._set_adapter_mapping(mapping)
@@ -100,20 +103,23 @@ class TaskManager(LRUCacheLoRAModelManager):
             if self.device.type == "cpu":
                 tasks = set(mapping.index_mapping)
                 one = next(iter(tasks)) if len(tasks) == 1 else None
-                active.all = None if one is None else self.lora_index_to_id.index(one) if one > 0 else -1
+                active.all = None if one is None else self.lora_index_to_id.index(one) if one > 0 else BASE
 
     @property
     def capacity(self) -> int:
         """All tasks stay, see the head of this file."""
         return sys.maxsize
 
+    def _add_adapter(self, lora: TaskModel) -> None:
+        self._registered_adapters[lora.id] = lora
+
     def activate_adapter(self, lora_id: int) -> bool:
         """Give a task a slot, if it has none."""
         if not super().activate_adapter(lora_id):
             return False
         slot, task = self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id]
-        for path, part in self.parts.items():
-            part.tasks.set(slot, task.deltas.get(path))
+        for path, table in self.tables.items():
+            table.set(slot, task.deltas.get(path))
         log.info("lowbit: task %r takes slot %d; tables take %s", task.name, slot, _size(self.table_nbytes))
         return True
 
@@ -126,7 +132,7 @@ class TaskManager(LRUCacheLoRAModelManager):
     @property
     def table_nbytes(self) -> int:
         """Memory of all slots of all tables."""
-        return sum(part.tasks.nbytes for part in self.parts.values())
+        return sum(table.nbytes for table in self.tables.values())
 
     def create_dummy_lora(self, lora_id: int, rank: int, embedding_modules: Any = None) -> TaskModel:
         """A task that changes nothing, for vLLM's warm-up."""
@@ -209,7 +215,7 @@ def model_directory(model: str, revision: str | None, cache_dir: str | None) -> 
             )
         )
     except Exception as e:
-        raise LoadError(f"{model}: tasks need the fingerprint of the base, whose files are not in the cache: {e}") from e
+        raise LoadError(f"{model}: the fingerprint of the base needs its files, which are not in the cache: {e}") from e
 
 
 def _size(nbytes: int) -> str:
