@@ -1,7 +1,7 @@
 """The plugin in vLLM: models, tasks in one batch, and what it refuses. Run in the environment of
 tools/vllm_environment: ``pytest -m vllm tests/vllm``.
 
-The engine runs in this process, so that its errors are seen.
+Each engine runs in processes of its own, as in a server.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.building import write_model
+from support.building import Choice, write_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,7 +23,7 @@ import lowbit_format as lb
 from lowbit_format.schema import Scheme
 from lowbit_format.tasks.models import named_modules
 
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
+os.environ.update(VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
@@ -65,7 +65,7 @@ def linears(path: str, module: nn.Module) -> Scheme | None:
     return BCQ if isinstance(module, nn.Linear) and "lm_head" not in path else None
 
 
-def model_in(directory: Path, choose: Callable[[str, nn.Module], Scheme | None], *, tied: bool) -> Path:
+def model_in(directory: Path, choose: Choice, *, tied: bool) -> Path:
     torch.manual_seed(len(str(choose)))
     config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
     return write_model(LlamaForCausalLM(config), directory, choose)
@@ -118,11 +118,6 @@ def serve() -> Iterator[Callable[..., Any]]:
         engine.llm_engine.engine_core.shutdown()
     engines.clear()
     gc.collect()
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    cleanup_dist_env_and_memory()
-    # vLLM 0.32 cannot do this twice in a process.
-    type(vllm.platforms.current_platform).register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def answers(engine: Any, prompts: Sequence[list[int]], tasks: Sequence[Any] | None = None) -> list[list[int]]:
@@ -132,23 +127,20 @@ def answers(engine: Any, prompts: Sequence[list[int]], tasks: Sequence[Any] | No
     return [list(one.outputs[0].token_ids) for one in found]
 
 
-@pytest.mark.parametrize(("choose", "tied"), [(everything, True), (mixed, False), (linears, True)])
+@pytest.mark.parametrize(
+    ("choose", "tied", "options", "bits"),
+    [
+        (everything, True, {}, None),
+        (mixed, False, {"enforce_eager": False}, None),
+        (everything, True, {"hf_overrides": {"lowbit_bits": 3}}, 3),
+    ],
+    ids=["tied", "mixed and compiled", "a lower precision"],
+)
 def test_answers_are_those_of_transformers(
-    choose: Callable[[str, nn.Module], Scheme | None], tied: bool, tmp_path: Path, serve: Callable[..., Any]
+    choose: Choice, tied: bool, options: dict[str, Any], bits: int | None, tmp_path: Path, serve: Callable[..., Any]
 ) -> None:
     base = model_in(tmp_path / "base", choose, tied=tied)
-    assert answers(serve(base), PROMPTS) == reference(base, None, PROMPTS)
-
-
-def test_compiled(tmp_path: Path, serve: Callable[..., Any]) -> None:
-    base = model_in(tmp_path / "base", mixed, tied=False)
-    assert answers(serve(base, enforce_eager=False), PROMPTS) == reference(base, None, PROMPTS)
-
-
-def test_a_lower_precision(tmp_path: Path, serve: Callable[..., Any]) -> None:
-    base = model_in(tmp_path / "base", everything, tied=True)
-    engine = serve(base, hf_overrides={"lowbit_bits": 3})
-    assert answers(engine, PROMPTS) == reference(base, None, PROMPTS, bits=3) != reference(base, None, PROMPTS)
+    assert answers(serve(base, **options), PROMPTS) == reference(base, None, PROMPTS, bits=bits)
 
 
 def test_a_precision_that_the_file_lacks_is_refused(tmp_path: Path, serve: Callable[..., Any]) -> None:
@@ -157,10 +149,10 @@ def test_a_precision_that_the_file_lacks_is_refused(tmp_path: Path, serve: Calla
         serve(base, hf_overrides={"lowbit_bits": 2})
 
 
-@pytest.mark.parametrize(("kind", "choose"), [("rows", mixed), ("rows", everything), ("groups", everything)])
+@pytest.mark.parametrize(("kind", "choose"), [("rows", mixed), ("groups", everything)])
 def test_tasks_are_mixed_in_one_batch(
     kind: str,
-    choose: Callable[[str, nn.Module], Scheme | None],
+    choose: Choice,
     tmp_path: Path,
     serve: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -182,62 +174,68 @@ def test_tasks_are_mixed_in_one_batch(
     assert alone == expected[2]
 
 
-def test_more_tasks_than_slots_and_none_of_their_files(tmp_path: Path, serve: Callable[..., Any]) -> None:
-    base = model_in(tmp_path / "base", linears, tied=True)
+def test_tasks_come_and_go(tmp_path: Path, serve: Callable[..., Any]) -> None:
+    """More tasks than slots, none of whose files is left; many that are unloaded; some that cannot be served."""
+    from lowbit_format.vllm.task_manager import UNLOADED_KEPT
+
+    base, other = model_in(tmp_path / "base", linears, tied=False), model_in(tmp_path / "other", mixed, tied=False)
     bundles = [task_in(base, tmp_path / str(n), n) for n in range(3)]
     expected = [reference(base, bundle, PROMPTS) for bundle in bundles]
     tasks = [LoRARequest(f"task-{n}", n + 1, str(path)) for n, path in enumerate(bundles)]
-    engine = serve(base, enable_lora=True, max_loras=1)
-    for task in tasks:
-        assert engine.llm_engine.add_lora(task)
-    for bundle in bundles:
-        shutil.rmtree(bundle)
-    for n in (0, 1, 2, 0):
-        assert answers(engine, PROMPTS, [tasks[n]] * len(PROMPTS)) == expected[n]
-
-
-def test_what_cannot_be_served_is_refused_and_the_engine_goes_on(tmp_path: Path, serve: Callable[..., Any]) -> None:
-    base = model_in(tmp_path / "base", linears, tied=False)
-    other = model_in(tmp_path / "other", mixed, tied=False)
-    good = task_in(base, tmp_path / "good", 0)
-    wrong = task_in(other, tmp_path / "wrong", 1)
-    addends = task_in(base, tmp_path / "addends", 2, "add")
-    broken = shutil.copytree(good, tmp_path / "broken")
-    (broken / "task_scales.safetensors").write_bytes(b"no tensors")
-    model = lb.from_pretrained(base, dtype=torch.float32)
-    lb.prepare_scale_tuning(model, modules_to_save=["lm_head"])
-    lb.save_task(model, tmp_path / "with-head")
+    refused = {
+        task_in(other, tmp_path / "wrong", 1): f"fingerprint {fingerprint(other)} .* this one has {fingerprint(base)}",
+        task_in(base, tmp_path / "addends", 2, "add"): "LOWBIT_VLLM_TASKS=groups",
+        shutil.copytree(bundles[0], tmp_path / "broken"): "HDR-",
+        with_head(base, tmp_path / "head"): "brings modules of its own, 'lm_head'",
+        tmp_path / "peft": "is an adapter of PEFT",
+        tmp_path / "missing": "missing",
+    }
+    (tmp_path / "broken" / "task_scales.safetensors").write_bytes(b"no tensors")
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
-    ours, theirs = (lb.from_pretrained(path).lowbit_base.fingerprint.body for path in (base, other))
 
-    engine = serve(base, enable_lora=True, max_loras=2)
-    refused = {
-        "wrong": rf"fingerprint {theirs} .* this one has {ours}",
-        "addends": "LOWBIT_VLLM_TASKS=groups",
-        "broken": "HDR-",
-        "with-head": "brings modules of its own, 'lm_head'",
-        "peft": "is an adapter of PEFT",
-        "missing": "missing",
-    }
-    for number, (name, message) in enumerate(refused.items(), 10):
+    engine = serve(base, enable_lora=True, max_loras=1)
+    load, unload = engine.llm_engine.add_lora, engine.llm_engine.remove_lora
+    for task in tasks:
+        assert load(task)
+    for number in range(100, 100 + UNLOADED_KEPT + 5):
+        assert load(LoRARequest(f"task-{number}", number, str(bundles[0])))
+        assert unload(number)
+    assert len(engine.llm_engine.list_loras()) == len(tasks) + UNLOADED_KEPT
+    for bundle in bundles:
+        shutil.rmtree(bundle)
+    for number, (path, message) in enumerate(refused.items(), 10):
         with pytest.raises(Exception, match=message):
-            engine.llm_engine.add_lora(LoRARequest(name, number, str(tmp_path / name)))
-    task = LoRARequest("good", 1, str(good))
-    assert answers(engine, PROMPTS, [task] * len(PROMPTS)) == reference(base, good, PROMPTS)
+            load(LoRARequest(path.name, number, str(path)))
+    for n in (0, 1, 2, 0):
+        assert answers(engine, PROMPTS, [tasks[n]] * len(PROMPTS)) == expected[n]
     assert answers(engine, PROMPTS) == reference(base, None, PROMPTS)
 
 
-def test_unloaded_tasks_leave_the_memory(tmp_path: Path, serve: Callable[..., Any]) -> None:
-    from lowbit_format.vllm.task_manager import UNLOADED_KEPT
+def fingerprint(base: Path) -> str:
+    return lb.ModelReader(base).fingerprint().body
 
-    base = model_in(tmp_path / "base", linears, tied=True)
+
+def with_head(base: Path, out: Path) -> Path:
+    """A bundle that brings its head."""
+    model = lb.from_pretrained(base, dtype=torch.float32)
+    lb.prepare_scale_tuning(model, modules_to_save=["lm_head"])
+    lb.save_task(model, out)
+    return out
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_tensor_parallel(
+    processes: int, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and columns of every kind of matrix in two processes; groups of 96 columns fall into two of them."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    base = model_in(tmp_path / "base", mixed, tied=False)
     bundle = task_in(base, tmp_path / "task", 0)
-    engine = serve(base, enable_lora=True, max_loras=2)
-    for number in range(1, UNLOADED_KEPT + 10):
-        assert engine.llm_engine.add_lora(LoRARequest(f"task-{number}", number, str(bundle)))
-        assert engine.llm_engine.remove_lora(number)
-    assert len(engine.llm_engine.list_loras()) == UNLOADED_KEPT
+    engine = serve(base, enable_lora=True, max_loras=2, tensor_parallel_size=processes)
+    task = LoRARequest("task", 1, str(bundle))
+    found = answers(engine, [*PROMPTS, *PROMPTS], [None] * len(PROMPTS) + [task] * len(PROMPTS))
+    assert found == reference(base, None, PROMPTS) + reference(base, bundle, PROMPTS)
 
 
 def test_another_vllm_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
