@@ -1,5 +1,5 @@
 """The plugin in vLLM: models, tasks in one batch, and what it refuses. Run in the environment of
-tools/vllm_environment: ``pytest -m vllm tests/vllm``.
+tools/vllm/environment: ``pytest -m vllm tests/vllm``.
 
 Each engine runs in processes of its own, as in a server.
 """
