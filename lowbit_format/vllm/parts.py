@@ -80,7 +80,8 @@ class PlanePart(PlaneModule):
             raise LoadError(f"{self.entry.tensor(role)!r} is loaded a second time, which this plugin cannot do yet")
         self.arrived[role] = tensor
         if self.arrived.keys() >= self.wanted:
-            self._finish(self.arrived)
+            with torch.inference_mode(False):  # kernels cannot index parameters that were made in it
+                self._finish(self.arrived)
             self.arrived = None
 
     def _finish(self, tensors: dict[str, Tensor]) -> None:

@@ -2,11 +2,12 @@
 
     python tools/vllm/serving.py answers BASE TASK [TASK ...]
     python tools/vllm/serving.py churn BASE OTHER TASK [TASK ...]
+    python tools/vllm/serving.py killed BASE [TASK ...]
     python tools/vllm/serving.py speed MODEL [--lora] [TASK ...]
 
 ``answers`` asks a server of BASE 64 mixed questions at once, and compares each answer with the one of transformers for
 its task alone, token by token. ``churn`` asks 200 while tasks are loaded and unloaded, some of which cannot be served:
-OTHER is a task of another base. ``speed`` times the same questions for the base, for one task, and for all of them
+OTHER is a task of another base. ``killed`` kills the worker while it answers, and starts again. ``speed`` times the same questions for the base, for one task, and for all of them
 mixed, and reads the memory of the server's processes.
 """
 
@@ -185,7 +186,26 @@ def churn(base: str, other: str, tasks: Sequence[str], requests: int = 200, toke
         print(urllib.request.urlopen(f"{URL}/health", timeout=30).status)
 
 
-def speed(model: str, tasks: Sequence[str], lora: bool, requests: int = 64, tokens: int = 48, rounds: int = 3) -> None:
+def killed(base: str, tasks: Sequence[str], requests: int = 8, tokens: int = 200) -> None:
+    """What clients see when the worker is killed; a new server answers as before."""
+    import psutil
+
+    with server(base, tasks) as process:
+        api = client()
+        before = ask(api, "base", QUESTIONS[0], 12).message.content
+        with concurrent.futures.ThreadPoolExecutor(requests) as pool:
+            running = [pool.submit(ask, api, "base", question, tokens) for question in QUESTIONS[:requests]]
+            time.sleep(3)
+            worker = max(psutil.Process(process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
+            worker.kill()
+            errors = [run.exception(120) for run in running]
+        print({type(e).__name__: sum(type(o) is type(e) for o in errors) for e in errors})
+        print("the server ended with", process.wait(120))
+    with server(base, tasks):
+        print("a new server answers as before:", ask(client(), "base", QUESTIONS[0], 12).message.content == before)
+
+
+def speed(model: str, tasks: Sequence[str], lora: bool, requests: int = 32, tokens: int = 32, rounds: int = 3) -> None:
     """Tokens per second and latency."""
     copies = [tasks[n % len(tasks)] for n in range(8)] if tasks else []
     with tempfile.TemporaryDirectory() as folder:
@@ -238,7 +258,7 @@ def memory(pid: int) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, given in {"answers": ["base"], "churn": ["base", "other"], "speed": ["base"]}.items():
+    for name, given in {"answers": ["base"], "churn": ["base", "other"], "killed": ["base"], "speed": ["base"]}.items():
         command = commands.add_parser(name)
         for argument in given:
             command.add_argument(argument)
@@ -250,6 +270,8 @@ def main() -> None:
         answers(options.base, options.tasks)
     elif options.command == "churn":
         churn(options.base, options.other, options.tasks)
+    elif options.command == "killed":
+        killed(options.base, options.tasks)
     else:
         speed(options.base, options.tasks, options.lora)
 
