@@ -8,7 +8,7 @@ parts themselves are a list of modules in the layer, :data:`PARTS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 
 from ..errors import LoadError
 from ..schema import ModuleEntry
-from .parts import FloatPart, Part, PlanePart, product
-from .slices import Shard, Slice, ranges, shards_of
+from .parts import FloatPart, Part, PlanePart, can_join, product
+from .slices import Cut, Shard, Slice, ranges, shards_of
 
 PARTS = "lowbit_parts"
 _QKV = {"q": 0, "k": 1, "v": 2}  # vLLM's names of the shards of a fused attention layer
@@ -51,20 +51,28 @@ class LowbitLinearMethod(LinearMethodBase):
         start = layer.tp_rank * input_size_per_partition if input_size_per_partition < input_size else 0
         cols = start, start + input_size_per_partition
         shards = _shards(layer, output_partition_sizes)
-        parts, first_shard = list[Part](), dict[int, int]()
+        joined, places = list[list[Cut] | FloatPart](), dict[int, Place]()
         for number, (name, entry) in enumerate(self.matrices):
             first = len(output_partition_sizes) - len(shards)
             count = shards_of(entry, shards, len(self.matrices) - number - 1)
             mine, shards = shards[:count], shards[count:]
             rows, piece = sum(shard.full for shard in mine), Slice(ranges(mine), cols)
-            if entry is not None and entry.shape != (rows, input_size):
-                raise LoadError(f"{entry.path} is {list(entry.shape)} in the file, vLLM expects {[rows, input_size]}")
-            first_shard[first] = number
             if entry is None:
-                parts.append(FloatPart(name, piece, dtype=params_dtype, device=device))
+                joined.append(FloatPart(name, piece, dtype=params_dtype, device=device))
+                places[first] = Place(len(joined) - 1, 0)
+                continue
+            if entry.shape != (rows, input_size):
+                raise LoadError(f"{entry.path} is {list(entry.shape)} in the file, vLLM expects {[rows, input_size]}")
+            cut, last = Cut(entry, piece), joined[-1] if joined else None
+            if isinstance(last, list) and can_join(last[0], cut):
+                last.append(cut)
             else:
-                parts.append(PlanePart(entry, piece, bits=self.bits, device=device))
-        _attach(layer, parts, first_shard)
+                joined.append(last := [cut])
+            places[first] = Place(len(joined) - 1, len(last) - 1)
+        parts: list[Part] = [
+            PlanePart(part, bits=self.bits, device=device) if isinstance(part, list) else part for part in joined
+        ]
+        _attach(layer, parts, places)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return product(getattr(layer, PARTS), x, bias)
@@ -103,7 +111,8 @@ class LowbitEmbeddingMethod(QuantizeMethodBase):
         shard = layer.shard_indices
         piece = Slice(((shard.org_vocab_start_index, shard.org_vocab_end_index),), (0, input_size))
         layer.lowbit_dtype = params_dtype
-        _attach(layer, [PlanePart(self.entry, piece, bits=self.bits, device=torch.empty(0).device)], {0: 0})
+        part = PlanePart([Cut(self.entry, piece)], bits=self.bits, device=torch.empty(0).device)
+        _attach(layer, [part], {0: Place(0, 0)})
 
     def embedding(self, layer: Any, ids: Tensor) -> Tensor:
         (part,) = getattr(layer, PARTS)
@@ -130,23 +139,30 @@ class LowbitEmbeddingMethod(QuantizeMethodBase):
         _finish(layer)
 
 
-def _attach(layer: Any, parts: list[Part], first_shard: dict[int, int]) -> None:
+class Place(NamedTuple):
+    """Where one of the file's matrices is in a layer: number of the part, and its number there."""
+
+    part: int
+    member: int
+
+
+def _attach(layer: Any, parts: list[Part], places: dict[int, Place]) -> None:
     """Give a layer its parts, and placeholders by which vLLM loads them.
 
     Args:
         layer: of vLLM.
         parts: without data.
-        first_shard: number of the part that begins with a shard, by number of the shard.
+        places: of the file's matrices, by number of the shard that each begins with.
     """
     setattr(layer, PARTS, nn.ModuleList(parts))
 
     def load(param: nn.Parameter, tensor: Tensor, shard_id: Any = None) -> None:
         shard_id = getattr(tensor, "shard_id", None) if shard_id is None else shard_id
         shard = shard_id[0] if isinstance(shard_id, tuple) else _QKV.get(shard_id, shard_id) or 0
-        if shard not in first_shard or (shard_id is None and len(parts) > 1):
-            role = param.lowbit_role  # type: ignore[attr-defined]
+        role: str = param.lowbit_role  # type: ignore[attr-defined]
+        if shard not in places or (shard_id is None and len(places) > 1):
             raise LoadError(f"vLLM loads {role!r} of {parts[0].path} as shard {shard_id!r}, which the file has not")
-        parts[first_shard[shard]].load(param.lowbit_role, tensor)  # type: ignore[attr-defined]
+        parts[places[shard].part].load(role, tensor, places[shard].member)
 
     roles = {role: dtype for part in parts for role, dtype in part.roles.items()}
     for role, dtype in roles.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from ..bits import row_bytes
 from ..errors import LoadError
 from ..kernels.matrix import PlaneMatrix, full_planes, present_rows
+from ..runtime.deltas import Delta
 from ..schema import ModuleEntry, Scheme
 
 WORD = 32  # columns of the smallest group that kernels read without decoding the matrix
@@ -134,13 +135,24 @@ class Cut:
         first = self.slice.cols[0] // size
         return tensor[..., first : first + new.groups(self.slice.width)]
 
-    def of(self, role: str) -> Callable[[Tensor], Tensor]:
-        """The cut of tensors of one role other than the planes."""
+    def of(self, role: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The tensor of this role in the slice, of the file's tensors by role."""
+        tensor = tensors[role]
+        if role == "planes":
+            return self.planes(tensor, tensors.get("row_bits"))
         if role == "codebook":
-            return lambda tensor: tensor
+            return tensor
         if role == "row_bits":
-            return lambda tensor: self.rows(tensor, 0)
-        return lambda tensor: self.groups(self.rows(tensor, tensor.dim() - 2))
+            return self.rows(tensor, 0)
+        return self.groups(self.rows(tensor, tensor.dim() - 2))
+
+    def delta(self, delta: Delta) -> Delta:
+        """Of what a task changes in the file's matrix, that in the slice."""
+        scales, shift = delta
+        if scales is not None:
+            scales = self.rows(scales, 1)
+            scales = scales if scales.dim() == 2 else self.groups(scales)
+        return Delta(scales, None if shift is None else self.groups(self.rows(shift, 0)))
 
     def _columns_of_planes(self, planes: Tensor) -> Tensor:
         if self.all_cols:

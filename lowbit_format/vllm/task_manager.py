@@ -17,20 +17,18 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from ..errors import BundleError, LoadError
+from ..errors import LoadError
 from ..hub import is_hub_id
-from ..kernels.matrix import with_delta
 from .bundles import ServedTask, base_in, served_task
 from .methods import PARTS
 from .parts import PlanePart
-from .task_table import BASE, ActiveTasks, TaskTable, table_delta
+from .task_table import BASE, ActiveTasks, TaskTable
 
 log = logging.getLogger("vllm.lowbit")  # below vLLM's logger, which has a handler
 
@@ -42,7 +40,7 @@ class TaskModel(LoRAModel):
 
     Attributes:
         name: for messages.
-        deltas: as tables hold them, by path of the module in the files.
+        deltas: as tables hold them, by path of the part.
     """
 
     def __init__(self, lora_model_id: int, name: str, deltas: dict[str, Tensor]) -> None:
@@ -62,7 +60,7 @@ class TaskManager(LRUCacheLoRAModelManager):
     """Slots of a model.
 
     Attributes:
-        parts: quantized matrices by path in the files.
+        parts: quantized matrices by their path in the files; of several in one part, all their paths.
         tables: theirs, by the same paths.
     """
 
@@ -101,9 +99,10 @@ class TaskManager(LRUCacheLoRAModelManager):
         for active in self._active_tasks.values():
             active.sample_count = len(mapping.prompt_mapping)
             if self.device.type == "cpu":
-                tasks = set(mapping.index_mapping)
-                one = next(iter(tasks)) if len(tasks) == 1 else None
-                active.all = None if one is None else self.lora_index_to_id.index(one) if one > 0 else BASE
+                slot_of = {t: s for s, t in enumerate(self.lora_index_to_id) if t is not None} | {0: BASE}
+                slots = [slot_of[task] for task in mapping.index_mapping]
+                active.all = slots[0] if len(set(slots)) == 1 else None
+                active.split(slots if active.all is None else [])
 
     @property
     def capacity(self) -> int:
@@ -170,16 +169,12 @@ class TaskWorkerManager(LRUCacheWorkerLoRAManager):
         return model
 
     def _for_tables(self, task: ServedTask) -> dict[str, Tensor]:
-        """The deltas of the modules that this process has, cut to its slices; BundleError for infinite scales."""
+        """What it changes in the parts that this process has: others are in another stage of the pipeline."""
         deltas = {}
-        for path, delta in task.deltas.items():
-            part = self._adapter_manager.parts.get(path)
-            if part is None:  # of another stage of the pipeline
-                continue
-            mine = part.cut_delta(delta)
-            deltas[path] = table_delta(mine, part.plane_matrix, self.kind, path)
-            if not bool(torch.isfinite(with_delta(part.plane_matrix, mine.scales.to(part.device)).scales).all()):
-                raise BundleError("MAT-6", "the deltas make a scale infinite", tensor=path)
+        for path, part in self._adapter_manager.parts.items():
+            delta = part.table_delta(task.deltas, self.kind)
+            if delta is not None:
+                deltas[path] = delta
         return deltas
 
     def add_adapter(self, lora_request: Any) -> bool:

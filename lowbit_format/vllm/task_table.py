@@ -6,7 +6,9 @@ for LoRA read. The operators of this library take the same: deltas by task, and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from ..kernels.matrix import PlaneMatrix, with_delta
 from ..runtime.deltas import Delta
 
 BASE = -1  # in the place of a slot
+MANY_ROWS = 24  # of one task: from here on decoding its weight takes less time than their share of a mixed product
 ROWS, GROUPS = "rows", "groups"  # kinds of tables: one factor for each row, or an addend for each group
 
 
@@ -29,12 +32,31 @@ class ActiveTasks:
         sample_count: how many of `samples` are valid.
         all: the slot of all tokens if they have the same, :data:`BASE` for none; None if they differ, or on a device
             whose graphs must not depend on it.
+        large: slots that many tokens have, with the numbers of these tokens; empty where one product does for all.
+        rest: numbers of the other tokens.
     """
 
     tokens: Tensor
     samples: Tensor
     sample_count: int = 0
     all: int | None = BASE
+    large: list[tuple[int, Tensor]] = field(default_factory=list)
+    rest: Tensor | None = None
+
+    def split(self, slots: Sequence[int]) -> None:
+        """Set :attr:`large` and :attr:`rest` for tokens with these slots, in a batch on a CPU.
+
+        Few rows are multiplied from the planes, whatever their tasks. For many rows the weight is decoded: for all of
+        them, if they have one task, and otherwise twice and more. So the tokens of a long prompt are multiplied
+        apart from those of other requests.
+        """
+        self.large, self.rest = [], None
+        often = [slot for slot, count in Counter(slots).items() if count >= MANY_ROWS]
+        if len(slots) <= 2 * MANY_ROWS or not often:
+            return
+        given = torch.tensor(slots)
+        self.large = [(slot, (given == slot).nonzero().flatten()) for slot in often]
+        self.rest = torch.isin(given, torch.tensor(often), invert=True).nonzero().flatten()
 
 
 class TaskTable:
@@ -67,6 +89,16 @@ class TaskTable:
             # Log probabilities of a prompt, in a batch of several tasks: vLLM does not say of which task they are.
             return torch.full_like(deltas[:1], float("nan")), None
         return deltas, active.samples[:rows]
+
+    def shares(self, rows: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Numbers of rows of a product, and deltas and task ids for these; nothing where one product does for all."""
+        active, deltas = self.active, self.deltas
+        if deltas is None or not active.large or active.rest is None:
+            return
+        for slot, mine in active.large:
+            yield mine, None if slot == BASE else deltas[slot : slot + 1], None
+        if len(active.rest):
+            yield active.rest, deltas, active.tokens[:rows][active.rest]
 
     @property
     def nbytes(self) -> int:

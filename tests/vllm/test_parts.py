@@ -10,16 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit_format.container.writer import module_tensors
-from lowbit_format.errors import LoadError, TaskError
+from lowbit_format.errors import BundleError, LoadError, TaskError
 from lowbit_format.kernels import operators
 from lowbit_format.reference import decode_numpy
 from lowbit_format.runtime.deltas import Delta
 from lowbit_format.runtime.stored_tensors import to_torch
 from lowbit_format.schema import ModuleEntry, Scheme
 from lowbit_format.testing.matrices import random_matrix
-from lowbit_format.vllm.parts import FloatPart, PlanePart, product
-from lowbit_format.vllm.slices import Shard, Slice, ranges, shards_of
-from lowbit_format.vllm.task_table import BASE, GROUPS, ROWS, ActiveTasks, TaskTable, table_delta
+from lowbit_format.vllm.parts import FloatPart, PlanePart, can_join, product
+from lowbit_format.vllm.slices import Cut, Shard, Slice, ranges, shards_of
+from lowbit_format.vllm.task_table import BASE, GROUPS, MANY_ROWS, ROWS, ActiveTasks, TaskTable, table_delta
 
 CPU = torch.device("cpu")
 SCHEMES = [
@@ -34,7 +34,7 @@ SCHEMES = [
 def loaded(scheme: Scheme, rows: int, cols: int, piece: Slice | None = None, bits: int | None = None) -> PlanePart:
     """A part with random planes, loaded tensor by tensor."""
     entry = ModuleEntry("layer", scheme, "linear", (rows, cols))
-    part = PlanePart(entry, piece or Slice.whole(entry), bits=bits, device=CPU)
+    part = PlanePart([Cut(entry, piece or Slice.whole(entry))], bits=bits, device=CPU)
     for tensor in module_tensors(entry, random_matrix(scheme, rows, cols, seed=1)):
         part.load(tensor.name.rpartition(".")[2], to_torch(tensor))
     return part
@@ -64,12 +64,12 @@ def test_a_lower_precision_of_a_slice() -> None:
 def test_a_cut_that_kernels_cannot_read_is_refused_by_name() -> None:
     entry = ModuleEntry("model.down_proj", Scheme("bcq", 2, 48, "F16"), "linear", (4, 96))
     with pytest.raises(LoadError, match=r"model\.down_proj: .* at 40, inside of a group of 48 .* --group-size"):
-        PlanePart(entry, Slice(((0, 4),), (0, 40)), bits=None, device=CPU)
+        Cut(entry, Slice(((0, 4),), (0, 40)))
 
 
 def test_a_tensor_of_another_shape_is_refused_by_name() -> None:
     entry = ModuleEntry("layer", SCHEMES[1], "linear", (4, 64))
-    part = PlanePart(entry, Slice.whole(entry), bits=None, device=CPU)
+    part = PlanePart([Cut(entry, Slice.whole(entry))], bits=None, device=CPU)
     with pytest.raises(LoadError, match=r"'layer\.scales' has the shape \[2, 5, 1\], config\.json says \[2, 4, 1\]"):
         part.load("scales", torch.ones(2, 5, 1))
     assert part.missing == ["layer.planes", "layer.scales"]
@@ -82,6 +82,45 @@ def test_fused_layers_of_parts_with_schemes_of_their_own() -> None:
     x, bias = torch.randn(5, 64), torch.randn(96)
     weight = torch.cat([*(operators.dequantize(part.plane_matrix) for part in parts), kept.weight])
     torch.testing.assert_close(product([*parts, kept], x, bias), x @ weight.T + bias)
+
+
+@pytest.mark.parametrize("kind", [ROWS, GROUPS])
+def test_matrices_of_one_scheme_are_one_product(kind: str) -> None:
+    """Also for tasks that change some of them, in different ways."""
+    scheme = SCHEMES[0]
+    entries = [ModuleEntry(name, scheme, "linear", (rows, 128)) for name, rows in (("q", 32), ("k", 16), ("v", 16))]
+    cuts = [Cut(entry, Slice(((0, 16),), (0, 128))) for entry in entries]
+    assert can_join(cuts[0], cuts[1])
+    joint, apart = PlanePart(cuts, bits=None, device=CPU), []
+    for number, (entry, cut) in enumerate(zip(entries, cuts, strict=True)):
+        apart.append(PlanePart([cut], bits=None, device=CPU))
+        for tensor in module_tensors(entry, random_matrix(scheme, entry.rows, 128, seed=number)):
+            role = tensor.name.rpartition(".")[2]
+            assert tensor.name in joint.missing
+            joint.load(role, to_torch(tensor), number)
+            apart[-1].load(role, to_torch(tensor))
+    x = torch.randn(4, 128)
+    assert joint.missing == []
+    torch.testing.assert_close(joint.product(x, None, sampled=False), product(apart, x, None))
+
+    deltas = {"q": Delta(0.1 * torch.randn(1, 32)), "v": Delta(0.1 * torch.randn(3, 16))}
+    tasks, active = table(joint, kind)
+    tasks.set(2, joint.table_delta(deltas, kind))
+    active.all = 2
+    for part in apart:
+        alone, its_tasks = table(part, kind)
+        alone.set(0, part.table_delta(deltas, kind))
+        its_tasks.all = 0
+    torch.testing.assert_close(joint.product(x, None, sampled=False), product(apart, x, None))
+    joint.matrix_parameters()["scales"].data *= 1e3
+    with pytest.raises(BundleError, match=r"'v': the deltas make a scale infinite"):
+        joint.table_delta({"v": Delta(torch.full((1, 16), 3e38))}, kind)
+
+
+def test_matrices_with_tables_or_ragged_rows_stay_apart() -> None:
+    for scheme in SCHEMES[3:]:
+        cut = Cut(entry := ModuleEntry("layer", scheme, "linear", (16, 128)), Slice.whole(entry))
+        assert not can_join(cut, cut)
 
 
 def test_rows_of_a_process_in_fused_layers() -> None:
@@ -119,7 +158,23 @@ def test_each_token_is_computed_with_its_task(kind: str) -> None:
     active.all = 1
     torch.testing.assert_close(part.product(x, None, sampled=False), expected[1])
     tasks.set(1, None)
-    assert torch.equal(part.product(x, None, sampled=False), operators.linear(x, base))
+    torch.testing.assert_close(part.product(x, None, sampled=False), operators.linear(x, base))
+
+
+def test_many_rows_of_one_task_are_a_product_of_their_own() -> None:
+    part = loaded(SCHEMES[0], 16, 128)
+    tasks, active = table(part, ROWS)
+    tasks.set(0, torch.full((1, 16), 0.5))
+    tasks.set(1, torch.full((2, 16), -0.5))
+    ids = torch.tensor([1] * 3 + [0] * MANY_ROWS + [BASE] * (MANY_ROWS + 5) + [1, 0, BASE])
+    active.tokens, active.all = ids, None
+    x = torch.randn(len(ids), 128)
+    expected = part.product(x, None, sampled=False)
+    active.split(ids.tolist())
+    assert [slot for slot, _ in active.large] == [0, BASE]
+    torch.testing.assert_close(part.product(x[None], None, sampled=False), expected[None])
+    active.split([0, 1])
+    assert active.large == []
 
 
 def test_the_head_is_computed_for_samples_and_never_with_a_wrong_task() -> None:
@@ -150,7 +205,7 @@ def test_deltas_are_cut_like_their_matrix() -> None:
     delta = Delta(0.1 * torch.randn(3, 16, 2))
     x = torch.randn(2, 128)
     x[:, :32] = x[:, 96:] = 0
-    mine = part.cut_delta(delta).scales
+    mine = part.members[0].cut.delta(delta).scales
     assert mine is not None
     assert delta.scales is not None
     expected = operators.linear(x, whole.plane_matrix, None, delta.scales[None])[:, [*range(8, 16), *range(4)]]

@@ -7,8 +7,8 @@
 
 ``answers`` asks a server of BASE 64 mixed questions at once, and compares each answer with the one of transformers for
 its task alone, token by token. ``churn`` asks 200 while tasks are loaded and unloaded, some of which cannot be served:
-OTHER is a task of another base. ``killed`` kills the worker while it answers, and starts again. ``speed`` times the same questions for the base, for one task, and for all of them
-mixed, and reads the memory of the server's processes.
+OTHER is a task of another base. ``killed`` kills the worker while it answers, and starts again. ``speed`` times the
+same questions for the base, for one task, and for all of them mixed, and reads the memory of the worker.
 """
 
 from __future__ import annotations
