@@ -152,8 +152,8 @@ class PlanePart(PlaneModule):
         planes = max(len(delta) for delta in found.values())
         shape = (planes, w.rows) if kind == ROWS else (planes, w.rows, w.groups)
         joint = torch.full(shape, -0.0)  # keeps every scale, also the sign of a zero
-        for first, mine in found.items():
-            joint[: len(mine), first : first + mine.shape[1]] = mine
+        for first, values in found.items():
+            joint[: len(values), first : first + values.shape[1]] = values
         return joint
 
     def product(self, x: Tensor, bias: Tensor | None, *, sampled: bool) -> Tensor:

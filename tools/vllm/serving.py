@@ -188,16 +188,13 @@ def churn(base: str, other: str, tasks: Sequence[str], requests: int = 200, toke
 
 def killed(base: str, tasks: Sequence[str], requests: int = 8, tokens: int = 200) -> None:
     """What clients see when the worker is killed; a new server answers as before."""
-    import psutil
-
     with server(base, tasks) as process:
         api = client()
         before = ask(api, "base", QUESTIONS[0], 12).message.content
         with concurrent.futures.ThreadPoolExecutor(requests) as pool:
             running = [pool.submit(ask, api, "base", question, tokens) for question in QUESTIONS[:requests]]
             time.sleep(3)
-            worker = max(psutil.Process(process.pid).children(recursive=True), key=lambda p: p.memory_info().rss)
-            worker.kill()
+            worker(process.pid).kill()
             errors = [run.exception(120) for run in running]
         print({type(e).__name__: sum(type(o) is type(e) for o in errors) for e in errors})
         print("the server ended with", process.wait(120))
@@ -213,23 +210,22 @@ def speed(model: str, tasks: Sequence[str], lora: bool, requests: int = 32, toke
         with server(model, named, "--max-lora-rank", "8") as process:
             api = client()
             names = [Path(task).name for task in named]
-            mixes = {"base": ["base"], "one task": names[:1], f"{len(names)} tasks": names} if names else {
-                "base": ["base"]
-            }  # fmt: skip
-            found: dict[str, list[tuple[float, float]]] = {mix: [] for mix in mixes}
-            for mix in mixes.values():
-                measure(api, mix, 16, 8)
-            for _ in range(rounds):
+            mixes = {"base": ["base"]}
+            mixes |= {"one task": names[:1], f"{len(names)} tasks": names} if names else {}
+            found: dict[str, list[tuple[float, ...]]] = {mix: [] for mix in mixes}
+            for given in mixes.values():
+                measure(api, process.pid, given, 16, 8)
+            for _ in range(rounds):  # in turns, since other programs may need the processor too
                 for mix, given in mixes.items():
-                    found[mix].append(measure(api, given, requests, tokens))
+                    found[mix].append(measure(api, process.pid, given, requests, tokens))
             for mix, values in found.items():
-                rate = statistics.median(rate for rate, _ in values)
-                print(f"{mix}: {rate:.1f} tokens/s, {statistics.median(s for _, s in values):.2f} s for an answer")
+                rate, seconds, cpu = (statistics.median(one) for one in zip(*values, strict=True))
+                print(f"{mix}: {rate:.1f} tokens/s, {seconds:.2f} s for an answer, {cpu:.2f} ms of the worker a token")
             print(f"memory of the worker: {memory(process.pid) / 1e6:.0f} MB", "with PEFT LoRA" if lora else "")
 
 
-def measure(api: Any, names: Sequence[str], requests: int, tokens: int) -> tuple[float, float]:
-    """Tokens per second of 16 clients, and median seconds for an answer."""
+def measure(api: Any, server: int, names: Sequence[str], requests: int, tokens: int) -> tuple[float, float, float]:
+    """Tokens per second of 16 clients, median seconds for an answer, and the worker's time of the processor a token."""
 
     def one(n: int) -> float:
         start = time.perf_counter()
@@ -238,21 +234,28 @@ def measure(api: Any, names: Sequence[str], requests: int, tokens: int) -> tuple
             messages=[{"role": "user", "content": QUESTIONS[n % len(QUESTIONS)]}],
             temperature=0,
             max_tokens=tokens,
-            extra_body={"ignore_eos": True},
+            extra_body={"ignore_eos": True, "cache_salt": str(time.time_ns())},  # no prompt is known already
         )
         return time.perf_counter() - start
 
-    start = time.perf_counter()
+    used, start = worker(server).cpu_times().user, time.perf_counter()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         seconds = list(pool.map(one, range(requests)))
-    return requests * tokens / (time.perf_counter() - start), statistics.median(seconds)
+    total, used = requests * tokens, worker(server).cpu_times().user - used
+    return total / (time.perf_counter() - start), statistics.median(seconds), 1e3 * used / total
+
+
+def worker(server: int) -> Any:
+    """That descendant of a process which has the most memory."""
+    import psutil
+
+    return max(psutil.Process(server).children(recursive=True), key=lambda p: p.memory_info().rss)
 
 
 def memory(pid: int) -> int:
-    """Resident bytes of that descendant of a process which has the most: the worker."""
-    import psutil
-
-    return max(p.memory_info().rss for p in psutil.Process(pid).children(recursive=True))
+    """Resident bytes of the worker of a server."""
+    size: int = worker(pid).memory_info().rss
+    return size
 
 
 def main() -> None:
