@@ -167,7 +167,7 @@ class PlanePart(PlaneModule):
         w, rows = self.plane_matrix, x.numel() // self.cols
         if self.tasks is None:
             return operators.linear(x, w, bias)
-        if not sampled and self.tasks.active.large and not torch.compiler.is_compiling():
+        if not sampled and self.tasks.active.shares and not torch.compiler.is_compiling():
             flat, out = x.reshape(rows, self.cols), x.new_empty(rows, self.rows)
             shares = list(self.tasks.shares(rows))
             for mine, deltas, ids in shares:

@@ -102,7 +102,7 @@ class TaskManager(LRUCacheLoRAModelManager):
                 slot_of = {t: s for s, t in enumerate(self.lora_index_to_id) if t is not None} | {0: BASE}
                 slots = [slot_of[task] for task in mapping.index_mapping]
                 active.all = slots[0] if len(set(slots)) == 1 else None
-                active.split(slots if active.all is None else [])
+                active.split(slots)
 
     @property
     def capacity(self) -> int:

@@ -18,7 +18,7 @@ from ..kernels.matrix import PlaneMatrix, with_delta
 from ..runtime.deltas import Delta
 
 BASE = -1  # in the place of a slot
-MANY_ROWS = 24  # of one task: from here on decoding its weight takes less time than their share of a mixed product
+FEW_ROWS = 48  # of x, which are multiplied from planes of 4 bits in less time than it takes to decode the weight
 ROWS, GROUPS = "rows", "groups"  # kinds of tables: one factor for each row, or an addend for each group
 
 
@@ -32,31 +32,31 @@ class ActiveTasks:
         sample_count: how many of `samples` are valid.
         all: the slot of all tokens if they have the same, :data:`BASE` for none; None if they differ, or on a device
             whose graphs must not depend on it.
-        large: slots that many tokens have, with the numbers of these tokens; empty where one product does for all.
-        rest: numbers of the other tokens.
+        shares: numbers of tokens that go through a product together, and their slot, None for several slots; empty
+            where one product does for all.
     """
 
     tokens: Tensor
     samples: Tensor
     sample_count: int = 0
     all: int | None = BASE
-    large: list[tuple[int, Tensor]] = field(default_factory=list)
-    rest: Tensor | None = None
+    shares: list[tuple[Tensor, int | None]] = field(default_factory=list)
 
     def split(self, slots: Sequence[int]) -> None:
-        """Set :attr:`large` and :attr:`rest` for tokens with these slots, in a batch on a CPU.
+        """Set :attr:`shares` for tokens with these slots, in a batch on a CPU.
 
-        Few rows are multiplied from the planes, whatever their tasks. For many rows the weight is decoded: for all of
-        them, if they have one task, and otherwise twice and more. So the tokens of a long prompt are multiplied
-        apart from those of other requests.
+        Few rows are multiplied from the planes, whatever their tasks. For many rows the weight is decoded: once, if
+        they have one task, and otherwise twice and more. So the tokens of a long prompt go through a product of their
+        own, and those of other requests through products of few rows.
         """
-        self.large, self.rest = [], None
-        often = [slot for slot, count in Counter(slots).items() if count >= MANY_ROWS]
-        if len(slots) <= 2 * MANY_ROWS or not often:
+        self.shares = []
+        if len(set(slots)) <= 1 or len(slots) <= FEW_ROWS:
             return
-        given = torch.tensor(slots)
-        self.large = [(slot, (given == slot).nonzero().flatten()) for slot in often]
-        self.rest = torch.isin(given, torch.tensor(often), invert=True).nonzero().flatten()
+        given, counts = torch.tensor(slots), Counter(slots)
+        many = [slot for slot, count in counts.items() if count > FEW_ROWS]
+        self.shares = [((given == slot).nonzero().flatten(), slot) for slot in many]
+        rest = torch.isin(given, torch.tensor(many, dtype=given.dtype), invert=True).nonzero().flatten()
+        self.shares += [(some, None) for some in rest.split(FEW_ROWS) if len(some)]
 
 
 class TaskTable:
@@ -93,12 +93,13 @@ class TaskTable:
     def shares(self, rows: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
         """Numbers of rows of a product, and deltas and task ids for these; nothing where one product does for all."""
         active, deltas = self.active, self.deltas
-        if deltas is None or not active.large or active.rest is None:
+        if deltas is None or sum(len(mine) for mine, _ in active.shares) != rows:
             return
-        for slot, mine in active.large:
-            yield mine, None if slot == BASE else deltas[slot : slot + 1], None
-        if len(active.rest):
-            yield active.rest, deltas, active.tokens[:rows][active.rest]
+        for mine, slot in active.shares:
+            if slot is None:
+                yield mine, deltas, active.tokens[mine]
+            else:
+                yield mine, None if slot == BASE else deltas[slot : slot + 1], None
 
     @property
     def nbytes(self) -> int:
