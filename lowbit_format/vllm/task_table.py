@@ -56,7 +56,7 @@ class ActiveTasks:
         many = [slot for slot, count in counts.items() if count > FEW_ROWS]
         self.shares = [((given == slot).nonzero().flatten(), slot) for slot in many]
         rest = torch.isin(given, torch.tensor(many, dtype=given.dtype), invert=True).nonzero().flatten()
-        self.shares += [(some, None) for some in rest.split(FEW_ROWS) if len(some)]
+        self.shares += [(some, None) for some in torch.split(rest, FEW_ROWS) if len(some)]
 
 
 class TaskTable:
