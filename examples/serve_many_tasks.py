@@ -6,6 +6,10 @@ BASE is a lowbit model, each TASK a task bundle of it (see tune_a_task.py): dire
 standard input: the name of a task (the last part of its path; ``-`` is the base), then the text.
 
     echo "films a joy from start to end" | python examples/serve_many_tasks.py minilm-mixed films questions
+
+Tasks of a language model can be served by vLLM as well, through its OpenAI address (docs/vllm.md):
+
+    vllm serve BASE --enable-lora --max-loras 8 --lora-modules NAME=TASK [NAME=TASK ...]
 """
 
 from __future__ import annotations

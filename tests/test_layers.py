@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, str]] = [
     ("tasks", "bundles of many tasks over one base"),
     ("calibration", "what the layers of a float model see of data, and quantizing them for it"),
     (
-        "converters export loading precision partial_download evaluation",
+        "converters export loading precision partial_download evaluation vllm",
         "whole models in and out: they use all of the above",
     ),
     ("cli testing", "what people call: commands, and tests of other backends and readers"),

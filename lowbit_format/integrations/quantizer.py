@@ -137,7 +137,7 @@ class LowbitQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[Any]:
         return list(self.exact_names)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
         return [*weight_conversions, *self.get_weight_conversions()]
 
     def _process_model_before_weight_loading(

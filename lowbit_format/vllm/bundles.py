@@ -1,0 +1,70 @@
+"""Reading a task's bundle for a server, and refusing what it cannot serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..container.reader import ModelReader
+from ..errors import TaskError
+from ..integrations.base_model import Base
+from ..runtime.deltas import Delta
+from ..tasks.finding import find_bundle
+from ..tasks.matching import check_matches, modules_by_name
+from ..tasks.operations import split_delta
+
+PEFT_CONFIG_FILE = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ServedTask:
+    """A task that fits the served base.
+
+    Attributes:
+        source: directory or Hub id.
+        deltas: what it changes, by path of the module in the base's files.
+    """
+
+    source: str
+    deltas: dict[str, Delta]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the deltas."""
+        return sum(t.nbytes for delta in self.deltas.values() for t in delta if t is not None)
+
+
+def base_in(directory: Path, bits: int | None) -> Base:
+    """The base that a server reads at `bits` from `directory`, with its fingerprint."""
+    reader = ModelReader(directory)
+    return Base(reader.config, reader.fingerprint(), bits)
+
+
+def served_task(source: str, base: Base) -> ServedTask:
+    """The bundle in the directory or repository `source`, for `base`.
+
+    Raises:
+        FingerprintError: it was tuned on another base; the message has both fingerprints.
+        PrecisionError, BundleError, HubError: as :func:`lowbit_format.load_task`.
+        TaskError: it brings modules of its own, which vLLM has but once; or it is an adapter of PEFT.
+    """
+    if (Path(source) / PEFT_CONFIG_FILE).is_file():
+        raise TaskError(
+            f"{source}: is an adapter of PEFT ({PEFT_CONFIG_FILE}); over a lowbit base this plugin serves task bundles "
+            "(task_config.json) alone"
+        )
+    bundle = find_bundle(source).bundle
+    check_matches(bundle, base.config, base.fingerprint, base.bits)
+    if saved := bundle.config.modules_to_save:
+        raise TaskError(
+            f"{source}: the task brings modules of its own, {', '.join(map(repr, saved))}, which vLLM cannot choose "
+            "per request; serve it with lowbit_format.use_tasks, or tune it with modules_to_save=[]"
+        )
+    paths, deltas = {name: m.path for name, (m, _) in modules_by_name(base.config).items()}, dict[str, Delta]()
+    for name, values in bundle.deltas.items():
+        module, operation = split_delta(name)
+        path = paths[module]
+        deltas[path] = deltas.get(path, Delta())._replace(**{operation.field: torch.tensor(values)})
+    return ServedTask(source, deltas)
