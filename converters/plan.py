@@ -268,13 +268,14 @@ def make_plan(
 
 def _check_nested(plan: Plan, recipe: Recipe) -> None:
     """Raise RecipeError if a grid that is kept takes a precision from the model that the recipe asks for."""
-    for step in plan.quantized:
-        for bits in recipe.default.nested if isinstance(step.target, Taken) else ():
-            if bits < step.target.own.bits and bits not in step.target.own.nested:
+    kept = {step.path: step.target.own for step in plan.quantized if isinstance(step.target, Taken)}
+    for path, own in kept.items():
+        for bits in recipe.default.nested:
+            if bits < own.bits and bits not in own.nested:
                 raise RecipeError(
-                    f"{step.path}: keeps its own grid of {step.target.own.bits} bits, which has no precision of {bits} "
+                    f"{path}: keeps its own grid of {own.bits} bits, which has no precision of {bits} "
                     "bits, so that the model would not (NST-3); quantize it anew too (--embeddings, --lm-head), "
-                    f"keep it in floats (--keep {step.path!r}), or leave --nested out"
+                    f"keep it in floats (--keep {path!r}), or leave --nested out"
                 )
 
 

@@ -235,13 +235,14 @@ def _origin(reader: ModelReader, bits: int) -> Origin | None:
 @contextlib.contextmanager
 def _locked(place: Path) -> Iterator[None]:
     """Let one process, or thread, after the other write to a place. The lock's file stays, as those of the Hub do."""
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub import utils
 
+    hub: Any = utils  # which has no types
     folder = place.parents[2]  # of the repository, in the cache
     lock = folder.parent / ".locks" / folder.name / f"lowbit-{place.parent.name}-{place.name}.lock"
     with disk_errors(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(lock):
+    with hub.WeakFileLock(lock):
         yield
 
 
