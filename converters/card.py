@@ -9,7 +9,7 @@ from ..integrations.card import base_card, scheme_text, source_facts
 from .journal import Outcome
 from .plan import Plan
 from .source import Source
-from .summary import Totals, remarks
+from .summary import Totals, remarks, times
 
 
 def model_card(source: Source, plan: Plan, outcomes: dict[str, Outcome], *, name: str) -> str:
@@ -28,7 +28,7 @@ def model_card(source: Source, plan: Plan, outcomes: dict[str, Outcome], *, name
 | quantized | {", ".join(sorted(set(map(scheme_text, schemes))))} |
 | modules | {len(outcomes)} |
 | bits per quantized weight | {totals.bits_per_weight:.2f} |
-| size | {totals.output_bytes / 1e6:.1f} MB ({totals.ratio:.2f} x smaller) |
+| size | {totals.output_bytes / 1e6:.1f} MB ({times(totals.ratio)}) |
 | coverage of Linear, Conv1D and expert weights | {plan.coverage:.1%} |
 | relative error of the quantized weights | {totals.relative_error:.4f} |
 | source revision | {source.revision or "unknown"} |

@@ -61,6 +61,11 @@ class Totals:
         )
 
 
+def times(ratio: float) -> str:
+    """How much smaller something became, or larger: a release may have parameters in fewer bits than a lowbit model."""
+    return f"{ratio:.2f} x smaller" if ratio >= 1 else f"{1 / ratio:.2f} x larger"
+
+
 def module_lines(plan: Plan) -> list[str]:
     """One line for each module to quantize: path, kind, shape, scheme, bits for each weight."""
     rows = []
@@ -100,7 +105,7 @@ def plan_tables(plan: Plan, memory: int) -> list[Table]:
             ("bits per quantized weight", f"{bits:.2f}"),
             ("expected peak memory", _mb(memory)),
             ("size now", _mb(source)),
-            ("size then", f"{_mb(plan.output_bytes())} ({source / plan.output_bytes():.2f} x smaller)"),
+            ("size then", f"{_mb(plan.output_bytes())} ({times(source / plan.output_bytes())})"),
         ],
     )
     return [modules, *_kept_table(plan), totals]
@@ -167,9 +172,7 @@ def result_tables(done: Conversion) -> list[Table]:
     totals, rows = Totals.of(plan, outcomes), []
     rows.append(("quantized weights", f"{totals.weights:,}"))
     rows.append(("bits per quantized weight", f"{totals.bits_per_weight:.2f}"))
-    rows.append(
-        ("tensor data", f"{_mb(totals.source_bytes)} -> {_mb(totals.output_bytes)} ({totals.ratio:.2f} x smaller)")
-    )
+    rows.append(("tensor data", f"{_mb(totals.source_bytes)} -> {_mb(totals.output_bytes)} ({times(totals.ratio)})"))
     rows.extend(_coverage(plan))
     rows.extend(remarks(plan))
     rows.append(("relative error", f"{totals.relative_error:.4f}"))
