@@ -29,8 +29,9 @@ from .files import Files, joined
 from .names import Naming, Placed, check_architecture
 from .parts import all_parts
 from .rope import FACTORS
-from .settings import apply_settings
+from .settings import apply_settings, settings_of
 from .weight import GgufWeight
+
 _LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 
@@ -169,12 +170,14 @@ def _write_directory(file: GgufFile, room: _Room, architecture: str, raw: Files)
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    given = settings_of(file, architecture)
     directory, place = room.path, {"pretrained_model_name_or_path": room.alone(file.path), "gguf_file": file.path.name}
     what = "config"
     try:
         config = AutoConfig.from_pretrained(**place)
         if config.model_type == "mistral":  # so it is of the general.name alone; to llama.cpp it is as any llama
-            config = AutoConfig.for_model("llama", **{**config.to_diff_dict(), "model_type": "llama"})
+            without = ("model_type", "sliding_window")
+            config = AutoConfig.for_model("llama", **{k: v for k, v in config.to_dict().items() if k not in without})
         if "tokenizer.ggml.tokens" in file.metadata:
             what = "tokenizer"
             AutoTokenizer.from_pretrained(**place).save_pretrained(directory)
@@ -184,13 +187,13 @@ def _write_directory(file: GgufFile, room: _Room, architecture: str, raw: Files)
     if config.model_type not in classes:
         raise SourceError(f"{file.path}: transformers has no causal language model for {config.model_type!r}")
     config.architectures, config.dtype = [classes[config.model_type]], "float32"
-    # By the tensors of all files: transformers looks at those of the first, and ties some that have a head of their own.
+    # By the tensors of all files: transformers looks at those of the first, and ties heads that a file has.
     config.tie_word_embeddings = not raw.has("output.weight")
     if architecture == "stablelm":
         config.use_qkv_bias = raw.has("blk.0.attn_q.bias")
         config.use_parallel_residual = not raw.has("blk.0.ffn_norm.weight")
     factors = raw.vector(FACTORS) if raw.has(FACTORS) else None
-    apply_settings(config, file.metadata, architecture, factors, file.path)
+    apply_settings(config, given, architecture, factors, file.path)
     vars(config).pop("_model_name_or_path", None)
     config.save_pretrained(directory)
     return config
@@ -207,6 +210,6 @@ def _one_layer(config: Any, where: Path) -> Any:
             own.layer_types = own.layer_types[:1]
         own.num_hidden_layers = 1
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(own)
+            return AutoModelForCausalLM.from_config(own)  # type: ignore[no-untyped-call]
     except Exception as e:  # of many kinds, since sizes may be anything
         raise SourceError(f"{where}: transformers cannot build its model: {type(e).__name__}: {e}") from e

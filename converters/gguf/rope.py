@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ...errors import SourceError
 
+Factors = NDArray[np.float32] | None
 FACTORS = "rope_freqs.weight"
 ROPE = "rope."
 _SCALING = "scaling."
@@ -26,7 +27,7 @@ _DEFAULTS = {"attn_factor": 1, "yarn_ext_factor": 1, "yarn_attn_factor": 1, "yar
 _BASE = 10000.0  # llama.cpp's, where a file does not say it
 
 
-def scaled_rope(config: Any, given: Mapping[str, Any], factors: NDArray[np.float32] | None, where: object) -> Any:
+def scaled_rope(config: Any, given: Mapping[str, Any], factors: Factors, where: object) -> Any:
     """``rope_parameters`` of the config, with what the file asks for; None if the model has no rotary positions.
 
     Args:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import SourceError
-from .container import Array
-from .rope import ROPE, head_size, scaled_rope
+from .container import Array, GgufFile
+from .rope import ROPE, Factors, head_size, scaled_rope
 
 # Key -> attributes of configs that have it; a config has one of them at most.
 _ATTRIBUTES = {
@@ -73,33 +73,47 @@ _WITHOUT_MEANING = (
 _LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # by which llama.cpp knows the model that scales queries otherwise
 
 
-def apply_settings(config: Any, metadata: Mapping[str, Any], architecture: str, factors: Any, where: object) -> None:
+def settings_of(file: GgufFile, architecture: str) -> dict[str, Any]:
+    """Numbers and strings by key behind the architecture's name.
+
+    Raises SourceError for NaN, infinity, or an array, which has a number for each layer.
+    """
+    front = f"{architecture}."
+    given = {key.removeprefix(front): value for key, value in file.metadata.items() if key.startswith(front)}
+    for key, value in given.items():
+        if isinstance(value, Array):
+            raise SourceError(
+                f"{file.path}: {front}{key} is an array of {value.count} values, expected one for all layers; convert "
+                "the original checkpoint"
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise SourceError(
+                f"{file.path}: {front}{key} is {value}, expected a finite number; download the file again"
+            )
+    return given
+
+
+def apply_settings(config: Any, given: Mapping[str, Any], architecture: str, factors: Factors, where: object) -> None:
     """Set in a config what the metadata say.
 
     Args:
         config: as transformers makes it of the file.
-        metadata: of the file.
-        architecture: that the metadata have in front of their keys.
+        given: see :func:`settings_of`.
+        architecture: of the file.
         factors: float32 ``[head dim / 2]``, those of rotary frequencies, or None.
         where: the file, for messages.
 
     Raises:
         SourceError: a key is not known, or has a value that the config cannot say.
     """
-    front = f"{architecture}."
-    given = {key.removeprefix(front): value for key, value in metadata.items() if key.startswith(front)}
-    for key, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise SourceError(f"{where}: {front}{key} is {value}, expected a finite number; download the file again")
     plain = type(config)()  # what the class has: transformers sets attributes that it has not
     _set_sizes(config, plain, given, where)
     for key, value in given.items():
         if key.startswith(ROPE) or key in _WITHOUT_MEANING or _fits(config, plain, architecture, key, value):
             continue
-        shown = f"an array of {value.count} values" if isinstance(value, Array) else repr(value)
         raise SourceError(
-            f"{where}: {front}{key} is {shown}, which is not known for {config.model_type!r} in transformers, or which "
-            "its config cannot say; convert the original checkpoint"
+            f"{where}: {architecture}.{key} is {value!r}, which is not known for "
+            f"{config.model_type!r} in transformers, or which its config cannot say; convert the original checkpoint"
         )
     if (layers := _LAYERS_OF_27B.get(architecture)) is not None:
         of_model = config.hidden_size // config.num_attention_heads
@@ -130,7 +144,7 @@ def _set_sizes(config: Any, plain: Any, given: Mapping[str, Any], where: object)
 
 def _fits(config: Any, plain: Any, architecture: str, key: str, value: Any) -> bool:
     """Set a value, or find that the model has it anyway; False if neither."""
-    if isinstance(value, (str, Array)):
+    if isinstance(value, str):
         return False
     if key in _HEAD:
         return bool(value == head_size(config))

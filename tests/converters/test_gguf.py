@@ -222,7 +222,7 @@ def test_rope_factors_become_the_config(tmp_path: Path) -> None:
     assert scaled_rope(plain, base, factors, "x") == rope
     with pytest.raises(SourceError, match="no known parameters"):
         scaled_rope(plain, base, factors * np.float32(1.5), "x")
-    with pytest.raises(SourceError, match=r"has both rope_freqs.weight and rope.scaling.type 'linear'"):
+    with pytest.raises(SourceError, match=r"has both rope_freqs\.weight and rope\.scaling\.type 'linear'"):
         scaled_rope(plain, {**base, "scaling.factor": 2.0}, factors, "x")
 
 
@@ -256,7 +256,7 @@ def test_scaled_positions_become_the_config() -> None:
     assert scaled["full_attention"]["factor"] == 8.0
     assert scaled["full_attention"]["rope_theta"] == 1e6
     assert scaled["sliding_attention"] == gemma.rope_parameters["sliding_attention"]
-    with pytest.raises(SourceError, match="has rope.freq_base, but 'bloom' in transformers has no rotary positions"):
+    with pytest.raises(SourceError, match=r"has rope\.freq_base, but 'bloom' in transformers has no rotary positions"):
         scaled_rope(hf.BloomConfig(), {"freq_base": 1e4}, None, "x")
 
 
