@@ -81,7 +81,9 @@ def open_gguf(file: Path) -> Source:
             raw.tensors.update({part.name: part for part in weight.parts.values()})
     if not packed:
         return raw
-    return QuantizedSource(Release(raw, {"quant_method": "gguf"}, "F32"), packed)
+    found = QuantizedSource(Release(raw, {"quant_method": "gguf"}, "F32"), packed)
+    found.shown_as = raw.shown_as
+    return found
 
 
 def block_sizes() -> dict[int, BlockSize]:

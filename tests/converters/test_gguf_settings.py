@@ -18,6 +18,7 @@ import gguf
 from support.gguf_files import VOCABULARY, of_config, write_gguf
 
 from lowbit_format.converters import convert_hf_to_lowbit
+from lowbit_format.converters.convert import plan_conversion
 from lowbit_format.converters.gguf.names import Naming
 from lowbit_format.converters.huggingface import open_checkpoint
 from lowbit_format.errors import SourceError
@@ -227,3 +228,16 @@ def test_files_beside_it_are_not_read(tmp_path: Path) -> None:
         assert (beside.directory / name).read_bytes() == (alone.directory / name).read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(beside.directory)
     assert tokenizer("the thé")["input_ids"] == AutoTokenizer.from_pretrained(alone.directory)("the thé")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_messages_name_the_file(kind: str, tmp_path: Path) -> None:
+    """Not the temporary directory of its config, which is gone when they are read."""
+    architecture, shapes, fields = of_config(CONFIGS["llama"]())
+    file = tmp_path / "model.gguf"
+    cut = {**shapes, "blk.0.ffn_down.weight": (64, 64)}
+    write_gguf(file, architecture, cut, fields, lambda name, shape: kind)
+    for convert in (lambda: convert_hf_to_lowbit(str(file), tmp_path / "out"), lambda: plan_conversion(str(file))):
+        with pytest.raises(SourceError, match="has shape") as raised:
+            convert()
+        assert str(raised.value).startswith(f"{file}: tensor ")
