@@ -26,7 +26,7 @@ from .plan import Plan, Step, make_plan
 from .quantized import QuantizedSource, open_quantized
 from .recipe import Recipe
 from .side import side_files, without_auto_map
-from .source import FLOATS, RenamedSource, Source
+from .source import FLOATS, RenamedSource, Source, named_as_shown
 from .splits import split
 from .streamed import StreamedSource
 from .workers import Workers, workers_memory
@@ -105,9 +105,15 @@ def plan_conversion(
         HubError: the headers of streamed weights cannot be had.
     """
     opened = open_checkpoint(source, revision=revision, leave_out=leave_out, stream=stream)
-    return _plan(
-        opened, recipe, min_coverage=min_coverage, strip_prefix=strip_prefix, leave_out=leave_out, requantize=requantize
-    )
+    with named_as_shown(opened):
+        return _plan(
+            opened,
+            recipe,
+            min_coverage=min_coverage,
+            strip_prefix=strip_prefix,
+            leave_out=leave_out,
+            requantize=requantize,
+        )
 
 
 def _plan(
@@ -206,7 +212,8 @@ def convert_hf_to_lowbit(
     planned: dict[str, Any] = {
         "min_coverage": min_coverage, "strip_prefix": strip_prefix, "leave_out": leave_out, "requantize": requantize,
     }  # fmt: skip
-    opened, plan, config = _plan(checkpoint, recipe, **planned)
+    with named_as_shown(checkpoint):
+        opened, plan, config = _plan(checkpoint, recipe, **planned)
     others = None
     if workers is not None or ray is not None:
         if calibration is not None:
@@ -221,7 +228,8 @@ def convert_hf_to_lowbit(
     fetched = traffic if others is None else None  # what workers fetch is not known here
     out, quantizer = Path(out), None
     if calibration is not None:
-        quantizer = calibrated(opened, plan, calibration, report_block, measured=measured is not False)
+        with named_as_shown(checkpoint):
+            quantizer = calibrated(opened, plan, calibration, report_block, measured=measured is not False)
         plan = replace(plan, steps=quantizer.steps)
     outcomes = run(
         opened,

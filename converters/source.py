@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from ..container.header import Header
 from ..dtypes import stored, to_float32
-from ..errors import SourceError
+from ..errors import LowbitError, SourceError
 from ..matrix import F32, StoredMatrix
 from ..schema import Scheme
 
@@ -89,6 +90,18 @@ class Source(Protocol):
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         """The bytes of a tensor, row-major and little-endian, as a new uint8 array; or `nbytes` from `begin` on."""
         ...
+
+
+@contextmanager
+def named_as_shown(source: Source) -> Iterator[None]:
+    """Errors name what the source is `shown_as`, if it says so, instead of its directory, which is a temporary one."""
+    try:
+        yield
+    except LowbitError as e:
+        place = getattr(source, "shown_as", None)
+        if place is not None and e.args and isinstance(e.args[0], str):
+            e.args = (e.args[0].replace(str(source.directory), str(place)), *e.args[1:])
+        raise
 
 
 class RenamedSource:

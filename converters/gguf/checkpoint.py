@@ -7,7 +7,10 @@ of the model; whoever loads it may ask for another.
 
 from __future__ import annotations
 
+import copy
+import re
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,17 +28,11 @@ from .container import BlockSize, GgufFile, Tensor, read_gguf
 from .files import Files, joined
 from .names import Naming, Placed, check_architecture
 from .parts import all_parts
-from .rope import FACTORS, scaled_rope
+from .rope import FACTORS
+from .settings import apply_settings, settings_of
 from .weight import GgufWeight
 
-# Metadata, behind the architecture, that transformers leaves to the defaults of its configs.
-_MORE = {
-    "attention.key_length": "head_dim",
-    "expert_count": "num_experts",
-    "expert_used_count": "num_experts_per_tok",
-    "expert_feed_forward_length": "moe_intermediate_size",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-}
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 
 def open_gguf(file: Path) -> Source:
@@ -62,11 +59,12 @@ def open_gguf(file: Path) -> Source:
                 f"{places[name].path}: {name}: is {types[tensor.type].name} of shape {list(tensor.shape)}, expected a "
                 "vector of floats, or a matrix of floats or blocks"
             )
+    _check_layers(first, architecture, tensors)
     room = _Room(file.name)
     raw = Files(room.path, {name: (places[name].path, tensor) for name, tensor in tensors.items()}, files)
     raw.kept = room  # the directory goes with the source
-    config = _write_directory(first, room.path, architecture, raw)
-    naming = Naming(_meta_model(room.path), architecture, config.to_dict(), first.path)
+    config = _write_directory(first, room, architecture, raw)
+    naming = Naming(_one_layer(config, first.path), architecture, config, first.path)
     packed = dict[str, Packed]()
     for placed in naming.places({name: tensor.shape for name, tensor in tensors.items()}):
         kinds = {types[tensors[part].type].name for part in placed.parts}
@@ -83,7 +81,9 @@ def open_gguf(file: Path) -> Source:
             raw.tensors.update({part.name: part for part in weight.parts.values()})
     if not packed:
         return raw
-    return QuantizedSource(Release(raw, {"quant_method": "gguf"}, "F32"), packed)
+    found = QuantizedSource(Release(raw, {"quant_method": "gguf"}, "F32"), packed)
+    found.shown_as = raw.shown_as
+    return found
 
 
 def block_sizes() -> dict[int, BlockSize]:
@@ -103,8 +103,15 @@ class _Room:
     _whole: Any = field(default_factory=lambda: tempfile.TemporaryDirectory(prefix="lowbit-"))
 
     def __post_init__(self) -> None:
-        self.path = Path(self._whole.name) / self.name
-        self.path.mkdir()
+        self.path = Path(self._whole.name, "model", self.name)
+        self.path.mkdir(parents=True)
+
+    def alone(self, file: Path) -> str:
+        """A directory with a link to the file and nothing else: transformers reads what stands beside it too."""
+        place = Path(self._whole.name, "alone")
+        place.mkdir()
+        (place / file.name).symlink_to(file.absolute())
+        return str(place)
 
 
 def _weight(placed: Placed, tensors: list[Tensor], types: dict[int, BlockSize]) -> Packed:
@@ -148,15 +155,31 @@ def _check_decoded(tensor: Tensor, size: BlockSize) -> None:
         ) from e
 
 
-def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: Files) -> Any:
+def _check_layers(file: GgufFile, architecture: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise SourceError unless the tensors are of as many layers as the file says: models are built of that many."""
+    key = f"{architecture}.block_count"
+    numbers = {int(found[1]) for name in tensors if (found := _LAYER.match(name))}
+    if file.metadata.get(key) != len(numbers) or numbers != set(range(len(numbers))):
+        most = max(numbers, default=-1)
+        raise SourceError(
+            f"{file.path}: {key} is {file.metadata.get(key)!r}, but its tensors are of {len(numbers)} layers, up to "
+            f"blk.{most}; download it again"
+        )
+
+
+def _write_directory(file: GgufFile, room: _Room, architecture: str, raw: Files) -> Any:
     """Write config, tokenizer and chat template as transformers makes them from the metadata; gives the config."""
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    place = {"pretrained_model_name_or_path": str(file.path.parent), "gguf_file": file.path.name}
+    given = settings_of(file, architecture)
+    directory, place = room.path, {"pretrained_model_name_or_path": room.alone(file.path), "gguf_file": file.path.name}
     what = "config"
     try:
         config = AutoConfig.from_pretrained(**place)
+        if config.model_type == "mistral":  # so it is of the general.name alone; to llama.cpp it is as any llama
+            without = ("model_type", "sliding_window")
+            config = AutoConfig.for_model("llama", **{k: v for k, v in config.to_dict().items() if k not in without})
         if "tokenizer.ggml.tokens" in file.metadata:
             what = "tokenizer"
             AutoTokenizer.from_pretrained(**place).save_pretrained(directory)
@@ -166,22 +189,29 @@ def _write_directory(file: GgufFile, directory: Path, architecture: str, raw: Fi
     if config.model_type not in classes:
         raise SourceError(f"{file.path}: transformers has no causal language model for {config.model_type!r}")
     config.architectures, config.dtype = [classes[config.model_type]], "float32"
-    for key, attribute in _MORE.items():
-        value = file.metadata.get(f"{architecture}.{key}")
-        fixed = isinstance(getattr(type(config), attribute, None), property)
-        if isinstance(value, int) and hasattr(config, attribute) and not fixed:
-            setattr(config, attribute, value)
-    # By the tensors of all files: transformers looks at those of the first.
-    config.tie_word_embeddings = not raw.has("output.weight") or architecture in ("falcon", "bloom")
+    # By the tensors of all files: transformers looks at those of the first, and ties heads that a file has.
+    config.tie_word_embeddings = not raw.has("output.weight")
+    if architecture == "stablelm":
+        config.use_qkv_bias = raw.has("blk.0.attn_q.bias")
+        config.use_parallel_residual = not raw.has("blk.0.ffn_norm.weight")
     factors = raw.vector(FACTORS) if raw.has(FACTORS) else None
-    if (rope := scaled_rope(config, file.metadata, architecture, factors, file.path)) is not None:
-        config.rope_parameters = rope
+    apply_settings(config, given, architecture, factors, file.path)
     vars(config).pop("_model_name_or_path", None)
     config.save_pretrained(directory)
     return config
 
 
-def _meta_model(directory: Path) -> Any:
-    from ..architecture import meta_model
+def _one_layer(config: Any, where: Path) -> Any:
+    """The model on the meta device with one layer alone: the others have the same names."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    return meta_model(directory)
+    own = copy.deepcopy(config)
+    try:
+        if getattr(own, "layer_types", None):
+            own.layer_types = own.layer_types[:1]
+        own.num_hidden_layers = 1
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(own)  # type: ignore[no-untyped-call]
+    except Exception as e:  # of many kinds, since sizes may be anything
+        raise SourceError(f"{where}: transformers cannot build its model: {type(e).__name__}: {e}") from e

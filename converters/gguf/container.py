@@ -1,7 +1,8 @@
 """The container: header, metadata and table of tensors of a GGUF file, validated before anything else reads it.
 
 The layout is that of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Every
-length is compared with what is left of the file before it is used, so that no file makes a large allocation.
+length is compared with what is left of the file before it is used, and with a limit, since a file may have holes: no
+file makes a large allocation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ...schema import is_text
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 MOST_KEYS, MOST_TENSORS = 1 << 16, 1 << 20
-LONGEST_NAME, MOST_DIMENSIONS = 512, 4
+LONGEST_NAME, LONGEST_STRING, MOST_DIMENSIONS = 512, 1 << 26, 4
+MOST_VALUES, MOST_OF_ALL = 1 << 20, 1 << 22  # of an array, which no vocabulary or its merges reach; of all arrays
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _KEY_BYTES, _TENSOR_BYTES = 8 + 1 + 4 + 1, 8 + 1 + 4 + 8 + 4 + 8  # the least that one takes
@@ -55,12 +57,19 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Array:
+    """An array among the metadata, of which nothing but its size is kept."""
+
+    count: int
+
+
+@dataclass(frozen=True)
 class GgufFile:
     """A validated file.
 
     Attributes:
         path: of the file.
-        metadata: values by key; of an array of strings, only how many it has.
+        metadata: values by key: numbers, strings, :class:`Array`.
         tensors: by name.
     """
 
@@ -94,6 +103,7 @@ class _Reader:
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self._path, self._content, self._at, self._size = path, content, 0, len(content)
+        self._values = 0  # of all arrays up to here
 
     def file(self, types: dict[int, BlockSize]) -> GgufFile:
         if self._take(4, "the first bytes") != MAGIC:
@@ -177,17 +187,23 @@ class _Reader:
         if kind != _ARRAY:
             raise self._error(f"{key}: has a value of type {kind}, which is unknown")
         inner, count = self._unpack("IQ", key)
-        if inner == _STRING:
-            if count * 8 > self._size - self._at:
-                raise self._error(f"{key}: says that it has {count} strings, which the file cannot hold")
-            for _ in range(count):
-                self._take(self._unpack("Q", key)[0], key)
-            return count
-        if inner not in _SCALARS:
+        if inner != _STRING and inner not in _SCALARS:
             raise self._error(f"{key}: is an array of type {inner}, which is unknown")
-        if count * struct.calcsize(f"<{_SCALARS[inner]}") > self._size - self._at:
-            raise self._error(f"{key}: says that it has {count} values, which the file cannot hold")
-        return list(self._unpack(f"{count}{_SCALARS[inner]}", key))
+        least = 8 if inner == _STRING else struct.calcsize(f"<{_SCALARS[inner]}")
+        what = "strings" if inner == _STRING else "values"
+        if count * least > self._size - self._at:
+            raise self._error(f"{key}: says that it has {count} {what}, which the file cannot hold")
+        self._values += count
+        if count > MOST_VALUES or self._values > MOST_OF_ALL:
+            raise self._error(
+                f"{key}: has {count} {what}, expected at most {MOST_VALUES}, and {MOST_OF_ALL} in all arrays"
+            )
+        if inner == _STRING:
+            for _ in range(count):
+                self._skip(self._unpack("Q", key)[0], key)
+        else:
+            self._skip(count * least, key)
+        return Array(count)
 
     def _text(self, what: str) -> str:
         """A string to name something by."""
@@ -200,6 +216,8 @@ class _Reader:
 
     def _string(self, what: str) -> str:
         (length,) = self._unpack("Q", what)
+        if LONGEST_STRING < length <= self._size - self._at:
+            raise self._error(f"{what} has {length} bytes, expected at most {LONGEST_STRING}")
         raw = self._take(length, what)
         try:
             return raw.decode("utf-8")
@@ -210,12 +228,15 @@ class _Reader:
         return struct.unpack(f"<{form}", self._take(struct.calcsize(f"<{form}"), what))
 
     def _take(self, count: int, what: str) -> bytes:
+        self._skip(count, what)
+        return self._content[self._at - count : self._at]
+
+    def _skip(self, count: int, what: str) -> None:
         if count > self._size - self._at:
             raise self._error(
                 f"ends inside of {what}: {count} bytes from byte {self._at} on, of {self._size}; download it again"
             )
         self._at += count
-        return self._content[self._at - count : self._at]
 
     def _error(self, message: str) -> SourceError:
         return SourceError(f"{self._path}: {message}")

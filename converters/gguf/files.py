@@ -25,12 +25,14 @@ class Files:
 
     Attributes:
         kept: what has to live as long as this.
+        shown_as: the first file, which messages name.
     """
 
     kept: object = None
 
     def __init__(self, directory: Path, places: dict[str, tuple[Path, Tensor]], files: list[GgufFile]) -> None:
         self._places = places
+        self.shown_as = files[0].path
         self.directory = directory
         self.repo_id: str | None = None
         self.revision: str | None = None

@@ -23,6 +23,7 @@ _KNOWN = (
     "llama", "qwen2", "qwen2moe", "qwen3", "qwen3moe", "phi3", "gemma2", "gemma3", "bloom", "falcon", "stablelm",
     "starcoder2", "nemotron",
 )  # fmt: skip
+_FIRST = "blk.0."
 _HALF_OF_EXPERTS = re.compile(r"(?P<path>.*\.ffn_)(gate|up)_exps(?P<rest>\.weight)?")
 _UNUSED = re.compile(r"blk\.\d+\.(attn_rot_embd|attn\.rotary_emb\.inv_freq)(\.weight)?")  # computed by the model
 
@@ -46,16 +47,16 @@ class Naming:
     """Names and orders of a file's tensors.
 
     Args:
-        model: of transformers, on the meta device.
+        model: of transformers, on the meta device, with one layer: all have the same names, but for the number.
         architecture: that the file gives.
-        config: of the model, as transformers' processors take it.
+        config: of the whole model.
         where: the file, for messages.
 
     Raises:
         SourceError: the architecture is not known.
     """
 
-    def __init__(self, model: Any, architecture: str, config: Mapping[str, Any], where: object) -> None:
+    def __init__(self, model: Any, architecture: str, config: Any, where: object) -> None:
         from transformers.modeling_gguf_pytorch_utils import (
             TENSOR_PROCESSORS,
             TensorProcessor,
@@ -64,8 +65,9 @@ class Naming:
 
         self._where = where
         make: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-        self._processor = make(config=dict(config))
-        self._names: dict[str, str] = get_gguf_hf_weights_map(model, self._processor)
+        self._processor = make(config=config.to_dict())
+        # Of one layer, since the time that this takes grows with the square of their number.
+        self._names = _of_all_layers(get_gguf_hf_weights_map(model, self._processor), config.num_hidden_layers)
 
     def places(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Placed]:
         """All tensors of the model, from the shapes of those in the file.
@@ -115,6 +117,18 @@ class Naming:
                 "packed weights; convert the original checkpoint"
             )
         return order
+
+
+def _of_all_layers(names: Mapping[str, str], layers: int) -> dict[str, str]:
+    """Names in the model by those in the file, from those of layer 0 and of what is in no layer."""
+    found = {}
+    for name, place in names.items():
+        if not name.startswith(_FIRST):
+            found[name] = place
+            continue
+        for n in range(layers):
+            found[name.replace(_FIRST, f"blk.{n}.", 1)] = place.replace(".0.", f".{n}.", 1)
+    return found
 
 
 def check_architecture(architecture: object, where: object) -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,10 @@ class QuantizedSource:
     Attributes:
         method: how the release is quantized, for people.
         unused: tensors of the release that nothing here needs.
+        shown_as: what messages name instead of the directory, if that is a temporary one.
     """
+
+    shown_as: Path | None = None
 
     def __init__(self, release: Release, packed: Mapping[str, Packed]) -> None:
         source = release.source

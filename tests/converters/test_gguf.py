@@ -218,29 +218,46 @@ def test_rope_factors_become_the_config(tmp_path: Path) -> None:
         hf.models.llama.modeling_llama.LlamaRotaryEmbedding(c).inv_freq.double().numpy() for c in (plain, config)
     ]
     factors = (frequencies[0] / frequencies[1]).astype(np.float32)
-    assert scaled_rope(plain, {}, "llama", factors, "x") == rope
+    base = {"freq_base": 500000.0}
+    assert scaled_rope(plain, base, factors, "x") == rope
     with pytest.raises(SourceError, match="no known parameters"):
-        scaled_rope(plain, {}, "llama", factors * np.float32(1.5), "x")
+        scaled_rope(plain, base, factors * np.float32(1.5), "x")
+    with pytest.raises(SourceError, match=r"has both rope_freqs\.weight and rope\.scaling\.type 'linear'"):
+        scaled_rope(plain, {**base, "scaling.factor": 2.0}, factors, "x")
 
 
 def test_scaled_positions_become_the_config() -> None:
     """Or are refused: nothing of them is left out."""
     plain = llama(rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
-    front = "llama.rope.scaling."
+    front = "scaling."
     given = {f"{front}type": "yarn", f"{front}factor": 4.0, f"{front}original_context_length": 32768}
-    found = scaled_rope(plain, given, "llama", None, "x")
-    assert found == {
-        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32768,
-    }  # fmt: skip
-    assert scaled_rope(plain, {f"{front}type": "none"}, "llama", None, "x") == plain.rope_parameters
-    for bad in ({f"{front}type": "longrope"}, {**given, f"{front}attn_factor": 2.0}, {f"{front}type": "linear"}):
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert scaled_rope(plain, given, None, "x") == yarn
+    assert scaled_rope(plain, {**given, f"{front}yarn_beta_fast": 32.0}, None, "x") == yarn
+    for none in ({f"{front}type": "none"}, {f"{front}factor": 1.0}, {"scale_linear": 0.0}, {"dimension_count": 64}):
+        assert scaled_rope(plain, none, None, "x") == plain.rope_parameters
+    for old in ({"scale_linear": 4.0}, {f"{front}factor": 4.0}):  # llama.cpp takes both as linear
+        linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+        assert scaled_rope(plain, old, None, "x") == linear
+    for bad in (
+        {f"{front}type": "longrope"},
+        {**given, f"{front}attn_factor": 2.0},
+        {f"{front}type": "linear"},
+        {"dimension_sections": 3},
+        {"scale_linear": -4.0},
+    ):
         with pytest.raises(SourceError, match="scales rotary positions by"):
-            scaled_rope(plain, bad, "llama", None, "x")
+            scaled_rope(plain, bad, None, "x")
+    with pytest.raises(SourceError, match="dimension_count is 32, but this model in transformers rotates all 64"):
+        scaled_rope(plain, {"dimension_count": 32}, None, "x")
     gemma = hf.Gemma3TextConfig(**SIZES, head_dim=64)
-    linear = {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 8.0}
-    scaled = scaled_rope(gemma, linear, "gemma3", None, "x")
+    linear = {"freq_base": 1e6, "scaling.type": "linear", "scaling.factor": 8.0}
+    scaled = scaled_rope(gemma, linear, None, "x")
     assert scaled["full_attention"]["factor"] == 8.0
+    assert scaled["full_attention"]["rope_theta"] == 1e6
     assert scaled["sliding_attention"] == gemma.rope_parameters["sliding_attention"]
+    with pytest.raises(SourceError, match=r"has rope\.freq_base, but 'bloom' in transformers has no rotary positions"):
+        scaled_rope(hf.BloomConfig(), {"freq_base": 1e4}, None, "x")
 
 
 def test_what_is_not_the_model(tmp_path: Path) -> None:

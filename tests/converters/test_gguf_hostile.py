@@ -183,3 +183,36 @@ def test_a_file_that_shrinks_while_it_is_read(model: Path, tmp_path: Path) -> No
     file.write_bytes(content[: len(content) // 2])
     with pytest.raises(SourceError, match="ends inside tensor"):
         source.read(list(source.tensors)[-1])
+
+
+@pytest.mark.parametrize("kind", [0, 6, 8])
+def test_arrays_in_the_holes_of_a_file(kind: int, tmp_path: Path) -> None:
+    """A file takes no room on the disk for bytes that are zero, so its size is no bound for what it may ask for."""
+    count = 1 << 27
+    path = tmp_path / "x.gguf"
+    path.write_bytes(file_of(keys=(key("k", 9, struct.pack("<IQ", kind, count)),), infos=(), data=b""))
+    with open(path, "r+b") as f:
+        f.truncate(8 * count + 4096)
+    tracemalloc.start()
+    try:
+        with pytest.raises(SourceError, match=f"k: has {count} (strings|values), expected at most 1048576"):
+            read_gguf(path, TYPES)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_many_arrays_in_the_holes_of_a_file(tmp_path: Path) -> None:
+    array = struct.pack("<IQ", 0, 1 << 20) + bytes(1 << 20)
+    content = file_of(keys=tuple(key(f"k{n}", 9, array) for n in range(5)), infos=(), data=b"")
+    with pytest.raises(SourceError, match="k4: has 1048576 values, expected at most 1048576, and 4194304 in all"):
+        read(tmp_path, content)
+
+
+def test_a_string_in_the_hole_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    path.write_bytes(file_of(keys=(key("k", 8, struct.pack("<Q", 1 << 30)),), infos=(), data=b""))
+    with open(path, "r+b") as f:
+        f.truncate(2 << 30)
+    with pytest.raises(SourceError, match=f"k has {1 << 30} bytes, expected at most"):
+        read_gguf(path, TYPES)

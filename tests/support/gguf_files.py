@@ -61,7 +61,7 @@ def write_gguf(file: Path, architecture: str, shapes: Shapes, fields: Fields, ch
         file: the file; with `parts` above 1, such as ``model-00001-of-00002.gguf``, its name.
         architecture: as llama.cpp names it.
         shapes: of the tensors, by their names in such files.
-        fields: metadata without the architecture in front.
+        fields: metadata without the architecture in front; a key that begins with ``general.`` is one as it is.
         choose: the type of each tensor; vectors are F32 whatever it says.
         parts: number of files.
     """
@@ -84,8 +84,9 @@ def write_gguf(file: Path, architecture: str, shapes: Shapes, fields: Fields, ch
 
 def _write_metadata(writer: gguf.GGUFWriter, architecture: str, fields: Fields) -> None:
     for key, value in fields.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{architecture}.{key}", value)
+        adders = {float: writer.add_float32, str: writer.add_string, bool: writer.add_bool, list: writer.add_array}
+        add = adders.get(type(value), writer.add_uint32)
+        add(key if key.startswith("general.") else f"{architecture}.{key}", value)
     letters = list(dict(_bytes_to_letters()).values())
     tokens = [*letters, "th", "he", "<s>", "</s>", *(f"<extra{i}>" for i in range(VOCABULARY - 260))]
     writer.add_tokenizer_model("gpt2")
