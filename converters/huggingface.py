@@ -22,7 +22,7 @@ from ..schema import QUANT_METHOD
 from ..tasks.bundle_config import TASK_CONFIG_FILE
 from .gguf.parts import models_in
 from .side import PICKLES, PYTORCH, SAFETENSORS, sort_files
-from .source import Source, identity_of, placed_tensors
+from .source import Source, identity_of, placed_tensors, read_range
 from .streamed import StreamedSource
 
 log = logging.getLogger(__name__)
@@ -93,20 +93,8 @@ class SafetensorsSource:
 
     def read(self, name: str, begin: int = 0, nbytes: int | None = None) -> NDArray[np.uint8]:
         file, place = self._place[name]
-        path = self.directory / file
-        out = np.empty(self.tensors[name].nbytes - begin if nbytes is None else nbytes, np.uint8)
-        try:
-            with open(path, "rb", buffering=0) as f:
-                f.seek(place + begin)
-                done = 0
-                while done < len(out):  # one read call gives at most 2 GiB
-                    n = f.readinto(out[done:].data)
-                    if not n:
-                        raise SourceError(f"{path}: ends inside tensor {name!r}; it changed while it was read")
-                    done += n
-        except OSError as e:
-            raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
-        return out
+        whole = self.tensors[name].nbytes - begin
+        return read_range(self.directory / file, place + begin, whole if nbytes is None else nbytes, name)
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:

@@ -172,6 +172,23 @@ def placed_tensors(
     return tensors, places
 
 
+def read_range(path: Path, begin: int, nbytes: int, name: str) -> NDArray[np.uint8]:
+    """Bytes of a file as a new array; raises SourceError, which names the tensor `name`, if it lacks them."""
+    out = np.empty(nbytes, np.uint8)
+    try:
+        with open(path, "rb", buffering=0) as f:
+            f.seek(begin)
+            done = 0
+            while done < nbytes:  # one read call gives at most 2 GiB
+                n = f.readinto(out[done:].data)
+                if not n:
+                    raise SourceError(f"{path}: ends inside tensor {name!r}; it changed while it was read")
+                done += n
+    except OSError as e:
+        raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
+    return out
+
+
 def identity_of(directory: Path, files: Iterable[str], repo_id: str | None, commit: str | None) -> str:
     """The identity of files on this machine, which are those of a commit on the Hub if `repo_id` is given."""
     if repo_id is None or commit is None:

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...dtypes import DTYPES, stored, to_float32
-from ...errors import SourceError
-from ..source import SourceTensor, file_identity
+from ..source import SourceTensor, file_identity, read_range
 from .blocks import FLOATS
 from .container import GgufFile, Tensor
 from .names import Naming, Placed
@@ -99,16 +98,4 @@ def joined(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
 
 
 def _bytes(path: Path, tensor: Tensor, begin: int, nbytes: int) -> NDArray[np.uint8]:
-    out = np.empty(nbytes, np.uint8)
-    try:
-        with open(path, "rb", buffering=0) as f:
-            f.seek(tensor.begin + begin)
-            done = 0
-            while done < nbytes:  # one read call gives at most 2 GiB
-                n = f.readinto(out[done:].data)
-                if not n:
-                    raise SourceError(f"{path}: ends inside tensor {tensor.name!r}; it changed while it was read")
-                done += n
-    except OSError as e:
-        raise SourceError(f"{path}: cannot be read: {e.strerror}") from e
-    return out
+    return read_range(path, tensor.begin + begin, nbytes, tensor.name)
