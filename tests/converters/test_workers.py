@@ -43,12 +43,18 @@ def test_a_worker_is_killed_and_the_bytes_are_those_of_one_process(
             os.kill(killed[0], signal.SIGKILL)
 
     convert_hf_to_lowbit(source, tmp_path / "one" / "out", **OPTIONS)
-    with tempfile.TemporaryDirectory() as scratch:  # a short path, since sockets stand there
-        monkeypatch.setattr(tempfile, "tempdir", scratch)
-        convert_hf_to_lowbit(source, tmp_path / "two" / "out", **OPTIONS, workers=2, report=kill)
-        monkeypatch.undo()
-        assert not [*Path(scratch).glob("lowbit-*")]  # the workers' files were in one of these
+    made, make = list[Path](), tempfile.TemporaryDirectory
+
+    def noted(*args: Any, **options: Any) -> Any:
+        directory = make(*args, **options)
+        made.append(Path(directory.name))
+        return directory
+
+    monkeypatch.setattr(workers.tempfile, "TemporaryDirectory", noted)
+    convert_hf_to_lowbit(source, tmp_path / "two" / "out", **OPTIONS, workers=2, report=kill)
     assert killed
+    assert made  # where the workers' files were
+    assert not any(directory.exists() for directory in made)
     assert content(tmp_path / "two" / "out") == content(tmp_path / "one" / "out")
     for worker in multiprocessing.active_children():  # those that were ended are collected
         worker.join(10)
