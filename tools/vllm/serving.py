@@ -3,7 +3,7 @@
     python tools/vllm/serving.py answers BASE TASK [TASK ...]
     python tools/vllm/serving.py churn BASE OTHER TASK [TASK ...]
     python tools/vllm/serving.py killed BASE [TASK ...]
-    python tools/vllm/serving.py speed MODEL [--lora] [TASK ...]
+    python tools/vllm/serving.py speed [--lora] MODEL [TASK ...]
 
 ``answers`` asks a server of BASE 64 mixed questions at once, and compares each answer with the one of transformers for
 its task alone, token by token. ``churn`` asks 200 while tasks are loaded and unloaded, some of which cannot be served:
