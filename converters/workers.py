@@ -65,9 +65,9 @@ class Workers:
         """
         far = [i for i in range(begin, len(plan.steps)) if plan.steps[i].target is not None]
         pool: _Pool[Any] = _LocalPool(self.number or 1) if self.ray is None else _RayPool(self.ray, self.number)
-        order = pickle.dumps(_Order(self.opening, identity(source, plan)))
-        results = _in_order(pool, order, far)
         try:
+            order = pickle.dumps(_Order(self.opening, identity(source, plan)))
+            results = _in_order(pool, order, far)
             for step in plan.steps[begin:]:
                 if step.target is None:
                     yield step, carry_out(WithoutData(), source, step, load_step(source, step))

@@ -228,6 +228,17 @@ def test_an_error_that_cannot_be_sent_is_said(checkpoint: Checkpoint, monkeypatc
         workers._work(order, 5)
 
 
+def test_a_pool_is_closed_where_its_work_cannot_begin(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(HerePool, "close", lambda self: closed.append(True))
+    monkeypatch.setattr(workers, "_LocalPool", HerePool)
+    source, plan, config = plan_conversion(str(checkpoint("llama")), OPTIONS["recipe"])
+    unsendable = workers.Workers(lambda: (source, plan, config), 2)
+    with pytest.raises((pickle.PicklingError, AttributeError)):
+        next(unsendable.carried_out(source, plan, 0))
+    assert closed
+
+
 def test_workers_do_not_calibrate(checkpoint: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"one after the other.*leave the workers out"):
         convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", **CALIBRATED, workers=2)
