@@ -182,18 +182,21 @@ def unload_task(model: Any, name: str) -> None:
             module.forget(name)
 
 
-def _deltas(bundle: TaskBundle, modules: dict[str, Any]) -> dict[str, Delta]:
-    """Deltas by module name. Those of modules that the model's class lacks are left out, with a warning."""
-    found, missing = dict[str, Delta](), set[str]()
+def deltas_of(bundle: TaskBundle) -> dict[str, Delta]:
+    """What a bundle changes, by the name that it gives to a module (TSK-7)."""
+    found = dict[str, Delta]()
     for name, values in bundle.deltas.items():
         module, operation = split_delta(name)
-        if module not in modules:
-            missing.add(module)
-            continue
         found[module] = found.get(module, Delta())._replace(**{operation.field: torch.tensor(values)})
-    if missing:
-        log.warning("the task also changes %s, which this model class does not have", ", ".join(sorted(missing)))
     return found
+
+
+def _deltas(bundle: TaskBundle, modules: dict[str, Any]) -> dict[str, Delta]:
+    """Deltas by module name. Those of modules that the model's class lacks are left out, with a warning."""
+    found = deltas_of(bundle)
+    if missing := found.keys() - modules.keys():
+        log.warning("the task also changes %s, which this model class does not have", ", ".join(sorted(missing)))
+    return {module: delta for module, delta in found.items() if module in modules}
 
 
 def _checked(delta: Delta, module: Any) -> Delta:

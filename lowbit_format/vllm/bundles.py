@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from ..container.reader import ModelReader
 from ..errors import TaskError
@@ -13,27 +10,9 @@ from ..integrations.base_model import Base
 from ..runtime.deltas import Delta
 from ..tasks.finding import find_bundle
 from ..tasks.matching import check_matches, modules_by_name
-from ..tasks.operations import split_delta
+from ..tasks.serving import deltas_of
 
 PEFT_CONFIG_FILE = "adapter_config.json"
-
-
-@dataclass(frozen=True)
-class ServedTask:
-    """A task that fits the served base.
-
-    Attributes:
-        source: directory or Hub id.
-        deltas: what it changes, by path of the module in the base's files.
-    """
-
-    source: str
-    deltas: dict[str, Delta]
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of the deltas."""
-        return sum(t.nbytes for delta in self.deltas.values() for t in delta if t is not None)
 
 
 def base_in(directory: Path, bits: int | None) -> Base:
@@ -42,8 +21,8 @@ def base_in(directory: Path, bits: int | None) -> Base:
     return Base(reader.config, reader.fingerprint(), bits)
 
 
-def served_task(source: str, base: Base) -> ServedTask:
-    """The bundle in the directory or repository `source`, for `base`.
+def served_deltas(source: str, base: Base) -> dict[str, Delta]:
+    """What the bundle in the directory or repository `source` changes, by path of the module in the files of `base`.
 
     Raises:
         FingerprintError: it was tuned on another base; the message has both fingerprints.
@@ -62,9 +41,5 @@ def served_task(source: str, base: Base) -> ServedTask:
             f"{source}: the task brings modules of its own, {', '.join(map(repr, saved))}, which vLLM cannot choose "
             "per request; serve it with lowbit_format.use_tasks, or tune it with modules_to_save=[]"
         )
-    paths, deltas = {name: m.path for name, (m, _) in modules_by_name(base.config).items()}, dict[str, Delta]()
-    for name, values in bundle.deltas.items():
-        module, operation = split_delta(name)
-        path = paths[module]
-        deltas[path] = deltas.get(path, Delta())._replace(**{operation.field: torch.tensor(values)})
-    return ServedTask(source, deltas)
+    modules = modules_by_name(base.config)
+    return {modules[name][0].path: delta for name, delta in deltas_of(bundle).items()}

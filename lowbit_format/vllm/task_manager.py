@@ -25,7 +25,8 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from ..errors import LoadError
 from ..hub import is_hub_id
-from .bundles import ServedTask, base_in, served_task
+from ..runtime.deltas import Delta
+from .bundles import base_in, served_deltas
 from .methods import PARTS
 from .parts import PlanePart
 from .task_table import BASE, ActiveTasks, TaskTable
@@ -158,24 +159,24 @@ class TaskWorkerManager(LRUCacheWorkerLoRAManager):
         """The task that a request names by its path.
 
         Raises LoRAAdapterNotFoundError where there is no such directory, for which vLLM answers 404, and what
-        :func:`.served_task` raises. vLLM passes their messages on, and goes on serving.
+        :func:`.served_deltas` raises. vLLM passes their messages on, and goes on serving.
         """
         source = lora_request.lora_path
         if not Path(source).is_dir() and not is_hub_id(source):
             raise LoRAAdapterNotFoundError(lora_request.lora_name, source)
-        task = served_task(source, self.base)
-        model = TaskModel(lora_request.lora_int_id, lora_request.lora_name, self._for_tables(task))
+        deltas = served_deltas(source, self.base)
+        model = TaskModel(lora_request.lora_int_id, lora_request.lora_name, self._for_tables(deltas))
         log.info("lowbit: task %r loaded from %s, %s", model.name, source, _size(model.nbytes))
         return model
 
-    def _for_tables(self, task: ServedTask) -> dict[str, Tensor]:
-        """What it changes in the parts that this process has: others are in another stage of the pipeline."""
-        deltas = {}
+    def _for_tables(self, deltas: dict[str, Delta]) -> dict[str, Tensor]:
+        """What a task changes in the parts that this process has: others are in another stage of the pipeline."""
+        found = {}
         for path, part in self._adapter_manager.parts.items():
-            delta = part.table_delta(task.deltas, self.kind)
+            delta = part.table_delta(deltas, self.kind)
             if delta is not None:
-                deltas[path] = delta
-        return deltas
+                found[path] = delta
+        return found
 
     def add_adapter(self, lora_request: Any) -> bool:
         if lora_request.lora_int_id in self._unloaded:
