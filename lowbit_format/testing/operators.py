@@ -80,7 +80,7 @@ class OperatorConformance:
     device: str = "cpu"
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.float16, torch.bfloat16)
     kinds: Sequence[Scheme] = KINDS
-    group_sizes: Sequence[int] = (0, 32, 64, 96, 128, 24)
+    group_sizes: Sequence[int] = (0, 16, 32, 64, 96, 128, 24)
     batches: Sequence[int] = (1, 2, 3, 5, 8, 16, 17, 40)
     many: int = 200
     shape: tuple[int, int] = (37, 100)

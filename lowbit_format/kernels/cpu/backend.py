@@ -2,8 +2,8 @@
 
 Few rows of x are multiplied straight from the tiled layout (:mod:`.products`). For many rows the weight is decoded
 chunk by chunk, each small enough for the cache, and multiplied by ``torch.mm``. The whole weight is in memory only
-where it is the result. Matrices that cannot be tiled (float64, or groups that are no multiple of 32 columns) are
-decoded by :mod:`lowbit_format.reference`.
+where it is the result. Matrices that cannot be tiled (float64, or groups that are neither 16 columns nor a multiple of
+32) are decoded by :mod:`lowbit_format.reference`.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 import torch
+from numba import literally  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...machine.llvm import LANES
@@ -19,13 +20,14 @@ from .intrinsics import (
     DTYPE_NUMBERS,
     UNIFORM,
     VECTOR,
-    WORD_X,
-    decode_word,
+    decode_half,
     floats_at,
     read_parameters,
 )
 from .parallel import Job, job, kernel, take
 from .tiles import MOST_PLANES, WORD
+
+HALF = WORD // 2  # columns that are decoded at a time
 
 ONE_THREAD_BELOW = 1 << 16  # weights: to decode fewer takes less time than to wake other threads
 
@@ -43,8 +45,9 @@ class DecodeJob(Job):
     cols: int
     bits: int  # planes to read
     words: int  # in a row of a plane
-    group_words: int  # in a whole group
+    group_words: int  # in a whole group, or the one that groups share
     groups: int  # in a row
+    groups_in_word: int  # 1, or 2 where two groups share each word
     codec: int  # BCQ, UNIFORM, AFFINE or CODEBOOK
     # addresses
     planes: int  # uint32 [tiles, words * bits, LANES]: the tiled layout
@@ -77,6 +80,7 @@ def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor
         words=tiles.words(w),
         group_words=tiles.group_words(w),
         groups=w.groups,
+        groups_in_word=tiles.groups_in_word(w),
         codec=CODEC_NUMBERS[w.codec],
         planes=w.planes.data_ptr(),
         scales=scales.data_ptr(),
@@ -95,14 +99,14 @@ def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor
 
 @kernel(DecodeJob)
 def _decode(job):
-    """Decode one tile after another of `job`, word by word."""
+    """Decode one tile after another of `job`, half word by half word."""
     bits, groups, codec = job.bits, job.groups, job.codec
     cols, rows, words, whole, padded = job.cols, job.rows, job.words, job.group_words, job.padded_rows
     signed = np.zeros((MOST_PLANES, LANES), np.float32)
     start, scale, shift = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     if codec == AFFINE:
         shift[:] = np.float32(-0.0)  # without offsets: what changes nothing
-    block = np.empty((LANES, WORD), np.float32)  # a word's weights where not all of them are wanted
+    block = np.empty((LANES, HALF), np.float32)  # weights of which not all are wanted
     if codec != BCQ:  # the sum is the code: (2**n - 1) / 2 plus or minus half of what each bit counts
         start[:] = np.float32((1 << bits) - 1) * np.float32(0.5)
         for p in range(bits):
@@ -127,25 +131,27 @@ def _decode(job):
                 _read_tile(job.scales, scale, 1, index, 0, job.scales_dtype)
                 if job.shift != 0:
                     _read_tile(job.shift, shift, 1, index, 0, job.shift_dtype)
-            here = min(whole, words - g * whole)  # words of this group
-            group = job.planes + (tile * words + g * whole) * bits * VECTOR
-            for j in range(here):
-                column = (g * whole + j) * WORD
+            first = g // job.groups_in_word * whole  # word of the group
+            here = min(whole, words - first)  # words of this group
+            group = job.planes + (tile * words + first) * bits * VECTOR
+            begin = g % job.groups_in_word
+            for j in range(begin, begin + 2 * here // job.groups_in_word):
+                column = first * WORD + j * HALF
                 if column >= cols:
                     break
-                inside = tile_rows == LANES and column + WORD <= cols
-                to, to_stride = block.ctypes.data, WORD_X
+                inside = tile_rows == LANES and column + HALF <= cols
+                to, to_stride = block.ctypes.data, 4 * HALF
                 if inside:
                     to, to_stride = out + column * 4, cols * 4
-                _decode_word(
-                    group + j * VECTOR, signed, start, scale, shift, job.codebook, to,
-                    bits, here * VECTOR, to_stride, codec,
+                _decode_half(
+                    group + j // 2 * VECTOR, signed, start, scale, shift, job.codebook, to,
+                    bits, here * VECTOR, to_stride, j % 2, codec,
                 )  # fmt: skip
                 if inside:
                     continue
                 for row in range(tile_rows):
                     line = floats_at(out + (row * cols + column) * 4)
-                    for c in range(min(WORD, cols - column)):
+                    for c in range(min(HALF, cols - column)):
                         line[c] = block[row, c]
 
 
@@ -156,14 +162,23 @@ def _read_tile(source, target, count, index, stride, dtype):
 
 
 @numba.njit
-def _decode_word(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, codec):
-    """:func:`.intrinsics.decode_word` with the code of `codec`."""
+def _decode_half(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, half, codec):
+    """:func:`.intrinsics.decode_half` with the code of `half` and `codec`."""
     a, b, c, d = signed.ctypes.data, start.ctypes.data, scale.ctypes.data, shift.ctypes.data
+    if half == 0:
+        _decode_codec(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, 0, codec)
+    else:
+        _decode_codec(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, 1, codec)
+
+
+@numba.njit(forceinline=True)
+def _decode_codec(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, HALF, codec):
+    literally(HALF)
     if codec == BCQ:
-        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, BCQ)
+        decode_half(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, HALF, BCQ)
     elif codec == UNIFORM:
-        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, UNIFORM)
+        decode_half(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, HALF, UNIFORM)
     elif codec == AFFINE:
-        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, AFFINE)
+        decode_half(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, HALF, AFFINE)
     elif codec == CODEBOOK:
-        decode_word(words, a, b, c, d, codebook, out, planes, plane_stride, out_stride, CODEBOOK)
+        decode_half(words, signed, start, scale, shift, codebook, out, planes, plane_stride, out_stride, HALF, CODEBOOK)

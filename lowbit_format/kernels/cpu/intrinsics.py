@@ -90,22 +90,24 @@ def add_planes(
     # constants
     TILES,
     ROWS,
+    BYTES,
 ):
     """``y += scale * (sum of +x where the plane has a 1 and -x where it has a 0)`` over some planes of one group.
 
     Args:
-        words: int32 ``[TILES (tile_stride), planes (plane_stride), count, LANES]``.
-        tables: float32 ``[ROWS (table_stride), 8 * count, 16]``, see :func:`set_tables`.
-        x: float32 ``[ROWS (x_stride), 32 * count]``.
+        words: int32 ``[TILES (tile_stride), planes (plane_stride), count, LANES]``; the first byte to read of a word.
+        tables: float32 ``[ROWS (table_stride), 2 * BYTES * count, 16]``, see :func:`set_tables`.
+        x: float32 ``[ROWS (x_stride), 8 * BYTES * count]``.
         scales: float32 ``[planes, TILES, LANES]``.
         y: float32 ``[ROWS (y_stride), TILES, LANES]``.
         count: words of a row, at least 1.
         planes: number of planes, at least 1.
         ahead: distance in bytes from a word to the one that is needed next, and is prefetched.
         TILES, ROWS: numbers of tiles and of rows of x.
+        BYTES: of each word, 4; or 2 of one word, where the group is half of it.
     """
-    tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 13, TILES, ROWS)
+    tiles, rows, size = TILES.literal_value, ROWS.literal_value, BYTES.literal_value
+    signature = types.void(*[types.int64] * 13, TILES, ROWS, BYTES)
 
     def codegen(context, builder, signature, args):
         words, tables, x, scales, y = args[:5]
@@ -131,7 +133,7 @@ def add_planes(
                             prefetch(builder, builder.add(address, ahead))
                         tb = {r: at(builder, a, (i, WORD_TABLES)) for r, a in at_tables.items()}
                         xs = {r: at(builder, a, (i, WORD_X)) for r, a in at_x.items()}
-                        new = emit(builder, w, tb, xs, dict(zip(places, sums, strict=True)))
+                        new = emit(builder, w, tb, xs, dict(zip(places, sums, strict=True)), size)
                         return [new[place] for place in places]
 
                     sums = loop(builder, count, word, [ZERO] * len(places))
@@ -147,13 +149,14 @@ def add_planes(
     return signature, codegen
 
 
-def _lookup_512(builder, words, tables, x, sums):
+def _lookup_512(builder, words, tables, x, sums, size):
     """``vpermps`` looks up 16 nibbles at once in a table of 16 and ignores the higher bits: shift, permute, add.
 
     Every second shift is saved: in a word loaded from one byte further on, the next byte is the lowest.
     """
-    for byte in range(4):
-        w = {t: load(builder, at(builder, a, (byte, 1)), VECTOR_I32, 1 if byte else 4) for t, a in words.items()}
+    for byte in range(size):
+        align = 1 if byte else size
+        w = {t: load(builder, at(builder, a, (byte, 1)), VECTOR_I32, align) for t, a in words.items()}
         for nibble in range(2):
             places = {r: at(builder, a, (2 * byte + nibble, TABLE)) for r, a in tables.items()}
             table = {r: load(builder, a, VECTOR_F32) for r, a in places.items()}
@@ -166,13 +169,14 @@ def _permute(builder, table, index):
     return call(builder, "llvm.x86.avx512.permvar.sf.512", VECTOR_F32, table, index)
 
 
-def _lookup_256(builder, words, tables, x, sums):
+def _lookup_256(builder, words, tables, x, sums, size):
     """As with AVX-512, with the table in two halves. The highest bit of a nibble, moved to the sign, selects one."""
     halves = {(p, h): builder.shuffle_vector(s, s, _half(h)) for p, s in sums.items() for h in range(2)}
     zero = ir.Constant(_HALF_I32, [0] * _HALF)
-    for byte in range(4):
+    for byte in range(size):
+        align = 1 if byte else size
         w = {
-            (t, h): load(builder, at(builder, a, (h, VECTOR // 2), (byte, 1)), _HALF_I32, 1 if byte else 4)
+            (t, h): load(builder, at(builder, a, (h, VECTOR // 2), (byte, 1)), _HALF_I32, align)
             for t, a in words.items()
             for h in range(2)
         }
@@ -197,10 +201,10 @@ def _half(h: int) -> Any:
     return ir.Constant(_HALF_I32, list(range(h * _HALF, (h + 1) * _HALF)))
 
 
-def _add_signed(builder, words, tables, x, sums):
+def _add_signed(builder, words, tables, x, sums, size):
     """For machines that cannot permute floats: a bit becomes the sign of the activation, column by column."""
-    flipped = {t: builder.not_(load(builder, a, VECTOR_I32)) for t, a in words.items()}
-    for column in range(WORD):
+    flipped = {t: builder.not_(load(builder, a, VECTOR_I32, size)) for t, a in words.items()}
+    for column in range(8 * size):
         value = {r: builder.bitcast(splat(builder, load(builder, at(builder, a, (column, 4)), F32)), VECTOR_I32)
                  for r, a in x.items()}  # fmt: skip
         sign = {t: _sign_of(builder, v, column) for t, v in flipped.items()}
@@ -237,6 +241,7 @@ def add_levels(
     # constants
     TILES,
     ROWS,
+    BYTES,
 ):
     """``y += scale * sum of codebook[code] * x``; only for machines with :func:`has_codebook_lookup`.
 
@@ -247,10 +252,10 @@ def add_levels(
         codebook: float32 ``[16]``, padded with zeros.
         scales: float32 ``[TILES, LANES]``.
         planes: number of planes, 1 to 4.
-        TILES, ROWS: numbers of tiles and of rows of x.
+        TILES, ROWS, BYTES: as in :func:`add_planes`.
     """
-    tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 12, TILES, ROWS)
+    tiles, rows, size = TILES.literal_value, ROWS.literal_value, BYTES.literal_value
+    signature = types.void(*[types.int64] * 12, TILES, ROWS, BYTES)
 
     def codegen(context, builder, signature, args):
         words, x, codebook, scales, y = args[:5]
@@ -271,13 +276,13 @@ def add_levels(
                         address = at(builder, words, (tile_stride, t), (plane_stride, p), (i, VECTOR))
                         if quarter == 0:
                             prefetch(builder, builder.add(address, ahead))
-                        bit = builder.lshr(load(builder, address, VECTOR_I32), ints(quarter))
+                        bit = builder.lshr(load(builder, address, VECTOR_I32, size), ints(quarter))
                         field = builder.and_(bit, ints(0x11111111))
                         following.append(builder.or_(builder.shl(codes[t], ints(1)), field))
                     return following
 
                 codes = loop(builder, planes, plane, [ints(0)] * tiles)
-                for nibble in range(8):
+                for nibble in range(2 * size):
                     column = 4 * nibble + quarter
                     values = [
                         splat(builder, load(builder, at(builder, x, (x_stride, r), (i, WORD_X), (column, 4)), F32))
@@ -426,7 +431,7 @@ def set_tables(typingctx, x, tables, count):
 
 
 @intrinsic(prefer_literal=True)
-def decode_word(
+def decode_half(
     typingctx,
     # addresses
     words,
@@ -442,9 +447,10 @@ def decode_word(
     plane_stride,
     out_stride,
     # constants
+    HALF,
     CODEC,
 ):
-    """Weights of 32 columns of a tile, with the operations of DEC-2 to DEC-4 and DEC-7 in their order.
+    """Weights of 16 columns of a tile, half a word, with the operations of DEC-2 to DEC-4 and DEC-7 in their order.
 
     A weight is computed from ``sum = start + (-signed where the bit is 1, +signed where it is 0, for each plane)``:
     BCQ: ``sum``. UNIFORM: ``(sum - shift) * scale``. AFFINE: ``sum * scale + shift``.
@@ -455,37 +461,37 @@ def decode_word(
         signed: float32 ``[planes, LANES]``.
         start, scale, shift: float32 ``[LANES]``.
         codebook: float32 ``[2**planes]``.
-        out: float32 ``[LANES (out_stride), 32]``.
+        out: float32 ``[LANES (out_stride), 16]``.
         planes: number of planes, at least 1.
+        HALF: of the words, 0 or 1.
         CODEC: BCQ, UNIFORM, AFFINE or CODEBOOK.
     """
-    codec = CODEC.literal_value
-    signature = types.void(*[types.int64] * 10, CODEC)
+    half, codec = HALF.literal_value, CODEC.literal_value
+    signature = types.void(*[types.int64] * 10, HALF, CODEC)
 
     def codegen(context, builder, signature, args):
         words, signed, start, scale, shift, codebook, out = args[:7]
         planes, plane_stride, out_stride = args[7:10]
-        for half in range(2):
 
-            def plane(p, sums, half=half):
-                word = load(builder, at(builder, words, (plane_stride, p)), VECTOR_I32)
-                value = load(builder, at(builder, signed, (p, VECTOR)), VECTOR_I32)
-                steps = [builder.xor(value, _sign_of(builder, word, LANES * half + c)) for c in range(LANES)]
-                return [builder.fadd(s, builder.bitcast(v, VECTOR_F32)) for s, v in zip(sums, steps, strict=True)]
+        def plane(p, sums):
+            word = load(builder, at(builder, words, (plane_stride, p)), VECTOR_I32)
+            value = load(builder, at(builder, signed, (p, VECTOR)), VECTOR_I32)
+            steps = [builder.xor(value, _sign_of(builder, word, LANES * half + c)) for c in range(LANES)]
+            return [builder.fadd(s, builder.bitcast(v, VECTOR_F32)) for s, v in zip(sums, steps, strict=True)]
 
-            first = load(builder, start, VECTOR_F32)
-            columns = loop(builder, planes, plane, [first] * LANES)
-            if codec == UNIFORM:
-                down, by = load(builder, shift, VECTOR_F32), load(builder, scale, VECTOR_F32)
-                columns = [builder.fmul(builder.fsub(v, down), by) for v in columns]
-            if codec == AFFINE:
-                up, by = load(builder, shift, VECTOR_F32), load(builder, scale, VECTOR_F32)
-                columns = [builder.fadd(builder.fmul(v, by), up) for v in columns]
-            if codec == CODEBOOK:
-                by = load(builder, scale, VECTOR_F32)
-                columns = [builder.fmul(_level(builder, codebook, v), by) for v in columns]
-            for row, value in enumerate(_transposed(builder, columns)):
-                store(builder, value, at(builder, out, (out_stride, row), (half, VECTOR)))
+        first = load(builder, start, VECTOR_F32)
+        columns = loop(builder, planes, plane, [first] * LANES)
+        if codec == UNIFORM:
+            down, by = load(builder, shift, VECTOR_F32), load(builder, scale, VECTOR_F32)
+            columns = [builder.fmul(builder.fsub(v, down), by) for v in columns]
+        if codec == AFFINE:
+            up, by = load(builder, shift, VECTOR_F32), load(builder, scale, VECTOR_F32)
+            columns = [builder.fadd(builder.fmul(v, by), up) for v in columns]
+        if codec == CODEBOOK:
+            by = load(builder, scale, VECTOR_F32)
+            columns = [builder.fmul(_level(builder, codebook, v), by) for v in columns]
+        for row, value in enumerate(_transposed(builder, columns)):
+            store(builder, value, at(builder, out, (out_stride, row)))
         return context.get_dummy_value()
 
     return signature, codegen

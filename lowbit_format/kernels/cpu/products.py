@@ -69,6 +69,7 @@ MOST_STRIPS = 8  # in a chunk: rows of the matrix that one set of tables serves
 CHUNKS_PER_THREAD = 4  # threads take chunks as they come free, so a busy core delays the rest less
 ONE_THREAD_BELOW = 1 << 20  # bits to look up: fewer take less time than waking other threads
 CODEBOOK_SIZE = 16  # levels in a vector register
+WHOLE_WORD, HALF_WORD = 4, 2  # bytes
 
 
 @job
@@ -84,15 +85,17 @@ class ProductJob(Job):
     padded_rows: int  # rounded up to whole tiles
     bits: int  # planes to read
     words: int  # in a row of a plane
-    group_words: int  # in a whole group
+    group_words: int  # in a whole group, or the one that groups share
     groups: int  # in a row
+    groups_in_word: int  # 1, or 2 where two groups share each word
     codec: int  # BCQ, UNIFORM, AFFINE or CODEBOOK
     # the matrix: addresses
     planes: int  # uint32 [vectors, LANES]: the tiled layout
     scales: int  # [bits or 1, groups, padded_rows]
     scales_dtype: int  # one of DTYPE_NUMBERS
-    shift: int  # [groups, padded_rows]
+    shift: int  # [groups, padded_rows], or [STRIP * LANES] if it is the same for all
     shift_dtype: int  # one of DTYPE_NUMBERS
+    shift_step: int  # 1, or 0 if it is the same for all
     codebook: int  # float32 [CODEBOOK_SIZE]
     # the matrix, if it is ragged: addresses
     row_bits: int  # uint8 [rows]
@@ -122,18 +125,21 @@ class Plan:
     """
 
     def __init__(self, w: PlaneMatrix) -> None:
-        shift = w.shift
+        shift, zero = w.shift, zero_of(w)
         self.of = _identity(w)
         self.rows, self.cols, self.groups, self.planes = w.rows, w.cols, w.groups, w.bits
         self.most_rows = most_rows(w.bits)
         self.one_part, self.is_affine = not w.scale_per_plane, w.codec == "affine"
         self.strips = -(-self.rows // (STRIP * LANES))
         self.lookups = self.rows * w.cols * w.bits
-        if w.codec in ("uniform", "affine") and shift is None:
-            shift = torch.zeros_like(w.scales[0])
-        scales, shift = group_major(w.scales.detach()), None if shift is None else group_major(shift.detach())
+        if shift is not None:
+            shift = group_major(shift.detach())
+        elif zero is not None:
+            shift = torch.full((STRIP * LANES,), zero, dtype=torch.float32, device="cpu")
+        scales, codebook = group_major(w.scales.detach()), w.codebook
         planes = w.planes.detach() if tiles.has_margin(w.planes) else F.pad(w.planes.detach().flatten(), (0, VECTOR))
-        self.codebook = w.codebook
+        if codebook is not None:
+            codebook = F.pad(codebook.detach().float(), (0, max(0, CODEBOOK_SIZE - len(codebook))))
         self.job = ProductJob(
             rows=self.rows,
             padded_rows=-(-self.rows // LANES) * LANES,
@@ -141,14 +147,17 @@ class Plan:
             words=tiles.words(w),
             group_words=tiles.group_words(w),
             groups=self.groups,
-            codec=CODEC_NUMBERS[w.codec],
+            groups_in_word=tiles.groups_in_word(w),
+            codec=UNIFORM if zero is not None and w.codec == "codebook" else CODEC_NUMBERS[w.codec],
             planes=planes.data_ptr(),
             scales=scales.data_ptr(),
             scales_dtype=DTYPE_NUMBERS[scales.dtype],
             shift=_address(shift),
             shift_dtype=0 if shift is None else DTYPE_NUMBERS[shift.dtype],
+            shift_step=int(w.shift is not None),
+            codebook=_address(codebook),
         )
-        self.alive: tuple[object, ...] = planes, scales, shift  # the job knows only their addresses
+        self.alive: tuple[object, ...] = planes, scales, shift, codebook  # the job knows only their addresses
         if w.row_bits is not None:
             row_bits, bits = w.row_bits.detach().clamp(max=w.bits), tiles.tile_bits(w)
             starts = tiles.tile_starts(w, bits)
@@ -193,7 +202,7 @@ class Plan:
             deltas, task_ids: as in :meth:`multiply`, the ids of all n rows.
             chunks: to cut the rows of the matrix into, more or less.
         """
-        job, batch, parts, codebook = ProductJob.from_buffer_copy(self.job), end - begin, 1, None
+        job, batch, parts = ProductJob.from_buffer_copy(self.job), end - begin, 1
         if deltas is not None:
             if task_ids is None:
                 task_ids = torch.zeros(end, dtype=torch.int64, device="cpu")
@@ -209,16 +218,13 @@ class Plan:
             else:
                 deltas = group_major(deltas)
                 job.terms, job.term_planes = deltas.data_ptr(), deltas.shape[1]
-        if self.codebook is not None:  # read at every call, since its values may have changed
-            codebook = F.pad(self.codebook.detach(), (0, CODEBOOK_SIZE - len(self.codebook)))
-            job.codebook = codebook.data_ptr()
         room = min(MOST_STRIPS, SCRATCH // (batch * parts * STRIP * LANES))
         job.strips = strips = max(1, min(room, -(-self.strips // chunks)))
         job.chunks = -(-self.strips // strips)
         job.x_stride = 4 * x.shape[1]
         job.x, job.out = x.data_ptr() + begin * job.x_stride, out.data_ptr() + 4 * begin * self.rows
         job.batch, job.parts = batch, parts
-        job.alive = deltas, task_ids, codebook  # the fields know only their addresses
+        job.alive = deltas, task_ids  # the fields know only their addresses
         return job
 
 
@@ -257,15 +263,16 @@ def padded(x: Tensor) -> Tensor:
 def plan(w: PlaneMatrix) -> Plan | None:
     """The plan of `w`, kept with its planes for as long as all tensors of `w` stay in the same memory.
 
-    None for matrices that lookups cannot multiply: those that cannot be tiled, and codebooks of more than 4 bits, with
-    ragged rows, or on machines without a lookup for them.
+    None for matrices that lookups cannot multiply: those that cannot be tiled, and codebooks whose levels are not
+    consecutive integers, if they have more than 4 bits or ragged rows, or the machine no lookup for them.
     """
     kept: Plan | None = getattr(w.planes, "_lowbit_plan", None)
     if kept is not None and kept.of == _identity(w):
         return kept
     if not tiles.can_tile(w):
         return None
-    if w.codebook is not None and (w.bits > 4 or w.row_bits is not None or not has_codebook_lookup(features())):
+    looked_up = w.bits <= 4 and w.row_bits is None and has_codebook_lookup(features())
+    if w.codebook is not None and not looked_up and zero_of(w) is None:
         return None
     made = Plan(w if w.is_tiled else tiles.tile(w))
     if tiles.is_ready(w):
@@ -276,6 +283,21 @@ def plan(w: PlaneMatrix) -> Plan | None:
 def forget_plan(planes: Tensor) -> None:
     """Drop the plan that is kept with `planes`; it holds on to their memory."""
     planes.__dict__.pop("_lowbit_plan", None)
+
+
+def zero_of(w: PlaneMatrix) -> float | None:
+    """The code that is a weight of 0, if it is the same for the whole matrix and codes count in steps of one scale.
+
+    So it is for the uniform codec without zeros, affine without offsets, and a codebook of consecutive integers such as
+    GGUF's ``(d * s) * (q - 32)``. A product with it has the same terms; decoding keeps to the codec's own operations.
+    """
+    if w.codec in ("uniform", "affine"):
+        return 0.0 if w.shift is None else None
+    if w.codebook is None or w.row_bits is not None:
+        return None
+    levels = w.codebook.detach()
+    steps = torch.arange(len(levels), dtype=levels.dtype, device="cpu")
+    return -float(levels[0]) if torch.equal(levels, levels[0] + steps) else None
 
 
 @functools.cache
@@ -291,12 +313,13 @@ def most_rows(bits: int) -> float:
 
 
 def _identity(w: PlaneMatrix) -> tuple[int | bytes, ...]:
-    """What a plan depends on: where the tensors are, the precision, and the values of `row_bits`."""
+    """What a plan depends on: where the tensors are, the precision, and the values of `row_bits` and the codebook."""
     planes, scales, offsets, zeros, codebook, row_bits, _, bits, *_ = w
     if codebook is None and row_bits is None:
         return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), bits
     rows = b"" if row_bits is None else row_bits.detach().numpy().tobytes()
-    return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), _address(codebook), rows, bits
+    levels = b"" if codebook is None else codebook.detach().numpy().tobytes()
+    return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), levels, rows, bits
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -318,7 +341,9 @@ class Block(NamedTuple):
     """Some words of one group: those whose tables are made together."""
 
     group: int
-    first: int  # word, counted from the group's first
+    word: int  # of the row, in which the group begins
+    byte: int  # of that word, likewise
+    first: int  # word of the block, counted from the group's first
     words: int
     group_words: int  # of this group, which may be short
 
@@ -345,9 +370,10 @@ def _multiply(job):
             count = min(most, all_tiles - first)
             parts[:] = 0
             for g in range(job.groups):
-                here, stored = min(whole, x_words - g * whole), min(whole, job.words - g * whole)
+                word, byte = g // job.groups_in_word * whole, g % job.groups_in_word * HALF_WORD
+                here, stored = min(whole, x_words - word), min(whole, job.words - word)
                 for b in range(0, here, block):
-                    words = Block(g, b, min(block, here - b), stored)
+                    words = Block(g, word, byte, b, min(block, here - b), stored)
                     _make_tables(job, words, scratch)
                     t = 0
                     while t < count:
@@ -368,9 +394,15 @@ def _multiply(job):
 def _make_tables(job, block, scratch):
     """Tables of every row of x over `block`, and the sums of x."""
     sums, stride = floats_at(scratch.sums), min(job.group_words, BLOCK) * WORD_TABLES
-    x = job.x + (block.group * job.group_words + block.first) * WORD_X
+    x, count = _x_of(job, block), block.words * (WORD // 4) // job.groups_in_word
     for r in range(job.batch):
-        sums[r] = set_tables(x + r * job.x_stride, scratch.tables + r * stride, block.words * (WORD // 4))
+        sums[r] = set_tables(x + r * job.x_stride, scratch.tables + r * stride, count)
+
+
+@numba.njit(forceinline=True)
+def _x_of(job, block):
+    """Address of the first activation of `block`, in the first row of x."""
+    return job.x + (block.word + block.first) * WORD_X + block.byte * (WORD_X // 4)
 
 
 @numba.njit(forceinline=True)
@@ -383,7 +415,7 @@ def _add_block(job, block, scratch, tile, y, TILES):
     batch, bits, start = job.batch, job.bits, tile * job.words * job.bits
     if job.row_bits != 0:
         bits, start = longs_at(job.tile_bits)[tile], longs_at(job.tile_starts)[tile]
-    words = job.planes + (start + block.group * job.group_words * bits + block.first) * VECTOR
+    words = job.planes + (start + block.word * bits + block.first) * VECTOR + block.byte
     if job.terms == 0 and job.row_factors == 0:
         _set_parameters(job, block.group, scratch, tile, bits, np.int64(-1), TILES)
         r = np.int64(0)  # a literal 0 would be a type, and the functions compiled for it once more
@@ -411,7 +443,7 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
     literally(ROWS)
     tile_stride = job.words * job.bits * VECTOR  # several tiles at a time are never ragged
     plane_stride, table_stride = block.group_words * VECTOR, min(job.group_words, BLOCK) * WORD_TABLES
-    x = job.x + r * job.x_stride + (block.group * job.group_words + block.first) * WORD_X
+    x = _x_of(job, block) + r * job.x_stride
     tables = scratch.tables + r * table_stride
     to = y + r * scratch.stride
     ahead = block.words * VECTOR  # the next block, or the next group, of the same tiles
@@ -419,23 +451,38 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
         next_group = job.group_words * bits * VECTOR - block.first * VECTOR
         ahead = next_group if block.group + 1 < job.groups else 0
     if job.codec == CODEBOOK:
-        add_levels(
-            words, x, job.codebook, scratch.scales, to,
-            block.words, bits,
-            tile_stride, plane_stride, job.x_stride, scratch.stride, ahead,
-            TILES, ROWS,
-        )  # fmt: skip
+        if job.groups_in_word == 1:
+            add_levels(
+                words, x, job.codebook, scratch.scales, to,
+                block.words, bits,
+                tile_stride, plane_stride, job.x_stride, scratch.stride, ahead,
+                TILES, ROWS, WHOLE_WORD,
+            )  # fmt: skip
+        else:
+            add_levels(
+                words, x, job.codebook, scratch.scales, to,
+                block.words, bits,
+                tile_stride, plane_stride, job.x_stride, scratch.stride, ahead,
+                TILES, ROWS, HALF_WORD,
+            )  # fmt: skip
         return
     done = 0
     for part in range(job.parts):  # each tuned plane alone, then all others
         left = bits - done
         planes = left if part == job.parts - 1 else min(1, left)
-        if planes > 0:
+        if planes > 0 and job.groups_in_word == 1:
             add_planes(
                 words + done * plane_stride, tables, x, scratch.scales + done * TILES * VECTOR, to,
                 block.words, planes,
                 tile_stride, plane_stride, table_stride, job.x_stride, scratch.stride, ahead,
-                TILES, ROWS,
+                TILES, ROWS, WHOLE_WORD,
+            )  # fmt: skip
+        elif planes > 0:
+            add_planes(
+                words + done * plane_stride, tables, x, scratch.scales + done * TILES * VECTOR, to,
+                block.words, planes,
+                tile_stride, plane_stride, table_stride, job.x_stride, scratch.stride, ahead,
+                TILES, ROWS, HALF_WORD,
             )  # fmt: skip
         done += planes
         if part < job.parts - 1:
@@ -468,7 +515,9 @@ def _set_parameters(job, g, scratch, tile, bits, task, TILES):
             for i in range(min(width, job.rows - tile * LANES)):
                 scales[i] *= np.float32(1.0) + factors[i]
     if job.shift != 0:
-        read_parameters(job.shift, scratch.shift, 1, index, stride, ahead, job.shift_dtype, TILES)
+        read_parameters(
+            job.shift, scratch.shift, 1, index * job.shift_step, stride, ahead * job.shift_step, job.shift_dtype, TILES
+        )
     if job.row_bits != 0:
         _set_ragged_parameters(job, scratch, tile, bits)
     elif job.codec == UNIFORM or job.codec == AFFINE:

@@ -5,9 +5,10 @@ by group, plane by plane, word by word, one vector of the words of its 16 rows::
 
     tiles[t, (g * W * bits) + (p * words of group g) + j, lane] = word (g * W + j) of plane p of row 16 * t + lane
 
-with W words in a whole group; the last group may have fewer. Rows are padded with zeros to whole tiles. The planes
-are a uint8 tensor ``[tiles, words * bits, 16, 4]``. Ragged planes (MIX-2) have tiles of as many planes as their
-longest row, one tile after the other: ``[1, vectors of all tiles, 16, 4]``.
+with W words in a whole group; the last group may have fewer. Where groups are half a word (16 columns), the two groups
+of a word stand together, as one of W = 1. Rows are padded with zeros to whole tiles. The planes are a uint8 tensor
+``[tiles, words * bits, 16, 4]``. Ragged planes (MIX-2) have tiles of as many planes as their longest row, one tile
+after the other: ``[1, vectors of all tiles, 16, 4]``.
 
 Scales and shift are group-major (:mod:`..parameter_order`). Both changes lose nothing: :func:`untile` gives the bytes
 of the file back.
@@ -43,14 +44,20 @@ def has_margin(planes: Tensor) -> bool:
 
 
 def can_tile(w: PlaneMatrix) -> bool:
-    """Whether groups consist of whole words. Other matrices are decoded by :mod:`lowbit_format.reference`."""
+    """Whether groups are whole words, or half a word. Others are decoded by :mod:`lowbit_format.reference`."""
     size = w.group_size
-    return w.is_in_memory and w.scales.dtype != torch.float64 and (size == 0 or size >= w.cols or size % WORD == 0)
+    fits = size == 0 or size >= w.cols or size % WORD == 0 or size == WORD // 2
+    return w.is_in_memory and w.scales.dtype != torch.float64 and fits
+
+
+def groups_in_word(w: PlaneMatrix) -> int:
+    """2 where two groups share each word, else 1."""
+    return 2 if w.group_size == WORD // 2 < w.cols else 1
 
 
 def group_words(w: PlaneMatrix) -> int:
-    """Words of a whole group."""
-    return w.group_size // WORD if 0 < w.group_size < w.cols else words(w)
+    """Words of a whole group, or of the two that share one."""
+    return max(1, w.group_size // WORD) if 0 < w.group_size < w.cols else words(w)
 
 
 def words(w: PlaneMatrix) -> int:

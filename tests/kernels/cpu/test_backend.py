@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lowbit_format.kernels import naive, operators
 from lowbit_format.kernels.batch import Share
 from lowbit_format.kernels.cpu import backend, decoding, parallel, products
+from lowbit_format.kernels.matrix import PlaneMatrix
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import SCALE_DTYPES, Scheme
 from lowbit_format.testing.decoding import F32, DecoderConformance
@@ -532,3 +533,49 @@ def test_every_negative_id_is_the_base() -> None:
     ids = torch.arange(40) % 11 - 2
     found = operators.linear(x, w, None, torch.randn(9, 1, 33), ids)
     torch.testing.assert_close(found[ids < 0], operators.linear(x, w)[ids < 0], rtol=1e-4, atol=1e-4)
+
+
+# --- codebooks of consecutive integers -------------------------------------------------------------
+
+
+def linear_codebook(bits: int, first: float, group_size: int, rows: int = 70, cols: int = 150) -> PlaneMatrix:
+    """A matrix whose weights are ``(code + first) * scale``, as those of several GGUF types."""
+    w = drawn(Scheme("codebook"), bits, group_size, rows, cols, dtype="F32")
+    return w._replace(codebook=first + torch.arange(2.0**bits))
+
+
+@pytest.mark.parametrize(
+    ("bits", "first", "group_size"), [(6, -32, 16), (3, -4, 16), (8, -128, 32), (4, -8, 32), (2, 0, 0)]
+)
+@pytest.mark.parametrize("tasks", [None, "mul", "add"])
+def test_levels_that_count_are_multiplied_as_planes(
+    bits: int, first: float, group_size: int, tasks: str | None
+) -> None:
+    """Of any number of bits, also where no register holds the levels."""
+    w = linear_codebook(bits, first, group_size)
+    assert products.zero_of(w) == -first
+    for batch in (1, 5):
+        call = random_call(w, batch, tasks=tasks)
+        assert from_planes(call.x, w)
+        check_linear(call)
+    assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
+
+
+def test_levels_with_another_step_are_no_counting() -> None:
+    w = linear_codebook(5, -16, 32)
+    assert w.codebook is not None
+    for codebook in (w.codebook * 2, w.codebook.flip(0), w.codebook.masked_fill(w.codebook == 3, 9.0)):
+        other = w._replace(codebook=codebook.contiguous())
+        assert products.zero_of(other) is None
+        assert products.plan(other) is None
+        check_linear(random_call(other, 3))
+
+
+def test_levels_that_stop_counting() -> None:
+    """What is kept with the planes follows the codebook's values."""
+    w = backend.tile(linear_codebook(4, -8, 32))
+    x = torch.randn(2, w.cols)
+    assert w.codebook is not None
+    for change in (0.0, 0.25):
+        w.codebook[3] += change
+        torch.testing.assert_close(operators.linear(x, w), x @ naive.decode(backend.untile(w)).T, rtol=1e-4, atol=1e-4)

@@ -41,6 +41,7 @@ class TestLayout(LayoutConformance):
     """What every tiled layout must do."""
 
     backend = backend
+    group_sizes = (*LayoutConformance.group_sizes, 16)
 
 
 def whole_planes(w: PlaneMatrix) -> Tensor:
@@ -75,7 +76,7 @@ def test_some_rows_of_tiles(w: PlaneMatrix, data: st.DataObject) -> None:
 
 def test_where_each_word_lies() -> None:
     """As the formula of tiles.py says, word by word."""
-    for rows, cols, group, bits in ((20, 100, 32, 3), (16, 130, 96, 2), (5, 70, 0, 1)):
+    for rows, cols, group, bits in ((20, 100, 32, 3), (16, 130, 96, 2), (5, 70, 0, 1), (18, 100, 16, 2)):
         w = drawn(KINDS[0], bits, group, rows, cols)
         words, whole = tiles.words(w), tiles.group_words(w)
         tiled = tiles.tile(w).planes
@@ -95,6 +96,14 @@ def test_ragged_tiles_have_as_many_planes_as_their_longest_row() -> None:
     tiled = tiles.tile(w).planes
     assert tiled.shape == (1, (5 + 2 + 3) * 2, 16, 4)
     assert torch.equal(tiles.untile(tiles.tile(w)).planes, w.planes)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "cols", "groups"), [(16, 17, 2), (16, 16, 1), (16, 8, 1), (32, 64, 1), (0, 64, 1)]
+)
+def test_groups_that_share_a_word(group_size: int, cols: int, groups: int) -> None:
+    w = drawn(KINDS[0], 2, group_size, 3, cols)
+    assert tiles.groups_in_word(w) == groups
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
