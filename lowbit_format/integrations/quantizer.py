@@ -26,6 +26,7 @@ from ..container.reader import CONFIG_FILE, ModelReader
 from ..container.writer import file_metadata
 from ..errors import LoadError
 from ..runtime.active_tasks import TaskState
+from ..runtime.decoder_layer import restore_layers, shorten_layers
 from ..runtime.expert_forward import take_out
 from ..runtime.experts import LowbitExperts
 from ..runtime.modules_to_save import SwitchedModule
@@ -173,6 +174,7 @@ class LowbitQuantizer(HfQuantizer):
         model._weight_conversions = []
         for path in self.placed.files:  # last: whatever reads planes would undo it
             model.get_submodule(path).tile()
+        shorten_layers(model)
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
@@ -203,6 +205,7 @@ class LowbitQuantizer(HfQuantizer):
         set_modules(model, plain)
         tie(model, self.placed)  # by ``weight`` again
         generalize(model)
+        restore_layers(model)
         del model._weight_conversions  # a float model is saved under the names of its checkpoints again
         return model.to(dtype)
 

@@ -29,6 +29,15 @@ class Share(NamedTuple):
     deltas: Tensor | None = None  # as in a product with `w` alone
 
 
+class Factor(NamedTuple):
+    """One of several matrices that the same rows of x are multiplied with, see :func:`.operators.linear_together`."""
+
+    w: PlaneMatrix
+    bias: Tensor | None = None  # float [rows]
+    deltas: Tensor | None = None  # as in a product with `w` alone
+    task_ids: Tensor | None = None
+
+
 def each_task(w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Iterator[tuple[Rows, PlaneMatrix]]:
     """For each task of a batch: its rows, and the matrix with its scales."""
     for rows, task in _tasks(deltas, task_ids):
@@ -132,6 +141,11 @@ def one_by_one(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None, *, l
     check_shares(x, shares)
     found = [linear(x[s.begin : s.end], s.w, None, s.deltas, ids_of(s, task_ids)) for s in shares]
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def factor_by_factor(x: Tensor, factors: Sequence[Factor], *, linear: Callable[..., Tensor]) -> list[Tensor]:
+    """:meth:`.operators.Backend.linear_together` by a `linear` for each matrix."""
+    return [linear(x, *factor) for factor in factors]
 
 
 def ids_of(share: Share, task_ids: Tensor | None) -> Tensor | None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import by_decoding
-from .batch import one_by_one
+from .batch import factor_by_factor, one_by_one
 from .by_decoding import RowGrads
 from .matrix import PlaneMatrix, full_planes, present_rows
 
@@ -64,6 +64,7 @@ dequantize = partial(by_decoding.dequantize, decode=decode)
 dequantize_param_grads = partial(by_decoding.dequantize_param_grads, decode_grads=decode_grads)
 linear = partial(by_decoding.linear, decode=decode)
 linear_each = partial(one_by_one, linear=linear)
+linear_together = partial(factor_by_factor, linear=linear)
 linear_input_grad = partial(by_decoding.linear_input_grad, decode=decode)
 linear_param_grads = partial(by_decoding.linear_param_grads, decode_grads=decode_grads)
 embedding = partial(by_decoding.embedding, decode=decode)

@@ -22,14 +22,14 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from . import naive
-from .batch import ParamGrads, Share, one_by_one
+from .batch import Factor, ParamGrads, Share, factor_by_factor, one_by_one
 from .matrix import SCHEME, TENSORS, PlaneMatrix
 
 BACKENDS = {"cpu": "cpu.backend", "cuda": "gpu.backend"}  # device type -> module of this package; else naive
 
 
 class Backend(Protocol):
-    """The functions of a module of kernels for one device: three for its tiled layout, eight for the operators.
+    """The functions of a module of kernels for one device: three for its tiled layout, nine for the operators.
 
     Every function takes matrices ``w`` ``[rows, cols]`` in the file's layout and in its own tiled layout. The other
     arguments:
@@ -77,6 +77,10 @@ class Backend(Protocol):
 
         ``[n, cols]`` to ``[n, rows]``. The shares cover the rows of `x` in their order; there is at least one.
         """
+        ...
+
+    def linear_together(self, x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
+        """:meth:`linear` for the same `x` and several matrices, of any numbers of rows; there is at least one."""
         ...
 
     def linear_input_grad(self, grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
@@ -166,6 +170,21 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None = No
         product: Tensor = backend_of(shares[0].w).linear_each(x, shares, task_ids)
         return product
     return one_by_one(x, shares, task_ids, linear=linear)
+
+
+def linear_together(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
+    """:func:`linear` for the same `x` and several matrices; without gradients in one launch.
+
+    Args:
+        x: float ``[..., cols]``.
+        factors: the matrices, with bias, deltas and task ids as in :func:`linear`.
+
+    Returns:
+        For each matrix ``[..., rows]`` in the dtype of `x` (or of autocast).
+    """
+    if not torch.is_grad_enabled() and _is_plain_call(x) and not torch.is_autocast_enabled(x.device.type):
+        return backend_of(factors[0].w).linear_together(x, factors)
+    return factor_by_factor(x, factors, linear=linear)
 
 
 def embedding(

@@ -5,9 +5,9 @@ Storage and layout of their matrix are in :mod:`.plane_module`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import TaskError, UnsupportedOperationError
 from ..kernels import operators
+from ..kernels.batch import Factor
 from ..kernels.matrix import PlaneMatrix, with_delta
 from ..schema import Scheme
 from .active_tasks import Name, RowTasks, TaskState
@@ -23,6 +24,8 @@ from .deltas import Delta, TunedDelta, keeping_dtype, shifted, stack, stackable
 from .known_modules import scaled
 from .plane_module import PlaneModule
 from .stored_tensors import TORCH_DTYPES
+
+Result = TypeVar("Result")
 
 
 class LowbitModule(PlaneModule):
@@ -137,10 +140,8 @@ class LowbitModule(PlaneModule):
         if not self.is_tiled and not operators.is_watched():
             self.tile()
         tasks = self.state.row_tasks()
-        if tasks is None:
-            return self._with_delta(self._own_delta(), lambda w, deltas: kernel(x, w, deltas, None))
-        deltas = [self.delta_of(name) for name in tasks.names]
-        if len(deltas) == 1 or all(d is None for d in deltas):
+        deltas = self._active_deltas(tasks)
+        if tasks is None or _are_one(deltas):
             return self._with_delta(deltas[0], lambda w, deltas: kernel(x, w, deltas, None))
         if x.dim() < (1 if self.kind == "embedding" else 2):
             raise TaskError(f"{self.path} gets one row without a batch, but several tasks")
@@ -157,6 +158,29 @@ class LowbitModule(PlaneModule):
             out = out.index_put((mine,), part)
         return out  # type: ignore[return-value]
 
+    def _active_deltas(self, tasks: RowTasks | None) -> list[Delta | None]:
+        """One for each of the `tasks` of a block; outside of one, that of the task that set_task chose."""
+        return [self._own_delta()] if tasks is None else [self.delta_of(name) for name in tasks.names]
+
+    def factor(self, rows: int) -> Factor | None:
+        """What `rows` rows of x, one for each row of the batch, are multiplied with in one call, with the active tasks.
+
+        None where there is no such call: in training, or where the tasks of a batch cannot be stacked. Planes are
+        tiled.
+        """
+        if self._modules["tuned"] is not None:
+            return None
+        if not self.is_tiled:
+            self.tile()
+        tasks, bias = self.state.row_tasks(), self._parameters["bias"]
+        deltas = self._active_deltas(tasks)
+        if tasks is None or _are_one(deltas):
+            return self._with_delta(deltas[0], lambda w, deltas: Factor(w, bias, deltas))
+        if not stackable(deltas):
+            return None
+        ids = tasks.task_ids(rows, self.device, self.path)
+        return Factor(self.plane_matrix, bias, self._stacked(tasks, deltas), ids)
+
     def _is_tuned(self, name: Name) -> bool:
         return name is not None and name == self.tuned_name
 
@@ -164,7 +188,7 @@ class LowbitModule(PlaneModule):
         """The delta of the task that set_task chose."""
         return self.tuned.delta() if self.tuned is not None and self._task == self.tuned_name else self._delta
 
-    def _with_delta(self, delta: Delta | None, kernel: Callable[[PlaneMatrix, Tensor | None], Tensor]) -> Tensor:
+    def _with_delta(self, delta: Delta | None, kernel: Callable[[PlaneMatrix, Tensor | None], Result]) -> Result:
         if delta is None:
             return kernel(self.plane_matrix, None)
         return kernel(shifted(self.plane_matrix, delta), None if delta.scales is None else delta.scales[None])
@@ -189,6 +213,11 @@ class LowbitModule(PlaneModule):
             self.deltas[name] = delta.map(keep)
         self.set_task(self._task)
         return super()._apply(fn, recurse)
+
+
+def _are_one(deltas: Sequence[Delta | None]) -> bool:
+    """Whether all rows of a batch have the same."""
+    return len(deltas) == 1 or all(delta is None for delta in deltas)
 
 
 class _Product(LowbitModule):

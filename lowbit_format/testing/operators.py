@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..kernels.batch import Share
+from ..kernels.batch import Factor, Share
 from ..kernels.matrix import PlaneMatrix
 from ..schema import SCALE_DTYPES, Scheme
 from . import products as truth
@@ -357,6 +357,19 @@ class OperatorConformance:
         for w, begin, end, deltas in shares:
             own = None if deltas is None else ids[begin:end]
             assert same_bits(found[begin:end], self.run("linear", x[begin:end], w, None, deltas, own))
+
+    def test_the_same_rows_with_several_matrices(self, kind: Scheme, dtype: torch.dtype, tasks: str | None) -> None:
+        """Of different sizes and bits, each with its own bias and tasks, gives the bits that it gives alone."""
+        rows, cols = self.shape
+        x, factors = torch.randn(2, 2, cols, dtype=dtype), []
+        for seed, (bits, count) in enumerate(((2, rows), (3, 5), (4, 70))):
+            w = self.tile(on_device(drawn(kind, bits, 32, count, cols, seed=seed), self.device))
+            call = random_call(w, 4, tasks=None if seed == 1 else tasks, seed=seed, bias=None if seed == 0 else dtype)
+            factors.append(on_device(Factor(w, call.bias, call.deltas, call.task_ids), self.device))
+        found = self.run("linear_together", x, factors)
+        assert len(found) == len(factors)
+        for out, factor in zip(found, factors, strict=True):
+            assert same_bits(out, self.run("linear", x, *factor))
 
     def test_several_matrices_that_do_not_fit(self) -> None:
         """Kernels check no bounds: what would read or write beside a tensor is refused."""

@@ -24,10 +24,12 @@ from ...machine.llvm import LANES
 from ...machine.threads import parallel_rows
 from .. import by_decoding, decode_then_matmul, naive
 from ..batch import (
+    Factor,
     Share,
     check_linear,
     check_shares,
     check_task_ids,
+    factor_by_factor,
     grads_of_sums,
     ids_of,
     no_autocast,
@@ -109,8 +111,7 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
 
 
 def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
-    if bias is not None and (bias.dtype != torch.float32 or not bias.is_contiguous()):
-        bias = bias.detach().float().contiguous()
+    bias = _readable(bias)
     flat = x.reshape(-1, plan.cols)
     if len(flat) <= ROWS_AT_ONCE:
         out = plan.multiply(flat, bias, deltas, task_ids)
@@ -122,6 +123,29 @@ def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | N
             out[rows] = plan.multiply(flat[rows], bias, deltas, ids)
     out = out.view(*x.shape[:-1], plan.rows)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
+
+
+def _readable(bias: Tensor | None) -> Tensor | None:
+    """`bias` as kernels read it: float32, contiguous."""
+    if bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()):
+        return bias
+    return bias.detach().float().contiguous()
+
+
+def linear_together(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
+    """As :meth:`..operators.Backend.linear_together`; products with few rows are one piece of work for the threads."""
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    few = []
+    for w, bias, deltas, task_ids in factors:
+        check_linear(x, w, bias, deltas, task_ids)
+        plan = products.plan(w) if x.dtype in _DTYPES else None
+        if plan is None or not 0 < rows <= min(plan.most_rows, ROWS_AT_ONCE):
+            return factor_by_factor(x, factors, linear=linear)
+        few.append((plan, _readable(bias), deltas, task_ids))
+    found = products.multiply_together(x if x.dim() == 2 else x.reshape(rows, -1), few)
+    if x.dim() == 2 and x.dtype == torch.float32:
+        return found
+    return [out.view(*x.shape[:-1], out.shape[1]).to(x.dtype) for out in found]
 
 
 def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> Tensor:

@@ -249,6 +249,37 @@ def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Ten
     _multiply(jobs[0], threads)
 
 
+def multiply_together(
+    x: Tensor, factors: Sequence[tuple[Plan, Tensor | None, Tensor | None, Tensor | None]]
+) -> list[Tensor]:
+    """The product of the same rows of x with several matrices, as one piece of work for the threads.
+
+    Args:
+        x: ``[batch, cols]``, of any dtype.
+        factors: plan, bias, deltas and task ids of each, as in :meth:`Plan.multiply`; at least one.
+
+    Returns:
+        For each float32 ``[batch, rows]``.
+
+    Raises:
+        IndexError: a task does not exist.
+    """
+    x, jobs, found = padded(x), list[ProductJob](), list[Tensor]()
+    batch = x.shape[0]  # len(x) takes longer
+    threads = _threads(sum([plan.lookups for plan, *_ in factors]) * batch)
+    chunks = -(-threads * CHUNKS_PER_THREAD // len(factors))
+    for plan, bias, deltas, task_ids in factors:
+        out = torch.empty(batch, plan.rows, dtype=torch.float32, device="cpu")
+        one = plan.prepare(x, out, 0, batch, deltas, task_ids, chunks)
+        one.bias = _address(bias)
+        jobs.append(one)
+        found.append(out)
+    for one, after in itertools.pairwise(jobs):
+        one.next = ctypes.addressof(after)
+    _multiply(jobs[0], threads)
+    return found
+
+
 def _threads(lookups: int) -> int:
     """How many are worth waking for so many bits to look up."""
     return parallel.num_threads() if lookups >= ONE_THREAD_BELOW else 1
@@ -256,7 +287,8 @@ def _threads(lookups: int) -> int:
 
 def padded(x: Tensor) -> Tensor:
     """`x` as kernels read it: float32, contiguous, columns up to whole words."""
-    x = x.detach().float().contiguous()
+    if x.dtype != torch.float32 or not x.is_contiguous():
+        x = x.detach().float().contiguous()
     return F.pad(x, (0, -x.shape[1] % WORD)) if x.shape[1] % WORD else x
 
 

@@ -20,6 +20,7 @@ from ..batch import (
     ParamGrads,
     check_linear,
     check_tasks,
+    factor_by_factor,
     grads_of_sums,
     is_capturing,
     no_autocast,
@@ -119,6 +120,7 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
 
 
 linear_each = functools.partial(one_by_one, linear=linear)
+linear_together = functools.partial(factor_by_factor, linear=linear)
 
 
 def decoded_linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
