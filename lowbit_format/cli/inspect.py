@@ -49,7 +49,6 @@ def describe(reader: ModelReader) -> dict[str, Any]:
     stored = sum(reader.info(n).nbytes for n in lowbit)
     weights = sum(m.numel for m in config)
     mark = reader.fingerprint()
-    precisions = [k for k in range(1, 9) if _readable(reader, k)]
     return {
         "directory": str(reader.directory),
         "format_version": config.format_version,
@@ -62,7 +61,7 @@ def describe(reader: ModelReader) -> dict[str, Any]:
         "bits_per_quantized_weight": 8 * stored / weights if weights else 0.0,
         "lowbit_bytes": stored,
         "other_bytes": sum(reader.info(n).nbytes for n in reader.names() if n not in lowbit),
-        "precisions": precisions,
+        "precisions": config.precisions(),
         "tensors_without_digest": sum(reader.stored_digest(n) is None for n in reader.names()),
         "tied": config.tied,
         "schemes": {name: scheme.to_dict() for scheme, name in names.items()},
@@ -76,14 +75,6 @@ def describe(reader: ModelReader) -> dict[str, Any]:
             for m in config
         },
     }
-
-
-def _readable(reader: ModelReader, bits: int) -> bool:
-    """Whether the model can be read at `bits`, and that differs from reading it whole."""
-    schemes = {m.scheme for m in reader.config}
-    if not any(bits <= s.bits for s in schemes):
-        return False
-    return all(s.has_precision(bits) for s in schemes)
 
 
 def _module_bytes(reader: ModelReader, module: ModuleEntry) -> int:
