@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEY = "lowbit_conversion"
+REPORT_FILE = "conversion_report.json"  # what a conversion did, module by module; it is of this one directory
 
 
 @dataclass(frozen=True)
