@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..container.atomic import write_json
 from ..integrations.card import scheme_text
-from ..integrations.conversion_record import REPORT_FILE
+from ..integrations.conversion_record import REPORT_FILE, REPORT_VERSION
 from .journal import Outcome
 from .plan import Plan
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from .student import Quality
 
 HELD_OUT, OWN_TEXT = "held-out data", "a short text"  # what a model is compared on
-VERSION = 1  # of the file: a reader that knows this one need not know others
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def conversion_report(
         budget: what was chosen for a size, if one was given: see :meth:`.budgeted.Choice.to_dict`.
     """
     found: dict[str, Any] = {
-        "version": VERSION,
+        "version": REPORT_VERSION,
         "architecture": plan.architecture,
         "modules": {path: _module(o) for path, o in outcomes.items()},
         "kept": {
@@ -97,6 +96,7 @@ def _module(o: Outcome) -> dict[str, Any]:
         "nbytes": o.nbytes,
         "bits_per_weight": 8 * o.nbytes / o.module.numel,
         "relative_error": o.relative_error,
+        "squared_norm": o.squared_norm,
         "lossless": o.lossless,
     }
 

@@ -13,8 +13,16 @@ from typing import Any
 
 from ..container.strict_json import load_file
 from ..errors import DirectoryError, FormatError
+from ..integrations.conversion_record import REPORT_FILE, REPORT_VERSION
 
-REPORT_FILE = "conversion_report.json"
+
+@dataclass(frozen=True)
+class Quantized:
+    """A module as the conversion left it: bytes of its tensors, relative error, squared norm of its weight if given."""
+
+    nbytes: int
+    error: float
+    squared_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,12 @@ class ConversionFacts:
     """The whole file.
 
     Attributes:
-        errors: path of a module -> relative error, and squared norm of its weight if that is given.
+        modules: by path.
         reasons: name of a kept tensor -> why it was kept.
         blocks, budget, evaluations: see there.
     """
 
-    errors: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    modules: dict[str, Quantized] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
     budget: Budget | None = None
@@ -86,7 +94,7 @@ class ConversionFacts:
 def read_conversion(directory: Path) -> ConversionFacts | None:
     """The facts of the file in `directory`, or None if there is no such file.
 
-    Raises DirectoryError for a file that is no JSON object.
+    Raises DirectoryError for a file that is no JSON object, or of another version.
     """
     path = directory / REPORT_FILE
 
@@ -98,9 +106,13 @@ def read_conversion(directory: Path) -> ConversionFacts | None:
     found = load_file(path, fail, constants=True)
     if not isinstance(found, Mapping):
         raise DirectoryError("DIR-8", "is not a JSON object", file=path)
+    if found.get("version") != REPORT_VERSION:
+        raise DirectoryError(
+            "DIR-8", f"version {found.get('version')!r} is not known, expected {REPORT_VERSION}", file=path
+        )
     kept = _objects(found.get("kept"))
     return ConversionFacts(
-        {path: error for path, module in _objects(found.get("modules")).items() if (error := _error(module))},
+        {path: one for path, module in _objects(found.get("modules")).items() if (one := _quantized(module))},
         {name: reason for name, entry in kept.items() if isinstance(reason := entry.get("reason"), str) and reason},
         tuple(block for item in _list(found.get("blocks")) if (block := _block(item))),
         _budget(found.get("budget")),
@@ -108,9 +120,11 @@ def read_conversion(directory: Path) -> ConversionFacts | None:
     )
 
 
-def _error(module: Mapping[str, Any]) -> tuple[float, float | None] | None:
-    error = _number(module.get("relative_error"))
-    return None if error is None else (error, _number(module.get("squared_norm")))
+def _quantized(module: Mapping[str, Any]) -> Quantized | None:
+    nbytes, error = _number(module.get("nbytes")), _number(module.get("relative_error"))
+    if nbytes is None or error is None:
+        return None
+    return Quantized(int(nbytes), error, _number(module.get("squared_norm")))
 
 
 def _block(item: object) -> Block | None:

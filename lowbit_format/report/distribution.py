@@ -109,8 +109,8 @@ def _levels(matrix: StoredMatrix, rows: NDArray[np.int64], bits: int) -> list[Le
     """The levels of those of `rows` that have `bits` planes."""
     if matrix.row_bits is not None:
         rows = rows[matrix.row_bits[rows] == bits]
-    shares = np.bincount(_codes(matrix, rows, bits).ravel(), minlength=2**bits)
-    values = _values(matrix, rows, bits)
+    shares = np.bincount(codes_of(matrix, rows, bits).ravel(), minlength=2**bits)
+    values = level_values(matrix, rows, bits)
     low, middle, high = np.quantile(values, [0.05, 0.5, 0.95], axis=0)
     found = [
         Level(code, float(low[code]), float(middle[code]), float(high[code]), float(shares[code] / shares.sum()))
@@ -119,7 +119,7 @@ def _levels(matrix: StoredMatrix, rows: NDArray[np.int64], bits: int) -> list[Le
     return sorted(found, key=lambda level: level.middle)
 
 
-def _codes(matrix: StoredMatrix, rows: NDArray[np.int64], bits: int) -> U8:
+def codes_of(matrix: StoredMatrix, rows: NDArray[np.int64], bits: int) -> U8:
     """The codes of `rows`, which have `bits` planes: uint8 ``[rows, cols]``."""
     if matrix.row_bits is None:
         return unpack_codes(matrix.planes[:, rows], matrix.cols)
@@ -127,7 +127,7 @@ def _codes(matrix: StoredMatrix, rows: NDArray[np.int64], bits: int) -> U8:
     return unpack_codes(matrix.planes[index], matrix.cols)
 
 
-def _values(matrix: StoredMatrix, rows: NDArray[np.int64], bits: int) -> F32:
+def level_values(matrix: StoredMatrix, rows: NDArray[np.int64], bits: int) -> F32:
     """What each code stands for in each group of `rows`: float32 ``[groups, 2**bits]``.
 
     A matrix with a row for each group, in which every code appears once, decodes to just that.

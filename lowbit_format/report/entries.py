@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from ..container.reader import ModelReader
 from ..integrations.card import scheme_text
 
-VECTORS = "norms and biases"  # the kind of all tensors that are kept and no matrices
+VECTORS = "norms, biases and the like"  # the kind of all tensors that are kept and no matrices
 
 
 @dataclass(frozen=True)

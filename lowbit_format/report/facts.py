@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ..dtypes import BY_NAME, DTYPES
 from ..errors import DirectoryError, LowbitError
 from ..integrations.card import source_facts
 from .bundles import Tasks, find_tasks_beside
-from .conversion import Block, Budget, ConversionFacts, Evaluation, read_conversion
+from .conversion import Block, Budget, ConversionFacts, Evaluation, Quantized, read_conversion
 from .distribution import Distribution, distribution
 from .entries import Entry, Kind, entries_of, joint_error, kinds_of
 
@@ -142,7 +142,7 @@ def model_facts(
     if other is not None:
         entries = _compared(reader, entries, other, str(against), notes, report)
     else:
-        entries, origin = _with_errors(entries, converted.errors), "the conversion"
+        entries, origin = _with_errors(entries, converted.modules), "the conversion"
     entries = tuple(replace(e, reason=converted.reasons.get(e.path, "")) for e in entries)
     chosen = _chosen([e for e in entries if e.is_quantized], [reader.config.tied.get(p, p) for p in modules])
     config = reader.model_config
@@ -178,10 +178,14 @@ def _conversion(directory: Path, notes: list[str]) -> ConversionFacts:
         return ConversionFacts()
 
 
-def _with_errors(entries: Iterable[Entry], errors: dict[str, tuple[float, float | None]]) -> tuple[Entry, ...]:
+def _with_errors(entries: Iterable[Entry], modules: Mapping[str, Quantized]) -> tuple[Entry, ...]:
+    """`entries` with the errors of those modules that are of the same size still."""
+
     def known(e: Entry) -> Entry:
-        error, norm = errors.get(e.path, (None, None))
-        return replace(e, error=error, squared_norm=norm) if e.is_quantized else e
+        found = modules.get(e.path)
+        if not e.is_quantized or found is None or found.nbytes != e.nbytes:
+            return e
+        return replace(e, error=found.error, squared_norm=found.squared_norm)
 
     return tuple(map(known, entries))
 

@@ -7,6 +7,7 @@ goes through :func:`shown`, since plotly reads some HTML in labels.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,9 @@ from .entries import Entry, Kind, joint_error
 Figure = dict[str, Any]
 
 _LONGEST = 34  # characters of a label
+_LINE = 18  # characters of a line in a tile
 _ROW, _LABELS = 26, 96  # pixels: height of a row of a heat map, and of what is around
+_TICKS = 7  # numbers of layers below a heat map
 _GAPS = 60  # layers up to which cells of a heat map are drawn apart
 _DECADES = 30.0  # ratio of the largest and the smallest value from which an axis is logarithmic
 _FULL = 16  # bits a weight from which colours are the same: kept tensors have 16 or 32
@@ -66,23 +69,32 @@ def bytes_by_kind(kinds: Sequence[Kind]) -> Figure:
             label = f"layer {e.layer}" if e.layer is not None else shown(e.path, _LONGEST)
             about = f"{shown(e.path)}<br>{size_text(e.nbytes)}<br>{shown(e.stored)}"
             add(f"k{i}-{j}", label, f"k{i}", e.nbytes, e.bits_per_weight, about)
+    tiles = [f"{_wrapped(label)}<br>{size_text(nbytes)}" for label, nbytes in zip(labels, values, strict=True)]
     trace = {
         "type": "treemap", "ids": ids, "labels": labels, "parents": parents, "values": values, "branchvalues": "total",
-        "maxdepth": 2, "sort": True, "tiling": {"pad": 2}, "pathbar": {"visible": True, "side": "top"}, "text": texts,
-        "texttemplate": "%{label}<br>%{customdata}", "customdata": [size_text(v) for v in values],
+        "maxdepth": 2, "sort": True, "tiling": {"pad": 2}, "pathbar": {"visible": True, "side": "bottom"},
+        "text": texts, "texttemplate": "%{customdata}", "customdata": tiles,
         "hovertemplate": "<b>%{label}</b><br>%{text}<br>%{color:.2f} bits a weight<extra></extra>",
         "marker": {
             "colors": bits, "colorscale": _SCALE, "cmin": 0, "cmax": _FULL,
-            "colorbar": _color_bar("bits a weight") | {"tickvals": [0, 8, _FULL], "ticktext": ["0", "8", "16 or more"]},
+            "colorbar": _color_bar("bits a weight") | {"tickvals": [0, 8, _FULL], "ticktext": ["0", "8", "16 +"]},
             "line": {"width": 1, "color": "var(--page)"},
         },
     }  # fmt: skip
     layout = {
         "height": 420,
-        "margin": {"l": 4, "r": 4, "t": 52, "b": 4},
+        "margin": {"l": 4, "r": 4, "t": 48, "b": 26},
         "uniformtext": {"minsize": 10, "mode": "hide"},
     }
     return {"data": [trace], "layout": layout}
+
+
+def _wrapped(label: str) -> str:
+    """`label` in lines that narrow tiles have room for, broken behind dots."""
+    lines = [""]
+    for piece in re.findall(r"[^.]*[.]?", label):
+        lines = [*lines, piece] if len(lines[-1]) + len(piece) > _LINE else [*lines[:-1], lines[-1] + piece]
+    return "<br>".join(filter(None, lines))
 
 
 def error_by_layer(modules: Sequence[Entry]) -> Figure | None:
@@ -123,11 +135,17 @@ def _by_layer(
         "hovertemplate": f"%{{text}}<br>{what} %{{z:{digits}}}<extra></extra>", "colorbar": _color_bar(what),
     }  # fmt: skip
     layout = {
-        "height": _ROW * len(kinds) + _LABELS + 24, "margin": {"l": 8, "r": 8, "t": 62, "b": 40},
-        "xaxis": {"title": {"text": "layer"}, "type": "category", "showgrid": False, "nticks": 9, "tickangle": 0},
+        "height": _ROW * len(kinds) + _LABELS + 24, "margin": {"l": 8, "r": 8, "t": 52, "b": 40},
+        "xaxis": {"title": {"text": "layer"}, "type": "category", "showgrid": False, "tickangle": 0, **_ticks(layers)},
         "yaxis": {"type": "category", "showgrid": False, "automargin": True, "tickmode": "linear"},
     }  # fmt: skip
     return {"data": [trace], "layout": layout}
+
+
+def _ticks(layers: Sequence[int]) -> dict[str, Any]:
+    """Which layers have their number below the map: few enough for a phone, at a round distance."""
+    step = next(s for d in itertools.count() for s in (10**d, 2 * 10**d, 5 * 10**d) if len(layers) <= _TICKS * s)
+    return {"tickmode": "array", "tickvals": [str(n) for n in layers[::step]]}
 
 
 def _cell_name(entries: Sequence[Entry]) -> str:

@@ -39,7 +39,7 @@ if (table) {
 const plots = JSON.parse(document.getElementById("plots").textContent);
 const dark = matchMedia("(prefers-color-scheme: dark)");
 
-// A value with the colours of the theme in the place of "var(--name)".
+// A value with the colours of the theme in the place of the names of CSS variables.
 function themed(value, style) {
   if (typeof value === "string") return value.replace(/^var\((--[\w-]+)\)$/, (_, name) => style.getPropertyValue(name).trim());
   if (Array.isArray(value)) return value.map((item) => themed(item, style));

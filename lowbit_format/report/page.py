@@ -22,7 +22,7 @@ from .entries import VECTORS
 from .facts import ModelFacts
 from .figures import Figure, size_text
 
-_AFTER_DOT = re.compile(r"(?<=[.])(?=[^\W\d])")
+_BREAKS = re.compile(r"(?<=[._])(?=[^\W\d])")
 _FEW = 3  # modules named in a sentence
 
 
@@ -153,10 +153,10 @@ def _count(number: int) -> str:
 
 
 def _breakable(text: str) -> Any:
-    """`text` escaped, with a place to break the line behind each dot of a path; there is none in a number."""
+    """`text` escaped, with places to break the line behind dots and underlines of paths, and none in a number."""
     from markupsafe import Markup, escape
 
-    return Markup("<wbr>").join(escape(piece) for piece in _AFTER_DOT.split(text))
+    return Markup("<wbr>").join(escape(piece) for piece in _BREAKS.split(text))
 
 
 def _data(plots: dict[str, Figure]) -> str:
