@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..container.reader import ModelReader
 from ..schema import ModuleEntry, Scheme, scheme_names
@@ -107,15 +107,15 @@ def _tables(reader: ModelReader, facts: dict[str, Any]) -> list[Table]:
     names = scheme_names(m.scheme for m in reader.config)
     for m in reader.config:
         groups[names[m.scheme], m.kind].append(m)
+    # A name tells codec, bits and group size. On a narrow terminal only the extras are folded.
     schemes = Table(
-        "scheme", "codec", "bits", "group", "scales", "extras", "kind", "modules", "weights", title="Schemes"
-    )
+        Column("scheme", no_wrap=True), "scales", Column("extras", overflow="fold"), Column("kind", no_wrap=True),
+        *console.columns(numbers=("modules", "weights")), title="Schemes",
+    )  # fmt: skip
     for (name, kind), members in sorted(groups.items()):
         s = members[0].scheme
-        schemes.add_row(
-            name, s.label or s.codec, str(s.bits), str(s.group_size or "row"), s.scale_dtype, _extras(s), kind,
-            str(len(members)), f"{sum(m.numel for m in members):,}",
-        )  # fmt: skip
+        weights = sum(m.numel for m in members)
+        schemes.add_row(name, s.scale_dtype, _extras(s), kind, f"{len(members):,}", f"{weights:,}")
     return [schemes, console.pairs("Model", rows)]
 
 
