@@ -41,13 +41,17 @@ class Budget:
     Attributes:
         curve: bits for each weight of the whole file, and the damage expected there.
         target, reached: bits for each weight that were asked for and found, if the file says so.
+        damage: of what was found.
         lower_bound: of the damage at the target.
+        measure: ``"outputs"`` or ``"weights"``, the error of which the damage is; empty if the file does not say.
     """
 
     curve: tuple[tuple[float, float], ...]
     target: float | None = None
     reached: float | None = None
+    damage: float | None = None
     lower_bound: float | None = None
+    measure: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def read_conversion(directory: Path) -> ConversionFacts | None:
         )
     kept = _objects(found.get("kept"))
     return ConversionFacts(
-        {path: one for path, module in _objects(found.get("modules")).items() if (one := _quantized(module))},
+        {path: q for path, module in _objects(found.get("modules")).items() if (q := _quantized(module))},
         {name: reason for name, entry in kept.items() if isinstance(reason := entry.get("reason"), str) and reason},
         tuple(block for item in _list(found.get("blocks")) if (block := _block(item))),
         _budget(found.get("budget")),
@@ -139,8 +143,9 @@ def _budget(found: object) -> Budget | None:
         return None
     pairs = [p for p in _list(found.get("curve")) if isinstance(p, list) and len(p) == 2]
     curve = [(x, y) for a, b in pairs if (x := _number(a)) is not None and (y := _number(b)) is not None]
-    target, reached, bound = (_number(found.get(key)) for key in ("target", "reached", "lower_bound"))
-    return Budget(tuple(sorted(curve)), target, reached, bound) if curve else None
+    numbers = {key: _number(found.get(key)) for key in ("target", "reached", "damage", "lower_bound")}
+    measure = found.get("measure") if found.get("measure") in ("outputs", "weights") else ""
+    return Budget(tuple(sorted(curve)), **numbers, measure=str(measure)) if curve else None
 
 
 def _evaluation(item: object) -> Evaluation | None:

@@ -68,7 +68,8 @@ class Distribution:
 def distribution(reader: ModelReader, path: str, why: str, other: Side | None) -> Distribution:
     """The distribution of the module at `path`, beside that of the same module of `other`, the original.
 
-    Of a stack of experts the first one is taken. Raises what :meth:`ModelReader.matrix` raises.
+    The original is left out if it is not finite. Of a stack of experts the first one is taken.
+    Raises what :meth:`ModelReader.matrix` raises.
     """
     module = reader.module(path)
     expert = None if module.experts is None else 0
@@ -77,6 +78,8 @@ def distribution(reader: ModelReader, path: str, why: str, other: Side | None) -
     rows = np.arange(0, matrix.rows, every)
     weights = decode(matrix)[::every]
     original = None if other is None else other.decode(module.path, expert)[::every]
+    if original is not None and not np.isfinite(original).all():
+        original = None
     edges = _edges(weights if original is None else np.concatenate([weights, original]))
     bits = matrix.scheme.bits if matrix.row_bits is None else int(np.bincount(matrix.row_bits[rows]).argmax())
     what = [f"expert 0 of {module.experts}"] * (expert is not None) + [f"every {every}th row"] * (every > 1)

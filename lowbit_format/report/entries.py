@@ -102,7 +102,7 @@ def entries_of(reader: ModelReader) -> tuple[Entry, ...]:
     found = []
     for m in reader.config:
         nbytes = sum(reader.info(spec.name).nbytes for spec in reader.specs(m.path))
-        stored = scheme_text(m.scheme)
+        stored = scheme_text(m.scheme) + (", fewer in some rows" if m.scheme.row_bits else "")
         found.append(Entry(m.path, *_place(m.path), stored, m.shape, m.numel, nbytes, is_quantized=True))
     for name in sorted(set(reader.names()) - reader.lowbit_names()):
         info = reader.info(name)

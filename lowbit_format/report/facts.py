@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -114,7 +115,7 @@ class ModelFacts:
 def model_facts(
     reader: ModelReader,
     *,
-    against: Path | None = None,
+    against: str = "",
     other: Other | None = None,
     modules: Sequence[str] = (),
     report: Progress = lambda done, total: None,
@@ -130,7 +131,7 @@ def model_facts(
 
     Raises:
         ConfigError: `modules` has a path that is no quantized module.
-        DirectoryError: the original has none of the model's modules.
+        DirectoryError: the original has none of the model's modules, or the model has no weights.
         FormatError: values of the model that the spec forbids.
     """
     for path in modules:
@@ -138,9 +139,11 @@ def model_facts(
     fingerprint, notes = reader.fingerprint(), list[str]()
     converted = _conversion(reader.directory, notes)
     entries = entries_of(reader)
+    if not entries:
+        raise DirectoryError("DIR-1", "holds no weights, there is nothing to show", file=reader.directory)
     origin = f"the comparison with {against}"
     if other is not None:
-        entries = _compared(reader, entries, other, str(against), notes, report)
+        entries = _compared(reader, entries, other, against, notes, report)
     else:
         entries, origin = _with_errors(entries, converted.modules), "the conversion"
     entries = tuple(replace(e, reason=converted.reasons.get(e.path, "")) for e in entries)
@@ -156,7 +159,7 @@ def model_facts(
         files={f: sum(t.nbytes for t in h.tensors.values()) for f, h in reader.headers.items()},
         precisions=tuple(reader.config.precisions()),
         tied=dict(reader.config.tied),
-        original=_original(config, entries, other, str(against)),
+        original=_original(config, entries, other, against),
         errors_from=origin if any(e.error is not None for e in entries) else "",
         entries=entries,
         blocks=converted.blocks,
@@ -199,19 +202,19 @@ def _compared(
     for e in entries:
         if e.is_quantized:
             difference = compare_matrices(other, here, e.path)
-            if difference.why_not:
+            if not math.isfinite(difference.relative):
                 missing.append(e.path)
             else:
                 e = replace(e, error=difference.relative, squared_norm=difference.squared_norm)
             report(len(found) + 1, total)
         found.append(e)
     if total and len(missing) == total:
-        message = f"has no module of {reader.directory} with the same shape, such as {missing[0]!r}"
+        message = f"has no module of {reader.directory} with the same shape and finite weights, such as {missing[0]!r}"
         raise DirectoryError("DIR-1", f"{message}; is it the model that this one was made from?", file=name)
     if missing:
         notes.append(
-            f"{len(missing)} modules, such as {missing[0]}, are not in {name} with the same shape: their errors are "
-            "not known."
+            f"{len(missing)} modules, such as {missing[0]}, are not in {name} with the same shape and finite "
+            "weights: their errors are not known."
         )
     error = joint_error([e for e in found if e.error is not None])
     if error is not None and error >= UNRELATED:

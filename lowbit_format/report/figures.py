@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .conversion import Block, Budget
 from .distribution import Distribution
@@ -44,39 +44,37 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.0f} bytes"
 
 
+class _Tile(NamedTuple):
+    """A tile of the tree map: its parent's id is empty for the root."""
+
+    id: str
+    label: str
+    parent: str
+    nbytes: int
+    bits: float
+    about: str
+
+
 def bytes_by_kind(kinds: Sequence[Kind]) -> Figure:
     """A tree map of the file: its kinds, in these their modules; colours tell bits for each weight."""
-    ids, labels, parents, values, bits, texts = (
-        list[str](),
-        list[str](),
-        list[str](),
-        list[int](),
-        list[float](),
-        list[str](),
-    )
-
-    def add(key: str, label: str, parent: str, nbytes: int, width: float, text: str) -> None:
-        for column, value in ((ids, key), (labels, label), (parents, parent), (values, nbytes), (bits, width)):
-            column.append(value)  # type: ignore[attr-defined]
-        texts.append(text)
-
     total = sum(kind.nbytes for kind in kinds)
-    add("all", "whole model", "", total, 8 * total / sum(k.numel for k in kinds), size_text(total))
+    tiles = [_Tile("all", "whole model", "", total, 8 * total / sum(k.numel for k in kinds), size_text(total))]
     for i, kind in enumerate(kinds):
         about = f"{size_text(kind.nbytes)}, {kind.nbytes / total:.1%} of the file<br>{shown(kind.stored)}"
-        add(f"k{i}", shown(kind.name, _LONGEST), "all", kind.nbytes, kind.bits_per_weight, about)
+        tiles.append(_Tile(f"{i}", shown(kind.name, _LONGEST), "all", kind.nbytes, kind.bits_per_weight, about))
         for j, e in enumerate(kind.entries if len(kind.entries) > 1 else ()):
             label = f"layer {e.layer}" if e.layer is not None else shown(e.path, _LONGEST)
             about = f"{shown(e.path)}<br>{size_text(e.nbytes)}<br>{shown(e.stored)}"
-            add(f"k{i}-{j}", label, f"k{i}", e.nbytes, e.bits_per_weight, about)
-    tiles = [f"{_wrapped(label)}<br>{size_text(nbytes)}" for label, nbytes in zip(labels, values, strict=True)]
+            tiles.append(_Tile(f"{i}-{j}", label, f"{i}", e.nbytes, e.bits_per_weight, about))
     trace = {
-        "type": "treemap", "ids": ids, "labels": labels, "parents": parents, "values": values, "branchvalues": "total",
+        "type": "treemap", "ids": [t.id for t in tiles], "labels": [t.label for t in tiles],
+        "parents": [t.parent for t in tiles], "values": [t.nbytes for t in tiles], "branchvalues": "total",
         "maxdepth": 2, "sort": True, "tiling": {"pad": 2}, "pathbar": {"visible": True, "side": "bottom"},
-        "text": texts, "texttemplate": "%{customdata}", "customdata": tiles,
+        "text": [t.about for t in tiles], "texttemplate": "%{customdata}",
+        "customdata": [f"{_wrapped(t.label)}<br>{size_text(t.nbytes)}" for t in tiles],
         "hovertemplate": "<b>%{label}</b><br>%{text}<br>%{color:.2f} bits a weight<extra></extra>",
         "marker": {
-            "colors": bits, "colorscale": _SCALE, "cmin": 0, "cmax": _FULL,
+            "colors": [t.bits for t in tiles], "colorscale": _SCALE, "cmin": 0, "cmax": _FULL,
             "colorbar": _color_bar("bits a weight") | {"tickvals": [0, 8, _FULL], "ticktext": ["0", "8", "16 +"]},
             "line": {"width": 1, "color": "var(--page)"},
         },
@@ -196,20 +194,27 @@ def budget_curve(budget: Budget) -> Figure:
             "line": {"color": "var(--first)", "width": 2}, "marker": {"size": 4},
         }
     ]  # fmt: skip
-    if budget.lower_bound is not None and budget.target is not None:
-        data.append(
-            {
-                "type": "scatter", "mode": "markers", "name": "lower bound at the target", "x": [budget.target],
-                "y": [budget.lower_bound], "marker": {"size": 11, "symbol": "triangle-up", "color": "var(--second)"},
-                "hovertemplate": "no choice of %{x:.3f} bits a weight<br>does less damage than %{y:.4g}<extra></extra>",
-            }
-        )  # fmt: skip
-    marks = [(budget.target, "dash", "var(--second)"), (budget.reached, "solid", "var(--text)")]
-    shapes = [
-        {"type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1, "line": {"color": color, "dash": dash}}
-        for at, dash, color in marks
-        if at is not None
+    points = [
+        ("this model", budget.reached, budget.damage, "circle", "second", "%{x:.3f} bits a weight<br>damage %{y:.4g}"),
+        ("no choice does less", budget.target, budget.lower_bound, "line-ew-open", "text", "lower bound %{y:.4g}"),
     ]
+    data += [
+        {
+            "type": "scatter", "mode": "markers", "name": name, "x": [at], "y": [damage],
+            "marker": {"size": 11, "symbol": symbol, "color": f"var(--{color})", "line": {"width": 2}},
+            "hovertemplate": f"{name}<br>{hover}<extra></extra>",
+        }
+        for name, at, damage, symbol, color, hover in points
+        if at is not None and damage is not None
+    ]  # fmt: skip
+    shapes = [
+        {
+            "type": "line", "x0": at, "x1": at, "yref": "paper", "y0": 0, "y1": 1,
+            "line": {"color": "var(--muted)", "dash": "dash", "width": 1.5},
+        }
+        for at in [budget.target]
+        if at is not None
+    ]  # fmt: skip
     axis = {"title": {"text": "expected damage"}, "automargin": True, **_scale_of(y)}
     layout = {**_plain("bits a weight, whole file", axis, 340), "shapes": shapes}
     return {"data": data, "layout": layout}

@@ -47,7 +47,7 @@ def write_report(
     check_out(out, force)
     reader = ModelReader(model)
     other = None if against is None else open_side(Path(against))
-    name = None if against is None else Path(against).resolve().name
+    name = "" if against is None else Path(against).resolve().name
     facts = model_facts(reader, against=name, other=other, modules=modules, report=report)
     text = render(facts)
     with disk_errors(out), atomic_file(out) as f:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.checkpoints import build, edit_weights
-from support.directories import sample_model
+from support.directories import sample_model, write_directory
 
 from lowbit_format.container.reader import ModelReader
+from lowbit_format.container.writer import StoredTensor
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit
 from lowbit_format.converters.summary import Totals
 from lowbit_format.differences import open_side
@@ -21,9 +22,12 @@ from lowbit_format.errors import ConfigError, DirectoryError
 from lowbit_format.integrations.conversion_record import REPORT_FILE
 from lowbit_format.quantize import Target
 from lowbit_format.reference import decode
+from lowbit_format.report.conversion import Budget
 from lowbit_format.report.distribution import codes_of, level_values
 from lowbit_format.report.entries import VECTORS, kinds_of
 from lowbit_format.report.facts import ModelFacts, model_facts
+from lowbit_format.report.page import render
+from lowbit_format.schema import QuantizationConfig
 
 Checkpoint = Callable[..., Path]
 
@@ -42,7 +46,7 @@ def model(converted: Any, tmp_path: Path) -> Path:
 
 def facts_of(directory: Path, against: Path | None = None, modules: tuple[str, ...] = ()) -> ModelFacts:
     other = None if against is None else open_side(against)
-    return model_facts(ModelReader(directory), against=against, other=other, modules=modules)
+    return model_facts(ModelReader(directory), against=str(against), other=other, modules=modules)
 
 
 def edit_report(model: Path, change: Callable[[Any], Any]) -> None:
@@ -144,7 +148,14 @@ def test_errors_of_another_model_are_not_believed(model: Path) -> None:
 def test_blocks_budget_and_evaluation_are_read(model: Path) -> None:
     added = {
         "blocks": [["model.layers.0", 0.2, 0.1], ["model.layers.1", 0.3, 0.2], ["bad", "x", 1]],
-        "budget": {"target": 3.0, "reached": 2.99, "lower_bound": 0.5, "curve": [[4, 0.2], [3, 0.6], [2, "?"]]},
+        "budget": {
+            "target": 3.0,
+            "reached": 2.99,
+            "lower_bound": 0.5,
+            "damage": 0.55,
+            "measure": "outputs",
+            "curve": [[4, 0.2], [3, 0.6], [2, "?"]],
+        },
         "evaluation": [{"bits": None, "text": "a short text", "tokens": 1000, "perplexity": 20.0}, {"bits": 2}],
     }
     edit_report(model, lambda report: report | added)
@@ -153,8 +164,7 @@ def test_blocks_budget_and_evaluation_are_read(model: Path) -> None:
         ("model.layers.0", 0.2, 0.1),
         ("model.layers.1", 0.3, 0.2),
     ]
-    assert facts.budget is not None
-    assert facts.budget.curve == ((3.0, 0.6), (4.0, 0.2))
+    assert facts.budget == Budget(((3.0, 0.6), (4.0, 0.2)), 3.0, 2.99, 0.55, 0.5, "outputs")
     assert [e.perplexity for e in facts.evaluations] == [20.0]
 
 
@@ -204,6 +214,30 @@ def test_another_original_is_refused_or_doubted(converted: Any, checkpoint: Chec
 
     strange = edit_weights(build("llama", tmp_path / "strange"), turn)
     assert "hardly the model" in facts_of(converted.directory, strange).notes[0]
+
+
+def test_an_original_with_nan_is_told_of(converted: Any, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+
+    source = edit_weights(Path(shutil.copytree(checkpoint("llama"), tmp_path / "source")), spoil)
+    path = "model.layers.0.mlp.up_proj"
+    facts = facts_of(converted.directory, source, (path,))
+    assert [e.path for e in facts.modules if e.error is None] == [path]
+    assert path in facts.notes[0]
+    assert facts.distributions[0].original == ()
+
+
+def test_a_model_without_modules_or_without_weights(tmp_path: Path) -> None:
+    pytest.importorskip("plotly")
+    config = QuantizationConfig({})
+    write_directory(tmp_path / "norm", config, [[StoredTensor("norm", "F32", (2,), np.ones(2, "<f4"))]])
+    facts = facts_of(tmp_path / "norm")
+    assert (facts.bits_per_weight, facts.modules, facts.distributions) == (32.0, (), ())
+    assert "whole file" not in render(facts).split("</dl>")[0]
+    write_directory(tmp_path / "empty", config, [[StoredTensor("norm", "F32", (0,), np.ones(0, "<f4"))]])
+    with pytest.raises(DirectoryError, match="holds no weights"):
+        facts_of(tmp_path / "empty")
 
 
 def test_tasks_beside_the_model_are_found(converted: Any, model: Path) -> None:
