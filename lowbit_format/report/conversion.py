@@ -15,6 +15,12 @@ from ..container.strict_json import load_file
 from ..errors import DirectoryError, FormatError
 from ..integrations.conversion_record import REPORT_FILE, REPORT_VERSION
 
+MEASURES = {  # of the damage that fewer bits do -> in words
+    "error of weights": "the relative squared error of weights, summed over modules",
+    "error of outputs": "the relative squared error of what modules give, summed over them",
+    "divergence": "the divergence of predictions from the original's, in nats a token",
+}
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -43,7 +49,7 @@ class Budget:
         target, reached: bits for each weight that were asked for and found, if the file says so.
         damage: of what was found.
         lower_bound: of the damage at the target.
-        measure: ``"outputs"`` or ``"weights"``, the error of which the damage is; empty if the file does not say.
+        measure: what damage is, one of MEASURES; empty if the file does not say.
     """
 
     curve: tuple[tuple[float, float], ...]
@@ -144,8 +150,8 @@ def _budget(found: object) -> Budget | None:
     pairs = [p for p in _list(found.get("curve")) if isinstance(p, list) and len(p) == 2]
     curve = [(x, y) for a, b in pairs if (x := _number(a)) is not None and (y := _number(b)) is not None]
     numbers = {key: _number(found.get(key)) for key in ("target", "reached", "damage", "lower_bound")}
-    measure = found.get("measure") if found.get("measure") in ("outputs", "weights") else ""
-    return Budget(tuple(sorted(curve)), **numbers, measure=str(measure)) if curve else None
+    measure = str(found.get("measure"))
+    return Budget(tuple(sorted(curve)), **numbers, measure=measure if measure in MEASURES else "") if curve else None
 
 
 def _evaluation(item: object) -> Evaluation | None:

@@ -18,6 +18,7 @@ from typing import Any
 from .. import __version__
 from ..errors import OutputError
 from . import figures
+from .conversion import MEASURES
 from .entries import VECTORS
 from .facts import ModelFacts
 from .figures import Figure, size_text
@@ -48,6 +49,7 @@ def render(facts: ModelFacts) -> str:
         tiles=_tiles(facts),
         in_short=_in_short(facts),
         kept=[k for k in facts.kinds if not k.entries[0].is_quantized and k.name != VECTORS],
+        measures=MEASURES,
         plots=plots,
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {sources}",
         style=Markup(_part("page.css")),

@@ -153,7 +153,7 @@ def test_blocks_budget_and_evaluation_are_read(model: Path) -> None:
             "reached": 2.99,
             "lower_bound": 0.5,
             "damage": 0.55,
-            "measure": "outputs",
+            "measure": "error of outputs",
             "curve": [[4, 0.2], [3, 0.6], [2, "?"]],
         },
         "evaluation": [{"bits": None, "text": "a short text", "tokens": 1000, "perplexity": 20.0}, {"bits": 2}],
@@ -164,7 +164,7 @@ def test_blocks_budget_and_evaluation_are_read(model: Path) -> None:
         ("model.layers.0", 0.2, 0.1),
         ("model.layers.1", 0.3, 0.2),
     ]
-    assert facts.budget == Budget(((3.0, 0.6), (4.0, 0.2)), 3.0, 2.99, 0.55, 0.5, "outputs")
+    assert facts.budget == Budget(((3.0, 0.6), (4.0, 0.2)), 3.0, 2.99, 0.55, 0.5, "error of outputs")
     assert [e.perplexity for e in facts.evaluations] == [20.0]
 
 
