@@ -8,6 +8,7 @@ batch; what blocks give lies in files of the work directory, from which an inter
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from ..calibration.experts import alike
 from ..calibration.hessians import LEAST_ROWS, Collector, is_transposed
 from ..calibration.ladder import BlockResult
 from ..calibration.walk import Place, Walk, places_of
+from ..container.atomic import write_json
 from ..container.writer import StoredTensor
 from ..errors import CalibrationError
 from ..matrix import F32, StoredMatrix
@@ -48,6 +50,7 @@ from .student import Quality
 from .together import FULL, train_together
 
 ACTIVATIONS = "activations"  # in the work directory
+_ERRORS = ".errors.json"  # after the position of a block, beside what it gave
 # Bytes of memory for each: weight of a block, float and decoded, and where it has experts, what they become; of the
 # largest matrix, with its codes and all that a solver makes of it; of its Hessian's elements; of a value between two
 # layers of a block, of which a batch has some dozens for each token and column; of what is trained, with gradient and
@@ -78,6 +81,8 @@ class Calibrated:
     Attributes:
         quality: at each precision (None is full) on the batches held out; empty before the end, or if there are none.
         unseen: paths of the layers that too little data reached; of a module of experts, how many of them.
+        blocks: of each block its path and two errors of what it gives, relative to its variance: with its layers
+            quantized one by one, and in the end; empty before the end.
 
     Raises:
         CalibrationError: the model has no blocks, or cannot be run block by block.
@@ -118,6 +123,7 @@ class Calibrated:
         self._stacks: dict[str, Matrices] = {}
         self._reached = -1  # position of the block that was quantized last
         self._outside: dict[str, Collector] | None = None
+        self.blocks: list[tuple[str, float, float]] = []
 
     def _called(self, lists: list[Blocks]) -> list[Blocks]:
         """The lists of blocks that the model calls for the data, in this order."""
@@ -224,13 +230,16 @@ class Calibrated:
 
     def improve(self, work: Path, outcomes: Mapping[str, Outcome]) -> tuple[dict[str, Outcome], dict[str, Any]]:
         steps = [s for s in self.steps if s.to_fit is not None]
-        return train_together(
+        changed, quality = train_together(
             work, self._directory, self._source, self._float, self._walk, steps, outcomes, self._effort
         )
+        return changed, {"quality": quality, "blocks": self._read_blocks()}
 
     def end(self, measured: dict[str, Any]) -> None:
         if self._data.held_out:
-            self.quality = {None if k == FULL else int(k): Quality.from_json(found) for k, found in measured.items()}
+            quality = measured["quality"].items()
+            self.quality = {None if k == FULL else int(k): Quality.from_json(found) for k, found in quality}
+        self.blocks = [(path, before, after) for path, before, after in measured["blocks"]]
         shutil.rmtree(self._directory, ignore_errors=True)
 
     # --- its parts ---
@@ -257,7 +266,17 @@ class Calibrated:
         few = {path.rpartition(".")[0]: f"{len(s.unseen)} of {len(s.matrices)}" for path, s in made.items() if s.unseen}
         self.unseen += [f"{path} ({of} experts)" for path, of in few.items()]
         self._reached = place.position
+        self._save_errors(place, result)
         self._report(place.path, result)
+
+    def _save_errors(self, place: Place, result: BlockResult) -> None:
+        """Keep the errors of a block beside what it gave, for an interrupted run."""
+        errors = list(result.errors.values())
+        write_json(self._directory / f"{place.position:05d}{_ERRORS}", [place.path, errors[0], errors[-1]])
+
+    def _read_blocks(self) -> list[tuple[str, float, float]]:
+        files = sorted(self._directory.glob(f"*{_ERRORS}"))
+        return [tuple(json.loads(file.read_text("utf-8"))) for file in files]
 
     def _is_grouped(self, step: Step) -> bool:
         """Whether a stack's module gets rows that are sorted already, which is not calibrated."""

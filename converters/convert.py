@@ -18,6 +18,7 @@ from .calibration_data import Calibration, read_data
 from .card import model_card
 from .check import check_output
 from .completeness import strip
+from .conversion_report import HELD_OUT, OWN_TEXT, Evaluated, conversion_report, write_report
 from .driver import run
 from .huggingface import open_checkpoint, quantized_by, read_model_config
 from .journal import Outcome
@@ -231,13 +232,20 @@ def convert_hf_to_lowbit(
         with named_as_shown(checkpoint):
             quantizer = calibrated(opened, plan, calibration, report_block, measured=measured is not False)
         plan = replace(plan, steps=quantizer.steps)
+
+    def tell(work: Path, found: dict[str, Outcome]) -> None:
+        (work / "README.md").write_text(model_card(opened, plan, found, name=out.name), "utf-8")
+        blocks = [] if quantizer is None else quantizer.blocks
+        evaluated = None if quantizer is None else Evaluated(quantizer.quality, HELD_OUT)
+        write_report(work, conversion_report(plan, found, blocks=blocks, evaluated=evaluated))
+
     outcomes = run(
         opened,
         plan,
         config,
         out,
         side=lambda work: plan.side.write(opened.directory, work),
-        card=lambda found: model_card(opened, plan, found, name=out.name),
+        tell=tell,
         max_shard_bytes=max_shard_bytes,
         quantizer=quantizer,
         workers=others,
@@ -260,6 +268,7 @@ def convert_hf_to_lowbit(
 
     found = measure(opened, plan, out)
     quality, why = ({}, found) if isinstance(found, str) else (found, "")
+    write_report(out, conversion_report(plan, outcomes, evaluated=Evaluated(quality, OWN_TEXT)))
     return Conversion(out, plan, outcomes, seconds, quality, why)
 
 

@@ -43,7 +43,7 @@ def run(
     out: Path,
     *,
     side: Callable[[Path], None],
-    card: Callable[[dict[str, Outcome]], str],
+    tell: Callable[[Path, dict[str, Outcome]], None],
     max_shard_bytes: int,
     quantizer: Quantizer | None = None,
     workers: Workers | None = None,
@@ -59,7 +59,7 @@ def run(
         config: the checkpoint's ``config.json``; gets ``quantization_config``.
         out: the directory to make; must not exist, or must be empty.
         side: writes the files beside the weights into a directory.
-        card: makes the model card from the outcomes.
+        tell: writes what there is to tell of the outcomes into a directory: card and report.
         max_shard_bytes: most bytes of tensors in one shard.
         quantizer: of the weights; None quantizes each alone. The plan's steps are in its order.
         workers: other processes that carry out the steps, which then quantize each weight alone; None does it here.
@@ -96,7 +96,7 @@ def run(
                     _write_shards(plan, carried_out, quantizer, work, settings, done, max_shard_bytes, report)
                 _finish(plan, config, work, done, side)
                 _improve(quantizer, work, settings, done)
-                (work / "README.md").write_text(card(done.outcomes), "utf-8")
+                tell(work, done.outcomes)
                 _check(work, done.outcomes, check)
                 _publish(work, out, settings, done)
         except BaseException:

@@ -22,6 +22,7 @@ from ..container.atomic import write_json
 from ..container.header import read_header
 from ..container.writer import StoredTensor, write_safetensors
 from ..errors import FormatError, SourceError
+from ..integrations.conversion_record import REPORT_FILE
 
 SAFETENSORS, PYTORCH = "model.safetensors", "pytorch_model.bin"
 
@@ -140,7 +141,12 @@ def sort_files(
     for name in present:
         folder, _, file = name.rpartition("/")
         folders = folder.split("/") if folder else []
-        if any(part.startswith(".") for part in (*folders, file)) or name in ("config.json", "README.md", *own):
+        if any(part.startswith(".") for part in (*folders, file)) or name in (
+            "config.json",
+            "README.md",
+            REPORT_FILE,
+            *own,
+        ):
             continue
         strange = next((p for p in folders if _FOLDERS.fullmatch(p) and folder not in parts), None)
         model = next((o for o in others if folder == o or folder.startswith(f"{o}/")), None)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .loading import from_pretrained
     from .partial_download import fetch_precision
     from .quantize import Target
+    from .report.write import write_report
     from .runtime.autotune import autotune
     from .tasks.merging import merge_task
     from .tasks.saving import save_task
@@ -56,6 +57,7 @@ __all__ = [
     "set_task",
     "unload_task",
     "use_tasks",
+    "write_report",
 ]
 
 _LAZY = {  # public name -> module that defines it
@@ -81,6 +83,7 @@ _LAZY = {  # public name -> module that defines it
     "set_task": "lowbit_format.tasks.serving",
     "unload_task": "lowbit_format.tasks.serving",
     "use_tasks": "lowbit_format.tasks.serving",
+    "write_report": "lowbit_format.report.write",
 }
 
 

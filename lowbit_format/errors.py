@@ -125,7 +125,8 @@ class WorkerError(LowbitError):
 
 
 class OutputError(LowbitError):
-    """The output cannot be written: it exists, the disk is full, or the interrupted run had other settings."""
+    """The output cannot be written: it exists, the disk is full, a package that makes it is missing, or the interrupted
+    run had other settings."""
 
 
 # --- the torch runtime -----------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .container.reader import CONFIG_FILE, INDEX_FILE, ModelReader
 from .container.writer import SHARD_BYTES, ShardWriter, StoredTensor, shard_name, write_index
 from .dtypes import BY_NAME, from_float32
 from .errors import OutputError
-from .integrations.conversion_record import KEY, ConversionRecord, expert_name
+from .integrations.conversion_record import KEY, REPORT_FILE, ConversionRecord, expert_name
 from .reference import decode
 from .schema import ModuleEntry
 
@@ -211,5 +211,5 @@ def _finish(reader: ModelReader, work: Path, shards: list[list[str]], total: int
 
 
 def _is_own(relative: Path, reader: ModelReader) -> bool:
-    """Whether a file (weights, index, config, card) describes the lowbit model and not the result."""
-    return str(relative) in {CONFIG_FILE, INDEX_FILE, "README.md", *reader.headers}
+    """Whether a file (weights, index, config, card, report) describes the lowbit model and not the result."""
+    return str(relative) in {CONFIG_FILE, INDEX_FILE, REPORT_FILE, "README.md", *reader.headers}

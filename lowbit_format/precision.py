@@ -25,6 +25,7 @@ from .container.reader import CONFIG_FILE, ModelReader
 from .container.writer import ShardWriter, StoredTensor, shard_name, write_index
 from .errors import DigestError
 from .hub import CARD_FILE, is_plain_folder
+from .integrations.conversion_record import REPORT_FILE
 from .schema import ModuleEntry
 from .tensors import TensorSpec
 
@@ -81,11 +82,12 @@ def pieces(reader: ModelReader, bits: int) -> dict[str, list[Piece]]:
 def comes_along(name: str, weights: Container[str]) -> bool:
     """Whether a file of a model, by its path there, is copied with a precision; `weights` are those of the model.
 
-    Not its own weights, which are written anew, nor other copies of them, pickles (DIR-5) and hidden files.
+    Not its own weights, which are written anew, nor other copies of them, pickles (DIR-5) and hidden files; nor the
+    report of its conversion, which tells of all its planes.
     """
     folder, _, file = name.rpartition("/")
     is_other = file.endswith(_OTHER) or (not folder and file.endswith((".safetensors", ".safetensors.index.json")))
-    return name not in weights and name != CONFIG_FILE and not is_other and is_plain_folder(name)
+    return name not in (CONFIG_FILE, REPORT_FILE) and name not in weights and not is_other and is_plain_folder(name)
 
 
 _OTHER = (

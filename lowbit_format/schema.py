@@ -230,6 +230,12 @@ class QuantizationConfig:
             return path, True
         return (path[len(prefix) :], True) if path.startswith(prefix) else (path, False)
 
+    def precisions(self) -> list[int]:
+        """Every number of bits at which the base can be read, ascending (NST-3); the last is its own."""
+        schemes = {m.scheme for m in self}
+        most = max((s.bits for s in schemes), default=0)
+        return [k for k in range(1, most + 1) if all(s.has_precision(k) for s in schemes)]
+
     def check_precision(
         self, bits: int | None, modules: Iterable[ModuleEntry] | None = None, *, file: object = None
     ) -> None:

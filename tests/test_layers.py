@@ -28,9 +28,10 @@ LAYERS: list[tuple[str, str]] = [
     ("tasks", "bundles of many tasks over one base"),
     ("calibration", "what the layers of a float model see of data, and quantizing them for it"),
     (
-        "converters export loading precision partial_download evaluation vllm",
+        "converters export loading precision partial_download evaluation differences vllm",
         "whole models in and out: they use all of the above",
     ),
+    ("report", "what a model looks like, of which it reads everything"),
     ("cli testing", "what people call: commands, and tests of other backends and readers"),
     (PACKAGE, "the public names, which are imported when they are first used, from wherever they are defined"),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..container.reader import ModelReader
 from ..schema import ModuleEntry, Scheme, scheme_names
@@ -49,7 +49,6 @@ def describe(reader: ModelReader) -> dict[str, Any]:
     stored = sum(reader.info(n).nbytes for n in lowbit)
     weights = sum(m.numel for m in config)
     mark = reader.fingerprint()
-    precisions = [k for k in range(1, 9) if _readable(reader, k)]
     return {
         "directory": str(reader.directory),
         "format_version": config.format_version,
@@ -62,7 +61,7 @@ def describe(reader: ModelReader) -> dict[str, Any]:
         "bits_per_quantized_weight": 8 * stored / weights if weights else 0.0,
         "lowbit_bytes": stored,
         "other_bytes": sum(reader.info(n).nbytes for n in reader.names() if n not in lowbit),
-        "precisions": precisions,
+        "precisions": config.precisions(),
         "tensors_without_digest": sum(reader.stored_digest(n) is None for n in reader.names()),
         "tied": config.tied,
         "schemes": {name: scheme.to_dict() for scheme, name in names.items()},
@@ -76,14 +75,6 @@ def describe(reader: ModelReader) -> dict[str, Any]:
             for m in config
         },
     }
-
-
-def _readable(reader: ModelReader, bits: int) -> bool:
-    """Whether the model can be read at `bits`, and that differs from reading it whole."""
-    schemes = {m.scheme for m in reader.config}
-    if not any(bits <= s.bits for s in schemes):
-        return False
-    return all(s.has_precision(bits) for s in schemes)
 
 
 def _module_bytes(reader: ModelReader, module: ModuleEntry) -> int:
@@ -116,15 +107,15 @@ def _tables(reader: ModelReader, facts: dict[str, Any]) -> list[Table]:
     names = scheme_names(m.scheme for m in reader.config)
     for m in reader.config:
         groups[names[m.scheme], m.kind].append(m)
+    # A name tells codec, bits and group size. On a narrow terminal only the extras are folded.
     schemes = Table(
-        "scheme", "codec", "bits", "group", "scales", "extras", "kind", "modules", "weights", title="Schemes"
-    )
+        Column("scheme", no_wrap=True), "scales", Column("extras", overflow="fold"), Column("kind", no_wrap=True),
+        *console.columns(numbers=("modules", "weights")), title="Schemes",
+    )  # fmt: skip
     for (name, kind), members in sorted(groups.items()):
         s = members[0].scheme
-        schemes.add_row(
-            name, s.label or s.codec, str(s.bits), str(s.group_size or "row"), s.scale_dtype, _extras(s), kind,
-            str(len(members)), f"{sum(m.numel for m in members):,}",
-        )  # fmt: skip
+        weights = sum(m.numel for m in members)
+        schemes.add_row(name, s.scale_dtype, _extras(s), kind, f"{len(members):,}", f"{weights:,}")
     return [schemes, console.pairs("Model", rows)]
 
 

@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from ..converters.command import convert
-from . import cut, demo, dequantize, diff, evaluate, inspect, task, verify
+from . import cut, demo, dequantize, diff, evaluate, inspect, report, task, verify
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,6 +27,7 @@ app.command()(verify.verify)
 app.command()(cut.cut)
 app.command()(dequantize.dequantize)
 app.command()(diff.diff)
+app.command()(report.report)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(task.app, name="task")
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 KEY = "lowbit_conversion"
+REPORT_FILE = "conversion_report.json"  # what a conversion did, module by module; it is of this one directory
+REPORT_VERSION = 1  # of that file: a reader that knows this one need not know others
 
 
 @dataclass(frozen=True)

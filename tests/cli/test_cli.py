@@ -44,7 +44,7 @@ def flip_a_bit(model: Path, tensor: str) -> None:
 
 def test_help_names_every_command() -> None:
     printed = lowbit("--help").output
-    assert all(name in printed for name in ("demo", "inspect", "verify", "dequantize", "diff"))
+    assert all(name in printed for name in ("demo", "inspect", "verify", "dequantize", "diff", "report"))
 
 
 def test_inspect_shows_schemes_and_modules(model: Path) -> None:

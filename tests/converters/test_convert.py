@@ -99,7 +99,7 @@ def test_side_files_come_along_and_code_does_not(own_checkpoint: Checkpoint, tmp
         (source / name).write_bytes(carried.get(name, b"no"))
     convert_hf_to_lowbit(str(source), tmp_path / "out", RECIPE)
     found = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
-    own = {"config.json", "model.safetensors", "README.md", "generation_config.json"}
+    own = {"config.json", "model.safetensors", "README.md", "generation_config.json", "conversion_report.json"}
     assert found == own | set(carried)
     for name, data in carried.items():
         assert (tmp_path / "out" / name).read_bytes() == data
