@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..calibration.ladder import BlockResult
+    from .budgeted import Choice
     from .convert import Conversion
     from .student import Quality
 
 POOR = 0.5  # nats of divergence from the float model from which a result is called poor
 POOR_COSINE = 0.9
 WORST = 5  # modules listed with the largest error
+POINTS = 16  # of a curve that are listed
 NAMED = 6  # tensors or files named before the rest is only counted
 
 
@@ -109,6 +111,27 @@ def plan_tables(plan: Plan, memory: int) -> list[Table]:
         ],
     )
     return [modules, *_kept_table(plan), totals]
+
+
+def budget_tables(choice: Choice) -> list[Table]:
+    """What a budget came to, and the curve of sizes and damages that it was chosen from."""
+    from rich.table import Table
+
+    found, counts = choice.allocation, Counter(choice.bits.values())
+    spread = ", ".join(f"{n} of {bits}" for bits, n in sorted(counts.items()))
+    rows = [
+        ("asked for", f"{choice.bits_per_weight(choice.budget):.3f} bits a weight ({_mb(choice.budget)})"),
+        ("reached", f"{choice.bits_per_weight(choice.nbytes):.3f} bits a weight ({_mb(choice.nbytes)})"),
+        ("bits of modules", spread),
+        ("expected damage", f"{found.damage:.4f}"),
+        ("no choice has less than", f"{found.bound:.4f}"),
+    ]
+    what = "outputs" if choice.by_outputs else "weights"
+    curve = Table("bits a weight", "size", "expected damage", title=f"Least damage by size (relative error of {what})")
+    points = choice.curve
+    for bits, damage in points[:: max(1, len(points) // POINTS)]:
+        curve.add_row(f"{bits:.2f}", _mb(round(bits * choice.weights / 8)), f"{damage:.4f}")
+    return [curve, _pairs("Budget", rows)]
 
 
 def block_table(blocks: Sequence[tuple[str, BlockResult]]) -> Table:
