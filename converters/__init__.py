@@ -5,6 +5,7 @@ from .calibration_data import Calibration
 from .convert import Conversion, convert_hf_to_lowbit, fit_budget
 from .planning import plan_conversion
 from .recipe import Recipe, Rule, load_recipe, write_recipe
+from .words import Words
 
 __all__ = [
     "Budget",
@@ -12,6 +13,7 @@ __all__ = [
     "Conversion",
     "Recipe",
     "Rule",
+    "Words",
     "convert_hf_to_lowbit",
     "fit_budget",
     "load_recipe",

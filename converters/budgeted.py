@@ -162,7 +162,7 @@ def choose_bits(
 def _open(step: Step, plan: Plan, recipe: Recipe) -> _Open | None:
     """The targets that a module can have; None if there is nothing to choose."""
     target = step.to_fit
-    if target is None or target.codec == "codebook":
+    if target is None or target.codec == "codebook" or target.row_bits is not None:
         return None
     places = _places(step, plan)
     rule = next((rule for place in places if (rule := recipe.rule_for(place)) is not None), None)

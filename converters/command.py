@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import BudgetError, CalibrationError, LowbitError, OutputError, RecipeError, SchemeError
+from ..errors import BudgetError, CalibrationError, FrequencyError, LowbitError, OutputError, RecipeError, SchemeError
 from ..quantize import Target
 from .budgeted import Budget, Choice
 from .calibration_data import Calibration
@@ -20,13 +20,14 @@ from .plan import Plan
 from .planning import plan_conversion
 from .recipe import Recipe, load_recipe, make_target, write_recipe
 from .summary import block_table, budget_tables, module_lines, plan_tables, remarks_on_quality, result_tables
+from .words import Words
 
 if TYPE_CHECKING:
     from ..calibration.ladder import BlockResult
 
 # Options that make a target, and those of a recipe beside them. What is not given is left to the recipe's file.
 _OF_TARGET = ("codec", "bits", "group_size", "nested", "offset", "solver", "table", "scale_dtype")
-_OF_RECIPE = ("embeddings", "lm_head")
+_OF_RECIPE = ("embeddings", "lm_head", "words")
 _OF_CALIBRATION = ("effort", "samples", "length", "seed", "device")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -76,6 +77,19 @@ def convert(
             "decided by either.",
         ),
     ] = None,
+    word_frequencies: Annotated[
+        str | None,
+        typer.Option(
+            help="Give words of the vocabulary's embedding bits by their frequency: `rank` (the tokenizer's own "
+            "order), a text, or a JSON list of a frequency for each id."
+        ),
+    ] = None,
+    word_bits: Annotated[
+        str, typer.Option(help="With --word-frequencies: bits of the clusters, the most frequent words first.")
+    ] = "6,5,4,3",
+    word_ratio: Annotated[
+        float, typer.Option(help="With --word-frequencies: size of a cluster relative to the one before.")
+    ] = 2.0,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -209,11 +223,15 @@ def convert(
     blocks: list[tuple[str, BlockResult]] = []
     try:
         values = {
-            "codec": codec, "bits": bits, "group_size": group_size, "offset": offset, "nested": _numbers(nested),
-            "solver": solver, "table": table, "scale_dtype": scale_dtype.upper(), "embeddings": embeddings,
-            "lm_head": lm_head,
+            "codec": codec, "bits": bits, "group_size": group_size, "offset": offset,
+            "nested": _numbers(nested, "--nested"), "solver": solver, "table": table,
+            "scale_dtype": scale_dtype.upper(), "embeddings": embeddings, "lm_head": lm_head,
         }  # fmt: skip
         given = {name: value for name, value in values.items() if _is_given(context, name)}
+        if word_frequencies is not None:
+            given["words"] = Words(word_frequencies, _numbers(word_bits, "--word-bits"), word_ratio)
+        elif unused := [name for name in ("word_bits", "word_ratio") if _is_given(context, name)]:
+            raise FrequencyError(f"--{unused[0].replace('_', '-')} needs --word-frequencies; leave it out, or add that")
         plan_recipe = _recipe(recipe, given).keeping(keep or [])
         shard_bytes = _size(max_shard_size, "--max-shard-size")
         budget = _budget(bits_budget, size, fused_equal, recipe_to, "bits" in given)
@@ -336,11 +354,11 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as e:
-        raise SchemeError(f"--nested is {text!r}, expected numbers such as 2,3") from e
+        raise SchemeError(f"{option} is {text!r}, expected numbers such as 3,2") from e
 
 
 def _budget(

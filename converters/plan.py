@@ -17,6 +17,7 @@ from .reads import READ
 from .recipe import WORDS, Recipe
 from .side import SideFiles
 from .source import FLOATS, Grid, Source, SourceTensor
+from .words import Words
 
 LEFT = "left in full precision by the release"
 EMBEDDING, TIED, HEAD = "embedding", "embedding, tied to the output head", "output head"  # reasons to keep a matrix
@@ -67,12 +68,17 @@ class Step:
 
     def output_bytes(self) -> int:
         """Bytes of its tensors in the output, as planned."""
-        return self.tensor.nbytes if self.target is None else -(-stored_bits(self.module()) // 8)
+        return self.tensor.nbytes if self.target is None else -(-self.stored_bits() // 8)
+
+    def stored_bits(self) -> int:
+        """Of a module to quantize."""
+        rows = self.target.row_bits if isinstance(self.target, Target) else None
+        return stored_bits(self.module(), None if rows is None else sum(rows))
 
     @property
     def rounded(self) -> bool:
-        """Whether it is only rounded, in so many bits that neither data nor training would help."""
-        return self.target == WORDS
+        """Whether data and training are not for it: it is rounded to many bits, or its rows have different bits."""
+        return self.target == WORDS or (isinstance(self.target, Target) and self.target.row_bits is not None)
 
     @property
     def stack(self) -> Stack | None:
@@ -239,7 +245,10 @@ def make_plan(
             destination, owner, names, recipe, quantized=quantized, grid=whole.grid, requantize=requantize
         )
         if target is None and reason in (EMBEDDING, TIED, HEAD) and not quantized:
-            target, reason = _words(tensor, destination, reason, recipe, words)
+            target, reason = _rounded(tensor, destination, reason, recipe, words)
+        is_embedding = "embedding" in (destination.kind, names.kinds.get(owner))
+        if recipe.words is not None and is_embedding and tensor.shape[0] == words:
+            target, reason = _by_frequency(source, tensor, destination, target, recipe, recipe.words), ""
         if requantize and whole.grid is not None and isinstance(target, Target):
             target = replace(target, recognise=False)  # or its own grid would be found, and kept
         if target is not None and tensor.numel == 0:
@@ -344,7 +353,28 @@ def _decide(
     return (None, LEFT) if quantized and grid is None else (recipe.default, "")
 
 
-def _words(
+def _by_frequency(
+    source: Source,
+    tensor: SourceTensor,
+    destination: Destination,
+    target: Target | Taken | None,
+    recipe: Recipe,
+    words: Words,
+) -> Target:
+    """The target of the vocabulary's embedding, whose rows have bits by the frequency of their words."""
+    if destination.reason is not None or tensor.grid is not None:
+        why = destination.reason or "a release has quantized it"
+        raise RecipeError(f"{destination.path}: cannot have bits by frequency: {why}; leave words out of the recipe")
+    if recipe.default.codec == "codebook" and not (isinstance(target, Target) and target.codec != "codebook"):
+        base = replace(WORDS, solver="mse", group_size=recipe.default.group_size)
+    else:
+        base = target if isinstance(target, Target) and target != WORDS else recipe.default
+    bits = words.bits[0]
+    nested = tuple(k for k in base.nested if k < bits)
+    return replace(base, bits=bits, nested=nested, row_bits=words.row_bits(source.directory, tensor.shape[0]))
+
+
+def _rounded(
     tensor: SourceTensor, destination: Destination, reason: str, recipe: Recipe, words: int
 ) -> tuple[Target | None, str]:
     """What becomes of an embedding or an output head of which the recipe says nothing: WORDS, where it serves.
@@ -385,6 +415,8 @@ def _check_asked(recipe: Recipe, names: Names) -> None:
     matrices = [d for d in names.destinations.values() if d.kind in ("linear", "conv1d")]
     embeddings = [d for d in names.destinations.values() if d.kind == "embedding"]
     has_embedding = embeddings or any(names.kinds.get(path) == "embedding" for path in shared)
+    if recipe.words is not None and not has_embedding:
+        raise RecipeError(f"words, or --word-frequencies: {names.architecture} has no embedding; leave it out")
     has_head = any(d.head for d in matrices) or not names.heads.isdisjoint(shared)
     for key, found, what in (("embeddings", has_embedding, "embedding"), ("lm_head", has_head, "output head")):
         if recipe.asked(key) is not None and not found:

@@ -22,7 +22,8 @@ Every key that a file can have::
         {"match": "lm_head", "bits": 6, "nested": []}                                      // the output head too
       ],
       "embeddings": {"codec": "uniform", "bits": 8},   // those that no rule matches: as a rule has it, without a match;
-      "lm_head": false          // true: as the default; false: full precision. The output head likewise
+      "lm_head": false,         // true: as the default; false: full precision. The output head likewise
+      "words": {"frequencies": "rank", "bits": [6, 5, 4, 3], "ratio": 2}  // bits of the largest embedding, by frequency
     }
 
 (A file is plain JSON, without the comments.) A pattern is matched against the module's path, with ``*`` and ``?`` as in
@@ -39,21 +40,22 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from ..container import strict_json
 from ..container.atomic import write_json
-from ..errors import DirectoryError, RecipeError, SchemeError
+from ..errors import DirectoryError, FrequencyError, RecipeError, SchemeError
 from ..quantize import Target
 from ..schema import is_int
+from .words import Words
 
 # Of embeddings, and of the head that gives a vocabulary, where nothing is said of them. Rounding to nearest in 8 bits
 # changes the perplexity of SmolLM2-135M by less than 0.1%, and halves a fifth of its weights: see docs/convert.md.
 WORDS = Target("uniform", 8, solver="minmax")
 
-_TARGET_KEYS = {f.name for f in fields(Target)}
+_TARGET_KEYS = {f.name for f in fields(Target)} - {"row_bits"}  # which comes from frequencies of words
 _KEYS = ", ".join(sorted(_TARGET_KEYS))
 _LIMITS = ("at_least", "at_most")
 _MEANT_FOR = {  # key of a target -> the codecs that it means something for; keys that are not here mean it for all
@@ -92,12 +94,14 @@ class Recipe:
         embeddings: of embeddings that no rule matches: a target, True for the default's, False for full precision.
             None: WORDS, where :mod:`.plan` finds that it serves.
         lm_head: likewise of the output head. A matrix that is both is quantized if either says so.
+        words: bits of the largest embedding by how frequent its words are, which no rule then decides.
     """
 
     default: Target = field(default_factory=Target)
     rules: tuple[Rule, ...] = ()
     embeddings: Target | bool | None = None
     lm_head: Target | bool | None = None
+    words: Words | None = None
 
     def asked(self, key: str) -> Target | None:
         """The target that ``"embeddings"`` or ``"lm_head"`` asks for; None if it asks for none."""
@@ -149,8 +153,8 @@ def load_recipe(path: Path, base: Recipe = _BUILT_IN, options: Mapping[str, Any]
         raise fail("", str(e)) from e
     if not isinstance(obj, dict):
         raise fail("", "is not a JSON object")
-    if unknown := set(obj) - {"default", "rules", "embeddings", "lm_head"}:
-        raise fail("", f"unknown key {sorted(unknown)[0]!r}; expected default, rules, embeddings, lm_head")
+    if unknown := set(obj) - {"default", "rules", "embeddings", "lm_head", "words"}:
+        raise fail("", f"unknown key {sorted(unknown)[0]!r}; expected default, rules, embeddings, lm_head, words")
     settings = obj.get("default", {})
     if isinstance(settings, dict):
         settings = {**settings, **{key: value for key, value in options.items() if key in _TARGET_KEYS}}
@@ -169,6 +173,7 @@ def load_recipe(path: Path, base: Recipe = _BUILT_IN, options: Mapping[str, Any]
         default,
         (*base.rules, *(_rule(rule, default, f"{path}: rule {i + 1}") for i, rule in enumerate(rules))),
         **words,
+        words=options.get("words", _words(obj["words"], f"{path}: words") if "words" in obj else base.words),
     )
 
 
@@ -188,12 +193,28 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         value = getattr(recipe, key)
         if value is not None:
             found[key] = _settings(value, recipe.default) if isinstance(value, Target) else value
+    if recipe.words is not None:
+        found["words"] = {**asdict(recipe.words), "bits": list(recipe.words.bits)}
     return found
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
     """Write a recipe file. Raises OutputError if that cannot be done."""
     write_json(path, recipe_to_dict(recipe))
+
+
+def _words(obj: Any, where: str) -> Words:
+    keys = [f.name for f in fields(Words)]
+    if not isinstance(obj, dict) or set(obj) - set(keys):
+        raise RecipeError(f"{where}: is {json.dumps(obj)[:80]}, expected an object with {', '.join(keys)}")
+    if not isinstance(obj.get("frequencies", ""), str) or not isinstance(obj.get("bits", []), list):
+        raise RecipeError(f"{where}: frequencies is a string, and bits is a list")
+    if not isinstance(obj.get("ratio", 1.0), int | float) or isinstance(obj.get("ratio"), bool):
+        raise RecipeError(f"{where}: ratio is {obj['ratio']!r}, expected a number")
+    try:
+        return Words(**{key: tuple(value) if key == "bits" else value for key, value in obj.items()})
+    except FrequencyError as e:
+        raise RecipeError(f"{where}: {e}") from e
 
 
 def _settings(target: Target, base: Target) -> dict[str, Any]:

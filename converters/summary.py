@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..tensors import stored_bits
 from .journal import Outcome
 from .plan import Plan, Step, Taken
 
@@ -73,7 +72,7 @@ def module_lines(plan: Plan) -> list[str]:
     rows = []
     for step in plan.quantized:
         m = step.module()
-        bits = f"{stored_bits(m) / m.numel:.2f} bits/weight"
+        bits = f"{step.stored_bits() / m.numel:.2f} bits/weight"
         rows.append((step.path, m.kind, "x".join(map(str, m.shape)), _scheme(step), bits))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -93,10 +92,10 @@ def plan_tables(plan: Plan, memory: int) -> list[Table]:
     modules = Table(Column("kind", no_wrap=True), "modules", "shape", "scheme", "bits/weight", title="Plan")
     for (kind, shape, scheme), steps in sorted(groups.items()):
         entries = [step.module() for step in steps]
-        bits = sum(map(stored_bits, entries)) / sum(m.numel for m in entries)
+        bits = sum(step.stored_bits() for step in steps) / sum(m.numel for m in entries)
         modules.add_row(kind, str(len(steps)), shape, scheme, f"{bits:.2f}")
     source = sum(s.tensor.nbytes_there for s in plan.steps)
-    bits = sum(stored_bits(s.module()) for s in plan.quantized) / sum(s.tensor.numel for s in plan.quantized)
+    bits = sum(s.stored_bits() for s in plan.quantized) / sum(s.tensor.numel for s in plan.quantized)
     totals = _pairs(
         "Totals",
         [
@@ -327,7 +326,8 @@ def _scheme(step: Step) -> str:
     group = f"group {scheme.group_size}" if scheme.group_size else "group row"
     nested = f", nested {' '.join(map(str, scheme.nested))}" if scheme.nested else ""
     imported = ", imported" if isinstance(step.target, Taken) else ""
-    return f"{scheme.label or scheme.codec} {scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}{imported}"
+    most = "at most " if scheme.row_bits else ""
+    return f"{scheme.label or scheme.codec} {most}{scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}{imported}"
 
 
 def _module_kind(path: str) -> str:
