@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..quantize import Target
 from .journal import Outcome
-from .plan import Plan, Step, Taken
+from .plan import EMBEDDING, HEAD, TIED, Plan, Step, Taken
+from .recipe import WORDS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 POOR = 0.5  # nats of divergence from the float model from which a result is called poor
 POOR_COSINE = 0.9
 WORST = 5  # modules listed with the largest error
+LARGE, FEWER = 0.2, Target("uniform", 4)  # part of the file from which the summary says what fewer bits would give
 POINTS = 16  # of a curve that are listed
 NAMED = 6  # tensors or files named before the rest is only counted
 
@@ -259,6 +262,8 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("converted as", f"{plan.architecture}, which is all of {plan.named} that the checkpoint has"))
     if plan.absent:
         rows.append(("absent from the checkpoint", _some(plan.absent)))
+    if (large := _large_words(plan)) is not None:
+        rows.append(large)
     if plan.strange:
         rows.append((f"unknown to {plan.architecture}, kept as they are", _some(plan.strange)))
     if plan.renamed:
@@ -272,6 +277,21 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
         reasons[reason].append(name)
     rows.extend(("left out", f"{_some(names)}: {reason}") for reason, names in reasons.items())
     return rows
+
+
+def _large_words(plan: Plan) -> tuple[str, str] | None:
+    """What fewer bits for embeddings and output head would give, where they are a large part of the file."""
+    reasons = (EMBEDDING, TIED, HEAD)
+    steps = [s for s in plan.steps if s.target == WORDS or (s.target is None and s.reason.startswith(reasons))]
+    nbytes, whole = sum(s.output_bytes() for s in steps), plan.output_bytes()
+    if nbytes < LARGE * whole:
+        return None
+    then = whole - nbytes + sum(replace(s, target=FEWER).output_bytes() for s in steps)
+    return (
+        "embeddings and output head",
+        f"{nbytes / whole:.0%} of the file; in {FEWER.bits} bits it would have {_mb(then)} and predict worse, see "
+        "--embeddings and --word-frequencies",
+    )
 
 
 def _some(names: Sequence[str]) -> str:
