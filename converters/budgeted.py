@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from ..errors import BudgetError
 from ..matrix import F32
 from ..quantize import Target
 from .budget import Allocation, Option, allocate
-from .candidates import MOST_BITS, Candidate, candidates, targets
+from .candidates import MOST_BITS, PROBE, Candidate, candidates, kind_of, targets
 from .plan import Plan, Step
 from .recipe import Recipe, Rule
 from .source import Source
@@ -23,6 +24,9 @@ FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
+
+
+DIVERGENCE, WEIGHTS, OUTPUTS = "divergence", "error of weights", "error of outputs"
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Choice:
         fixed: bytes of what is not open.
         budget: in bytes, of all tensors.
         allocation: of the bytes beyond `fixed`.
-        by_outputs: damage is that of outputs, with data.
+        measure: what damage is: DIVERGENCE, or the relative squared error of WEIGHTS or OUTPUTS, summed over modules.
     """
 
     recipe: Recipe
@@ -70,7 +74,7 @@ class Choice:
     fixed: int
     budget: int
     allocation: Allocation
-    by_outputs: bool
+    measure: str
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +97,7 @@ class Choice:
             "reached": self.bits_per_weight(self.nbytes),
             "damage": self.allocation.damage,
             "lower_bound": self.allocation.bound,
-            "measure": "outputs" if self.by_outputs else "weights",
+            "measure": self.measure,
             "curve": [list(point) for point in self.curve],
         }
 
@@ -112,6 +116,7 @@ def choose_bits(
     recipe: Recipe,
     budget: Budget,
     importances: Mapping[str, F32] | None = None,
+    probe: Callable[[Mapping[str, Target]], Mapping[str, float]] | None = None,
     report: Callable[[Step, int], None] = lambda step, total: None,
 ) -> Choice:
     """Choose the bits of all modules that a recipe leaves open.
@@ -125,6 +130,8 @@ def choose_bits(
         recipe: the codec and all else but the bits; the modules to keep.
         budget: the size.
         importances: of columns by path, with data; see :mod:`.importance`.
+        probe: gives the divergence of the model by the kind of modules that have the targets of their paths, see
+            :func:`.sensitivity.divergences`; None: all modules count the same.
         report: called after the candidates of each open module with its step and the number of all.
 
     Raises:
@@ -144,6 +151,8 @@ def choose_bits(
         weighed = None if importances is None else importances.get(one.step.path)
         options[one.step.path] = candidates(source, one.step, one.targets, weighed)
         report(one.step, len(found))
+    measured = {} if probe is None else probe(_probes(options))
+    options = _in_nats(options, measured)
     groups = _groups(list(options)) if budget.fused_equal else [[path] for path in options]
     items = [_together(group, options) for group in groups]
     least = sum(min(option.cost for option, _ in item) for item in items)
@@ -154,9 +163,33 @@ def choose_bits(
     for group, item, i in zip(groups, items, allocation.chosen, strict=True):
         chosen |= zip(group, item[i][1], strict=True)
     bits = {path: target.bits for path, target in chosen.items()}
-    return Choice(
-        _filled_in(recipe, plan, chosen), bits, weights, fixed, wanted, allocation, by_outputs=importances is not None
-    )
+    measure = DIVERGENCE if measured else WEIGHTS if importances is None else OUTPUTS
+    return Choice(_filled_in(recipe, plan, chosen), bits, weights, fixed, wanted, allocation, measure)
+
+
+def _probes(options: Mapping[str, Sequence[Candidate]]) -> dict[str, Target]:
+    """The target of each module with which the divergence is measured: of PROBE bits, or near that."""
+    return {path: _probe(found).target for path, found in options.items()}
+
+
+def _probe(found: Sequence[Candidate]) -> Candidate:
+    return min(found, key=lambda c: (abs(c.target.bits - PROBE), c.target.bits))
+
+
+def _in_nats(options: Mapping[str, Sequence[Candidate]], measured: Mapping[str, float]) -> dict[str, list[Candidate]]:
+    """Damages as divergences: those of each kind by the factor that was measured for it.
+
+    Without a measurement nothing changes; a kind that did no harm counts as the one that did least.
+    """
+    harm: dict[str, float] = defaultdict(float)
+    for path, found in options.items():
+        harm[kind_of(path)] += _probe(found).damage
+    factors = {kind: nats / harm[kind] for kind, nats in measured.items() if harm[kind] > 0}
+    least = min(factors.values(), default=1.0)
+    return {
+        path: [replace(c, damage=c.damage * factors.get(kind_of(path), least)) for c in found]
+        for path, found in options.items()
+    }
 
 
 def _open(step: Step, plan: Plan, recipe: Recipe) -> _Open | None:

@@ -1,9 +1,10 @@
 """Candidates of a budget: a module in each number of bits, what it takes then, and the damage that this does.
 
 The damage of a module is its squared error relative to its squared norm. By the linearity theorem of Malinovskii et al.
-2024 (HIGGS, arXiv:2411.17525), these add up to the rise of a model's loss, each with a factor of its module; plain
-squared errors do not, since a norm before or behind a matrix makes up for its size. With data, each column counts by
-the mean square of what it is multiplied with: it is the error of the outputs, as far as columns are independent.
+2024 (HIGGS, arXiv:2411.17525), these add up to the rise of a model's loss, each with a factor of its module, which
+:mod:`.sensitivity` measures for its kind; plain squared errors do not, since a norm before or behind a matrix makes up
+for its size. With data, each column counts by the mean square of what it is multiplied with: it is the error of the
+outputs, as far as columns are independent.
 
 Errors are those of a sample of rows, quantized without data, which ranks bits and modules as all rows do.
 """
@@ -30,6 +31,7 @@ from .steps import load_step
 ROWS = 192  # of a matrix, which are quantized at each number of bits
 EXPERTS = 4  # of a stack, of which such rows are taken
 MOST_BITS = 8
+PROBE = 3  # bits at which the effect of a kind of modules is measured, see :mod:`.sensitivity`
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Candidate:
     target: Target
     nbytes: int
     damage: float
+
+
+def kind_of(path: str) -> str:
+    """The kind of a module: the last name of its path that is not a number; an ``up_proj`` of any layer."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
 
 
 def targets(base: Target, least: int, most: int, *, words: bool = False) -> list[Target]:

@@ -64,7 +64,7 @@ def convert(
     embeddings: Annotated[
         bool | None,
         typer.Option(
-            "--embeddings/--keep-embeddings",
+            "--embeddings/--no-embeddings",
             help="Quantize embeddings like the rest, or keep them in full precision; if neither is given they are "
             "rounded to 8 bits (with --nested: kept).",
         ),
@@ -72,7 +72,7 @@ def convert(
     lm_head: Annotated[
         bool | None,
         typer.Option(
-            "--lm-head/--keep-lm-head",
+            "--lm-head/--no-lm-head",
             help="The same for the output head, the most sensitive matrix. One that is tied to an embedding is "
             "decided by either.",
         ),
@@ -201,7 +201,7 @@ def convert(
 
     By default every Linear and Conv1D matrix of the base model is quantized. Embeddings and the output head are rounded
     to 8 bits, which changes no prediction worth mentioning; `--embeddings` and `--lm-head` quantize them like the
-    rest, `--keep-embeddings` and `--keep-lm-head` leave them in full precision.
+    rest, `--no-embeddings` and `--no-lm-head` leave them in full precision.
 
     Examples:
 

@@ -76,7 +76,7 @@ def conversion_report(
         found["blocks"] = [list(block) for block in blocks]
     if choice is not None:
         found["budget"] = choice.to_dict()
-    if evaluated is not None:
+    if evaluated is not None and evaluated.quality:
         found["evaluation"] = [
             {"bits": bits, "text": evaluated.text, **_compared(quality.after)}
             for bits, quality in evaluated.quality.items()

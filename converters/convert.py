@@ -83,6 +83,9 @@ def fit_budget(
 ) -> Choice:
     """Choose the bits of every module for a size, so that the expected damage is least.
 
+    It is the divergence from the float model's predictions, as :mod:`.sensitivity` measures it on data, or without data
+    (a causal model with a tokenizer, where memory allows) on a short text of our own.
+
     Args:
         source: a directory, or a repository on the Hub.
         budget: the size.
@@ -111,12 +114,19 @@ def _fit(
     calibration: Calibration | None,
     report: Callable[[Step, int], None] = lambda step, total: None,
 ) -> Choice:
-    weighed = None
+    weighed, probe = None, None
     if calibration is not None:
         from .importance import importances  # a leaf that imports torch
+        from .sensitivity import divergences, probe_batches
 
-        weighed = importances(opened, plan, read_data(calibration, opened.directory), torch_device(calibration))
-    return choose_bits(opened, plan, recipe, budget, weighed, report)
+        data, device = read_data(calibration, opened.directory), torch_device(calibration)
+        weighed = importances(opened, plan, data, device)
+        probe = partial(divergences, opened, plan, batches=probe_batches(data), device=device)
+    elif not isinstance(opened, StreamedSource):
+        from .measure import probe_without_data
+
+        probe = probe_without_data(opened, plan)
+    return choose_bits(opened, plan, recipe, budget, weighed, probe, report)
 
 
 def convert_hf_to_lowbit(
@@ -243,7 +253,8 @@ def convert_hf_to_lowbit(
 
     found = measure(opened, plan, out)
     quality, why = ({}, found) if isinstance(found, str) else (found, "")
-    write_report(out, conversion_report(plan, outcomes, evaluated=Evaluated(quality, OWN_TEXT), choice=choice))
+    if quality:
+        write_report(out, conversion_report(plan, outcomes, evaluated=Evaluated(quality, OWN_TEXT), choice=choice))
     return Conversion(out, plan, outcomes, seconds, quality, why, choice=choice)
 
 

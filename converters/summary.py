@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..quantize import Target
+from .candidates import kind_of
 from .journal import Outcome
 from .plan import EMBEDDING, HEAD, TIED, Plan, Step, Taken
 from .recipe import WORDS
@@ -91,7 +92,7 @@ def plan_tables(plan: Plan, memory: int) -> list[Table]:
     groups: dict[tuple[str, str, str], list[Step]] = defaultdict(list)
     for step in plan.quantized:
         shape = "x".join(map(str, step.module().shape))
-        groups[_module_kind(step.path), shape, _scheme(step)].append(step)
+        groups[kind_of(step.path), shape, _scheme(step)].append(step)
     modules = Table(Column("kind", no_wrap=True), "modules", "shape", "scheme", "bits/weight", title="Plan")
     for (kind, shape, scheme), steps in sorted(groups.items()):
         entries = [step.module() for step in steps]
@@ -128,8 +129,7 @@ def budget_tables(choice: Choice) -> list[Table]:
         ("expected damage", f"{found.damage:.4f}"),
         ("no choice has less than", f"{found.bound:.4f}"),
     ]
-    what = "outputs" if choice.by_outputs else "weights"
-    curve = Table("bits a weight", "size", "expected damage", title=f"Least damage by size (relative error of {what})")
+    curve = Table("bits a weight", "size", "expected damage", title=f"Least damage by size ({choice.measure})")
     points = choice.curve
     for bits, damage in points[:: max(1, len(points) // POINTS)]:
         curve.add_row(f"{bits:.2f}", _mb(round(bits * choice.weights / 8)), f"{damage:.4f}")
@@ -182,7 +182,7 @@ def result_tables(done: Conversion) -> list[Table]:
     plan, outcomes, seconds = done.plan, done.outcomes, done.seconds
     kinds: dict[str, list[Outcome]] = defaultdict(list)
     for o in outcomes.values():
-        kinds[_module_kind(o.module.path)].append(o)
+        kinds[kind_of(o.module.path)].append(o)
     columns = (Column("kind", no_wrap=True), "modules", "weights", "bits/weight", "relative error")
     errors = Table(*columns, title="Error by module kind")
     for kind, group in sorted(kinds.items()):
@@ -324,7 +324,7 @@ def _kept_table(plan: Plan) -> list[Table]:
         return []
     groups: dict[tuple[str, str], list[Step]] = defaultdict(list)
     for step in plan.kept():
-        groups[_module_kind(step.destination.path), step.reason].append(step)
+        groups[kind_of(step.destination.path), step.reason].append(step)
     table = Table(Column("kind", no_wrap=True), "modules", "weights", "reason", title="Kept in full precision")
     for (kind, reason), steps in groups.items():
         table.add_row(kind, str(len(steps)), f"{sum(s.tensor.numel for s in steps):,}", reason)
@@ -348,11 +348,6 @@ def _scheme(step: Step) -> str:
     imported = ", imported" if isinstance(step.target, Taken) else ""
     most = "at most " if scheme.row_bits else ""
     return f"{scheme.label or scheme.codec} {most}{scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}{imported}"
-
-
-def _module_kind(path: str) -> str:
-    """The last name of a path that is not a number: ``model.layers.3.mlp.up_proj`` is an ``up_proj``."""
-    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
 
 
 def _mb(nbytes: int) -> str:

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import edit_weights
+import transformers
+from support.checkpoints import edit_weights, with_tokenizer
 from support.conversions import content
 from typer.testing import CliRunner
 
+from lowbit_format.calibration.compare import Comparison
 from lowbit_format.calibration.data import Data
 from lowbit_format.calibration.effort import Effort
 from lowbit_format.container.reader import ModelReader
@@ -25,10 +27,13 @@ from lowbit_format.converters import (
     convert_hf_to_lowbit,
     fit_budget,
     load_recipe,
+    plan_conversion,
     write_recipe,
 )
+from lowbit_format.converters.sensitivity import divergences
 from lowbit_format.errors import BudgetError, RecipeError
-from lowbit_format.quantize import Target
+from lowbit_format.quantize import Target, quantize
+from lowbit_format.reference import decode
 
 Checkpoint = Callable[..., Path]
 RECIPE = Recipe(Target(bits=4, group_size=32))
@@ -98,11 +103,46 @@ def test_with_data_columns_count_by_what_they_are_multiplied_with(checkpoint: Ch
     calibration = Calibration(data, Effort(sweeps=1, steps=0, learning_rate=0.0, drift=False, samples=8))
     source = str(checkpoint("llama"))
     choice = fit_budget(source, Budget(5.0), RECIPE, calibration=calibration)
-    assert choice.by_outputs
+    assert choice.measure == "divergence"
     assert choice.allocation.damage != fit_budget(source, Budget(5.0), RECIPE).allocation.damage
     done = convert_hf_to_lowbit(source, tmp_path / "out", RECIPE, budget=choice, calibration=calibration)
     assert tensor_bytes(tmp_path / "out") == choice.nbytes
     assert done.calibrated
+
+
+def test_the_divergence_of_a_kind_is_what_the_model_gives(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = own_checkpoint("llama-tied")
+    opened, plan, _ = plan_conversion(str(source), RECIPE)
+    target = Target(bits=1, group_size=32)
+    probes = {s.path: target for s in plan.quantized if s.path.endswith(("v_proj", "embed_tokens"))}
+    batches = [{"input_ids": torch.randint(4, 90, (1, 16))} for _ in range(2)]
+    found = divergences(opened, plan, probes, batches, torch.device("cpu"))
+    assert set(found) == {"v_proj", "embed_tokens"}
+    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    for kind, value in found.items():
+        other: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        expected = Comparison()
+        with torch.no_grad():
+            for path in (path for path in probes if path.endswith(kind)):
+                weight = other.get_submodule(path).weight
+                weight.copy_(torch.from_numpy(decode(quantize(weight.numpy(), target).matrix)))
+            for batch in batches:
+                expected.add(other(**batch), plain(**batch), batch)
+        assert value == pytest.approx(expected.mean_divergence, rel=1e-4)
+
+
+def test_what_harms_predictions_gets_more_bits(own_checkpoint: Checkpoint) -> None:
+    """A matrix behind which nothing comes through does no harm, however large its error is."""
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in "01":
+            tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] *= 1e-6
+
+    source = with_tokenizer(edit_weights(own_checkpoint("llama"), cut))
+    choice = fit_budget(str(source), Budget(6.0), RECIPE)
+    assert choice.measure == "divergence"
+    v, down = (choice.bits[f"model.layers.0.{name}_proj"] for name in ("self_attn.v", "mlp.down"))
+    assert v == 1 < down
 
 
 def test_less_than_the_least_is_refused_with_the_least(checkpoint: Checkpoint) -> None:

@@ -38,6 +38,9 @@ def main() -> None:
     parser.add_argument("--codec", default="bcq")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--calibrate", type=Path)
+    parser.add_argument(
+        "--budgets", type=float, nargs="*", default=[], help="bits a weight of more lines with a budget"
+    )
     parser.add_argument("--embeddings", type=int, nargs="*", default=[])
     parser.add_argument("--words", nargs="*", default=[])
     parser.add_argument("--frequencies", default="rank")
@@ -84,6 +87,9 @@ def main() -> None:
         target = lb.Target(args.codec, bits=bits, group_size=args.group_size)
         nbytes = line(f"{bits} everywhere", lb.Recipe(target))
         line("a budget of that size", lb.Recipe(target), lb.Budget(nbytes=nbytes))
+    for size in args.budgets:
+        target = lb.Target(args.codec, group_size=args.group_size)
+        line(f"a budget of {size:g}", lb.Recipe(target), lb.Budget(size))
     for bits in args.embeddings:
         words = lb.Target("uniform", bits=bits, group_size=args.group_size)
         line(f"embeddings: {bits}", replace(embeddings_alone(plain), embeddings=words))
