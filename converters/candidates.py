@@ -28,7 +28,7 @@ from .recipe import WORDS
 from .source import Source
 from .steps import load_step
 
-ROWS = 192  # of a matrix, which are quantized at each number of bits
+ROWS = 64  # of a matrix, which are quantized at each number of bits
 EXPERTS = 4  # of a stack, of which such rows are taken
 MOST_BITS = 8
 PROBE = 3  # bits at which the effect of a kind of modules is measured, see :mod:`.sensitivity`
