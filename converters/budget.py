@@ -95,7 +95,7 @@ def lower_bound(items: Sequence[Sequence[Option]], budget: int) -> float:
     It is the damage of the best mixture of options, which has fractions of them where the optimum may not.
     """
     hulls = [_hull(options) for options in items]
-    damage, left = sum(hull[0].damage for hull in hulls), budget - sum(hull[0].cost for hull in hulls)
+    damage, left = sum(hull[0].damage for hull in hulls), float(budget - sum(hull[0].cost for hull in hulls))
     steps = [(b.cost - a.cost, a.damage - b.damage) for hull in hulls for a, b in itertools.pairwise(hull)]
     for cost, gain in sorted(steps, key=lambda step: -step[1] / step[0]):
         part = min(1.0, left / cost)
