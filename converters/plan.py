@@ -231,11 +231,12 @@ def make_plan(
         raise NothingToQuantizeError(f"{names.architecture}: has no Linear, Conv1D or Embedding weight to quantize")
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     _check_asked(recipe, names)
+    words = max((source.tensors[k].shape[0] for k, d in names.destinations.items() if d.kind == "embedding"), default=0)
+    predicts = _predicts_words(source, names, words)
     steps, dropped, tied = [], {}, {}
     quantized = any(t.grid is not None for t in source.tensors.values())
     owners = set(names.tied.values())
     by_path = {r.path: r for r in names.destinations.values()}
-    words = max((source.tensors[k].shape[0] for k, d in names.destinations.items() if d.kind == "embedding"), default=0)
     for key, destination in names.destinations.items():
         tensor = source.tensors[key]
         owner = names.tied.get(destination.path, destination.path)
@@ -244,7 +245,7 @@ def make_plan(
         target, reason = _decide(
             destination, owner, names, recipe, quantized=quantized, grid=whole.grid, requantize=requantize
         )
-        if target is None and reason in (EMBEDDING, TIED, HEAD) and not quantized:
+        if target is None and reason in (EMBEDDING, TIED, HEAD) and predicts and not quantized:
             target, reason = _rounded(tensor, destination, reason, recipe, words)
         is_embedding = "embedding" in (destination.kind, names.kinds.get(owner))
         if recipe.words is not None and is_embedding and tensor.shape[0] == words:
@@ -374,10 +375,21 @@ def _by_frequency(
     return replace(base, bits=bits, nested=nested, row_bits=words.row_bits(source.directory, tensor.shape[0]))
 
 
+def _predicts_words(source: Source, names: Names, words: int) -> bool:
+    """Whether the model has an output head, tied or not, with a row for each of the `words` of its embedding."""
+    if not names.heads.isdisjoint({*names.tied, *names.tied.values()}):
+        return True
+    shapes = (source.tensors[key].shape for key, d in names.destinations.items() if d.path in names.heads)
+    return words > 0 and any(len(shape) == 2 and words in shape for shape in shapes)
+
+
 def _rounded(
     tensor: SourceTensor, destination: Destination, reason: str, recipe: Recipe, words: int
 ) -> tuple[Target | None, str]:
     """What becomes of an embedding or an output head of which the recipe says nothing: WORDS, where it serves.
+
+    It is called for models that predict words. An encoder keeps its embedding: programs that put layers behind it, such
+    as sentence-transformers, take the dtype of its first parameter for theirs, which would be that of planes.
 
     `reason` says what it is. Of all heads, only one with a row for each of the `words` of the largest embedding is
     large; that of a classifier is a few rows, which tasks may want to train.

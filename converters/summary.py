@@ -286,11 +286,11 @@ def _large_words(plan: Plan) -> tuple[str, str] | None:
     nbytes, whole = sum(s.output_bytes() for s in steps), plan.output_bytes()
     if nbytes < LARGE * whole:
         return None
-    then = whole - nbytes + sum(replace(s, target=FEWER).output_bytes() for s in steps)
+    fewer = WORDS if any(s.target is None for s in steps) else FEWER
+    then = whole - nbytes + sum(replace(s, target=fewer).output_bytes() for s in steps)
     return (
         "embeddings and output head",
-        f"{nbytes / whole:.0%} of the file; in {FEWER.bits} bits it would have {_mb(then)} and predict worse, see "
-        "--embeddings and --word-frequencies",
+        f"{nbytes / whole:.0%} of the file; in {fewer.bits} bits, by a recipe, it would have {_mb(then)}",
     )
 
 

@@ -52,6 +52,7 @@ def test_they_are_kept_where_8_bits_would_not_serve(planned: Callable[..., Plan]
     plan = planned("llama", default=Target(bits=4, group_size=32, nested=(2,)))
     assert set(kept(plan)) == {"model.embed_tokens", "lm_head"}
     assert "embedding; in 8 bits it could not be read at a nested precision" in kept(plan).values()
+    assert set(kept(planned("bert")).values()) == {"embedding"}  # an encoder, behind which programs put other layers
     assert "embedding, which 8 bits would not make smaller" in kept(planned("t5")).values()  # of relative positions
 
 
