@@ -30,7 +30,8 @@ Every key that a file can have::
 file names; ``*`` matches dots too. A rule inherits from the default the keys that it leaves out. A rule that matches an
 embedding or the output head decides about it; the default does not. Without a rule and without ``embeddings`` or
 ``lm_head`` they get the 8 bits of WORDS in a model that predicts words, where that makes them smaller and there are no
-nested precisions, in which they could not be read. A key that means nothing for its codec is an error, and so is a pattern that matches no module.
+nested precisions, in which they could not be read. A key that means nothing for its codec is an error, and so is a
+pattern that matches no module.
 
 Precedence, highest first: a rule's keys, the command's options, the file's default, the built-in default.
 """
