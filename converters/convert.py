@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..container.writer import SHARD_BYTES
 from ..errors import CalibrationError, RecipeError, WorkerError
+from ..matrix import F32
+from ..quantize import Target
 from .budgeted import Budget, Choice, choose_bits
 from .calibration_data import Calibration, read_data
 from .card import model_card
@@ -114,7 +116,8 @@ def _fit(
     calibration: Calibration | None,
     report: Callable[[Step, int], None] = lambda step, total: None,
 ) -> Choice:
-    weighed, probe = None, None
+    weighed: dict[str, F32] | None = None
+    probe: Callable[[Mapping[str, Target]], dict[str, float]] | None = None
     if calibration is not None:
         from .importance import importances  # a leaf that imports torch
         from .sensitivity import divergences, probe_batches

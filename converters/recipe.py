@@ -213,7 +213,8 @@ def _words(obj: Any, where: str) -> Words:
     if not isinstance(obj.get("ratio", 1.0), int | float) or isinstance(obj.get("ratio"), bool):
         raise RecipeError(f"{where}: ratio is {obj['ratio']!r}, expected a number")
     try:
-        return Words(**{key: tuple(value) if key == "bits" else value for key, value in obj.items()})
+        given: dict[str, Any] = {key: tuple(value) if key == "bits" else value for key, value in obj.items()}
+        return Words(**given)
     except FrequencyError as e:
         raise RecipeError(f"{where}: {e}") from e
 
