@@ -348,4 +348,4 @@ def _recognised_stack(source: Source, step: Step) -> Matrices | None:
 
 
 def _needs_data(step: Step) -> bool:
-    return step.to_fit is not None and step.destination.kind in ("linear", "conv1d", *KINDS)
+    return step.to_fit is not None and not step.rounded and step.destination.kind in ("linear", "conv1d", *KINDS)

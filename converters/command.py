@@ -10,21 +10,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import CalibrationError, LowbitError, RecipeError, SchemeError
+from ..errors import BudgetError, CalibrationError, FrequencyError, LowbitError, OutputError, RecipeError, SchemeError
 from ..quantize import Target
+from .budgeted import Budget, Choice
 from .calibration_data import Calibration
-from .convert import convert_hf_to_lowbit, peak_memory, plan_conversion
+from .convert import convert_hf_to_lowbit, fit_budget, peak_memory
 from .driver import work_directory
 from .plan import Plan
-from .recipe import Recipe, load_recipe, make_target
-from .summary import block_table, module_lines, plan_tables, remarks_on_quality, result_tables
+from .planning import plan_conversion
+from .recipe import Recipe, load_recipe, make_target, write_recipe
+from .summary import block_table, budget_tables, module_lines, plan_tables, remarks_on_quality, result_tables
+from .words import Words
 
 if TYPE_CHECKING:
     from ..calibration.ladder import BlockResult
 
 # Options that make a target, and those of a recipe beside them. What is not given is left to the recipe's file.
 _OF_TARGET = ("codec", "bits", "group_size", "nested", "offset", "solver", "table", "scale_dtype")
-_OF_RECIPE = ("embeddings", "lm_head")
+_OF_RECIPE = ("embeddings", "lm_head", "words")
 _OF_CALIBRATION = ("effort", "samples", "length", "seed", "device")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
@@ -59,11 +62,34 @@ def convert(
         str, typer.Option(help="`F16`, `BF16` or `F32`; F32 is taken where it does not fit.")
     ] = "F16",
     embeddings: Annotated[
-        bool, typer.Option(help="Quantize embeddings: looked up, not multiplied, so it saves memory only.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--embeddings/--no-embeddings",
+            help="Quantize embeddings like the rest, or keep them in full precision; if neither is given they are "
+            "rounded to 8 bits (with --nested: kept).",
+        ),
+    ] = None,
     lm_head: Annotated[
-        bool, typer.Option(help="Quantize the output head: faster decoding, the most sensitive matrix.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--lm-head/--no-lm-head",
+            help="The same for the output head, the most sensitive matrix. One that is tied to an embedding is "
+            "decided by either.",
+        ),
+    ] = None,
+    word_frequencies: Annotated[
+        str | None,
+        typer.Option(
+            help="Give words of the vocabulary's embedding bits by their frequency: `rank` (the tokenizer's own "
+            "order), a text, or a JSON list of a frequency for each id."
+        ),
+    ] = None,
+    word_bits: Annotated[
+        str, typer.Option(help="With --word-frequencies: bits of the clusters, the most frequent words first.")
+    ] = "6,5,4,3",
+    word_ratio: Annotated[
+        float, typer.Option(help="With --word-frequencies: size of a cluster relative to the one before.")
+    ] = 2.0,
     keep: Annotated[
         list[str] | None,
         typer.Option(
@@ -76,6 +102,27 @@ def convert(
             help="JSON file with a default and rules by pattern, see docs/recipes.md. Options given beside it override "
             "its default, not its rules."
         ),
+    ] = None,
+    bits_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Choose the bits of every module, 1 to 8, so that the whole file has so many bits a weight, such as "
+            "3.25; parameters and what is kept count too. Rules of the recipe may set limits."
+        ),
+    ] = None,
+    size: Annotated[
+        str | None, typer.Option(help="The same, for a size of all tensors together, such as `70MB`.")
+    ] = None,
+    fused_equal: Annotated[
+        bool,
+        typer.Option(
+            "--fused-equal",
+            help="With a budget: the same bits for layers that others fuse (query, key and value; gate and up).",
+        ),
+    ] = False,
+    recipe_to: Annotated[
+        Path | None,
+        typer.Option("--write-recipe", help="With a budget: write the recipe that makes the same model to this file."),
     ] = None,
     strip_prefix: Annotated[
         list[str] | None,
@@ -152,15 +199,17 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint to low-bit planes.
 
-    By default every Linear and Conv1D matrix of the base model is quantized; embeddings and the output head stay in
-    full precision: embeddings are looked up rather than multiplied, so their bits cost no time, and the head
-    turns small errors into other words. `--embeddings` and `--lm-head` change that.
+    By default every Linear and Conv1D matrix of the base model is quantized. Embeddings and the output head are rounded
+    to 8 bits, which changes no prediction worth mentioning; `--embeddings` and `--lm-head` quantize them like the
+    rest, `--no-embeddings` and `--no-lm-head` leave them in full precision.
 
     Examples:
 
         convert_hf_to_lowbit ./llama ./llama-4bit
 
         convert_hf_to_lowbit user/model out --bits 3 --calibrate text.txt
+
+        convert_hf_to_lowbit user/model out --bits-budget 3.25 --calibrate text.txt
 
         convert_hf_to_lowbit user/model out --bits 3 --nested 2 --lm-head
 
@@ -174,13 +223,18 @@ def convert(
     blocks: list[tuple[str, BlockResult]] = []
     try:
         values = {
-            "codec": codec, "bits": bits, "group_size": group_size, "offset": offset, "nested": _numbers(nested),
-            "solver": solver, "table": table, "scale_dtype": scale_dtype.upper(), "embeddings": embeddings,
-            "lm_head": lm_head,
+            "codec": codec, "bits": bits, "group_size": group_size, "offset": offset,
+            "nested": _numbers(nested, "--nested"), "solver": solver, "table": table,
+            "scale_dtype": scale_dtype.upper(), "embeddings": embeddings, "lm_head": lm_head,
         }  # fmt: skip
         given = {name: value for name, value in values.items() if _is_given(context, name)}
+        if word_frequencies is not None:
+            given["words"] = Words(word_frequencies, _numbers(word_bits, "--word-bits"), word_ratio)
+        elif unused := [name for name in ("word_bits", "word_ratio") if _is_given(context, name)]:
+            raise FrequencyError(f"--{unused[0].replace('_', '-')} needs --word-frequencies; leave it out, or add that")
         plan_recipe = _recipe(recipe, given).keeping(keep or [])
-        shard_bytes = _size(max_shard_size)
+        shard_bytes = _size(max_shard_size, "--max-shard-size")
+        budget = _budget(bits_budget, size, fused_equal, recipe_to, "bits" in given)
         if calibrate is None and (unused := [name for name in _OF_CALIBRATION if _is_given(context, name)]):
             raise CalibrationError(f"--{unused[0]} needs --calibrate, which says the data; leave it out, or add that")
         data = None if calibrate is None else Calibration(calibrate, effort, samples, length, seed, device)
@@ -190,12 +244,24 @@ def convert(
             "revision": revision, "min_coverage": min_coverage, "strip_prefix": strip_prefix or [],
             "leave_out": leave_out or [], "stream": stream, "requantize": requantize,
         }  # fmt: skip
+        choice: Choice | None = None
+        if budget is not None:
+            with _progress(console) as progress:
+                task = progress.add_task("candidates", total=None)
+                choice = fit_budget(
+                    source, budget, plan_recipe, calibration=data, **options,
+                    report=lambda step, total: progress.update(
+                        task, advance=1, total=total, description=step.destination.path[-40:]
+                    ),
+                )  # fmt: skip
+            if recipe_to is not None:
+                write_recipe(recipe_to, choice.recipe)
         if out is None or dry_run:
-            opened, plan, _ = plan_conversion(source, plan_recipe, **options)
+            opened, plan, _ = plan_conversion(source, plan_recipe if choice is None else choice.recipe, **options)
             _print_modules(plan, console, modules)
             _say_kept(plan, console, context)
             memory = peak_memory(opened, plan, data, measured=measured, workers=workers)
-            for one in plan_tables(plan, memory):
+            for one in [*plan_tables(plan, memory), *([] if choice is None else budget_tables(choice))]:
                 console.print(one)
             if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
                 console.print(f"Note: {escape(str(out))} exists already; the conversion will need another name.")
@@ -203,7 +269,7 @@ def convert(
         with _progress(console) as progress:
             task = progress.add_task("reading", total=None)
             done = convert_hf_to_lowbit(
-                source, out, plan_recipe, **options, max_shard_bytes=shard_bytes, resume=resume,
+                source, out, plan_recipe, **options, budget=choice, max_shard_bytes=shard_bytes, resume=resume,
                 workers=workers, ray=ray, measured=measured,
                 report=lambda step, total: progress.update(
                     task, advance=1, total=total, description=step.destination.path[-40:]
@@ -215,6 +281,8 @@ def convert(
         if blocks:
             console.print(block_table(blocks))
         for one in result_tables(done):
+            console.print(one)
+        for one in [] if done.choice is None else budget_tables(done.choice):
             console.print(one)
         for line in remarks_on_quality(done):
             console.print(line, highlight=False)
@@ -286,17 +354,37 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _numbers(text: str) -> tuple[int, ...]:
+def _numbers(text: str, option: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError as e:
-        raise SchemeError(f"--nested is {text!r}, expected numbers such as 2,3") from e
+        raise SchemeError(f"{option} is {text!r}, expected numbers such as 3,2") from e
 
 
-def _size(text: str) -> int:
+def _budget(
+    bits: float | None, size: str | None, fused_equal: bool, recipe_to: Path | None, bits_given: bool
+) -> Budget | None:
+    """The budget that the options make. Raises BudgetError for options that contradict each other."""
+    if bits is None and size is None:
+        if fused_equal or recipe_to is not None:
+            option = "--fused-equal" if fused_equal else "--write-recipe"
+            raise BudgetError(f"{option} needs a budget: add --bits-budget or --size, or leave it out")
+        return None
+    if bits_given:
+        raise BudgetError("--bits says the bits of all modules, and a budget chooses them: give one of them")
+    if recipe_to is not None and recipe_to.exists():
+        raise OutputError(f"{recipe_to}: exists already; name another file for the recipe, or remove it")
+    return Budget(bits, None if size is None else _size(size, "--size"), fused_equal)
+
+
+def _size(text: str, option: str) -> int:
     upper = text.strip().upper()
     unit = next((u for u in sorted(_UNITS, key=len, reverse=True) if upper.endswith(u)), None)
     number = upper.removesuffix(unit or "").strip()
-    if not number.isdigit() or int(number) == 0:
-        raise RecipeError(f"--max-shard-size is {text!r}, expected a size such as 2GB")
-    return int(number) * (_UNITS[unit] if unit else 1)
+    try:
+        found = int(float(number) * (_UNITS[unit] if unit else 1))
+    except (ValueError, OverflowError):
+        found = 0
+    if found <= 0:
+        raise RecipeError(f"{option} is {text!r}, expected a size such as 2GB")
+    return found

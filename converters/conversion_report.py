@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..container.atomic import write_json
 from ..integrations.card import scheme_text
 from ..integrations.conversion_record import REPORT_FILE, REPORT_VERSION
+from .budgeted import Choice
 from .journal import Outcome
 from .plan import Plan
 
@@ -42,7 +43,7 @@ def conversion_report(
     *,
     blocks: Sequence[tuple[str, float, float]] = (),
     evaluated: Evaluated | None = None,
-    budget: Mapping[str, Any] | None = None,
+    choice: Choice | None = None,
 ) -> dict[str, Any]:
     """The content of the file.
 
@@ -52,7 +53,7 @@ def conversion_report(
         blocks: path of each calibrated block, and the error of what it gives relative to its variance: with its layers
             quantized one by one, and in the end.
         evaluated: how it was compared with its checkpoint, if it was.
-        budget: what was chosen for a size, if one was given: see :meth:`.budgeted.Choice.to_dict`.
+        choice: of bits for a budget, if one was given.
     """
     found: dict[str, Any] = {
         "version": REPORT_VERSION,
@@ -72,9 +73,9 @@ def conversion_report(
     }
     if blocks:
         found["blocks"] = [list(block) for block in blocks]
-    if budget is not None:
-        found["budget"] = dict(budget)
-    if evaluated is not None:
+    if choice is not None:
+        found["budget"] = choice.to_dict()
+    if evaluated is not None and evaluated.quality:
         found["evaluation"] = [
             {"bits": bits, "text": evaluated.text, **_compared(quality.after)}
             for bits, quality in evaluated.quality.items()

@@ -4,42 +4,39 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..container.writer import SHARD_BYTES
-from ..dtypes import DTYPES
-from ..errors import CalibrationError, SourceError, WorkerError
-from ..integrations.conversion_record import KEY
+from ..errors import CalibrationError, RecipeError, WorkerError
+from ..matrix import F32
+from ..quantize import Target
+from .budgeted import Budget, Choice, choose_bits
 from .calibration_data import Calibration, read_data
 from .card import model_card
 from .check import check_output
-from .completeness import strip
 from .conversion_report import HELD_OUT, OWN_TEXT, Evaluated, conversion_report, write_report
 from .driver import run
-from .huggingface import open_checkpoint, quantized_by, read_model_config
+from .huggingface import open_checkpoint
 from .journal import Outcome
-from .names import map_names
-from .plan import Plan, Step, make_plan
-from .quantized import QuantizedSource, open_quantized
+from .plan import Plan, Step
+from .planning import DEFAULT_RECIPE, plan_conversion, plan_opened
 from .recipe import Recipe
-from .side import side_files, without_auto_map
-from .source import FLOATS, RenamedSource, Source, named_as_shown
-from .splits import split
+from .source import Source, named_as_shown
 from .streamed import StreamedSource
 from .workers import Workers, workers_memory
 
 if TYPE_CHECKING:
+    import torch
+
     from ..calibration.compare import Comparison
     from ..calibration.ladder import BlockResult
     from ..remote import Traffic
     from .calibrated import Calibrated
     from .student import Quality
-
-DEFAULT_RECIPE = Recipe()
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class Conversion:
         unseen: paths of modules that too little of the data reached: they were quantized without. Of a module of
             experts, how many of them.
         traffic: what was fetched of the weights, where they were streamed without workers; else None.
+        choice: of bits for a budget, if one was given.
     """
 
     directory: Path
@@ -68,6 +66,7 @@ class Conversion:
     calibrated: bool = False
     unseen: tuple[str, ...] = ()
     traffic: Traffic | None = None
+    choice: Choice | None = None
 
     @property
     def comparison(self) -> Comparison | None:
@@ -75,84 +74,62 @@ class Conversion:
         return self.quality[None].after if None in self.quality else None
 
 
-def plan_conversion(
+def fit_budget(
     source: str,
+    budget: Budget,
     recipe: Recipe = DEFAULT_RECIPE,
     *,
-    revision: str | None = None,
-    min_coverage: float = 0.9,
-    strip_prefix: Sequence[str] = (),
-    leave_out: Sequence[str] = (),
-    requantize: bool = False,
-    stream: bool | None = None,
-) -> tuple[Source, Plan, dict[str, Any]]:
-    """Open a checkpoint and plan its conversion, from headers alone.
+    calibration: Calibration | None = None,
+    report: Callable[[Step, int], None] = lambda step, total: None,
+    **options: Any,
+) -> Choice:
+    """Choose the bits of every module for a size, so that the expected damage is least.
+
+    It is the divergence from the float model's predictions, as :mod:`.sensitivity` measures it on data, or without data
+    (a causal model with a tokenizer, where memory allows) on a short text of our own.
 
     Args:
         source: a directory, or a repository on the Hub.
-        recipe: what to quantize, and how.
-        revision: branch, tag or commit on the Hub.
-        min_coverage: part of the matrices' weights that must be quantized.
-        strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
-        leave_out: patterns of files beside the weights that must not come along.
-        requantize: quantize the weights of a release that is quantized already anew, from what it decodes to.
-        stream: fetch the Hub's weights tensor by tensor; None: where their files do not fit the disk.
+        budget: the size.
+        recipe: all but the bits: codec, group size, modules to keep, limits of bits by pattern.
+        calibration: data; damage is then that of what layers give, else that of their weights.
+        report: called after the candidates of each module with its step and the number of all.
+        options: others of :func:`plan_conversion`.
 
     Returns:
-        The open source, the plan, and the ``config.json`` of the output, but for ``quantization_config``.
+        The choice; its recipe makes the same bytes as a conversion with the budget.
 
     Raises:
-        SourceError, RecipeError, CoverageError: see :func:`make_plan`.
-        HubError: the headers of streamed weights cannot be had.
+        BudgetError: the budget is less than the least, or there is nothing to choose.
+        SourceError, RecipeError, CoverageError, CalibrationError: as for a conversion.
     """
-    opened = open_checkpoint(source, revision=revision, leave_out=leave_out, stream=stream)
+    opened, plan, _ = plan_conversion(source, recipe, **options)
     with named_as_shown(opened):
-        return _plan(
-            opened,
-            recipe,
-            min_coverage=min_coverage,
-            strip_prefix=strip_prefix,
-            leave_out=leave_out,
-            requantize=requantize,
-        )
+        return _fit(opened, plan, recipe, budget, calibration, report)
 
 
-def _plan(
+def _fit(
     opened: Source,
+    plan: Plan,
     recipe: Recipe,
-    *,
-    min_coverage: float,
-    strip_prefix: Sequence[str],
-    leave_out: Sequence[str],
-    requantize: bool,
-) -> tuple[Source, Plan, dict[str, Any]]:
-    """As :func:`plan_conversion`, of a checkpoint that is open."""
-    config = without_auto_map(read_model_config(opened.directory))
-    side = side_files(opened.directory, opened.files, opened.tensors, leave_out)
-    section, config = quantized_by(config, opened.directory)
-    release, unused = "", tuple[str, ...]()
-    if section:
-        opened = open_quantized(opened, section, config)
-    if isinstance(opened, QuantizedSource):
-        release, unused = opened.method, opened.unused
-    if strip_prefix:
-        opened = _stripped(opened, strip_prefix)
-    opened, joined = split(opened)
-    names = map_names(opened.directory, {t.name: t.shape for t in opened.tensors.values()})
-    if requantize and not release:
-        raise SourceError(
-            f"{opened.directory}: is not quantized yet: there is nothing to quantize anew; leave --requantize out"
-        )
-    plan = make_plan(opened, names, recipe, min_coverage=min_coverage, side=side, requantize=requantize)
-    plan = replace(plan, renamed=", ".join(strip_prefix), release=release, unused=unused)
-    if plan.architecture != plan.named:  # of which it holds the base model alone
-        config = {**config, "architectures": [plan.architecture]}
-    if record := replace(plan.record(), joined=joined).to_dict():
-        config = {**config, KEY: record}
-    if "dtype" not in config and "torch_dtype" not in config:
-        # transformers would take the dtype of the first float tensor, which may be a scale.
-        config = {**config, "dtype": _main_dtype(opened)}
-    return opened, plan, config
+    budget: Budget,
+    calibration: Calibration | None,
+    report: Callable[[Step, int], None] = lambda step, total: None,
+) -> Choice:
+    weighed: dict[str, F32] | None = None
+    probe: Callable[[Mapping[str, Target]], dict[str, float]] | None = None
+    if calibration is not None:
+        from .importance import importances  # a leaf that imports torch
+        from .sensitivity import divergences, probe_batches
+
+        data, device = read_data(calibration, opened.directory), torch_device(calibration)
+        weighed = importances(opened, plan, data, device)
+        probe = partial(divergences, opened, plan, batches=probe_batches(data), device=device)
+    elif not isinstance(opened, StreamedSource):
+        from .measure import probe_without_data
+
+        probe = probe_without_data(opened, plan)
+    return choose_bits(opened, plan, recipe, budget, weighed, probe, report)
 
 
 def convert_hf_to_lowbit(
@@ -160,6 +137,7 @@ def convert_hf_to_lowbit(
     out: str | Path,
     recipe: Recipe = DEFAULT_RECIPE,
     *,
+    budget: Budget | Choice | None = None,
     revision: str | None = None,
     min_coverage: float = 0.9,
     strip_prefix: Sequence[str] = (),
@@ -184,6 +162,7 @@ def convert_hf_to_lowbit(
         source: a directory, or a repository on the Hub.
         out: directory to make; must not exist, or be empty.
         recipe: what to quantize, and how.
+        budget: a size for which the bits are chosen that `recipe` leaves open, or what :func:`fit_budget` chose.
         revision: branch, tag or commit on the Hub.
         min_coverage: part of the matrices' weights that must be quantized.
         strip_prefix: taken off the names of the tensors, such as ``_orig_mod.``.
@@ -214,7 +193,16 @@ def convert_hf_to_lowbit(
         "min_coverage": min_coverage, "strip_prefix": strip_prefix, "leave_out": leave_out, "requantize": requantize,
     }  # fmt: skip
     with named_as_shown(checkpoint):
-        opened, plan, config = _plan(checkpoint, recipe, **planned)
+        opened, plan, config = plan_opened(checkpoint, recipe, **planned)
+        choice = None
+        if budget is not None:
+            choice = budget if isinstance(budget, Choice) else _fit(opened, plan, recipe, budget, calibration)
+            recipe = choice.recipe
+            opened, plan, config = plan_opened(checkpoint, recipe, **planned)
+        elif limits := [rule.match for rule in recipe.rules if rule.is_open]:
+            raise RecipeError(
+                f"the rule for {limits[0]!r} leaves its bits open, which needs a budget (--bits-budget, --size)"
+            )
     others = None
     if workers is not None or ray is not None:
         if calibration is not None:
@@ -237,7 +225,7 @@ def convert_hf_to_lowbit(
         (work / "README.md").write_text(model_card(opened, plan, found, name=out.name), "utf-8")
         blocks = [] if quantizer is None else quantizer.blocks
         evaluated = None if quantizer is None else Evaluated(quantizer.quality, HELD_OUT)
-        write_report(work, conversion_report(plan, found, blocks=blocks, evaluated=evaluated))
+        write_report(work, conversion_report(plan, found, blocks=blocks, evaluated=evaluated, choice=choice))
 
     outcomes = run(
         opened,
@@ -257,19 +245,20 @@ def convert_hf_to_lowbit(
     if quantizer is not None:
         return Conversion(
             out, plan, outcomes, seconds, quantizer.quality, calibrated=True, unseen=tuple(quantizer.unseen),
-            traffic=fetched,
+            traffic=fetched, choice=choice,
         )  # fmt: skip
     if not measured:
-        return Conversion(out, plan, outcomes, seconds, traffic=fetched)
+        return Conversion(out, plan, outcomes, seconds, traffic=fetched, choice=choice)
     if traffic is not None:
         why = "its weights are streamed, and would all be fetched again"
-        return Conversion(out, plan, outcomes, seconds, unmeasured=why, traffic=fetched)
+        return Conversion(out, plan, outcomes, seconds, unmeasured=why, traffic=fetched, choice=choice)
     from .measure import measure  # a leaf that imports torch
 
     found = measure(opened, plan, out)
     quality, why = ({}, found) if isinstance(found, str) else (found, "")
-    write_report(out, conversion_report(plan, outcomes, evaluated=Evaluated(quality, OWN_TEXT)))
-    return Conversion(out, plan, outcomes, seconds, quality, why)
+    if quality:
+        write_report(out, conversion_report(plan, outcomes, evaluated=Evaluated(quality, OWN_TEXT), choice=choice))
+    return Conversion(out, plan, outcomes, seconds, quality, why, choice=choice)
 
 
 def peak_memory(
@@ -300,8 +289,6 @@ def calibrated(
     Raises:
         CalibrationError: the data cannot be used, or the model cannot be run on them.
     """
-    import torch
-
     from .calibrated import Calibrated  # a leaf that imports torch
 
     if plan.release and not plan.requantized:
@@ -309,35 +296,20 @@ def calibrated(
             f"{source.directory}: is quantized already ({plan.release}), and its own grid is kept: there is nothing to "
             "calibrate; leave --calibrate out, quantize it anew (--requantize), or convert the original checkpoint"
         )
-    try:
-        device = torch.device(calibration.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise CalibrationError(f"device is {calibration.device!r}, which torch cannot use here: {e}") from e
+    device = torch_device(calibration)
     data = read_data(calibration, source.directory)
     if not measured:
         data = replace(data, batches=data.batches[: len(data.batches) - data.held_out], held_out=0)
     return Calibrated(source, plan, data, calibration.work, device=device, report=report)
 
 
-def _stripped(source: Source, prefixes: Sequence[str]) -> Source:
-    """The source with `prefixes` taken off its names. Raises SourceError if one of them stands nowhere."""
-    names = list(source.tensors)
-    for prefix in prefixes:
-        prefix = prefix if prefix.endswith(".") else f"{prefix}."
-        stripped = strip(names, [prefix])
-        if stripped == names:
-            raise SourceError(
-                f"{source.directory}: no tensor has a name with {prefix!r} in front; they are named like {names[0]!r}"
-            )
-        names = stripped
-    return RenamedSource(source, dict(zip(source.tensors, names, strict=True)))
+def torch_device(calibration: Calibration) -> torch.device:
+    """The device to calibrate on. Raises CalibrationError if torch cannot use it."""
+    import torch
 
-
-def _main_dtype(source: Source) -> str:
-    """The float dtype that most of the checkpoint's weights have."""
-    counts: dict[str, int] = {}
-    for t in source.tensors.values():
-        if t.dtype in FLOATS:
-            counts[t.dtype] = counts.get(t.dtype, 0) + t.numel
-    return DTYPES[max(counts, key=lambda d: counts[d])].torch or "float32" if counts else "float32"
+    try:
+        device = torch.device(calibration.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise CalibrationError(f"device is {calibration.device!r}, which torch cannot use here: {e}") from e
+    return device

@@ -5,6 +5,7 @@ Both run block by block, so that no more than one block of each is in memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from ..calibration.data import causal_batches, is_causal, windows
 from ..calibration.whole import run_whole
 from ..container.reader import ModelReader
 from ..errors import CalibrationError, LowbitError
+from ..quantize import Target
 from .architecture import meta_model
 from .calibration_data import SENTENCES, load_tokenizer
 from .float_model import FloatModel
 from .plan import BASE_MEMORY, Plan
+from .sensitivity import PROBED, divergences
 from .source import Source
 from .student import Quality, Student, matrices_at, precisions
 
@@ -53,7 +56,11 @@ def measure(source: Source, plan: Plan, directory: Path) -> dict[int | None, Qua
         return f"{type(e).__name__}: {e}"
 
 
-def _measure(source: Source, plan: Plan, directory: Path) -> dict[int | None, Quality]:
+def short_text(source: Source) -> list[dict[str, Tensor]]:
+    """Batches of one window each of a text of our own, for a causal model.
+
+    Raises CalibrationError if it is too short, or there is no tokenizer.
+    """
     tokenizer = load_tokenizer(source.directory)
     text = SENTENCES.read_text("utf-8")
     tokens = len(tokenizer(text)["input_ids"])
@@ -63,7 +70,11 @@ def _measure(source: Source, plan: Plan, directory: Path) -> dict[int | None, Qu
         raise CalibrationError(f"the tokenizer makes {tokens} tokens of the text that is measured on")
     samples = min(SAMPLES, tokens // length)
     rows = windows([text], tokenizer, samples=samples, length=length, where=SENTENCES.name)
-    batches = [{"input_ids": ids[None]} for batch in causal_batches(rows) for ids in batch["input_ids"]]
+    return [{"input_ids": ids[None]} for batch in causal_batches(rows) for ids in batch["input_ids"]]
+
+
+def _measure(source: Source, plan: Plan, directory: Path) -> dict[int | None, Quality]:
+    batches = short_text(source)
     device = torch.device("cpu")
     model = FloatModel(source, plan, device)
     lists = find_blocks(model.model)
@@ -111,3 +122,24 @@ def measuring_memory(plan: Plan) -> int:
 def is_measured(plan: Plan, directory: Path) -> bool:
     """Whether :func:`measure` will try."""
     return is_causal(meta_model(directory)) and measuring_memory(plan) <= _allowed(plan)
+
+
+def probe_without_data(source: Source, plan: Plan) -> Callable[[Mapping[str, Target]], dict[str, float]] | None:
+    """What :func:`.sensitivity.divergences` gives on a text of our own, or nothing if the model's code cannot be run.
+
+    None where :func:`measure` would not try.
+    """
+    if not is_measured(plan, source.directory):
+        return None
+    try:
+        batches = short_text(source)[:PROBED]
+    except CalibrationError:  # no tokenizer, or one for something else than text
+        return None
+
+    def probe(probes: Mapping[str, Target]) -> dict[str, float]:
+        try:
+            return divergences(source, plan, probes, batches, torch.device("cpu"))
+        except Exception:  # whatever a model's own code needs: bits can be chosen without
+            return {}
+
+    return probe

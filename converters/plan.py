@@ -14,11 +14,13 @@ from ..tensors import stored_bits
 from .experts import KINDS, Stack
 from .names import Destination, Names
 from .reads import READ
-from .recipe import Recipe
+from .recipe import WORDS, Recipe
 from .side import SideFiles
 from .source import FLOATS, Grid, Source, SourceTensor
+from .words import Words
 
 LEFT = "left in full precision by the release"
+EMBEDDING, TIED, HEAD = "embedding", "embedding, tied to the output head", "output head"  # reasons to keep a matrix
 MATRICES = ("linear", "conv1d", *KINDS, "expert")  # the kinds that coverage counts
 BASE_MEMORY = 832 << 20  # Python with torch, transformers and numba; its compiler takes 120 MiB of it on the first run
 
@@ -63,6 +65,20 @@ class Step:
     def to_fit(self) -> Target | None:
         """How its parameters are fitted; None if it is kept, or taken over with those that it has."""
         return self.target if isinstance(self.target, Target) else None
+
+    def output_bytes(self) -> int:
+        """Bytes of its tensors in the output, as planned."""
+        return self.tensor.nbytes if self.target is None else -(-self.stored_bits() // 8)
+
+    def stored_bits(self) -> int:
+        """Of a module to quantize."""
+        rows = self.target.row_bits if isinstance(self.target, Target) else None
+        return stored_bits(self.module(), None if rows is None else sum(rows))
+
+    @property
+    def rounded(self) -> bool:
+        """Whether data and training are not for it: it is rounded to many bits, or its rows have different bits."""
+        return self.target == WORDS or (isinstance(self.target, Target) and self.target.row_bits is not None)
 
     @property
     def stack(self) -> Stack | None:
@@ -155,7 +171,7 @@ class Plan:
 
     def output_bytes(self) -> int:
         """Bytes of all tensors of the output, as planned."""
-        return sum(s.tensor.nbytes if s.target is None else -(-stored_bits(s.module()) // 8) for s in self.steps)
+        return sum(step.output_bytes() for step in self.steps)
 
     def peak_memory(self) -> int:
         """Expected peak of resident memory in bytes: the libraries, and the largest tensor in float and quantized.
@@ -215,6 +231,8 @@ def make_plan(
         raise NothingToQuantizeError(f"{names.architecture}: has no Linear, Conv1D or Embedding weight to quantize")
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     _check_asked(recipe, names)
+    words = max((source.tensors[k].shape[0] for k, d in names.destinations.items() if d.kind == "embedding"), default=0)
+    predicts = _predicts_words(source, names, words)
     steps, dropped, tied = [], {}, {}
     quantized = any(t.grid is not None for t in source.tensors.values())
     owners = set(names.tied.values())
@@ -227,6 +245,11 @@ def make_plan(
         target, reason = _decide(
             destination, owner, names, recipe, quantized=quantized, grid=whole.grid, requantize=requantize
         )
+        if target is None and reason in (EMBEDDING, TIED, HEAD) and predicts and not quantized:
+            target, reason = _rounded(tensor, destination, reason, recipe, words)
+        is_embedding = "embedding" in (destination.kind, names.kinds.get(owner))
+        if recipe.words is not None and is_embedding and tensor.shape[0] == words:
+            target, reason = _by_frequency(source, tensor, destination, target, recipe, recipe.words), ""
         if requantize and whole.grid is not None and isinstance(target, Target):
             target = replace(target, recognise=False)  # or its own grid would be found, and kept
         if target is not None and tensor.numel == 0:
@@ -317,16 +340,70 @@ def _decide(
     heads = [place in names.heads for place in places]
     if embedding:
         head = any(heads)
-        if recipe.embeddings or (head and recipe.lm_head):
-            return recipe.default, ""
+        asked = recipe.asked("embeddings") or (recipe.asked("lm_head") if head else None)
+        if asked is not None:
+            return asked, ""
         if grid is not None and not grid.refusal:
             return _taken(destination, places, grid)
-        return None, "embedding, tied to the output head" if head else "embedding"
+        return None, TIED if head else EMBEDDING
     if all(heads) or (destination.head and len(places) == 1):  # tied to a Linear of the body, it is one of the body
-        if grid is not None and not grid.refusal and not recipe.lm_head:
+        asked = recipe.asked("lm_head")
+        if grid is not None and not grid.refusal and asked is None:
             return _taken(destination, places, grid)
-        return (recipe.default, "") if recipe.lm_head else (None, "output head")
+        return asked, "" if asked is not None else HEAD
     return (None, LEFT) if quantized and grid is None else (recipe.default, "")
+
+
+def _by_frequency(
+    source: Source,
+    tensor: SourceTensor,
+    destination: Destination,
+    target: Target | Taken | None,
+    recipe: Recipe,
+    words: Words,
+) -> Target:
+    """The target of the vocabulary's embedding, whose rows have bits by the frequency of their words."""
+    if destination.reason is not None or tensor.grid is not None:
+        why = destination.reason or "a release has quantized it"
+        raise RecipeError(f"{destination.path}: cannot have bits by frequency: {why}; leave words out of the recipe")
+    if recipe.default.codec == "codebook" and not (isinstance(target, Target) and target.codec != "codebook"):
+        base = replace(WORDS, solver="mse", group_size=recipe.default.group_size)
+    else:
+        base = target if isinstance(target, Target) and target != WORDS else recipe.default
+    bits = words.bits[0]
+    nested = tuple(k for k in base.nested if k < bits)
+    return replace(base, bits=bits, nested=nested, row_bits=words.row_bits(source.directory, tensor.shape[0]))
+
+
+def _predicts_words(source: Source, names: Names, words: int) -> bool:
+    """Whether the model has an output head, tied or not, with a row for each of the `words` of its embedding."""
+    if not names.heads.isdisjoint({*names.tied, *names.tied.values()}):
+        return True
+    shapes = (source.tensors[key].shape for key, d in names.destinations.items() if d.path in names.heads)
+    return words > 0 and any(len(shape) == 2 and words in shape for shape in shapes)
+
+
+def _rounded(
+    tensor: SourceTensor, destination: Destination, reason: str, recipe: Recipe, words: int
+) -> tuple[Target | None, str]:
+    """What becomes of an embedding or an output head of which the recipe says nothing: WORDS, where it serves.
+
+    It is called for models that predict words. An encoder keeps its embedding: programs that put layers behind it, such
+    as sentence-transformers, take the dtype of its first parameter for theirs, which would be that of planes.
+
+    `reason` says what it is. Of all heads, only one with a row for each of the `words` of the largest embedding is
+    large; that of a classifier is a few rows, which tasks may want to train.
+    """
+    keys = {EMBEDDING: ("embeddings",), HEAD: ("lm_head",)}.get(reason, ("embeddings", "lm_head"))
+    if any(getattr(recipe, key) is not None for key in keys) or (reason == HEAD and tensor.shape[0] != words):
+        return None, reason
+    if recipe.default.nested:
+        return None, f"{reason}; in {WORDS.bits} bits it could not be read at a nested precision"
+    shape = tensor.shape[::-1] if destination.kind == "conv1d" else tensor.shape
+    planned = ModuleEntry(destination.path, WORDS.scheme(), destination.kind, shape)
+    if tensor.numel and stored_bits(planned) >= 8 * tensor.nbytes:
+        return None, f"{reason}, which {WORDS.bits} bits would not make smaller"
+    return WORDS, ""
 
 
 def _taken(destination: Destination, places: list[str], grid: Grid) -> tuple[Taken | None, str]:
@@ -350,9 +427,11 @@ def _check_asked(recipe: Recipe, names: Names) -> None:
     matrices = [d for d in names.destinations.values() if d.kind in ("linear", "conv1d")]
     embeddings = [d for d in names.destinations.values() if d.kind == "embedding"]
     has_embedding = embeddings or any(names.kinds.get(path) == "embedding" for path in shared)
+    if recipe.words is not None and not has_embedding:
+        raise RecipeError(f"words, or --word-frequencies: {names.architecture} has no embedding; leave it out")
     has_head = any(d.head for d in matrices) or not names.heads.isdisjoint(shared)
     for key, found, what in (("embeddings", has_embedding, "embedding"), ("lm_head", has_head, "output head")):
-        if getattr(recipe, key) and not found:
+        if recipe.asked(key) is not None and not found:
             option = f"--{key.replace('_', '-')}"
             raise RecipeError(f"{key}, or {option}: {names.architecture} has no {what}; leave it out")
 

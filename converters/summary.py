@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..tensors import stored_bits
+from ..quantize import Target
+from .candidates import kind_of
 from .journal import Outcome
-from .plan import Plan, Step, Taken
+from .plan import EMBEDDING, HEAD, TIED, Plan, Step, Taken
+from .recipe import WORDS
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from ..calibration.ladder import BlockResult
+    from .budgeted import Choice
     from .convert import Conversion
     from .student import Quality
 
 POOR = 0.5  # nats of divergence from the float model from which a result is called poor
 POOR_COSINE = 0.9
 WORST = 5  # modules listed with the largest error
+LARGE, FEWER = 0.2, Target("uniform", 4)  # part of the file from which the summary says what fewer bits would give
+POINTS = 16  # of a curve that are listed
 NAMED = 6  # tensors or files named before the rest is only counted
 
 
@@ -71,7 +76,7 @@ def module_lines(plan: Plan) -> list[str]:
     rows = []
     for step in plan.quantized:
         m = step.module()
-        bits = f"{stored_bits(m) / m.numel:.2f} bits/weight"
+        bits = f"{step.stored_bits() / m.numel:.2f} bits/weight"
         rows.append((step.path, m.kind, "x".join(map(str, m.shape)), _scheme(step), bits))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -87,14 +92,14 @@ def plan_tables(plan: Plan, memory: int) -> list[Table]:
     groups: dict[tuple[str, str, str], list[Step]] = defaultdict(list)
     for step in plan.quantized:
         shape = "x".join(map(str, step.module().shape))
-        groups[_module_kind(step.path), shape, _scheme(step)].append(step)
+        groups[kind_of(step.path), shape, _scheme(step)].append(step)
     modules = Table(Column("kind", no_wrap=True), "modules", "shape", "scheme", "bits/weight", title="Plan")
     for (kind, shape, scheme), steps in sorted(groups.items()):
         entries = [step.module() for step in steps]
-        bits = sum(map(stored_bits, entries)) / sum(m.numel for m in entries)
+        bits = sum(step.stored_bits() for step in steps) / sum(m.numel for m in entries)
         modules.add_row(kind, str(len(steps)), shape, scheme, f"{bits:.2f}")
     source = sum(s.tensor.nbytes_there for s in plan.steps)
-    bits = sum(stored_bits(s.module()) for s in plan.quantized) / sum(s.tensor.numel for s in plan.quantized)
+    bits = sum(s.stored_bits() for s in plan.quantized) / sum(s.tensor.numel for s in plan.quantized)
     totals = _pairs(
         "Totals",
         [
@@ -109,6 +114,26 @@ def plan_tables(plan: Plan, memory: int) -> list[Table]:
         ],
     )
     return [modules, *_kept_table(plan), totals]
+
+
+def budget_tables(choice: Choice) -> list[Table]:
+    """What a budget came to, and the curve of sizes and damages that it was chosen from."""
+    from rich.table import Table
+
+    found, counts = choice.allocation, Counter(choice.bits.values())
+    spread = ", ".join(f"{n} of {bits}" for bits, n in sorted(counts.items()))
+    rows = [
+        ("asked for", f"{choice.bits_per_weight(choice.budget):.3f} bits a weight ({_mb(choice.budget)})"),
+        ("reached", f"{choice.bits_per_weight(choice.nbytes):.3f} bits a weight ({_mb(choice.nbytes)})"),
+        ("bits of modules", spread),
+        ("expected damage", f"{found.damage:.4f}"),
+        ("no choice has less than", f"{found.bound:.4f}"),
+    ]
+    curve = Table("bits a weight", "size", "expected damage", title=f"Least damage by size ({choice.measure})")
+    points = choice.curve
+    for bits, damage in points[:: max(1, len(points) // POINTS)]:
+        curve.add_row(f"{bits:.2f}", _mb(round(bits * choice.weights / 8)), f"{damage:.4f}")
+    return [curve, _pairs("Budget", rows)]
 
 
 def block_table(blocks: Sequence[tuple[str, BlockResult]]) -> Table:
@@ -157,7 +182,7 @@ def result_tables(done: Conversion) -> list[Table]:
     plan, outcomes, seconds = done.plan, done.outcomes, done.seconds
     kinds: dict[str, list[Outcome]] = defaultdict(list)
     for o in outcomes.values():
-        kinds[_module_kind(o.module.path)].append(o)
+        kinds[kind_of(o.module.path)].append(o)
     columns = (Column("kind", no_wrap=True), "modules", "weights", "bits/weight", "relative error")
     errors = Table(*columns, title="Error by module kind")
     for kind, group in sorted(kinds.items()):
@@ -237,6 +262,8 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
         rows.append(("converted as", f"{plan.architecture}, which is all of {plan.named} that the checkpoint has"))
     if plan.absent:
         rows.append(("absent from the checkpoint", _some(plan.absent)))
+    if (large := _large_words(plan)) is not None:
+        rows.append(large)
     if plan.strange:
         rows.append((f"unknown to {plan.architecture}, kept as they are", _some(plan.strange)))
     if plan.renamed:
@@ -250,6 +277,21 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
         reasons[reason].append(name)
     rows.extend(("left out", f"{_some(names)}: {reason}") for reason, names in reasons.items())
     return rows
+
+
+def _large_words(plan: Plan) -> tuple[str, str] | None:
+    """What fewer bits for embeddings and output head would give, where they are a large part of the file."""
+    reasons = (EMBEDDING, TIED, HEAD)
+    steps = [s for s in plan.steps if s.target == WORDS or (s.target is None and s.reason.startswith(reasons))]
+    nbytes, whole = sum(s.output_bytes() for s in steps), plan.output_bytes()
+    if nbytes < LARGE * whole:
+        return None
+    fewer = WORDS if any(s.target is None for s in steps) else FEWER
+    then = whole - nbytes + sum(replace(s, target=fewer).output_bytes() for s in steps)
+    return (
+        "embeddings and output head",
+        f"{nbytes / whole:.0%} of the file; in {fewer.bits} bits, by a recipe, it would have {_mb(then)}",
+    )
 
 
 def _some(names: Sequence[str]) -> str:
@@ -282,7 +324,7 @@ def _kept_table(plan: Plan) -> list[Table]:
         return []
     groups: dict[tuple[str, str], list[Step]] = defaultdict(list)
     for step in plan.kept():
-        groups[_module_kind(step.destination.path), step.reason].append(step)
+        groups[kind_of(step.destination.path), step.reason].append(step)
     table = Table(Column("kind", no_wrap=True), "modules", "weights", "reason", title="Kept in full precision")
     for (kind, reason), steps in groups.items():
         table.add_row(kind, str(len(steps)), f"{sum(s.tensor.numel for s in steps):,}", reason)
@@ -304,12 +346,8 @@ def _scheme(step: Step) -> str:
     group = f"group {scheme.group_size}" if scheme.group_size else "group row"
     nested = f", nested {' '.join(map(str, scheme.nested))}" if scheme.nested else ""
     imported = ", imported" if isinstance(step.target, Taken) else ""
-    return f"{scheme.label or scheme.codec} {scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}{imported}"
-
-
-def _module_kind(path: str) -> str:
-    """The last name of a path that is not a number: ``model.layers.3.mlp.up_proj`` is an ``up_proj``."""
-    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
+    most = "at most " if scheme.row_bits else ""
+    return f"{scheme.label or scheme.codec} {most}{scheme.bits} bits, {group}, {scheme.scale_dtype}{nested}{imported}"
 
 
 def _mb(nbytes: int) -> str:

@@ -113,7 +113,7 @@ def _train(
     effort: Effort,
 ) -> None:
     reader = ModelReader(directory)
-    trainable = [s.path for s in steps if s.stack is None and not outcomes[s.path].lossless]
+    trainable = [s.path for s in steps if s.stack is None and not s.rounded and not outcomes[s.path].lossless]
     nested = {path: reader.module(path).scheme.nested for path in trainable}
     full: dict[str, StoredMatrix] = {}  # what was trained at full precision
     params: dict[str, np.ndarray[Any, Any]] = {}

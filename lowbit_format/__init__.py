@@ -16,7 +16,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .calibration.data import Data
     from .container.reader import ModelReader
-    from .converters import Calibration, Recipe, Rule, convert_hf_to_lowbit
+    from .converters import (
+        Budget,
+        Calibration,
+        Recipe,
+        Rule,
+        Words,
+        convert_hf_to_lowbit,
+        fit_budget,
+        load_recipe,
+        write_recipe,
+    )
     from .errors import LowbitError
     from .evaluation import evaluate
     from .loading import from_pretrained
@@ -34,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "Calibration",
     "Data",
     "LowbitError",
@@ -42,13 +53,16 @@ __all__ = [
     "Rule",
     "Target",
     "TaskCallback",
+    "Words",
     "__version__",
     "autotune",
     "convert_hf_to_lowbit",
     "evaluate",
     "fetch_precision",
+    "fit_budget",
     "from_pretrained",
     "list_tasks",
+    "load_recipe",
     "load_task",
     "merge_task",
     "prepare_scale_tuning",
@@ -57,10 +71,12 @@ __all__ = [
     "set_task",
     "unload_task",
     "use_tasks",
+    "write_recipe",
     "write_report",
 ]
 
 _LAZY = {  # public name -> module that defines it
+    "Budget": "lowbit_format.converters",
     "Calibration": "lowbit_format.converters",
     "Data": "lowbit_format.calibration.data",
     "LowbitError": "lowbit_format.errors",
@@ -69,12 +85,15 @@ _LAZY = {  # public name -> module that defines it
     "Rule": "lowbit_format.converters",
     "Target": "lowbit_format.quantize",
     "TaskCallback": "lowbit_format.tasks.trainer",
+    "Words": "lowbit_format.converters",
     "autotune": "lowbit_format.runtime.autotune",
     "convert_hf_to_lowbit": "lowbit_format.converters",
     "evaluate": "lowbit_format.evaluation",
     "fetch_precision": "lowbit_format.partial_download",
+    "fit_budget": "lowbit_format.converters",
     "from_pretrained": "lowbit_format.loading",
     "list_tasks": "lowbit_format.tasks.serving",
+    "load_recipe": "lowbit_format.converters",
     "load_task": "lowbit_format.tasks.serving",
     "merge_task": "lowbit_format.tasks.merging",
     "prepare_scale_tuning": "lowbit_format.tasks.tuning",
@@ -83,6 +102,7 @@ _LAZY = {  # public name -> module that defines it
     "set_task": "lowbit_format.tasks.serving",
     "unload_task": "lowbit_format.tasks.serving",
     "use_tasks": "lowbit_format.tasks.serving",
+    "write_recipe": "lowbit_format.converters",
     "write_report": "lowbit_format.report.write",
 }
 

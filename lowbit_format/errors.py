@@ -100,6 +100,14 @@ class RecipeError(LowbitError):
     """A recipe file is ill-formed or its patterns match nothing."""
 
 
+class BudgetError(LowbitError):
+    """A size that a conversion cannot reach, or that it has no bits to choose for."""
+
+
+class FrequencyError(LowbitError):
+    """Frequencies of words cannot be read, or do not fit the vocabulary of the model."""
+
+
 class SourceError(LowbitError):
     """The checkpoint to convert is missing, ill-formed, unsafe or of an unknown architecture."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from .bits import U8
+from .bits import U8, plane_rows
 from .schema import Scheme
 
 F32 = NDArray[np.float32]
@@ -52,16 +52,19 @@ class StoredMatrix:
     row_bits: U8 | None = None
 
     def row_slice(self, begin: int, end: int) -> StoredMatrix:
-        """Rows `begin` to `end` as a matrix of views; not for ragged planes."""
-        if self.row_bits is not None:
-            raise ValueError("a ragged matrix has no row slices")
+        """Rows `begin` to `end` as a matrix of views; of ragged planes, their rows are copied."""
 
         def rows(p: Params) -> Params:
             return Params(p.scales[:, begin:end], None if p.shift is None else p.shift[begin:end])
 
         nested = {k: rows(p) for k, p in self.nested.items()}
+        if self.row_bits is None:
+            planes, row_bits = self.planes[:, begin:end], None
+        else:
+            index = plane_rows(self.row_bits, self.scheme.bits)[:, begin:end]
+            planes, row_bits = self.planes[index[index >= 0]], self.row_bits[begin:end]
         return replace(
-            self, rows=end - begin, planes=self.planes[:, begin:end], params=rows(self.params), nested=nested
+            self, rows=end - begin, planes=planes, params=rows(self.params), nested=nested, row_bits=row_bits
         )
 
     def at(self, bits: int | None) -> tuple[Params, int]:

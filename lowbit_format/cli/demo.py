@@ -98,7 +98,8 @@ def _row(original: _Sentences, source: Path, out: Path, bits: int, trial: Trial)
     from ..converters.summary import Totals
     from ..quantize import Target
 
-    recipe = Recipe(Target(bits=bits, group_size=GROUP_SIZE, **trial.settings))
+    target = Target(bits=bits, group_size=GROUP_SIZE, **trial.settings)
+    recipe = Recipe(target, embeddings=False)  # of the layers: figures are those of the methods alone
     done = convert_hf_to_lowbit(str(source), out, recipe)
     totals = Totals.of(done.plan, done.outcomes)
     began = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numba
 import numpy as np
@@ -18,6 +18,7 @@ from ..reference import decode
 from . import bcq, codebook, uniform
 from .group_lanes import pack
 from .recognise import recognise
+from .rows import quantize_rows
 from .target import Target
 
 _NO_IMPORTANCE: F32 = np.empty(0, np.float32)  # to kernels: all columns count the same
@@ -78,6 +79,8 @@ def quantize(
         importance = np.ascontiguousarray(importance, np.float32)
         if importance.shape != (weight.shape[1],) or not np.isfinite(importance).all() or (importance < 0).any():
             raise QuantizationError(f"{name}: importance must be {weight.shape[1]} finite numbers >= 0")
+    if target.row_bits is not None:
+        return _by_rows(weight, target, importance, norm, source_dtype, name)
     if target.recognise:
         found = recognise(weight, target, source_dtype)
         if found is not None:
@@ -95,6 +98,22 @@ def quantize(
     if not np.isfinite(error):
         raise QuantizationError(f"{name}: its levels overflow float32; keep this module in full precision")
     return Quantized(matrix, error, norm, widened=widened)
+
+
+def _by_rows(
+    weight: F32, target: Target, importance: F32 | None, norm: float, source_dtype: str, name: str
+) -> Quantized:
+    """Quantize a matrix whose rows have different bits; no grid is looked for."""
+    widened = list[str]()
+
+    def fit(rows: F32, own: Target) -> StoredMatrix:
+        own = replace(own, recognise=False)
+        result = quantize(rows, own, importance=importance, source_dtype=source_dtype, name=name)
+        widened.extend([result.widened] if result.widened else [])
+        return result.matrix
+
+    matrix = quantize_rows(weight, target, fit, name)
+    return Quantized(matrix, _squared_error(weight, matrix), norm, widened=widened[0] if widened else None)
 
 
 def round_and_assign(weight: F32, target: Target, exact: Params, dtype: str) -> StoredMatrix | None:

@@ -32,6 +32,7 @@ class Target:
         scale_dtype: dtype of the stored parameters; F32 is used where this one cannot hold them (ENC-4).
         recognise: first test whether all weights are on a grid already, and store them without loss if so (ENC-3).
         rounds: of the solver; None is the solver's default.
+        row_bits: bcq and uniform: bits of each row, from 1 to `bits`; None: all rows have `bits`.
     """
 
     codec: str = "bcq"
@@ -44,6 +45,7 @@ class Target:
     scale_dtype: str = "F16"
     recognise: bool = True
     rounds: int | None = None
+    row_bits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         def check(good: bool, message: str) -> None:
@@ -69,6 +71,10 @@ class Target:
         check(isinstance(self.nested, (tuple, list)), f"nested is {self.nested!r}, expected several precisions: (2, 3)")
         for key in ("offset", "recognise"):
             check(isinstance(getattr(self, key), bool), f"{key} is {getattr(self, key)!r}, expected true or false")
+        if self.row_bits is not None:
+            check(self.codec != "codebook", "a codebook has no row_bits")
+            known = all(is_int(n) and 1 <= n <= self.bits for n in self.row_bits)
+            check(known, f"row_bits has other numbers than integers from 1 to bits = {self.bits}")
         if self.codec == "codebook":
             check(not self.nested, "a codebook has no nested precisions")
             if isinstance(self.table, str):
@@ -110,4 +116,5 @@ class Target:
             offset=self.codec == "bcq" and self.offset,
             nested=self.nested,
             label=label,
+            row_bits=self.row_bits is not None,
         )

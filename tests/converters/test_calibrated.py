@@ -304,7 +304,8 @@ def test_other_data_are_refused_on_resuming(checkpoint: Checkpoint, tmp_path: Pa
 def test_a_layer_that_too_little_data_reaches_is_quantized_without(checkpoint: Checkpoint, tmp_path: Path) -> None:
     few = [{"input_ids": torch.arange(4, 10)[None]}]
     done = convert(checkpoint("llama"), tmp_path / "out", Data.of(few))
-    assert len(done.unseen) == len(done.outcomes)
+    rounded = {"model.embed_tokens", "lm_head"}  # which need no data
+    assert set(done.unseen) == set(done.outcomes) - rounded
 
 
 def test_values_that_are_not_finite_are_told(own_checkpoint: Checkpoint, tmp_path: Path) -> None:

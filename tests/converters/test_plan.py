@@ -11,6 +11,7 @@ import pytest
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, plan_conversion
 from lowbit_format.converters.names import Destination, Names
 from lowbit_format.converters.plan import BASE_MEMORY, Plan, Step, make_plan
+from lowbit_format.converters.recipe import WORDS
 from lowbit_format.converters.source import SourceTensor
 from lowbit_format.errors import CoverageError, NothingToQuantizeError, RecipeError
 from lowbit_format.quantize import Target
@@ -23,7 +24,8 @@ TARGET = Target(bits=2, group_size=32)
 @pytest.fixture
 def planned(checkpoint: Checkpoint) -> Callable[..., Plan]:
     def plan(name: str, min_coverage: float = 0.9, **options: object) -> Plan:
-        return plan_conversion(str(checkpoint(name)), Recipe(TARGET, **options), min_coverage=min_coverage)[1]
+        recipe = Recipe(**{"default": TARGET, **options})
+        return plan_conversion(str(checkpoint(name)), recipe, min_coverage=min_coverage)[1]
 
     return plan
 
@@ -36,19 +38,38 @@ def kept(plan: Plan) -> dict[str, str]:
     return {step.destination.path: step.reason for step in plan.kept()}
 
 
-def test_by_default_embeddings_and_head_are_kept(planned: Callable[..., Plan]) -> None:
+def test_by_default_embeddings_and_head_are_rounded_to_8_bits(planned: Callable[..., Plan]) -> None:
     plan = planned("llama")
-    assert kept(plan) == {"model.embed_tokens": "embedding", "lm_head": "output head"}
-    assert len(quantized(plan)) == 14
+    assert kept(plan) == {}
+    assert {s.path for s in plan.quantized if s.target == WORDS} == {"model.embed_tokens", "lm_head"}
+    assert len(quantized(plan)) == 16
     assert plan.coverage == 1.0
     assert plan.tied == {}
+
+
+def test_they_are_kept_where_8_bits_would_not_serve(planned: Callable[..., Plan]) -> None:
+    """A model is read at a precision as a whole (NST-3), and padding makes narrow matrices larger."""
+    plan = planned("llama", default=Target(bits=4, group_size=32, nested=(2,)))
+    assert set(kept(plan)) == {"model.embed_tokens", "lm_head"}
+    assert "embedding; in 8 bits it could not be read at a nested precision" in kept(plan).values()
+    assert set(kept(planned("bert")).values()) == {"embedding"}  # an encoder, behind which programs put other layers
+    assert "embedding, which 8 bits would not make smaller" in kept(planned("t5")).values()  # of relative positions
+
+
+def test_what_a_recipe_says_of_one_of_them_leaves_the_other(planned: Callable[..., Plan]) -> None:
+    six = Target("uniform", 6)
+    plan = planned("llama", embeddings=six, lm_head=False)
+    assert {s.path: s.target for s in plan.quantized}["model.embed_tokens"] == six
+    assert kept(plan) == {"lm_head": "output head"}
+    assert kept(planned("llama-tied", embeddings=False)) == {"model.embed_tokens": "embedding, tied to the output head"}
 
 
 @pytest.mark.parametrize(
     ("options", "left"),
     [
-        ({"embeddings": True}, {"lm_head": "output head"}),
-        ({"lm_head": True}, {"model.embed_tokens": "embedding"}),
+        ({"embeddings": False, "lm_head": False}, {"model.embed_tokens": "embedding", "lm_head": "output head"}),
+        ({"embeddings": True, "lm_head": False}, {"lm_head": "output head"}),
+        ({"embeddings": False, "lm_head": True}, {"model.embed_tokens": "embedding"}),
         ({"embeddings": True, "lm_head": True}, {}),
     ],
 )
@@ -72,8 +93,8 @@ def test_what_the_model_does_not_have_is_not_asked_for(
 
 @pytest.mark.parametrize("option", ["embeddings", "lm_head"])
 def test_a_tied_embedding_is_quantized_by_either_option(planned: Callable[..., Plan], option: str) -> None:
-    assert kept(planned("llama-tied")) == {"model.embed_tokens": "embedding, tied to the output head"}
     plan = planned("llama-tied", **{option: True})
+    assert {s.path: s.target for s in plan.quantized}["model.embed_tokens"] == TARGET
     assert kept(plan) == {}
     assert plan.tied == {"lm_head": "model.embed_tokens"}
 

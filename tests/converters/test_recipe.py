@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lowbit_format.converters import Recipe, Rule
-from lowbit_format.converters.recipe import load_recipe
+from lowbit_format.converters.recipe import WORDS, load_recipe, write_recipe
 from lowbit_format.errors import RecipeError
 from lowbit_format.quantize import Target
 
@@ -56,6 +56,35 @@ def test_keys_that_are_left_out_come_from_the_default(tmp_path: Path) -> None:
     )
 
 
+def test_embeddings_have_a_target_of_their_own(tmp_path: Path) -> None:
+    recipe = load(tmp_path, {"embeddings": {"codec": "uniform", "bits": 6, "nested": []}}, Recipe(BASE.default))
+    assert recipe.embeddings == Target("uniform", 6, 64)
+    assert recipe.lm_head is None
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(),
+        BASE,
+        Recipe(
+            Target("uniform", 3, 0, scale_dtype="F32", rounds=2),
+            (
+                Rule("a.*", None),
+                Rule("b", Target("codebook", group_size=0, table=(-1.0, 0.0, 1.0), scale_dtype="F32", rounds=2)),
+                Rule("c", Target("uniform", 3, 0, solver="minmax", scale_dtype="F32", rounds=2), at_least=2, at_most=5),
+                Rule("d", WORDS),
+            ),
+            lm_head=WORDS,
+            embeddings=False,
+        ),
+    ],
+)
+def test_a_recipe_that_is_written_is_read_again(tmp_path: Path, recipe: Recipe) -> None:
+    write_recipe(tmp_path / "recipe.json", recipe)
+    assert load_recipe(tmp_path / "recipe.json") == recipe
+
+
 def test_a_codebook_takes_no_nested_precisions_from_the_default(tmp_path: Path) -> None:
     rules = [{"match": "a", "codec": "codebook"}, {"match": "b", "codec": "codebook", "table": [-1, 0, 1]}]
     first, second = load(tmp_path, {"rules": rules}).rules
@@ -74,11 +103,13 @@ def test_the_documented_recipe_is_read_and_has_every_key(tmp_path: Path) -> None
     [example] = map(json.loads, re.findall(r"^```json[^\n]*\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     assert len(load(tmp_path, example).rules) == 5
     keys = set(example["default"]).union(*example["rules"])
-    assert keys == {*Target.__dataclass_fields__, "match", "keep"}
-    assert set(example) == set(Recipe.__dataclass_fields__)
+    assert keys == {*Target.__dataclass_fields__, "match", "keep"} - {"row_bits"}  # which come from words
+    elsewhere = {"at_least", "at_most", "words"}  # which need a budget, or a tokenizer
+    assert set(example) == set(Recipe.__dataclass_fields__) - elsewhere
     import lowbit_format.converters.recipe as recipe
 
-    assert all(f'"{key}"' in (recipe.__doc__ or "") for key in keys | set(example))
+    for text in (page, recipe.__doc__ or ""):
+        assert all(f'"{key}"' in text for key in keys | set(example) | elsewhere)
 
 
 def test_the_first_rule_that_matches_decides() -> None:
@@ -114,8 +145,10 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ([], "is not a JSON object"),
         ({"rule": []}, "unknown key 'rule'; expected default, rules"),
         ({"rules": {}}, "rules is not a list"),
-        ({"lm_head": 1}, "lm_head must be true or false"),
-        ({"embeddings": "yes"}, "embeddings must be true or false"),
+        ({"lm_head": 1}, "lm_head must be true, false, or an object"),
+        ({"lm_head": None}, "lm_head must be true, false, or an object"),
+        ({"embeddings": "yes"}, "embeddings must be true, false, or an object"),
+        ({"embeddings": {"match": "*"}}, "embeddings: unknown key 'match'"),
         ({"default": [4]}, "default: is \\[4\\], expected an object"),
         ({"default": {"bit": 4}}, "default: unknown key 'bit'; expected bits, codec"),
         ({"default": {"bits": 9}}, "default: bits is 9, expected 1 to 8"),
@@ -142,7 +175,14 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ({"rules": [{"match": "a", "solver": "mse"}]}, "rule 1: solver is for uniform, and codec is 'bcq'"),
         ({"rules": ["x"]}, 'rule 1: is "x", expected an object'),
         ({"rules": [{"match": "a", "bits": 3}, {"bits": 3}]}, 'rule 2: has no "match"'),
-        ({"rules": [{"math": "a"}]}, "rule 1: unknown key 'math'; expected match, keep, bits"),
+        ({"rules": [{"math": "a"}]}, "rule 1: unknown key 'math'; expected match, keep, at_least, at_most, bits"),
+        ({"rules": [{"match": "a", "at_least": 0}]}, "rule 1: at_least is 0, expected bits from 1 to 8"),
+        ({"rules": [{"match": "a", "at_least": 4, "at_most": 3}]}, "rule 1: asks for at least 4 and at most 3 bits"),
+        ({"rules": [{"match": "a", "bits": 4, "at_most": 3}]}, "rule 1: says bits, and at_most"),
+        (
+            {"rules": [{"match": "a", "keep": True, "at_most": 3}]},
+            "rule 1: keep leaves the module as it is, so 'at_most'",
+        ),
         ({"rules": [{"match": "a", "keep": 1}]}, "rule 1: keep must be true or false"),
         ({"rules": [{"match": "a", "keep": True, "bits": 3}]}, "rule 1: keep leaves the module as it is, so 'bits'"),
         ({"rules": [{"match": "a", "nested": [3]}]}, "rule 1: nested is \\[3\\], expected precisions from 1 to"),

@@ -281,7 +281,9 @@ def test_a_part_that_the_source_never_had(bert: tuple[Path, Path], tmp_path: Pat
     renamed = json.loads((tmp_path / "config.json").read_text().replace('"bert.', '"'))
     renamed["quantization_config"]["base_model_prefix"] = ""
     modules = renamed["quantization_config"]["modules"]
-    renamed["quantization_config"]["modules"] = {p: m for p, m in modules.items() if p.startswith("encoder.")}
+    own = ("encoder.", "embeddings.")
+    renamed["quantization_config"]["modules"] = {p: m for p, m in modules.items() if p.startswith(own)}
+    renamed["quantization_config"].pop("tied")  # of the head
     (tmp_path / "config.json").write_text(json.dumps(renamed))
     tensors = load_file(out / "model.safetensors")
     save_file(

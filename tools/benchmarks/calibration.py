@@ -62,10 +62,11 @@ def main() -> None:
             for effort in ("no", *args.efforts):
                 out = Path(scratch) / f"{bits}-{effort}"
                 target = lb.Target(args.codec, bits=bits, group_size=args.group_size)
+                recipe = lb.Recipe(target, embeddings=False, lm_head=False)
                 how = None
                 if effort != "no":
                     how = lb.Calibration(str(args.calibration), effort, args.samples, args.length)
-                done = lb.convert_hf_to_lowbit(str(args.model), out, lb.Recipe(target), calibration=how)
+                done = lb.convert_hf_to_lowbit(str(args.model), out, recipe, calibration=how)
                 weights = sum(o.module.numel for o in done.outcomes.values())
                 stored = 8 * sum(o.nbytes for o in done.outcomes.values()) / weights
                 found = measure(lb.from_pretrained(out).eval())

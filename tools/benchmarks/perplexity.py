@@ -69,7 +69,7 @@ def main() -> None:
             for name, settings in WAYS.items():
                 out = Path(scratch) / f"{name}-{bits}".replace(" ", "-")
                 target = Target(bits=bits, group_size=args.group_size, **settings)
-                done = convert_hf_to_lowbit(str(args.model), out, Recipe(target))
+                done = convert_hf_to_lowbit(str(args.model), out, Recipe(target, embeddings=False, lm_head=False))
                 weights = sum(o.module.numel for o in done.outcomes.values())
                 stored = 8 * sum(o.nbytes for o in done.outcomes.values()) / weights
                 error = math.sqrt(

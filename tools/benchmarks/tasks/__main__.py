@@ -237,7 +237,7 @@ def find_base(task: Task, method: Method, cache: Path) -> Path:
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         target = Target(codec=method.codec, bits=method.bits, group_size=method.group_size)
-        convert_hf_to_lowbit(str(task.source), out, Recipe(target))
+        convert_hf_to_lowbit(str(task.source), out, Recipe(target, embeddings=False, lm_head=False))
     return out
 
 

@@ -1,0 +1,261 @@
+"""Choose the bits of every module for a size: what a recipe leaves open is filled in, so that the damage is least."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import BudgetError
+from ..matrix import F32
+from ..quantize import Target
+from .budget import Allocation, Option, allocate
+from .candidates import MOST_BITS, PROBE, Candidate, candidates, kind_of, targets
+from .plan import Plan, Step
+from .recipe import Recipe, Rule
+from .source import Source
+
+# Layers that kernels and servers such as vLLM make one of: names of the last part of their paths.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
+
+
+DIVERGENCE, WEIGHTS, OUTPUTS = "divergence", "error of weights", "error of outputs"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A size for the tensors of the whole file, parameters and what is not quantized included.
+
+    Attributes:
+        bits_per_weight: average of all weights of the model; or
+        nbytes: bytes of all tensors. Just one of the two is given.
+        fused_equal: layers that others fuse (query, key and value; gate and up) get the same bits.
+    """
+
+    bits_per_weight: float | None = None
+    nbytes: int | None = None
+    fused_equal: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.bits_per_weight is None) == (self.nbytes is None):
+            raise BudgetError("a budget has either bits_per_weight or nbytes, give just one of them")
+        if not 0 < (self.bits_per_weight or self.nbytes or 0) < 2**60:
+            raise BudgetError(f"the budget is {self.bits_per_weight or self.nbytes or 0}, expected a number above 0")
+
+    def of(self, weights: int) -> int:
+        """In bytes, for a model of so many weights."""
+        return int(self.bits_per_weight * weights / 8) if self.bits_per_weight is not None else self.nbytes or 0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a budget.
+
+    Attributes:
+        recipe: which makes it: a rule for every module whose bits were open.
+        bits: those of these modules, by path.
+        weights: of the model, in all tensors.
+        fixed: bytes of what is not open.
+        budget: in bytes, of all tensors.
+        allocation: of the bytes beyond `fixed`.
+        measure: what damage is: DIVERGENCE, or the relative squared error of WEIGHTS or OUTPUTS, summed over modules.
+    """
+
+    recipe: Recipe
+    bits: dict[str, int]
+    weights: int
+    fixed: int
+    budget: int
+    allocation: Allocation
+    measure: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.fixed + self.allocation.cost
+
+    def bits_per_weight(self, nbytes: int) -> float:
+        """Of a file of so many bytes."""
+        return 8 * nbytes / self.weights
+
+    @property
+    def curve(self) -> list[tuple[float, float]]:
+        """Bits a weight of the whole file, and the damage that is expected at them."""
+        return [(self.bits_per_weight(self.fixed + cost), damage) for cost, damage in self.allocation.curve]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``conversion_report.json``: sizes in bits a weight of the whole file; damages as :mod:`.candidates`."""
+        return {
+            "target": self.bits_per_weight(self.budget),
+            "reached": self.bits_per_weight(self.nbytes),
+            "damage": self.allocation.damage,
+            "lower_bound": self.allocation.bound,
+            "measure": self.measure,
+            "curve": [list(point) for point in self.curve],
+        }
+
+
+@dataclass(frozen=True)
+class _Open:
+    """A module whose bits are open."""
+
+    step: Step
+    targets: list[Target]
+
+
+def choose_bits(
+    source: Source,
+    plan: Plan,
+    recipe: Recipe,
+    budget: Budget,
+    importances: Mapping[str, F32] | None = None,
+    probe: Callable[[Mapping[str, Target]], Mapping[str, float]] | None = None,
+    report: Callable[[Step, int], None] = lambda step, total: None,
+) -> Choice:
+    """Choose the bits of all modules that a recipe leaves open.
+
+    Open is what no rule decides, and what a rule with ``at_least`` or ``at_most`` is for. A codebook has the bits of
+    its table.
+
+    Args:
+        source: the checkpoint.
+        plan: of a conversion by `recipe`.
+        recipe: the codec and all else but the bits; the modules to keep.
+        budget: the size.
+        importances: of columns by path, with data; see :mod:`.importance`.
+        probe: gives the divergence of the model by the kind of modules that have the targets of their paths, see
+            :func:`.sensitivity.divergences`; None: all modules count the same.
+        report: called after the candidates of each open module with its step and the number of all.
+
+    Raises:
+        BudgetError: it is less than the least, nothing is open, or layers to fuse have no bits in common.
+    """
+    weights = sum(s.tensor.numel for s in plan.steps)
+    wanted = budget.of(weights)
+    found = [one for step in plan.quantized if (one := _open(step, plan, recipe)) is not None]
+    if not found:
+        raise BudgetError(
+            "no module has bits to choose: the recipe's rules say all of them, or they come from a codebook's table"
+        )
+    paths = {one.step.path for one in found}
+    fixed = sum(step.output_bytes() for step in plan.steps if step.target is None or step.path not in paths)
+    options: dict[str, list[Candidate]] = {}
+    for one in found:
+        weighed = None if importances is None else importances.get(one.step.path)
+        options[one.step.path] = candidates(source, one.step, one.targets, weighed)
+        report(one.step, len(found))
+    measured = {} if probe is None else probe(_probes(options))
+    options = _in_nats(options, measured)
+    groups = _groups(list(options)) if budget.fused_equal else [[path] for path in options]
+    items = [_together(group, options) for group in groups]
+    least = sum(min(option.cost for option, _ in item) for item in items)
+    if wanted < fixed + least:
+        raise BudgetError(_too_small(weights, wanted, fixed, least, plan))
+    allocation = allocate([[option for option, _ in item] for item in items], wanted - fixed)
+    chosen: dict[str, Target] = {}
+    for group, item, i in zip(groups, items, allocation.chosen, strict=True):
+        chosen |= zip(group, item[i][1], strict=True)
+    bits = {path: target.bits for path, target in chosen.items()}
+    measure = DIVERGENCE if measured else WEIGHTS if importances is None else OUTPUTS
+    return Choice(_filled_in(recipe, plan, chosen), bits, weights, fixed, wanted, allocation, measure)
+
+
+def _probes(options: Mapping[str, Sequence[Candidate]]) -> dict[str, Target]:
+    """The target of each module with which the divergence is measured: of PROBE bits, or near that."""
+    return {path: _probe(found).target for path, found in options.items()}
+
+
+def _probe(found: Sequence[Candidate]) -> Candidate:
+    return min(found, key=lambda c: (abs(c.target.bits - PROBE), c.target.bits))
+
+
+def _in_nats(options: Mapping[str, Sequence[Candidate]], measured: Mapping[str, float]) -> dict[str, list[Candidate]]:
+    """Damages as divergences: those of each kind by the factor that was measured for it.
+
+    Without a measurement nothing changes; a kind that did no harm counts as the one that did least.
+    """
+    harm: dict[str, float] = defaultdict(float)
+    for path, found in options.items():
+        harm[kind_of(path)] += _probe(found).damage
+    factors = {kind: nats / harm[kind] for kind, nats in measured.items() if harm[kind] > 0}
+    least = min(factors.values(), default=1.0)
+    return {
+        path: [replace(c, damage=c.damage * factors.get(kind_of(path), least)) for c in found]
+        for path, found in options.items()
+    }
+
+
+def _open(step: Step, plan: Plan, recipe: Recipe) -> _Open | None:
+    """The targets that a module can have; None if there is nothing to choose."""
+    target = step.to_fit
+    if target is None or target.codec == "codebook" or target.row_bits is not None:
+        return None
+    places = _places(step, plan)
+    rule = next((rule for place in places if (rule := recipe.rule_for(place)) is not None), None)
+    if rule is not None:
+        if not rule.is_open:
+            return None
+        return _Open(step, targets(target, rule.at_least or 1, rule.at_most or MOST_BITS))
+    if step.rounded:  # an embedding or a head of which nothing is said
+        return _Open(step, targets(recipe.default, 1, MOST_BITS, words=True))
+    return _Open(step, targets(target, 1, MOST_BITS)) if target == recipe.default else None
+
+
+def _places(step: Step, plan: Plan) -> list[str]:
+    return [step.path, *(place for place, owner in plan.tied.items() if owner == step.path)]
+
+
+def _groups(paths: Sequence[str]) -> list[list[str]]:
+    """Paths in their order, those of layers that others fuse together."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for n, path in enumerate(paths):
+        parent, _, name = path.rpartition(".")
+        kind = next((i for i, names in enumerate(FUSED) if name in names), None)
+        found.setdefault((path, n) if kind is None else (parent, -1 - kind), []).append(path)
+    return list(found.values())
+
+
+def _together(
+    group: Sequence[str], options: Mapping[str, Sequence[Candidate]]
+) -> list[tuple[Option, tuple[Target, ...]]]:
+    """The options of modules that have the same bits, and what each of them is then."""
+    if len(group) == 1:
+        return [(Option(c.nbytes, c.damage), (c.target,)) for c in options[group[0]]]
+    by_bits = [{c.target.bits: c for c in options[path]} for path in group]
+    common = sorted(set.intersection(*(set(each) for each in by_bits)), reverse=True)
+    if not common:
+        raise BudgetError(
+            f"{', '.join(group)}: are to have the same bits, and the limits that rules set them have no number in "
+            "common; leave --fused-equal out, or change these rules"
+        )
+    found = []
+    for bits in common:
+        own = [each[bits] for each in by_bits]
+        option = Option(sum(c.nbytes for c in own), sum(c.damage for c in own))
+        found.append((option, tuple(c.target for c in own)))
+    return found
+
+
+def _too_small(weights: int, wanted: int, fixed: int, least: int, plan: Plan) -> str:
+    def size(nbytes: int) -> str:
+        return f"{8 * nbytes / weights:.3f} bits a weight ({nbytes / 1e6:,.3f} MB)"
+
+    kept = sum(s.tensor.nbytes for s in plan.steps if s.target is None)
+    return (
+        f"the budget is {size(wanted)}, and the least is {size(fixed + least)}, of which {kept / 1e6:,.3f} MB are kept "
+        f"in full precision and {(fixed - kept) / 1e6:,.3f} MB have bits that rules say; take at least that, keep "
+        "less, or take larger groups (--group-size)"
+    )
+
+
+def _filled_in(recipe: Recipe, plan: Plan, chosen: Mapping[str, Target]) -> Recipe:
+    """The recipe with a rule for each module that was open, in the place of the rules that left it so."""
+    own = tuple(Rule(re.sub(r"([*?[])", r"[\1]", path), target) for path, target in chosen.items())
+    return replace(recipe, rules=(*own, *(rule for rule in recipe.rules if not rule.is_open)))

@@ -1,0 +1,207 @@
+"""A budget: kept, reproduced by its recipe, within limits, and refused truly where it cannot be kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.checkpoints import edit_weights, with_tokenizer
+from support.conversions import content
+from typer.testing import CliRunner
+
+from lowbit_format.calibration.compare import Comparison
+from lowbit_format.calibration.data import Data
+from lowbit_format.calibration.effort import Effort
+from lowbit_format.container.reader import ModelReader
+from lowbit_format.converters import (
+    Budget,
+    Calibration,
+    Recipe,
+    Rule,
+    command,
+    convert_hf_to_lowbit,
+    fit_budget,
+    load_recipe,
+    plan_conversion,
+    write_recipe,
+)
+from lowbit_format.converters.sensitivity import divergences
+from lowbit_format.errors import BudgetError, RecipeError
+from lowbit_format.quantize import Target, quantize
+from lowbit_format.reference import decode
+
+Checkpoint = Callable[..., Path]
+RECIPE = Recipe(Target(bits=4, group_size=32))
+
+
+def tensor_bytes(directory: Path) -> int:
+    return sum(t.nbytes for h in ModelReader(directory).headers.values() for t in h.tensors.values())
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "mixtral"])
+@pytest.mark.parametrize("bits", [4.5, 7.0])
+def test_the_file_is_within_the_budget_and_its_recipe_makes_it_again(
+    name: str, bits: float, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source = str(checkpoint(name))
+    done = convert_hf_to_lowbit(source, tmp_path / "out", RECIPE, budget=Budget(bits))
+    assert done.choice is not None
+    assert tensor_bytes(tmp_path / "out") == done.choice.nbytes
+    assert done.choice.bits_per_weight(done.choice.nbytes) <= bits
+    assert len(set(done.choice.bits.values())) > 1
+    write_recipe(tmp_path / "recipe.json", done.choice.recipe)
+    convert_hf_to_lowbit(source, tmp_path / "again", load_recipe(tmp_path / "recipe.json"))
+    first, second = (content(tmp_path / name) for name in ("out", "again"))
+    assert {
+        k: v for k, v in first.items() if k not in ("README.md", "conversion_report.json")
+    }.items() <= second.items()
+    budget = json.loads((tmp_path / "out" / "conversion_report.json").read_text())["budget"]
+    assert budget["reached"] <= budget["target"] == pytest.approx(bits, rel=1e-3)
+    assert budget["lower_bound"] <= budget["damage"]
+    assert [x for x, _ in budget["curve"]] == sorted(x for x, _ in budget["curve"])
+
+
+def test_bits_go_where_the_error_is(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """A matrix of two values needs one bit, whatever its size."""
+
+    def two_valued(tensors: dict[str, torch.Tensor]) -> None:
+        for key in ("q_proj", "o_proj"):
+            name = f"model.layers.0.self_attn.{key}.weight"
+            tensors[name] = torch.sign(tensors[name]) * 0.03 + torch.randn_like(tensors[name]) * 1e-4
+
+    source = edit_weights(own_checkpoint("llama"), two_valued)
+    choice = fit_budget(str(source), Budget(6.0), RECIPE)
+    assert choice.bits["model.layers.0.self_attn.q_proj"] == choice.bits["model.layers.0.self_attn.o_proj"] == 1
+    assert choice.bits["model.layers.1.self_attn.q_proj"] > 2
+
+
+def test_limits_and_equal_bits_are_kept(checkpoint: Checkpoint) -> None:
+    rules = (
+        Rule("*.1.*.down_proj", Target(bits=3, group_size=32)),
+        Rule("*.v_proj", RECIPE.default, at_least=5),
+        Rule("*.o_proj", RECIPE.default, at_least=2, at_most=2),
+    )
+    choice = fit_budget(str(checkpoint("llama")), Budget(5.5, fused_equal=True), Recipe(RECIPE.default, rules))
+    for layer in "01":
+        at = f"model.layers.{layer}."
+        names = [f"{at}self_attn.{name}_proj" for name in "qkvo"]
+        q, k, v, o = (choice.bits[name] for name in names)
+        assert q == k == v >= 5
+        assert o == 2
+        assert choice.bits[f"{at}mlp.gate_proj"] == choice.bits[f"{at}mlp.up_proj"]
+    assert "model.layers.1.mlp.down_proj" not in choice.bits
+    assert not [rule for rule in choice.recipe.rules if rule.is_open]
+
+
+def test_with_data_columns_count_by_what_they_are_multiplied_with(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    data = Data.of([{"input_ids": torch.randint(4, 90, (2, 16))} for _ in range(4)], held_out=1)
+    calibration = Calibration(data, Effort(sweeps=1, steps=0, learning_rate=0.0, drift=False, samples=8))
+    source = str(checkpoint("llama"))
+    choice = fit_budget(source, Budget(5.0), RECIPE, calibration=calibration)
+    assert choice.measure == "divergence"
+    assert choice.allocation.damage != fit_budget(source, Budget(5.0), RECIPE).allocation.damage
+    done = convert_hf_to_lowbit(source, tmp_path / "out", RECIPE, budget=choice, calibration=calibration)
+    assert tensor_bytes(tmp_path / "out") == choice.nbytes
+    assert done.calibrated
+
+
+def test_the_divergence_of_a_kind_is_what_the_model_gives(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source = own_checkpoint("llama-tied")
+    opened, plan, _ = plan_conversion(str(source), RECIPE)
+    target = Target(bits=1, group_size=32)
+    probes = {s.path: target for s in plan.quantized if s.path.endswith(("v_proj", "embed_tokens"))}
+    batches = [{"input_ids": torch.randint(4, 90, (1, 16))} for _ in range(2)]
+    found = divergences(opened, plan, probes, batches, torch.device("cpu"))
+    assert set(found) == {"v_proj", "embed_tokens"}
+    plain: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    for kind, value in found.items():
+        other: Any = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        expected = Comparison()
+        with torch.no_grad():
+            for path in (path for path in probes if path.endswith(kind)):
+                weight = other.get_submodule(path).weight
+                weight.copy_(torch.from_numpy(decode(quantize(weight.numpy(), target).matrix)))
+            for batch in batches:
+                expected.add(other(**batch), plain(**batch), batch)
+        assert value == pytest.approx(expected.mean_divergence, rel=1e-4)
+
+
+def test_what_harms_predictions_gets_more_bits(own_checkpoint: Checkpoint) -> None:
+    """A matrix behind which nothing comes through does no harm, however large its error is."""
+
+    def cut(tensors: dict[str, torch.Tensor]) -> None:
+        for layer in "01":
+            tensors[f"model.layers.{layer}.self_attn.o_proj.weight"] *= 1e-6
+
+    source = with_tokenizer(edit_weights(own_checkpoint("llama"), cut))
+    choice = fit_budget(str(source), Budget(6.0), RECIPE)
+    assert choice.measure == "divergence"
+    v, down = (choice.bits[f"model.layers.0.{name}_proj"] for name in ("self_attn.v", "mlp.down"))
+    assert v == 1 < down
+
+
+def test_less_than_the_least_is_refused_with_the_least(checkpoint: Checkpoint) -> None:
+    source = str(checkpoint("llama"))
+    with pytest.raises(BudgetError, match=r"the budget is 1\.000 bits .* the least is ([\d.]+) bits a weight") as e:
+        fit_budget(source, Budget(1.0), RECIPE)
+    least = float(str(e.value).split("the least is ")[1].split()[0])
+    assert set(fit_budget(source, Budget(least + 0.001), RECIPE).bits.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "budget", "message"),
+    [
+        (
+            Recipe(
+                RECIPE.default, (Rule("*.q_proj", RECIPE.default, at_most=2), Rule("*.k_proj", Target(), at_least=3))
+            ),
+            Budget(5.0, fused_equal=True),
+            r"layers\.0\.self_attn\.k_proj, .*q_proj.*: are to have the same bits",
+        ),
+        (Recipe(rules=(Rule("*", Target(bits=3)),)), Budget(5.0), "no module has bits to choose"),
+        (Recipe(Target("codebook"), embeddings=False, lm_head=False), Budget(5.0), "no module has bits to choose"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(recipe: Recipe, budget: Budget, message: str, checkpoint: Checkpoint) -> None:
+    with pytest.raises(BudgetError, match=message):
+        fit_budget(str(checkpoint("llama")), budget, recipe)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"bits_per_weight": 3.0, "nbytes": 5}, {"nbytes": -1}, {"bits_per_weight": 0.0}]
+)
+def test_a_budget_is_one_number(options: Any) -> None:
+    with pytest.raises(BudgetError):
+        Budget(**options)
+
+
+def test_limits_without_a_budget_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    recipe = Recipe(RECIPE.default, (Rule("*.q_proj", RECIPE.default, at_least=3),))
+    with pytest.raises(RecipeError, match=r"'\*\.q_proj' leaves its bits open, which needs a budget"):
+        convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path / "out", recipe)
+
+
+def run(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(command.app, [str(a) for a in args], env={"COLUMNS": "200"})
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_command_shows_the_curve_and_writes_the_recipe(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, recipe = checkpoint("llama"), tmp_path / "recipe.json"
+    options = ("--group-size", 32, "--no-eval")
+    dry = run(source, "--dry-run", "--bits-budget", 5, *options, "--write-recipe", recipe)
+    assert "expected damage" in dry
+    assert "no choice has less than" in dry
+    run(source, tmp_path / "a", "--recipe", recipe, "--no-eval")
+    assert "exists already" in run(source, tmp_path / "b", "--size", "1MB", *options, "--write-recipe", recipe, code=2)
+    nbytes = tensor_bytes(tmp_path / "a")
+    run(source, tmp_path / "b", "--size", f"{(nbytes + 1) / 1000}KB", *options)
+    assert tensor_bytes(tmp_path / "b") == nbytes
+    assert "needs a budget" in run(source, tmp_path / "c", "--fused-equal", code=2)
+    assert "give one of them" in run(source, tmp_path / "c", "--bits", 3, "--bits-budget", 5, code=2)
