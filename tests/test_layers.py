@@ -31,6 +31,7 @@ LAYERS: list[tuple[str, str]] = [
         "converters export loading precision partial_download evaluation vllm",
         "whole models in and out: they use all of the above",
     ),
+    ("tuning", "a task in one call: data in, a bundle out"),
     ("cli testing", "what people call: commands, and tests of other backends and readers"),
     (PACKAGE, "the public names, which are imported when they are first used, from wherever they are defined"),
 ]

@@ -27,6 +27,7 @@ from ..runtime.placeholder import initialising
 from .base_model import Base
 from .card import model_base_card
 from .file_names import FileNames
+from .labels import Names, base_labels
 from .placement import refuse_missing
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class LowbitModel(Mixin):
         lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
         lowbit_save: writes a task instead of the base when the Trainer saves the model.
         lowbit_files: the names in the directory, while the model is being loaded.
+        lowbit_labels: the base's own names of labels, while the config has those of the active task.
         lowbit_asked: it was in training, and was asked whether anything is trained there that was chosen for it.
     """
 
@@ -49,6 +51,7 @@ class LowbitModel(Mixin):
     lowbit_fresh: tuple[str, ...] = ()
     lowbit_save: Callable[[Any, str], None] | None = None
     lowbit_files: FileNames | None = None
+    lowbit_labels: Names | None = None
     lowbit_asked: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -150,7 +153,8 @@ class LowbitModel(Mixin):
                 "lowbit_format.TaskCallback the Trainer does",
                 save_directory,
             )
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        with base_labels(self):
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch. During tuning a checkpoint may omit everything except the tensors in training.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BundleError, TaskError
+from ..integrations.labels import show_labels
 from ..integrations.placement import lowbit_modules
 from ..runtime.active_tasks import Name
 from ..runtime.deltas import Delta
@@ -115,8 +116,10 @@ def load_task(
 def set_task(model: Any, name: Name) -> None:
     """Compute with task `name`, or with the base (None), wherever no :func:`use_tasks` block says otherwise.
 
-    Takes effect for all threads, also for one that is computing: a server with several threads uses :func:`use_tasks`
-    instead. Raises TaskError if the task is not loaded.
+    ``model.config`` then has the task's names of labels, which pipelines show. Takes effect for all threads, also for
+    one that is computing: a server with several threads uses :func:`use_tasks` instead.
+
+    Raises TaskError if the task is not loaded.
     """
     model = unwrapped(model)
     state = state_of(model)
@@ -125,6 +128,7 @@ def set_task(model: Any, name: Name) -> None:
     for module in model.modules():
         if isinstance(module, (LowbitModule, SwitchedModule)):
             module.set_task(name)
+    show_labels(model, () if name is None else loaded_tasks(model)[name].labels)
 
 
 @contextlib.contextmanager
