@@ -28,7 +28,7 @@ def show_tasks(base: Path, place: Path) -> None:
 
     tuned = Table("task", "labels", "numbers", "on disk", "right before", "right after", "time")
     for name in TASKS:
-        found = tune(base, DATA / f"{name}.tsv", place / name, eval=0.25)
+        found = tune(base, DATA / f"{name}.tsv", place / name, eval=0.25, lr=1e-2)  # chosen before: it saves time
         numbers = found.numbers + found.saved_numbers
         tuned.add_row(
             name, ", ".join(found.labels), f"{numbers:,}", f"{found.nbytes / 1e3:.0f} kB",

@@ -139,7 +139,7 @@ class LowbitModel(Mixin):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As in transformers: the base, whatever task is active (``save_task`` writes a task).
 
-        With a ``TaskCallback``, the Trainer's own calls write the task instead. We recognise the Trainer by
+        While a task is in training, the Trainer's own calls write the task instead. We recognise the Trainer by
         ``state_dict=``, which it always passes and users rarely do; so nothing has to be undone when training stops
         early.
         """
@@ -149,8 +149,7 @@ class LowbitModel(Mixin):
             return None
         if _in_training(self):  # type: ignore[arg-type]
             log.warning(
-                "%s: the base is saved, without the scales in training. save_task writes them; with a "
-                "lowbit_format.TaskCallback the Trainer does",
+                "%s: the base is saved, without the scales in training. save_task writes them, and so does the Trainer",
                 save_directory,
             )
         with base_labels(self):
@@ -170,8 +169,7 @@ class LowbitModel(Mixin):
             if lacking:
                 raise TaskError(
                     f"the checkpoint lacks {len(lacking)} of {len(trained)} tensors in training, such as "
-                    f"{lacking[0]!r}: it was written for another tuning, or without a lowbit_format.TaskCallback, "
-                    "which the Trainer needs to write them"
+                    f"{lacking[0]!r}: it was written for another tuning, or holds the base"
                 )
             if trained.keys() >= state_dict.keys():
                 result.missing_keys.clear()  # a checkpoint of the task alone: the base is loaded already

@@ -27,7 +27,7 @@ from ..runtime.stored_tensors import TORCH_DTYPES, to_torch
 from .bundle import TaskBundle, check_bundle
 from .finding import find_bundle
 from .matching import check_matches, without_prefix
-from .models import LoadedTask, loaded_tasks, model_path, named_modules, outermost, state_of, unwrapped
+from .models import LoadedTask, loaded_tasks, model_path, named_modules, outermost, state_of, tuned_task, unwrapped
 from .operations import split_delta
 
 log = logging.getLogger(__name__)
@@ -176,6 +176,8 @@ def unload_task(model: Any, name: str) -> None:
     state.check([name])
     if state.active == name:
         set_task(model, None)
+    if tuned_task(model) == name:
+        model.lowbit_save = None
     del state.loaded[name]
     for _, module in lowbit_modules(model):
         module.deltas.pop(name, None)
