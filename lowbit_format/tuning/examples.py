@@ -38,7 +38,7 @@ class Table:
 
     def take(self, chosen: list[int]) -> Table:
         """The examples with these numbers."""
-        rows, lines = (tuple(part[i] for i in chosen) for part in (self.rows, self.lines))
+        rows, lines = tuple(self.rows[i] for i in chosen), tuple(self.lines[i] for i in chosen)
         return Table(self.where, self.columns, rows, lines, self.classes)
 
 

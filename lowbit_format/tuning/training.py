@@ -19,6 +19,7 @@ from ..tasks.trainer import TaskCallback
 from .columns import CLASSIFICATION, LANGUAGE, TOKENS
 from .encoding import Item
 from .metrics import reduced, results
+from .rates import trial_rate, trial_steps
 
 Report = Callable[[str, int, int], None]  # of a stage by name: steps done, and of all
 
@@ -66,11 +67,12 @@ class Trained:
 
 
 def try_rate(job: Job, rate: float, steps: int) -> float:
-    """The loss on the examples to choose by after a short training, whole with warm-up and decay; the model is left
-    as it was. Infinite if it diverged."""
+    """The loss on the examples to choose by after the short training that stands for one of `steps` with `rate`
+    (:mod:`.rates`); infinite if it diverged. The model is left as it was."""
     start = [p.detach().clone() for p in _trained(job.model)]
     try:
-        trainer = _trainer(job, rate, steps, f"rate {rate:g}", save_strategy="no", eval_strategy="no")
+        short, larger = trial_steps(steps), trial_rate(rate, steps)
+        trainer = _trainer(job, larger, short, f"rate {rate:g}", save_strategy="no", eval_strategy="no")
         trainer.train()
         loss = measure(job, job.choose, trainer)["loss"]
     finally:

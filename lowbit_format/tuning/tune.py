@@ -22,7 +22,7 @@ from . import base as bases
 from .columns import CLASSIFICATION, LANGUAGE, REGRESSION, TOKENS
 from .data import EncodedParts, read_data
 from .journal import Journal
-from .rates import choose_rate, trial_steps
+from .rates import choose_rate
 from .training import Job, Report, class_weights_of, measure, steps_for, train, try_rate, without_dropout
 
 AUTO = "auto"
@@ -162,8 +162,7 @@ def tune(
     )
     with without_dropout(model):
         before = measure(job, encoded.judge.items)
-        short = trial_steps(steps)
-        rate = choose_rate(lambda r: try_rate(job, r, short), journal) if isinstance(lr, str) else float(lr)
+        rate = choose_rate(lambda r: try_rate(job, r, steps), journal) if isinstance(lr, str) else float(lr)
         done = train(job, rate, steps, resume=resume)
         after = measure(job, encoded.judge.items)
     with atomic_directory(directory) as work:

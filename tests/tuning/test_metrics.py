@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lowbit_format.errors import TuningError
 from lowbit_format.tuning.encoding import IGNORED
 from lowbit_format.tuning.metrics import macro_f1, pearson, reduced, results
-from lowbit_format.tuning.rates import choose_rate, trial_steps
+from lowbit_format.tuning.rates import choose_rate, trial_rate, trial_steps
 from lowbit_format.tuning.training import class_weights_of, steps_for
 
 DRAW = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def test_class_weights_make_labels_equal() -> None:
 # --- rates and steps -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("best", [0.00125, 0.0025, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2])
+@pytest.mark.parametrize("best", [0.000625, 0.00125, 0.0025, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16])
 def test_the_best_rate_is_found_also_beyond_the_first_ones(best: float) -> None:
     tried = list[float]()
 
@@ -78,7 +78,12 @@ def test_the_best_rate_is_found_also_beyond_the_first_ones(best: float) -> None:
     assert choose_rate(trial, losses) == pytest.approx(best)
     assert list(losses) == tried
     assert choose_rate(trial, losses) == pytest.approx(best)
-    assert len(tried) == len(set(tried)) <= 5  # what is known is not tried again
+    assert len(tried) == len(set(tried)) <= 6  # what is known is not tried again
+
+
+def test_a_short_training_goes_as_far() -> None:
+    assert trial_rate(1e-2, 800) * trial_steps(800) == pytest.approx(1e-2 * 800)
+    assert trial_rate(1e-2, 10) == 1e-2  # it is the whole one
 
 
 def test_rates_that_all_diverge() -> None:
