@@ -2,8 +2,9 @@
 
 A short training is the whole one scaled down: fewer steps with their own warm-up and decay, and each step larger by as
 much, so that the deltas can go as far. Adam goes about a rate a step, and in short trainings the best rate is as large
-as it takes to get far enough: 0.06 to 0.08 in 12 or 20 steps, where 0.01 is best in 96 (SST-2, MiniLM at 4 bits). A
-short training with the whole one's own rates would choose one that is several times too large.
+as it takes to get far enough: 0.06 to 0.08 in 12 or 20 steps, where 0.01 is best in 96 (phrases of SST-2, MiniLM at 4
+bits, batches of 32; ``python -m tools.benchmarks.rates`` makes such a table). A short training with the whole one's own
+rates would choose one that is several times too large.
 """
 
 from __future__ import annotations

@@ -67,12 +67,15 @@ class Trained:
 
 
 def try_rate(job: Job, rate: float, steps: int) -> float:
-    """The loss on the examples to choose by after the short training that stands for one of `steps` with `rate`
-    (:mod:`.rates`); infinite if it diverged. The model is left as it was."""
+    """The loss after the short training that stands for one of `steps` with `rate` (:mod:`.rates`)."""
+    return loss_after(job, trial_rate(rate, steps), trial_steps(steps), f"rate {rate:g}")
+
+
+def loss_after(job: Job, rate: float, steps: int, stage: str) -> float:
+    """The loss on the examples to choose by after a training, infinite if it diverged; the model is left as it was."""
     start = [p.detach().clone() for p in _trained(job.model)]
     try:
-        short, larger = trial_steps(steps), trial_rate(rate, steps)
-        trainer = _trainer(job, larger, short, f"rate {rate:g}", save_strategy="no", eval_strategy="no")
+        trainer = _trainer(job, rate, steps, stage, save_strategy="no", eval_strategy="no")
         trainer.train()
         loss = measure(job, job.choose, trainer)["loss"]
     finally:
