@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +218,7 @@ def test_what_does_not_do(
     options: dict[str, Any], error: type[Exception], message: str, bases: Bases, here: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)  # nothing asks the Hub
+    monkeypatch.setitem(sys.modules, "datasets", None)  # nothing asks the Hub
     with pytest.raises(error, match=message):
         lb.tune(base_with_tokenizer(bases, "bert"), classified(here / "a.jsonl"), "out", **options)
     assert sorted(p.name for p in here.iterdir()) == ["a.jsonl"]
