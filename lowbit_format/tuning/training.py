@@ -110,7 +110,7 @@ def train(job: Job, rate: float, steps: int, *, resume: bool = False) -> Trained
     return Trained(state.global_step, int(Path(state.best_model_checkpoint).name.split("-")[-1]), state.best_metric)
 
 
-def measure(job: Job, items: Sequence[Item], trainer: transformers.Trainer | None = None) -> dict[str, float]:
+def measure(job: Job, items: Sequence[Item], trainer: Any = None) -> dict[str, float]:
     """Results of the model as it is, by name."""
     trainer = trainer or _trainer(job, 0.0, 1, "evaluation", save_strategy="no", eval_strategy="no")
     found = trainer.evaluate(eval_dataset=list(items))
@@ -157,7 +157,7 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             m.p = p
 
 
-def _trainer(job: Job, rate: float, steps: int, stage: str, **options: Any) -> transformers.Trainer:
+def _trainer(job: Job, rate: float, steps: int, stage: str, **options: Any) -> Any:
     arguments = transformers.TrainingArguments(
         str(job.work),
         max_steps=steps,
@@ -186,12 +186,16 @@ def _trainer(job: Job, rate: float, steps: int, stage: str, **options: Any) -> t
         eval_dataset=list(job.choose),  # type: ignore[arg-type, unused-ignore]
         compute_loss_func=None if job.weights is None else _weighted_loss(job.weights),
         preprocess_logits_for_metrics=lambda logits, labels: reduced(job.kind, logits, labels),
-        compute_metrics=lambda found: results(job.kind, found.predictions, found.label_ids),
+        compute_metrics=lambda found: _results(job.kind, found),
         optimizers=(_optimizer(job.model, rate), None),
         callbacks=[TaskCallback(), _Watch(stage, job.report)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def _results(kind: str, found: Any) -> dict[str, float]:
+    return results(kind, found.predictions, found.label_ids)
 
 
 def _optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
@@ -246,7 +250,7 @@ class _Watch(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.report(self.stage, state.global_step, state.max_steps)
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        if args.save_strategy != "no" and not math.isfinite(metrics["eval_loss"]):
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.save_strategy != "no" and not math.isfinite(kwargs["metrics"]["eval_loss"]):
             rate = args.learning_rate
             raise TuningError(f"the training diverged at the learning rate {rate:g}; give a smaller one (--lr, lr=)")
