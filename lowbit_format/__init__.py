@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .tasks.sharing import push_task_to_hub
     from .tasks.trainer import TaskCallback
     from .tasks.tuning import prepare_scale_tuning
+    from .tuning.tune import tune
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ __all__ = [
     "push_task_to_hub",
     "save_task",
     "set_task",
+    "tune",
     "unload_task",
     "use_tasks",
     "write_recipe",
@@ -100,6 +102,7 @@ _LAZY = {  # public name -> module that defines it
     "push_task_to_hub": "lowbit_format.tasks.sharing",
     "save_task": "lowbit_format.tasks.saving",
     "set_task": "lowbit_format.tasks.serving",
+    "tune": "lowbit_format.tuning.tune",
     "unload_task": "lowbit_format.tasks.serving",
     "use_tasks": "lowbit_format.tasks.serving",
     "write_recipe": "lowbit_format.converters",

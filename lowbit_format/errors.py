@@ -159,6 +159,10 @@ class TuningError(LowbitError):
     """A model cannot be prepared for tuning with the given options."""
 
 
+class DataError(LowbitError):
+    """Examples of a task cannot be read, or do not make a task."""
+
+
 class TaskError(LowbitError):
     """A task is not loaded, its name is taken, or it cannot be used for the rows of a batch."""
 

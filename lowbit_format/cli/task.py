@@ -18,10 +18,11 @@ from ..dtypes import BY_NAME
 from ..matrix import F32
 from ..tasks.arithmetic import ModuleDifference, compare_bundles, merge_bundles, same_saved, total_difference
 from ..tasks.bundle import StoredBundle, TaskBundle, rounding_loss, write_bundle
+from ..tasks.bundle_config import PLAIN
 from ..tasks.finding import find_bundle
 from ..tasks.matching import check_applies
 from ..tasks.operations import SAVED, split_delta
-from . import console, task_hub
+from . import console, task_hub, task_tune
 from .console import columns, plain
 from .task_options import Force, Revision, Subfolder, check_out
 
@@ -154,6 +155,7 @@ def diff(
     raise typer.Exit(0 if alike and saved and total.largest == 0 else 1)
 
 
+app.command()(task_tune.tune)
 app.command()(task_hub.push)
 app.command()(task_hub.pull)
 app.command("list")(task_hub.list_tasks)
@@ -203,6 +205,7 @@ def _tables(facts: dict[str, Any], every_module: bool) -> list[Table]:
         ("directory", facts["directory"]),
         ("format", f"{facts['format']} {facts['format_version']}"),
         ("base", place + (f" at {facts['revision']}" if facts["revision"] else "")),
+        *_told({} if facts["format_version"] == PLAIN else facts.get("task", {})),
         ("method", facts["method"]),
         ("tuned at", f"{facts['bits']} bits" if facts["bits"] else "the base's own bits"),
         ("deltas", ", ".join(f"{n} {operation}" for operation, n in facts["operations"].items()) or "none"),
@@ -223,6 +226,13 @@ def _tables(facts: dict[str, Any], every_module: bool) -> list[Table]:
     if facts["deltas"]:
         tables.append(_deltas_table(facts["deltas"], every_module))
     return tables
+
+
+def _told(task: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the bundle says of its task (TSK-12)."""
+    metrics = ", ".join(f"{name} {value:.6g}" for name, value in task.get("metrics", {}).items())
+    rows = [("kind", task.get("kind", "")), ("labels", ", ".join(task.get("labels", []))), ("metrics", metrics)]
+    return [(name, value) for name, value in rows if value]
 
 
 def _deltas_table(deltas: dict[str, Any], every_module: bool) -> Table:

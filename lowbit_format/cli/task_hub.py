@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ..container.atomic import atomic_directory, disk_errors, files_together
 from ..container.reader import ModelReader
-from ..errors import FormatError
+from ..errors import FormatError, HubError
+from ..hub import list_files, looks_like_id
 from ..tasks import repository
 from ..tasks.bundle import CARD_FILE, SCALES_FILE, StoredBundle
 from ..tasks.bundle_config import TASK_CONFIG_FILE
@@ -113,8 +114,7 @@ def list_tasks(
             facts, table = [_task_facts(t) for t in tasks], _task_table(tasks, bad)
             facts += [{"source": place, "subfolder": folder, "error": str(error)} for folder, error in bad]
         else:
-            if base is not None and Path(base).is_dir():
-                base = ModelReader(base).fingerprint().body
+            base = None if base is None else _known_by(base)
             found = repository.search_tasks(base=base, author=author, limit=limit)
             facts, table = [_repository_facts(r) for r in found], _repository_table(found)
     if as_json:
@@ -131,6 +131,25 @@ def list_tasks(
         console.print_error(error)
     if bad:
         raise typer.Exit(2)
+
+
+def _known_by(base: str) -> str:
+    """The fingerprint of a base in a directory or on the Hub, by which tasks are found whatever it is called.
+
+    Of one on the Hub only headers are read. Where these have no digests, or the base is gone, its id has to do.
+    """
+    if Path(base).is_dir():
+        return ModelReader(base).fingerprint().body
+    if not looks_like_id(base):
+        return base
+    from ..partial_download import open_remote
+
+    try:
+        reader = open_remote(base, list_files(base))
+    except (HubError, FormatError):
+        return base
+    known = all(reader.stored_digest(name) is not None for name in reader.lowbit_names())
+    return reader.fingerprint().body if known else base
 
 
 def _task_facts(task: TaskInfo) -> dict[str, Any]:

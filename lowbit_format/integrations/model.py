@@ -27,6 +27,7 @@ from ..runtime.placeholder import initialising
 from .base_model import Base
 from .card import model_base_card
 from .file_names import FileNames
+from .labels import Names, base_labels
 from .placement import refuse_missing
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class LowbitModel(Mixin):
         lowbit_fresh: names of parameters that the files did not have, such as a new classifier's.
         lowbit_save: writes a task instead of the base when the Trainer saves the model.
         lowbit_files: the names in the directory, while the model is being loaded.
+        lowbit_labels: the base's own names of labels, while the config has those of the active task.
         lowbit_asked: it was in training, and was asked whether anything is trained there that was chosen for it.
     """
 
@@ -49,6 +51,7 @@ class LowbitModel(Mixin):
     lowbit_fresh: tuple[str, ...] = ()
     lowbit_save: Callable[[Any, str], None] | None = None
     lowbit_files: FileNames | None = None
+    lowbit_labels: Names | None = None
     lowbit_asked: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +139,7 @@ class LowbitModel(Mixin):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As in transformers: the base, whatever task is active (``save_task`` writes a task).
 
-        With a ``TaskCallback``, the Trainer's own calls write the task instead. We recognise the Trainer by
+        While a task is in training, the Trainer's own calls write the task instead. We recognise the Trainer by
         ``state_dict=``, which it always passes and users rarely do; so nothing has to be undone when training stops
         early.
         """
@@ -146,11 +149,11 @@ class LowbitModel(Mixin):
             return None
         if _in_training(self):  # type: ignore[arg-type]
             log.warning(
-                "%s: the base is saved, without the scales in training. save_task writes them; with a "
-                "lowbit_format.TaskCallback the Trainer does",
+                "%s: the base is saved, without the scales in training. save_task writes them, and so does the Trainer",
                 save_directory,
             )
-        return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        with base_labels(self):
+            return super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As in torch. During tuning a checkpoint may omit everything except the tensors in training.
@@ -166,8 +169,7 @@ class LowbitModel(Mixin):
             if lacking:
                 raise TaskError(
                     f"the checkpoint lacks {len(lacking)} of {len(trained)} tensors in training, such as "
-                    f"{lacking[0]!r}: it was written for another tuning, or without a lowbit_format.TaskCallback, "
-                    "which the Trainer needs to write them"
+                    f"{lacking[0]!r}: it was written for another tuning, or holds the base"
                 )
             if trained.keys() >= state_dict.keys():
                 result.missing_keys.clear()  # a checkpoint of the task alone: the base is loaded already

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,6 +92,7 @@ def merge_bundles(
         place.revision,
         bundles[0].config.bits,
         keeper.config.modules_to_save,
+        keeper.config.task and replace(keeper.config.task, metrics={}),  # what its head's outputs mean
     )
     return TaskBundle(config, deltas, keeper.saved)
 

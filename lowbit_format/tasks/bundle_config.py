@@ -1,9 +1,10 @@
-"""``task_config.json``: what a task bundle is, and which base it belongs to (spec/BUNDLE.md section 1)."""
+"""``task_config.json``: what a task bundle is, and which base it belongs to (spec/BUNDLE.md sections 1 and 6)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,54 @@ from ..schema import check_path, check_version, is_int, is_sha256, is_text
 
 TASK_CONFIG_FILE = "task_config.json"
 FORMAT = "lowbit-task"
-BUNDLE_VERSION = "1.0"
+PLAIN, DESCRIBED = "1.0", "1.1"  # versions: without and with a description of the task
+
+
+@dataclass(frozen=True)
+class Description:
+    """The key ``task``: what the task is, for people and programs (TSK-12).
+
+    Attributes:
+        kind: ``"classification"``, ``"regression"``, ``"token-classification"``, ``"language-modelling"``, or another
+            word; empty if it is not said.
+        labels: names of the labels, in the order of the outputs.
+        metrics: results by name.
+        others: keys that this version does not know, kept where a bundle is copied.
+    """
+
+    kind: str = ""
+    labels: tuple[str, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON object of what is said."""
+        said = {"kind": self.kind, "labels": list(self.labels), "metrics": dict(self.metrics)}
+        return {key: value for key, value in said.items() if value} | dict(self.others)
+
+    @classmethod
+    def from_dict(cls, obj: object, fail: Callable[[str, str], BundleError]) -> Description:
+        """Parse and check the object; raises what `fail` makes of a rule and a message."""
+
+        def wrong(what: str, found: object, expected: str) -> BundleError:
+            return fail("TSK-12", f"{what} is {found!r}, expected {expected}")
+
+        if not isinstance(obj, Mapping):
+            raise wrong("task", obj, "an object, or null")
+        kind, labels, metrics = obj.get("kind", ""), obj.get("labels", []), obj.get("metrics", {})
+        if not is_text(kind):
+            raise wrong("task.kind", kind, "a string without control characters")
+        if not isinstance(labels, list) or not all(map(_is_name, labels)) or len(set(labels)) != len(labels):
+            raise wrong("task.labels", labels, "a list of names, no two of them the same")
+        if not isinstance(metrics, Mapping) or not all(_is_name(n) and _is_finite(v) for n, v in metrics.items()):
+            raise wrong("task.metrics", metrics, "finite numbers by name")
+        others = {key: value for key, value in obj.items() if key not in ("kind", "labels", "metrics")}
+        return cls(kind, tuple(labels), {name: float(value) for name, value in metrics.items()}, others)
 
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """``task_config.json``: which base the deltas belong to (TSK-1 to TSK-5).
+    """``task_config.json``: which base the deltas belong to (TSK-1 to TSK-5, TSK-12).
 
     Attributes:
         base_fingerprint, head_fingerprint: of the base that the deltas were tuned on; the second may be empty.
@@ -26,7 +69,8 @@ class TaskConfig:
         base_model_name_or_path, revision: where people may find the base; no proof of it.
         bits: nested precision at which they were tuned, or None for the base's own bits.
         modules_to_save: paths of modules that the bundle carries whole.
-        format_version: of the bundle.
+        task: what the task is, if that is said.
+        format_version: of the bundle; if not given, the lowest that has what it uses.
         others: keys that this version does not know. A reader ignores them (TSK-5), but what copies a bundle keeps
             them: they are the owner's, or mean something to a later minor version (VER-2).
     """
@@ -38,14 +82,20 @@ class TaskConfig:
     revision: str | None = None
     bits: int | None = None
     modules_to_save: tuple[str, ...] = ()
-    format_version: str = BUNDLE_VERSION
+    task: Description | None = None
+    format_version: str = ""
     others: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
+    def __post_init__(self) -> None:
+        if not self.format_version or (self.format_version == PLAIN and self.task is not None):
+            object.__setattr__(self, "format_version", PLAIN if self.task is None else DESCRIBED)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON object: every known key written out, and the others behind them."""
-        known = asdict(self)
-        others = known.pop("others")
-        return {"format": FORMAT, **known, "modules_to_save": list(self.modules_to_save), **others}
+        """JSON object: every known key written out and the others; ``task`` where there is one."""
+        written = ("base_fingerprint", "head_fingerprint", "method", "base_model_name_or_path", "revision", "bits")
+        known = {"format": FORMAT, "format_version": self.format_version, **{k: getattr(self, k) for k in written}}
+        task = {} if self.task is None else {"task": self.task.to_dict()}
+        return {**known, "modules_to_save": list(self.modules_to_save), **self.others, **task}
 
     @classmethod
     def from_dict(cls, obj: object, *, file: object = None) -> TaskConfig:
@@ -78,9 +128,21 @@ class TaskConfig:
         if not isinstance(saved, list) or not all(map(_is_path, saved)) or len(set(saved)) != len(saved):
             raise fail("TSK-5", f"modules_to_save is {saved!r}, expected a list of module paths, none of them twice")
         place, revision = obj.get("base_model_name_or_path"), obj.get("revision")
+        version = str(obj["format_version"])
         known = {"format", *(f.name for f in fields(cls))} - {"others"}
+        task = None
+        if version == PLAIN:  # where the key means nothing
+            known.remove("task")
+        elif obj.get("task") is not None:
+            task = Description.from_dict(obj["task"], fail)
         others = {key: value for key, value in obj.items() if key not in known}
-        return cls(base, str(head), method, place, revision, bits, tuple(saved), obj["format_version"], others)
+        return cls(base, str(head), method, place, revision, bits, tuple(saved), task, version, others)
+
+
+def described(task: Description | None, metrics: Mapping[str, float] | None) -> Description | None:
+    """`task` with results in the place of its own, if there are any; numbers that are not finite stay out of it."""
+    finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+    return replace(task or Description(), metrics=finite) if finite else task
 
 
 def read_task_config(directory: Path) -> TaskConfig:
@@ -103,3 +165,11 @@ def _is_path(value: object) -> bool:
         return bool(check_path(value, file=None))
     except FormatError:
         return False
+
+
+def _is_name(value: object) -> bool:
+    return bool(value) and is_text(value)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,6 +13,12 @@ from .bundle import TaskBundle
 from .repository import TAGS, base_tag
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$&#])")
+_PIPELINES = {  # the Hub's words for kinds of tasks
+    "classification": "text-classification",
+    "token-classification": "token-classification",
+    "regression": "text-classification",
+    "language-modelling": "text-generation",
+}
 _REVISION = re.compile(r"[\w.-]{1,100}", re.ASCII)
 
 
@@ -36,7 +42,7 @@ def task_card(
 
     Args:
         bundle: what the card is about.
-        metrics: what the task reached, by name, such as ``{"accuracy": 0.91}``.
+        metrics: what the task reached, by name, such as ``{"accuracy": 0.91}``; by default what the bundle says.
         dataset: Hub id of the data it was tuned on.
         language: code or codes, such as ``"en"``.
         license: identifier, such as ``"apache-2.0"``.
@@ -49,7 +55,8 @@ def task_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    config, metrics = bundle.config, _checked(metrics or {})
+    config, task = bundle.config, bundle.config.task
+    metrics = _checked(metrics or (task.metrics if task else {}))
     base = config.base_model_name_or_path if is_hub_id(config.base_model_name_or_path) else None
     data = ModelCardData(
         library_name="lowbit-format",
@@ -58,6 +65,7 @@ def task_card(
         datasets=None if dataset is None else [dataset],
         language=language if language is None or isinstance(language, str) else list(language),
         license=license,
+        pipeline_tag=_PIPELINES.get(task.kind) if task else None,
         metrics=list(metrics) or None,
         base_model_relation=None if base is None else "adapter",
     )
@@ -111,6 +119,7 @@ A base with another fingerprint is refused, wherever it came from."""
 def _facts(bundle: TaskBundle, base: str | None, dataset: str | None, nbytes: int | None) -> str:
     config = bundle.config
     deltas, saved, size = bundle.delta_values, bundle.saved_values, bundle.nbytes if nbytes is None else nbytes
+    labels = config.task.labels if config.task else ()
     facts = {
         "base": f"`{base}`" if base else "see the fingerprint",
         "base fingerprint": f"`{config.base_fingerprint}`",
@@ -118,6 +127,7 @@ def _facts(bundle: TaskBundle, base: str | None, dataset: str | None, nbytes: in
         "precision": f"the base's first {config.bits} bits" if config.bits else "all bits of the base",
         "trained numbers for scales": f"{deltas:,} in {len(bundle.deltas):,} tensors",
         "numbers kept in full precision": f"{saved:,}" + (f" ({_listed(config.modules_to_save)})" if saved else ""),
+        **({"labels": _listed(labels)} if labels else {}),
         "size": f"{size:,} bytes",
         **({} if dataset is None else {"tuned on": _escaped(dataset)}),
     }

@@ -7,9 +7,10 @@ from typing import Any
 from ..dtypes import BY_NAME
 from ..errors import TaskError
 from ..integrations.base_model import base_of_tensors
+from ..integrations.labels import show_labels
 from ..integrations.placement import Placement, describe, tie
 from ..runtime.modules_to_save import SwitchedModule
-from .models import config_of, named_modules, refuse_tuned, state_of, tied_to, tuned_task, unwrapped
+from .models import config_of, loaded_tasks, named_modules, refuse_tuned, state_of, tied_to, tuned_task, unwrapped
 from .serving import list_tasks, unload_task
 
 
@@ -48,8 +49,11 @@ def merge_task(model: Any, name: str, *, scale_dtype: str | None = "float32") ->
     for module in list(model.modules()):
         if isinstance(module, SwitchedModule):
             module.become_plain(name)
+    labels = loaded_tasks(model)[name].labels
     for info in list_tasks(model):
         unload_task(model, info.name)
+    show_labels(model, labels)
+    model.lowbit_labels = None  # they are its own from here on
     placed = Placement({entry.path: entry for entry in config}, dict(config.tied))
     tie(model, placed)
     described = describe(model, placed)

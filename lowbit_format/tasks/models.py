@@ -42,6 +42,11 @@ class LoadedTask:
     active: bool = False
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of its labels, in the order of the outputs; empty where it has none."""
+        return () if self.config.task is None else self.config.task.labels
+
+    @property
     def nbytes(self) -> int:
         """Memory that the task takes."""
         return 4 * self.numbers + self.saved_bytes

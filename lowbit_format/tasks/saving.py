@@ -11,10 +11,11 @@ from typing import Any
 from ..container.reader import CONFIG_FILE
 from ..dtypes import BY_NAME, DTYPES
 from ..errors import TaskError
+from ..integrations.labels import given_labels
 from ..runtime.active_tasks import Name
 from ..runtime.stored_tensors import from_torch
 from .bundle import CARD_FILE, SCALES_FILE, TaskBundle, rounding_loss, write_bundle
-from .bundle_config import TASK_CONFIG_FILE
+from .bundle_config import TASK_CONFIG_FILE, Description, described
 from .models import loaded_tasks, model_path, named_modules, state_of, unwrapped
 from .operations import delta_name
 
@@ -32,6 +33,9 @@ def save_task(
 ) -> Path:
     """Write a task of `model` into `directory` as a bundle, with a model card.
 
+    The bundle says what kind of task it is, by the model's class, and the names of labels, if ``model.config`` has some
+    (``from_pretrained(…, id2label={0: "no", 1: "yes"})``).
+
     Args:
         model: a lowbit model, also inside of DDP or ``torch.compile``.
         directory: made if it does not exist. A bundle in it is replaced; a ``README.md`` that is no task's card stays.
@@ -39,7 +43,7 @@ def save_task(
         dtype: of the deltas in the file. ``"float32"`` keeps them exactly; ``"float16"`` and ``"bfloat16"`` halve the
             file, and the card says what is lost.
         base_model, revision: Hub id and revision of the base; by default where this model was loaded from.
-        metrics: results to put on the card.
+        metrics: results, for the bundle and its card.
         **card: more for the card: ``dataset`` (Hub id), ``language``, ``license``, ``notes`` (Markdown), and
             ``repo_id`` and ``subfolder`` of the place that the bundle will be pushed to.
 
@@ -51,7 +55,7 @@ def save_task(
         BundleError: a delta is not finite, or does not fit into `dtype`. OutputError: the files cannot be written.
     """
     _check_dtype(dtype)
-    bundle = bundle_of(model, name, base_model=base_model, revision=revision)
+    bundle = bundle_of(model, name, base_model=base_model, revision=revision, metrics=metrics)
     write_task(model, bundle, Path(directory), dtype, metrics=metrics, **card)
     return Path(directory)
 
@@ -77,7 +81,12 @@ def write_task(model: Any, bundle: TaskBundle, directory: Path, dtype: str, **ca
 
 
 def bundle_of(
-    model: Any, name: Name = None, *, base_model: str | None = None, revision: str | None = None
+    model: Any,
+    name: Name = None,
+    *,
+    base_model: str | None = None,
+    revision: str | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> TaskBundle:
     """A task of `model` as a bundle in memory; arguments as for :func:`save_task`."""
     model = unwrapped(model)
@@ -86,8 +95,10 @@ def bundle_of(
     if name is None:
         raise TaskError("no task is active: choose one with set_task, or say which with name=")
     state.check([name])
+    config = loaded_tasks(model)[name].config
     config = replace(
-        loaded_tasks(model)[name].config,
+        config,
+        task=described(config.task or _description(model), metrics),
         base_model_name_or_path=base_model or model.name_or_path or None,
         revision=revision or (None if base_model else getattr(model.config, "_commit_hash", None)),
     )
@@ -105,6 +116,17 @@ def bundle_of(
         head = model.get_submodule(path).module_of(name)
         saved += [from_torch(f"{listed}.{key}", tensor) for key, tensor in head.state_dict().items()]
     return TaskBundle(config, deltas, tuple(saved))
+
+
+def _description(model: Any) -> Description | None:
+    """What the class of a model in training says of the task; None if that is nothing."""
+    name, config = type(model).__name__, model.config
+    if "ForTokenClassification" in name:
+        return Description("token-classification", given_labels(config))
+    if "ForSequenceClassification" in name:
+        regression = config.problem_type == "regression" or config.num_labels == 1
+        return Description("regression") if regression else Description("classification", given_labels(config))
+    return Description("language-modelling") if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def _check_dtype(dtype: str) -> None:

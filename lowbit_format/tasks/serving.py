@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BundleError, TaskError
+from ..integrations.labels import show_labels
 from ..integrations.placement import lowbit_modules
 from ..runtime.active_tasks import Name
 from ..runtime.deltas import Delta
@@ -26,7 +27,7 @@ from ..runtime.stored_tensors import TORCH_DTYPES, to_torch
 from .bundle import TaskBundle, check_bundle
 from .finding import find_bundle
 from .matching import check_matches, without_prefix
-from .models import LoadedTask, loaded_tasks, model_path, named_modules, outermost, state_of, unwrapped
+from .models import LoadedTask, loaded_tasks, model_path, named_modules, outermost, state_of, tuned_task, unwrapped
 from .operations import split_delta
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,10 @@ def load_task(
 def set_task(model: Any, name: Name) -> None:
     """Compute with task `name`, or with the base (None), wherever no :func:`use_tasks` block says otherwise.
 
-    Takes effect for all threads, also for one that is computing: a server with several threads uses :func:`use_tasks`
-    instead. Raises TaskError if the task is not loaded.
+    ``model.config`` then has the task's names of labels, which pipelines show. Takes effect for all threads, also for
+    one that is computing: a server with several threads uses :func:`use_tasks` instead.
+
+    Raises TaskError if the task is not loaded.
     """
     model = unwrapped(model)
     state = state_of(model)
@@ -125,6 +128,7 @@ def set_task(model: Any, name: Name) -> None:
     for module in model.modules():
         if isinstance(module, (LowbitModule, SwitchedModule)):
             module.set_task(name)
+    show_labels(model, () if name is None else loaded_tasks(model)[name].labels)
 
 
 @contextlib.contextmanager
@@ -172,6 +176,8 @@ def unload_task(model: Any, name: str) -> None:
     state.check([name])
     if state.active == name:
         set_task(model, None)
+    if tuned_task(model) == name:
+        model.lowbit_save = None
     del state.loaded[name]
     for _, module in lowbit_modules(model):
         module.deltas.pop(name, None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TaskError
 from ..hub import check_subfolder, full_repo_id, is_hub_id
 from .bundle import CARD_FILE, read_stored_bundle
-from .bundle_config import TASK_CONFIG_FILE, TaskConfig
+from .bundle_config import TASK_CONFIG_FILE, TaskConfig, described
 from .card import task_card
 from .repository import push_task
 
@@ -49,7 +49,7 @@ def push_task_to_hub(
             :func:`lowbit_format.tasks.repository.push_task`.
         name: which of the model's tasks; by default the active one.
         base_model: Hub id of the base; by default the one that the model or bundle names.
-        metrics: results of the task by name, for the card.
+        metrics: results of the task by name, for the bundle and its card.
         dtype: of a model's deltas in the file, as in ``save_task``.
         **card_options: ``dataset``, ``language``, ``license`` and ``notes`` of :func:`.card.task_card`.
 
@@ -80,6 +80,7 @@ def push_task_to_hub(
         stored = read_stored_bundle(Path(model_or_dir))
         full_id = full_repo_id(repo_id, token)
         config = _published(stored.bundle.config, base_model, full_id)
+        config = replace(config, task=described(config.task, metrics))
         files: dict[str, Path | bytes] = {**stored.files()}
         if config != stored.bundle.config:
             files[TASK_CONFIG_FILE] = (json.dumps(config.to_dict(), indent=2, ensure_ascii=False) + "\n").encode()
@@ -90,7 +91,7 @@ def push_task_to_hub(
 
     from .saving import bundle_of, write_task
 
-    bundle = bundle_of(model_or_dir, name, base_model=base_model)
+    bundle = bundle_of(model_or_dir, name, base_model=base_model, metrics=metrics)
     full_id = full_repo_id(repo_id, token)
     bundle = replace(bundle, config=_published(bundle.config, None, full_id))
     with tempfile.TemporaryDirectory() as temporary:

@@ -31,6 +31,7 @@ from ..runtime.deltas import Delta, TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.modules_to_save import plain_copy, switched
 from .bundle_config import TaskConfig
+from .checkpoint import save_checkpoint
 from .models import (
     LoadedTask,
     bundle_path,
@@ -103,6 +104,8 @@ def prepare_scale_tuning(
 ) -> Tuning:
     """Freeze everything but one task's float32 deltas, and make that task the active one. Then train in any loop.
 
+    The Hugging Face ``Trainer`` then saves the task, kilobytes, where it would save the model (:class:`TaskCallback`).
+
     Patterns are paths with ``*`` (``"*.query"``), or the last names of paths (``"query"``), as PEFT has them.
 
     Args:
@@ -154,6 +157,7 @@ def prepare_scale_tuning(
     whole = sum(p.numel() for path in saved for p in model.get_submodule(path).parameters())
     base, names = model.lowbit_base, tuple(bundle_path(model, path) for path in saved)
     config = TaskConfig(base.fingerprint.body, base.fingerprint.head, method, bits=base.bits, modules_to_save=names)
+    model.lowbit_save = save_checkpoint
     loaded_tasks(model)[name] = LoadedTask(name, config, trained, tuned=True, saved_numbers=whole)
     set_task(model, name)
     return Tuning(name, tuple(modules), trained, tuple(saved), whole)

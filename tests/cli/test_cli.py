@@ -257,11 +257,16 @@ def test_demo_reaches_its_figures(tmp_path: Path) -> None:
     result = lowbit("demo", "--keep", tmp_path)
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.output.splitlines() if "│" in line]
-    cosine = {(int(r[0]), r[1]): float(r[7]) for r in rows}
+    cosine = {(int(r[0]), r[1]): float(r[7]) for r in rows if len(r) == 9}
     for bits, least in [(4, 0.96), (3, 0.87), (2, 0.64)]:
         assert cosine[bits, "BCQ"] >= least
         assert cosine[bits, "BCQ"] > cosine[bits, "RTN"]
         assert ModelReader(tmp_path / f"bcq-{bits}bit").verify() == 0
+    tasks = {r[0]: int(r[5].removesuffix("%")) for r in rows if len(r) == 7}
+    assert tasks.keys() == {"films", "questions"}
+    assert min(tasks.values()) >= 75
+    answers = [r[3] for r in rows if len(r) == 4]
+    assert answers == ["positive", "question", "negative", "statement"]
 
 
 @pytest.mark.parametrize("bits", ["foo", "9", "4,,2"])

@@ -31,7 +31,7 @@ from lowbit_format.tasks.bundle import (
     read_stored_bundle,
     write_bundle,
 )
-from lowbit_format.tasks.bundle_config import TASK_CONFIG_FILE
+from lowbit_format.tasks.bundle_config import TASK_CONFIG_FILE, Description
 from lowbit_format.tasks.repository import TaskRepository
 from lowbit_format.testing.vectors import VECTORS
 
@@ -495,7 +495,13 @@ def test_a_typo_is_looked_for_here_first(half: Path, tmp_path: Path, monkeypatch
             assert "no such repository" in line
 
 
-def test_list_searches_the_hub(calls: list[Any]) -> None:
+def test_list_searches_the_hub(calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A base that is not to be had is searched for by its id."""
+
+    def gone(repo_id: str) -> Any:
+        raise HubError(f"{repo_id}: no such repository")
+
+    monkeypatch.setattr("lowbit_format.cli.task_hub.list_files", gone)
     result = task("list", "--base", "user/base", "--author", "user", "--limit", 2)
     assert calls == [((), {"base": "user/base", "author": "user", "limit": 2})]
     assert "user/half" in result.stdout
@@ -533,6 +539,12 @@ def test_there_and_back_through_a_hub(half: Path, tmp_path: Path, monkeypatch: p
         ]
         found = json.loads(task("list", "--base", BASE, "--json").stdout)
         assert [r["repo"] for r in found] == ["owner/tasks"]
+        sealed = Path(shutil.copytree(BASE, tmp_path / "sealed"))
+        assert CliRunner().invoke(app, ["verify", "--seal", str(sealed)]).exit_code == 0
+        hub.create("somebody/renamed")  # a name that no card tells
+        hub.commit("somebody/renamed", files(sealed))
+        found = json.loads(task("list", "--base", "somebody/renamed", "--json").stdout)
+        assert [r["repo"] for r in found] == ["owner/tasks"]
         pulled = task("pull", "owner/tasks", tmp_path / "out", "--subfolder", "sst2", "--revision", "v1")
         assert pulled.exit_code == 0, pulled.output
         for args, said in [
@@ -542,7 +554,10 @@ def test_there_and_back_through_a_hub(half: Path, tmp_path: Path, monkeypatch: p
             result = task(*args)
             assert result.exit_code == 2
             assert said in result.stderr.splitlines()[-1]  # above it, the client may show its progress
-    assert {**files(tmp_path / "out"), CARD_FILE: b""} == {**files(half), CARD_FILE: b""}
+    told = read_bundle(tmp_path / "out").config
+    assert told.task == Description(metrics={"accuracy": 0.91})
+    assert replace(told, task=None, format_version="1.0") == read_bundle(half).config
+    assert files(tmp_path / "out")[SCALES_FILE] == files(half)[SCALES_FILE]
     assert "0.91" in (tmp_path / "out" / CARD_FILE).read_text("utf-8")
 
 

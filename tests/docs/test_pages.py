@@ -131,6 +131,9 @@ def test_blocks_run_as_written(page: Path, run_page: Callable[[Path], None]) -> 
 def test_the_walk_from_a_checkpoint_to_a_shared_task(run_page: Callable[[Path], None]) -> None:
     run_page(ROOT / "docs" / "tasks.md")
     assert read_bundle("films").config.modules_to_save == ("classifier",)
+    assert read_bundle("films-by-hand").config.task == read_bundle("films").config.task.__class__(
+        "classification", ("bad", "good")
+    )
     assert max(f.stat().st_size for f in Path("runs").rglob("model.safetensors")) < 150_000
     assert [task.config.base_model_name_or_path for task in find_tasks("you/films")] == ["you/minilm-4bit"]
 

@@ -494,7 +494,8 @@ def test_a_directory_stays_as_it_is(hub: HubServer, make: MakeBundle) -> None:
     found = contents(fetch_task(REPO, subfolder="a"))
     assert found[SCALES_FILE] == before[SCALES_FILE]
     old, new = json.loads(before[TASK_CONFIG_FILE]), json.loads(found[TASK_CONFIG_FILE])
-    assert new == {**old, "base_model_name_or_path": "owner/new", "revision": None}
+    told = {"format_version": "1.1", "task": {"metrics": {"accuracy": 0.5}}}
+    assert new == {**old, "base_model_name_or_path": "owner/new", "revision": None, **told}
     for part in ("| accuracy | 0.5 |", 'load_task(model, "owner/task", subfolder="a"', "base_model: owner/new"):
         assert part in found[CARD_FILE].decode()
 

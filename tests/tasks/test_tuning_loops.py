@@ -260,10 +260,20 @@ def test_checkpoints_hold_the_task_only(bases: Bases, tmp_path: Path) -> None:
     assert torch.equal(logits_of(model), base)
 
 
-def test_the_best_model_is_loaded_at_the_end(bases: Bases, tmp_path: Path) -> None:
+@pytest.mark.parametrize("callback", [True, False])
+def test_the_best_model_is_loaded_at_the_end(callback: bool, bases: Bases, tmp_path: Path) -> None:
+    """Without the callback too: what the Trainer saves is the task."""
     model = prepared(bases, "bert")
     every = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "load_best_model_at_end": True}
-    run = trainer(model, tmp_path, learning_rate=0.5, greater_is_better=True, metric_for_best_model="loss", **every)
+    run = trainer(
+        model,
+        tmp_path,
+        callback=callback,
+        learning_rate=0.5,
+        greater_is_better=True,
+        metric_for_best_model="loss",
+        **every,
+    )
     run.train()  # "best" is the highest loss here, which by then is not the last
     losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
     best = max(losses, key=losses.__getitem__)
@@ -275,10 +285,12 @@ def test_the_best_model_is_loaded_at_the_end(bases: Bases, tmp_path: Path) -> No
 
 
 def test_a_checkpoint_without_the_task_is_refused(bases: Bases, tmp_path: Path) -> None:
-    """Without the callback a checkpoint holds the base with its head, so training would start anew from it."""
-    trainer(prepared(bases, "bert"), tmp_path / "run", callback=False).train()
+    """It holds the base with its head, so training would start anew from it."""
+    saved = prepared(bases, "bert")
+    saved.lowbit_save = None  # as before there was a task
+    trainer(saved, tmp_path / "run", callback=False).train()
     model = prepared(bases, "bert")
-    with pytest.raises(TaskError, match=r"lacks 13 of 15 tensors in training.*TaskCallback"):
+    with pytest.raises(TaskError, match=r"lacks 13 of 15 tensors in training.*holds the base"):
         trainer(model, tmp_path / "again").train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
 
 

@@ -325,6 +325,17 @@ def config_bundles(base: Valid) -> Iterator[ValidBundle]:
     }  # fmt: skip
     bundle = Bundle(base, deltas, unknown, {"format": "np", "made by": "someone"})
     yield ValidBundle("unknown-keys", "Unknown keys in task_config.json and in the header's metadata.", bundle)
+    task: Json = {
+        "kind": "classification", "labels": ["negative", "so-so", "\u00fcber"], "metrics": {"accuracy": 0.5, "n": 12},
+        "domain": {"films": None},
+    }  # fmt: skip
+    bundle = Bundle(base, deltas, {"format_version": "1.1", "task": task})
+    yield ValidBundle("task", "What the task is, with a key that nobody knows.", bundle)
+    for slug, told in {"null": None, "empty": {}, "another-kind": {"kind": "ranking", "labels": []}}.items():
+        bundle = Bundle(base, deltas, {"format_version": "1.1", "task": told})
+        yield ValidBundle(f"task-{slug}", "A task of which little or nothing is said.", bundle)
+    bundle = Bundle(base, deltas, {"task": {"kind": 1, "labels": "yes", "metrics": []}})
+    yield ValidBundle("task-in-1.0", "A key task that version 1.0 does not know and a reader ignores.", bundle)
     about = "Tuned at precision 4, which is the base's own: no module has more than 4 bits."
     yield ValidBundle("precision-4-at-own", about, Bundle(base, deltas, {"bits": 4}), at=None)
 

@@ -97,6 +97,23 @@ def invalid_bundles() -> Iterator[InvalidBundle]:
     yield configured("modules-number", "TSK-5", "modules_to_save holds a number.", modules_to_save=[1])
     yield configured("modules-null", "TSK-5", "modules_to_save is null.", modules_to_save=None)
 
+    for slug, task in {
+        "list": [],
+        "kind": {"kind": None},
+        "kind-control": {"kind": "class\u0007"},
+        "labels": {"labels": {"0": "no"}},
+        "label-number": {"labels": ["no", 1]},
+        "label-empty": {"labels": ["no", ""]},
+        "label-control": {"labels": ["no", "y\nes"]},
+        "label-twice": {"labels": ["no", "yes", "no"]},
+        "metrics": {"metrics": [0.5]},
+        "metric-string": {"metrics": {"accuracy": "0.5"}},
+        "metric-true": {"metrics": {"accuracy": True}},
+        "metric-unnamed": {"metrics": {"": 0.5}},
+    }.items():
+        about = f"task is {json.dumps(task)}."
+        yield configured(f"task-{slug}", "TSK-12", about, format_version="1.1", task=task)
+
     delta = good["layers.0.fc.scales.mul"]
     yield holding("name", "TSK-6", "A tensor without an operation.", {**good, "layers.0.fc.scales": delta})
     yield holding("operation", "TSK-6", "An unknown operation.", {**good, "layers.0.fc.scales.div": delta})

@@ -1,0 +1,123 @@
+"""Names of labels: in the bundle, on the model's config while its task is active, and back (TSK-12)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from support.tuning_models import Bases, scatter
+
+import lowbit_format as lb
+from lowbit_format.tasks.bundle import read_bundle
+from lowbit_format.tasks.bundle_config import Description, TaskConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+AUTO = transformers.AutoModelForSequenceClassification
+
+
+def made(bases: Bases, directory: Path, labels: list[str], **options: Any) -> Path:
+    """A task with these labels, as a loop of one's own saves it."""
+    names: dict[str, Any] = {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    model = AUTO.from_pretrained(bases.path("bert"), **names)
+    lb.prepare_scale_tuning(model, name=directory.name)
+    scatter(model)
+    return lb.save_task(model, directory, **options)
+
+
+@pytest.fixture
+def two(bases: Bases, tmp_path: Path) -> Any:
+    """A model with the tasks ``films`` and ``mail``."""
+    made(bases, tmp_path / "films", ["bad", "good"], metrics={"accuracy": 0.5, "odd": float("nan")})
+    made(bases, tmp_path / "mail", ["ham", "spam"])
+    model = AUTO.from_pretrained(bases.path("bert"))
+    for name in ("films", "mail"):
+        lb.load_task(model, tmp_path / name)
+    return model
+
+
+def test_a_bundle_says_what_its_task_is(two: Any, tmp_path: Path) -> None:
+    config = read_bundle(tmp_path / "films").config
+    assert config.task == Description("classification", ("bad", "good"), {"accuracy": 0.5})
+    assert config.format_version == "1.1"
+    card = (tmp_path / "films" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    assert "| labels | bad, good |" in card
+
+
+def test_labels_follow_the_active_task(two: Any) -> None:
+    assert {task.name: task.labels for task in lb.list_tasks(two)} == {
+        "films": ("bad", "good"),
+        "mail": ("ham", "spam"),
+    }
+    own = dict(two.config.id2label)
+    for name, want in [("films", {0: "bad", 1: "good"}), ("mail", {0: "ham", 1: "spam"}), (None, own)]:
+        lb.set_task(two, name)
+        assert two.config.id2label == want
+        assert two.config.label2id == {label: i for i, label in want.items()}
+    lb.set_task(two, "mail")
+    lb.unload_task(two, "mail")
+    assert two.config.id2label == own
+
+
+def test_what_is_saved_has_the_bases_own_labels(two: Any, tmp_path: Path) -> None:
+    """A saved state is the base's, whatever task is active."""
+    lb.set_task(two, "films")
+    two.save_pretrained(tmp_path / "base")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "base").id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    assert two.config.id2label == {0: "bad", 1: "good"}
+    lb.set_task(two, None)
+    assert two.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def test_a_merged_task_keeps_its_labels(two: Any, tmp_path: Path) -> None:
+    lb.merge_task(two, "mail")
+    two.save_pretrained(tmp_path / "base")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "base").id2label == {0: "ham", 1: "spam"}
+
+
+def test_a_task_brings_its_class_and_its_outputs(bases: Bases, tmp_path: Path) -> None:
+    """The base's files have neither head nor labels."""
+    made(bases, tmp_path / "mood", ["sad", "so-so", "glad"])
+    model = lb.from_pretrained(bases.path("bert"), task=tmp_path / "mood")
+    assert type(model).__name__ == "BertForSequenceClassification"
+    assert model.config.id2label == {0: "sad", 1: "so-so", 2: "glad"}
+    named = lb.from_pretrained(bases.path("bert"), task=tmp_path / "mood", model_class=AUTO, num_labels=3)
+    assert named.config.id2label == {0: "sad", 1: "so-so", 2: "glad"}
+
+
+def test_labels_in_another_number_are_not_shown(two: Any) -> None:
+    """As a bundle of a model without a head may have them."""
+    task = Description("classification", ("a", "b", "c"))
+    bundle = read_bundle_with(two, task)
+    lb.set_task(two, lb.load_task(two, bundle, name="odd"))
+    assert two.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+
+
+def read_bundle_with(model: Any, task: Description) -> Any:
+    from dataclasses import replace
+
+    from lowbit_format.tasks.saving import bundle_of
+
+    bundle = bundle_of(model, "films")
+    return replace(bundle, config=replace(bundle.config, task=task))
+
+
+def test_versions_are_the_lowest_that_will_do() -> None:
+    """VER-3; a reader of 1.0 ignores the key, and a copy keeps it."""
+    old = {"format": "lowbit-task", "format_version": "1.0", "base_fingerprint": "0" * 64, "method": "x", "task": 3}
+    plain = TaskConfig.from_dict(old)
+    assert (plain.task, plain.to_dict()["task"], plain.to_dict()["format_version"]) == (None, 3, "1.0")
+    told = TaskConfig("0" * 64, task=Description("regression"))
+    assert told.to_dict()["format_version"] == "1.1"
+    assert TaskConfig.from_dict(told.to_dict()) == told
+    assert TaskConfig("0" * 64).to_dict()["format_version"] == "1.0"
+
+
+def test_a_language_model_says_so(bases: Bases, tmp_path: Path) -> None:
+    model = bases.load("llama")
+    lb.prepare_scale_tuning(model)
+    lb.save_task(model, tmp_path / "t")
+    assert read_bundle(tmp_path / "t").config.task == Description("language-modelling")
