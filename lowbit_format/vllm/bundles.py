@@ -12,6 +12,7 @@ from ..tasks.finding import find_bundle
 from ..tasks.matching import check_matches, modules_by_name
 from ..tasks.serving import deltas_of
 
+REFUSED = "lowbit-format refuses the task"  # begins the message of a bundle that cannot be served
 PEFT_CONFIG_FILE = "adapter_config.json"
 
 
