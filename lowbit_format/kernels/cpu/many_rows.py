@@ -41,21 +41,21 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
         return _by_weights(x, w, None, [(slice(None), BASE)])
     if task_ids is not None:
         check_task_ids(deltas, task_ids)
-    if w.codec != "bcq" or deltas.dim() == 4:
+    plan = products.plan(w)
+    if plan is None or w.codec != "bcq" or deltas.dim() == 4:
         return decode_then_matmul.linear(x, w, deltas, task_ids, weight_chunks)
     if task_ids is None:
         return _by_weights(x, w, deltas, [(slice(None), 0)])
     places = task_ids.long().clamp(min=BASE) + 1  # 0 is the base
     counts = torch.bincount(places, minlength=len(deltas) + 1).tolist()
     many = [place for place, count in enumerate(counts) if place > 0 and count > FEW_ROWS]
-    plan = products.plan(w)
     if not many:
         out = _by_weights(x, w, None, [(slice(None), BASE)])
         return out.add_(plan.changes(x, deltas, task_ids))
     shares: list[tuple[Tensor | slice, int]] = [((places == one).nonzero().flatten(), one - 1) for one in many]
     if sum(counts[one] for one in many) == len(x):
         return _by_weights(x, w, deltas, shares)
-    is_rest = torch.ones(len(counts), dtype=torch.bool)
+    is_rest = torch.ones(len(counts), dtype=torch.bool, device="cpu")
     is_rest[many] = False
     rest = is_rest[places].nonzero().flatten()
     out = _by_weights(x, w, deltas, [*shares, (rest, BASE)])
@@ -67,7 +67,7 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
 
 def _by_weights(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, shares: list[tuple[Tensor | slice, int]]) -> Tensor:
     """The products of rows of `x` with the weights of tasks; `shares` has the rows of each."""
-    tasks = torch.tensor([task for _, task in shares])
+    tasks = torch.tensor([task for _, task in shares], device="cpu")
     given = [x[rows] for rows, _ in shares]
     parts = [x.new_empty(len(one), w.rows) for one in given]
     for start, stop, weights in _chunks(w, x.dtype, deltas, tasks):
@@ -83,7 +83,7 @@ def _by_weights(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, shares: list[t
 
 def weight_chunks(w: PlaneMatrix, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
     """First row, end, and weights ``[rows of the chunk, cols]`` in `dtype`, in memory that the next chunk reuses."""
-    for start, stop, weights in _chunks(w, dtype, None, torch.tensor([BASE])):
+    for start, stop, weights in _chunks(w, dtype, None, torch.tensor([BASE], device="cpu")):
         yield start, stop, weights[0]
 
 
