@@ -48,6 +48,10 @@ _RELIED_ON = {  # object -> parameters that we pass or override
     "vllm.model_executor.layers.linear:LinearMethodBase.create_weights": (
         "layer", "input_size_per_partition", "output_partition_sizes", "input_size", "output_size", "params_dtype",
     ),
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase.apply": (
+        "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input",
+    ),
+    "vllm.model_executor.layers.fused_moe:RoutedExperts.load_weights": ("weights",),
     "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.tie_weights": ("layer", "embed_tokens"),
 }  # fmt: skip
 
