@@ -14,7 +14,8 @@ from numba.core.registry import cpu_target
 
 LANES = 16  # elements of a vector, whatever their type
 
-I8, I16, I32, I64, F16, F32 = (*(ir.IntType(n) for n in (8, 16, 32, 64)), ir.HalfType(), ir.FloatType())
+I1, I8, I16, I32, I64 = (ir.IntType(n) for n in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
 VECTOR_I8, VECTOR_I16, VECTOR_I32, VECTOR_F16, VECTOR_F32 = (ir.VectorType(t, LANES) for t in (I8, I16, I32, F16, F32))
 ZERO = ir.Constant(VECTOR_F32, [0.0] * LANES)
 
@@ -106,6 +107,30 @@ def half_to_float(builder: Any, half: Any) -> Any:
     value = builder.fmul(builder.bitcast(magnitude, VECTOR_F32), ir.Constant(VECTOR_F32, [2.0**112] * LANES))
     sign = builder.shl(builder.and_(wide, ints(0x8000)), ints(16))
     return builder.bitcast(builder.or_(builder.bitcast(value, VECTOR_I32), sign), VECTOR_F32)
+
+
+class _BFloat(ir.HalfType):  # type: ignore[misc]
+    """LLVM's type for bfloat16, which llvmlite does not name."""
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+_BFloat._create_instance()  # else it would be the one of its base class
+
+
+def float_to_bfloat(builder: Any, value: Any, native: bool) -> Any:
+    """float32 rounded to the bits of bfloat16 (int16 lanes), ties to even; a NaN stays one.
+
+    With `native` by the instruction of machines that have ``avx512bf16``, which takes subnormal numbers for 0.
+    """
+    if native:
+        return builder.bitcast(builder.fptrunc(value, ir.VectorType(_BFloat(), LANES)), VECTOR_I16)
+    bits = builder.bitcast(value, VECTOR_I32)
+    odd = builder.and_(builder.lshr(bits, ints(16)), ints(1))
+    rounded = builder.lshr(builder.add(builder.add(bits, ints(0x7FFF)), odd), ints(16))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.select(is_nan, ints(0x7FC0), rounded), VECTOR_I16)
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:

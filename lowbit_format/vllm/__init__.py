@@ -5,8 +5,9 @@ this package import vllm, and nothing else of the library imports this package. 
 
 * :mod:`.slices`, :mod:`.parts`: what one process holds of a layer, and products with it.
 * :mod:`.task_table`: what tasks change there, by slot, looked up for each token.
-* :mod:`.config`, :mod:`.methods`: the quantization method ``lowbit``.
-* :mod:`.task_manager`: tasks in the place of vLLM's LoRA adapters; :mod:`.bundles` reads and checks them.
+* :mod:`.config`, :mod:`.methods`, :mod:`.experts`: the quantization method ``lowbit``.
+* :mod:`.task_manager`: tasks in the place of vLLM's LoRA adapters; :mod:`.bundles` reads and checks them, and
+  :mod:`.metrics` counts them.
 * :mod:`.hub_tasks`: tasks by the name of their repository.
 * :mod:`.internals`: everything that touches what vLLM does not offer for plugins.
 """

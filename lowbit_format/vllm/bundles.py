@@ -12,6 +12,7 @@ from ..tasks.finding import find_bundle
 from ..tasks.matching import check_matches, modules_by_name
 from ..tasks.serving import deltas_of
 
+REFUSED = "lowbit-format refuses the task"  # begins the message of a bundle that cannot be served
 PEFT_CONFIG_FILE = "adapter_config.json"
 
 
@@ -27,7 +28,8 @@ def served_deltas(source: str, base: Base) -> dict[str, Delta]:
     Raises:
         FingerprintError: it was tuned on another base; the message has both fingerprints.
         PrecisionError, BundleError, HubError: as :func:`lowbit_format.load_task`.
-        TaskError: it brings modules of its own, which vLLM has but once; or it is an adapter of PEFT.
+        TaskError: it brings modules of its own, which vLLM has but once; it changes experts; or it is an adapter of
+            PEFT.
     """
     if (Path(source) / PEFT_CONFIG_FILE).is_file():
         raise TaskError(
@@ -42,4 +44,11 @@ def served_deltas(source: str, base: Base) -> dict[str, Delta]:
             "per request; serve it with lowbit_format.use_tasks, or tune it with modules_to_save=[]"
         )
     modules = modules_by_name(base.config)
-    return {modules[name][0].path: delta for name, delta in deltas_of(bundle).items()}
+    deltas = {modules[name][0].path: delta for name, delta in deltas_of(bundle).items()}
+    if experts := [path for path in deltas if base.config.modules[path].experts is not None]:
+        raise TaskError(
+            f"{experts[0]}: the task changes experts, which this plugin serves as they are in the base; serve it with "
+            "lowbit_format.use_tasks, merge it into a base of its own (lowbit_format.merge_task), or tune it with "
+            "exclude=['*experts*']"
+        )
+    return deltas

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig as VllmQuantizationConfig
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -12,6 +13,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from ..errors import LoadError
 from ..schema import QUANT_METHOD, ModuleEntry, QuantizationConfig
+from .experts import LowbitExpertsMethod
 from .methods import LowbitEmbeddingMethod, LowbitLinearMethod
 
 BITS_KEY = "lowbit_bits"  # in --hf-overrides: the precision to read at (NST-1)
@@ -50,16 +52,12 @@ class LowbitConfig(VllmQuantizationConfig):
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method of a layer: ours if a matrix of the file is in it."""
+        prefix = prefix.removeprefix(".")  # some models put a dot behind no name
         if isinstance(layer, VocabParallelEmbedding):
             entry = self.entries.get(prefix) if prefix else self._embedding(layer)
             return None if entry is None else LowbitEmbeddingMethod(entry, self.bits)
         if not isinstance(layer, LinearBase):
-            stack = next((path for path in self.entries if prefix and path.startswith(f"{prefix}.")), None)
-            if stack is not None and self.entries[stack].experts is not None:
-                raise LoadError(
-                    f"{stack}: this plugin does not serve quantized experts yet; load the model with transformers"
-                )
-            return None
+            return self._experts(layer, prefix)
         names = self._names(prefix)
         found = [self.entries.get(name) for name in names]
         if not any(found):
@@ -72,6 +70,17 @@ class LowbitConfig(VllmQuantizationConfig):
         if prefix in self.entries:
             return [prefix]
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(name, [name])]
+
+    def _experts(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a layer of experts that has stacks of the file."""
+        path = prefix.removesuffix(".routed_experts")
+        found = {e.path.rpartition(".")[2]: e for name, e in self.entries.items() if name.rpartition(".")[0] == path}
+        stacks = {name: entry for name, entry in found.items() if entry.experts is not None}
+        if not path or not stacks:
+            return None
+        if not isinstance(layer, RoutedExperts):
+            return None  # the runner around it, which vLLM asks about too
+        return LowbitExpertsMethod(path, stacks, self.bits, layer)
 
     def _embedding(self, layer: VocabParallelEmbedding) -> ModuleEntry | None:
         """The embedding of a model that gives its layer no name: the only one that has its shape."""

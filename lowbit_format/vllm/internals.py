@@ -1,10 +1,12 @@
 """All that this plugin changes in vLLM beyond its hooks for plugins. Checked against the versions in :data:`TRIED`.
 
-vLLM has no hook for another kind of adapter. Two names are replaced, each by one that does the same for other models:
+vLLM has no hook for another kind of adapter. Three names are replaced, each by one that does the same for other models:
 
 * the class of which a model runner makes its manager of adapters, by a choice between that and ours;
 * ``OpenAIServingModels.unload_lora_adapter``, which tells the workers too: vLLM leaves it to their cache to forget an
-  adapter, and ours forgets none.
+  adapter, and ours forgets none;
+* ``OpenAIServingModels.load_lora_adapter``, which answers 400 for a bundle that is refused: vLLM answers 500 for every
+  error but one, that of an adapter which does not exist (404).
 
 :func:`check` looks at everything that the plugin relies on, before anything is changed.
 """
@@ -15,6 +17,7 @@ import functools
 import importlib
 import inspect
 import os
+from http import HTTPStatus
 from typing import Any
 
 import vllm
@@ -22,6 +25,7 @@ from vllm.lora import worker_manager
 from vllm.v1.worker import lora_model_runner_mixin
 
 from ..errors import LoadError
+from .bundles import REFUSED
 from .task_table import GROUPS, ROWS
 
 TRIED = ("0.32.0",)
@@ -44,6 +48,10 @@ _RELIED_ON = {  # object -> parameters that we pass or override
     "vllm.model_executor.layers.linear:LinearMethodBase.create_weights": (
         "layer", "input_size_per_partition", "output_partition_sizes", "input_size", "output_size", "params_dtype",
     ),
+    "vllm.model_executor.layers.fused_moe.fused_moe_method_base:FusedMoEMethodBase.apply": (
+        "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input",
+    ),
+    "vllm.model_executor.layers.fused_moe:RoutedExperts.load_weights": ("weights",),
     "vllm.model_executor.layers.quantization.base_config:QuantizeMethodBase.tie_weights": ("layer", "embed_tokens"),
 }  # fmt: skip
 
@@ -64,19 +72,40 @@ def check() -> None:
 
 
 def apply() -> None:
-    """Replace the two names. Idempotent."""
+    """Replace the class of managers. Idempotent."""
     if lora_model_runner_mixin.LRUCacheWorkerLoRAManager is worker_manager.LRUCacheWorkerLoRAManager:
         lora_model_runner_mixin.LRUCacheWorkerLoRAManager = _worker_manager
 
 
 def join_server() -> None:
-    """Let the server tell its workers what it unloads. Only for a process that has imported the server's classes."""
+    """Change two methods of the server. Idempotent."""
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
-    unload = OpenAIServingModels.unload_lora_adapter
-    if getattr(unload, "tells_workers", False):
+    if getattr(OpenAIServingModels, "knows_lowbit_tasks", False):
         return
+    OpenAIServingModels.knows_lowbit_tasks = True
+    OpenAIServingModels.load_lora_adapter = _answering_400(OpenAIServingModels.load_lora_adapter)
+    OpenAIServingModels.unload_lora_adapter = _telling_workers(OpenAIServingModels.unload_lora_adapter)
 
+
+def _answering_400(load: Any) -> Any:
+    from vllm.entrypoints.serve import create_error_response
+    from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+
+    @functools.wraps(load)
+    async def load_lora_adapter(self: Any, *args: Any, **named: Any) -> Any:
+        answer = await load(self, *args, **named)
+        if not isinstance(answer, ErrorResponse) or REFUSED not in answer.error.message:
+            return answer
+        message = answer.error.message[answer.error.message.index(REFUSED) :]
+        return create_error_response(
+            message=message, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST, param="lora_path"
+        )
+
+    return load_lora_adapter
+
+
+def _telling_workers(unload: Any) -> Any:
     @functools.wraps(unload)
     async def unload_lora_adapter(self: Any, request: Any) -> Any:
         known = self.lora_requests.get(request.lora_name)
@@ -85,8 +114,7 @@ def join_server() -> None:
             await self.engine_client.remove_lora(known.lora_int_id)
         return answer
 
-    unload_lora_adapter.tells_workers = True  # type: ignore[attr-defined]
-    OpenAIServingModels.unload_lora_adapter = unload_lora_adapter
+    return unload_lora_adapter
 
 
 def _worker_manager(vllm_config: Any, device: Any, embedding_modules: Any, *more: Any) -> Any:

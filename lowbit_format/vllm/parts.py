@@ -167,13 +167,6 @@ class PlanePart(PlaneModule):
         w, rows = self.plane_matrix, x.numel() // self.cols
         if self.tasks is None:
             return operators.linear(x, w, bias)
-        if not sampled and self.tasks.active.shares and not torch.compiler.is_compiling():
-            flat, out = x.reshape(rows, self.cols), x.new_empty(rows, self.rows)
-            shares = list(self.tasks.shares(rows))
-            for mine, deltas, ids in shares:
-                out[mine] = operators.linear(flat[mine], w, bias, deltas, ids)
-            if shares:
-                return out.view(*x.shape[:-1], self.rows)
         deltas, ids = self.tasks.of_batch(rows, sampled)
         return operators.linear(x, w, bias, deltas, ids)
 

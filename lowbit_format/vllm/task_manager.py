@@ -23,11 +23,12 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from ..errors import LoadError
+from ..errors import HubError, LoadError, LowbitError, TaskError
 from ..hub import is_hub_id
 from ..runtime.deltas import Delta
-from .bundles import base_in, served_deltas
+from .bundles import REFUSED, base_in, served_deltas
 from .methods import PARTS
+from .metrics import task_metrics
 from .parts import PlanePart
 from .task_table import BASE, ActiveTasks, TaskTable
 
@@ -101,9 +102,8 @@ class TaskManager(LRUCacheLoRAModelManager):
             active.sample_count = len(mapping.prompt_mapping)
             if self.device.type == "cpu":
                 slot_of = {t: s for s, t in enumerate(self.lora_index_to_id) if t is not None} | {0: BASE}
-                slots = [slot_of[task] for task in mapping.index_mapping]
-                active.all = slots[0] if len(set(slots)) == 1 else None
-                active.split(slots)
+                slots = {slot_of[task] for task in set(mapping.index_mapping)}
+                active.all = slots.pop() if len(slots) == 1 else None
 
     @property
     def capacity(self) -> int:
@@ -115,12 +115,16 @@ class TaskManager(LRUCacheLoRAModelManager):
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Give a task a slot, if it has none."""
+        full = None not in self.lora_index_to_id
         if not super().activate_adapter(lora_id):
             return False
         slot, task = self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id]
         for path, table in self.tables.items():
             table.set(slot, task.deltas.get(path))
         log.info("lowbit: task %r takes slot %d; tables take %s", task.name, slot, _size(self.table_nbytes))
+        if metrics := task_metrics():
+            metrics.evictions.inc(full)
+        self._show()
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
@@ -128,6 +132,14 @@ class TaskManager(LRUCacheLoRAModelManager):
             slot, name = self.lora_index_to_id.index(lora_id), self._registered_adapters[lora_id].name
             log.info("lowbit: task %r leaves slot %d", name, slot)
         super()._deactivate_adapter(lora_id)
+        self._show()
+
+    def _show(self) -> None:
+        """Bring the metrics of slots up to date."""
+        if metrics := task_metrics():
+            metrics.slots.set(self.lora_slots)
+            metrics.used.set(sum(task is not None for task in self.lora_index_to_id))
+            metrics.table_nbytes.set(self.table_nbytes)
 
     @property
     def table_nbytes(self) -> int:
@@ -158,15 +170,29 @@ class TaskWorkerManager(LRUCacheWorkerLoRAManager):
     def _load_adapter(self, lora_request: Any) -> TaskModel:
         """The task that a request names by its path.
 
-        Raises LoRAAdapterNotFoundError where there is no such directory, for which vLLM answers 404, and what
-        :func:`.served_deltas` raises. vLLM passes their messages on, and goes on serving.
+        Raises:
+            LoRAAdapterNotFoundError: there is no such directory; vLLM answers 404.
+            TaskError: the bundle is refused (:func:`.served_deltas`); its message begins with :data:`.REFUSED`, by
+                which the server knows that it has to answer 400. vLLM passes messages on from process to process, but
+                no classes.
+            HubError: the Hub cannot be reached; vLLM answers 500.
         """
         source = lora_request.lora_path
         if not Path(source).is_dir() and not is_hub_id(source):
             raise LoRAAdapterNotFoundError(lora_request.lora_name, source)
-        deltas = served_deltas(source, self.base)
-        model = TaskModel(lora_request.lora_int_id, lora_request.lora_name, self._for_tables(deltas))
+        try:
+            deltas = self._for_tables(served_deltas(source, self.base))
+        except HubError:
+            raise
+        except LowbitError as e:
+            log.warning("lowbit: %s %r: %s", REFUSED, lora_request.lora_name, e)
+            if metrics := task_metrics():
+                metrics.refusals.inc()
+            raise TaskError(f"{REFUSED} {lora_request.lora_name!r}: {e}") from e
+        model = TaskModel(lora_request.lora_int_id, lora_request.lora_name, deltas)
         log.info("lowbit: task %r loaded from %s, %s", model.name, source, _size(model.nbytes))
+        if metrics := task_metrics():
+            metrics.loads.inc()
         return model
 
     def _for_tables(self, deltas: dict[str, Delta]) -> dict[str, Tensor]:
@@ -182,6 +208,7 @@ class TaskWorkerManager(LRUCacheWorkerLoRAManager):
         if lora_request.lora_int_id in self._unloaded:
             self._unloaded.remove(lora_request.lora_int_id)
         added: bool = super().add_adapter(lora_request)
+        self._show()
         return added
 
     def remove_adapter(self, adapter_id: int) -> bool:
@@ -191,7 +218,15 @@ class TaskWorkerManager(LRUCacheWorkerLoRAManager):
         self._unloaded.append(adapter_id)
         while len(self._unloaded) > UNLOADED_KEPT:
             super().remove_adapter(self._unloaded.popleft())
+        self._show()
         return True
+
+    def _show(self) -> None:
+        """Bring the metrics of memory up to date."""
+        if metrics := task_metrics():
+            tasks = self._adapter_manager.list_adapters().values()
+            metrics.loaded.set(len(tasks))
+            metrics.nbytes.set(sum(task.nbytes for task in tasks))
 
 
 def model_directory(model: str, revision: str | None, cache_dir: str | None) -> Path:

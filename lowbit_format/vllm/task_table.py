@@ -6,9 +6,7 @@ for LoRA read. The operators of this library take the same: deltas by task, and 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +16,6 @@ from ..kernels.matrix import PlaneMatrix, with_delta
 from ..runtime.deltas import Delta
 
 BASE = -1  # in the place of a slot
-FEW_ROWS = 48  # of x, which are multiplied from planes of 4 bits in less time than it takes to decode the weight
 ROWS, GROUPS = "rows", "groups"  # kinds of tables: one factor for each row, or an addend for each group
 
 
@@ -32,31 +29,12 @@ class ActiveTasks:
         sample_count: how many of `samples` are valid.
         all: the slot of all tokens if they have the same, :data:`BASE` for none; None if they differ, or on a device
             whose graphs must not depend on it.
-        shares: numbers of tokens that go through a product together, and their slot, None for several slots; empty
-            where one product does for all.
     """
 
     tokens: Tensor
     samples: Tensor
     sample_count: int = 0
     all: int | None = BASE
-    shares: list[tuple[Tensor, int | None]] = field(default_factory=list)
-
-    def split(self, slots: Sequence[int]) -> None:
-        """Set :attr:`shares` for tokens with these slots, in a batch on a CPU.
-
-        Few rows are multiplied from the planes, whatever their tasks. For many rows the weight is decoded: once, if
-        they have one task, and otherwise twice and more. So the tokens of a long prompt go through a product of their
-        own, and those of other requests through products of few rows.
-        """
-        self.shares = []
-        if len(set(slots)) <= 1 or len(slots) <= FEW_ROWS:
-            return
-        given, counts = torch.tensor(slots), Counter(slots)
-        many = [slot for slot, count in counts.items() if count > FEW_ROWS]
-        self.shares = [((given == slot).nonzero().flatten(), slot) for slot in many]
-        rest = torch.isin(given, torch.tensor(many, dtype=given.dtype), invert=True).nonzero().flatten()
-        self.shares += [(some, None) for some in torch.split(rest, FEW_ROWS) if len(some)]
 
 
 class TaskTable:
@@ -89,17 +67,6 @@ class TaskTable:
             # Log probabilities of a prompt, in a batch of several tasks: vLLM does not say of which task they are.
             return torch.full_like(deltas[:1], float("nan")), None
         return deltas, active.samples[:rows]
-
-    def shares(self, rows: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """Numbers of rows of a product, and deltas and task ids for these; nothing where one product does for all."""
-        active, deltas = self.active, self.deltas
-        if deltas is None or sum(len(mine) for mine, _ in active.shares) != rows:
-            return
-        for mine, slot in active.shares:
-            if slot is None:
-                yield mine, deltas, active.tokens[mine]
-            else:
-                yield mine, None if slot == BASE else deltas[slot : slot + 1], None
 
     @property
     def nbytes(self) -> int:

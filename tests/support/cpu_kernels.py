@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from lowbit_format.kernels.cpu import backend, products
-from lowbit_format.kernels.matrix import PlaneMatrix
 from lowbit_format.schema import SCALE_DTYPES
 from lowbit_format.testing import products as truth
 from lowbit_format.testing.operators import OperatorConformance
@@ -17,10 +16,10 @@ from lowbit_format.testing.products import KINDS, Call, drawn, random_call, roun
 WHOLE, ODD = [0, 16, 32, 64, 96, 128], [5, 24, 100]  # group sizes that have a tiled layout, and that have none
 
 
-def from_planes(x: Tensor, w: PlaneMatrix) -> bool:
+def from_planes(call: Call) -> bool:
     """Whether the product is computed without decoding the weight."""
-    plan = products.plan(w)
-    return plan is not None and x.numel() // w.cols <= plan.most_rows
+    x, w, mixed = call.x, call.w, call.task_ids is not None
+    return products.plan(w) is not None and x.numel() // w.cols <= products.most_rows(w.bits, x.dtype, mixed)
 
 
 class CpuOperators(OperatorConformance):
@@ -31,13 +30,13 @@ class CpuOperators(OperatorConformance):
 
     def allowed(self, call: Call, want: Tensor, terms: Tensor) -> Tensor:
         """From planes, products are float32 sums, rounded once."""
-        return rounding_error(want, terms, call.x.dtype, one_rounding=from_planes(call.x, call.w))
+        return rounding_error(want, terms, call.x.dtype, one_rounding=from_planes(call))
 
     def check_linear(self, call: Call) -> Tensor:
         """Computed from planes, a product has the same bits whatever layout they are in."""
         found, plain = self.linear(call), self.linear(call, tiled=False)
         self.judge(call, found, plain)
-        assert not from_planes(call.x, call.w) or same_bits(found, plain)
+        assert not from_planes(call) or same_bits(found, plain)
         return found
 
 

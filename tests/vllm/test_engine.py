@@ -17,9 +17,17 @@ import pytest
 import torch
 from support.building import Choice, write_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import lowbit_format as lb
+from lowbit_format.converters import convert_hf_to_lowbit
 from lowbit_format.schema import Scheme
 from lowbit_format.tasks.models import named_modules
 
@@ -142,6 +150,40 @@ def test_answers_are_those_of_transformers(
 ) -> None:
     base = model_in(tmp_path / "base", choose, tied=tied)
     assert answers(serve(base, **options), PROMPTS) == reference(base, None, PROMPTS, bits=bits)
+
+
+def test_experts(tmp_path: Path, serve: Callable[..., Any]) -> None:
+    """Of the base; a task that changes the rest is served too, one that changes experts is refused."""
+    torch.manual_seed(1)
+    config = Qwen3MoeConfig(
+        **{**CONFIG.to_dict(), "head_dim": 32, "model_type": "qwen3_moe"},
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        decoder_sparse_step=1,
+        norm_topk_prob=True,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "float")
+    base = tmp_path / "base"
+    convert_hf_to_lowbit(str(tmp_path / "float"), base, measured=False)
+    some, every = task_in(base, tmp_path / "some", 1, exclude=["*experts*"]), task_in(base, tmp_path / "all", 1)
+    engine = serve(base, enable_lora=True, max_loras=1)
+    tasks = [None] * len(PROMPTS) + [LoRARequest("some", 1, str(some))] * len(PROMPTS)
+    assert answers(engine, PROMPTS * 2, tasks) == reference(base, None, PROMPTS) + reference(base, some, PROMPTS)
+    with pytest.raises(Exception, match=r"experts\.(gate_up|down)_proj: the task changes experts"):
+        engine.llm_engine.add_lora(LoRARequest("all", 2, str(every)))
+
+
+def test_gpt2(tmp_path: Path, serve: Callable[..., Any]) -> None:
+    """Its matrices are stored transposed (Conv1D), and its queries, keys and values are one."""
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=96, n_positions=64, n_embd=128, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=None
+    )
+    base = write_model(
+        GPT2LMHeadModel(config), tmp_path / "base", lambda path, module: None if path.endswith("wpe") else BCQ
+    )
+    assert answers(serve(base), PROMPTS) == reference(base, None, PROMPTS)
 
 
 def test_a_precision_that_the_file_lacks_is_refused(tmp_path: Path, serve: Callable[..., Any]) -> None:

@@ -3,16 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from support.building import write_model
 from support.hub_server import HubServer, running_hub
+from support.vllm_server import Server, serving
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,7 +104,12 @@ def test_a_server_fetches_the_task_that_a_request_names(hub: HubServer, tmp_path
     push_task(stored.files(), stored.bundle.config, "owner/task")
     push_task(stored.files(), stored.bundle.config, "owner/tasks", subfolder="films")
 
-    with server(base, LOWBIT_VLLM_TASK_OWNERS="owner") as ask:
+    running: Server
+
+    def ask(name: str) -> tuple[int, list[int] | None]:
+        return running.answer(name, PROMPT, TOKENS)
+
+    with serving(base, LOWBIT_VLLM_TASK_OWNERS="owner") as running:
         assert ask("base") == (200, without)
         for name in ("owner/task", "owner/tasks/films", "base"):
             assert ask(name) == (200, without if name == "base" else expected)
@@ -123,7 +118,7 @@ def test_a_server_fetches_the_task_that_a_request_names(hub: HubServer, tmp_path
         assert ask("other/task")[0] == 404
         assert len(hub.log) == before
         assert ask("owner/missing")[0] == 404
-    with server(base) as ask:
+    with serving(base) as running:
         before = len(hub.log)
         assert ask("owner/task")[0] == 404
         assert ask("base") == (200, without)
@@ -135,61 +130,3 @@ def greedy(model: Any) -> list[int]:
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False)
     tokens: list[int] = out[0, len(PROMPT) :].tolist()
     return tokens
-
-
-@contextlib.contextmanager
-def server(base: Path, **variables: str) -> Iterator[Any]:
-    """``vllm serve`` with the Hub of this test; gives a function from a model's name to status and tokens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(base), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--served-model-name", "base", "--dtype", "float32", "--enable-lora"]
-    command += ["--max-loras", "2", "--max-num-seqs", "4", "--skip-tokenizer-init"]
-    settings = {
-        "HF_ENDPOINT": constants.ENDPOINT,
-        "HF_HUB_CACHE": constants.HF_HUB_CACHE,
-        "HF_HUB_DISABLE_XET": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
-    }
-    log = base.with_name("server.log")
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            command, env=os.environ | settings | variables, stdout=out, stderr=out, start_new_session=True
-        )
-
-    def ask(name: str) -> tuple[int, list[int] | None]:
-        body = {
-            "model": name,
-            "prompt": PROMPT,
-            "max_tokens": TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "detokenize": False,
-        }
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)["choices"][0]["token_ids"]
-        except urllib.error.HTTPError as e:
-            print(name, e.read().decode())
-            return e.code, None
-
-    try:
-        for _ in range(180):
-            assert process.poll() is None, log.read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(1)
-        yield ask
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)

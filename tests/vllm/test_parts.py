@@ -19,7 +19,7 @@ from lowbit_format.schema import ModuleEntry, Scheme
 from lowbit_format.testing.matrices import random_matrix
 from lowbit_format.vllm.parts import FloatPart, PlanePart, can_join, product
 from lowbit_format.vllm.slices import Cut, Shard, Slice, ranges, shards_of
-from lowbit_format.vllm.task_table import BASE, FEW_ROWS, GROUPS, ROWS, ActiveTasks, TaskTable, table_delta
+from lowbit_format.vllm.task_table import BASE, GROUPS, ROWS, ActiveTasks, TaskTable, table_delta
 
 CPU = torch.device("cpu")
 SCHEMES = [
@@ -159,25 +159,6 @@ def test_each_token_is_computed_with_its_task(kind: str) -> None:
     torch.testing.assert_close(part.product(x, None, sampled=False), expected[1])
     tasks.set(1, None)
     torch.testing.assert_close(part.product(x, None, sampled=False), operators.linear(x, base))
-
-
-def test_many_rows_of_one_task_are_a_product_of_their_own() -> None:
-    part = loaded(SCHEMES[0], 16, 128)
-    tasks, active = table(part, ROWS)
-    tasks.set(0, torch.full((1, 16), 0.5))
-    tasks.set(1, torch.full((2, 16), -0.5))
-    many = FEW_ROWS + 1
-    ids = torch.tensor([1] * 3 + [0] * many + [1, BASE] * 40 + [BASE] * many + [1, 0, BASE])
-    active.tokens, active.all = ids, None
-    x = torch.randn(len(ids), 128)
-    expected = part.product(x, None, sampled=False)
-    active.split(ids.tolist())
-    assert [(len(mine), slot) for mine, slot in active.shares] == [(many + 1, 0), (many + 41, BASE), (44, None)]
-    torch.testing.assert_close(part.product(x[None], None, sampled=False), expected[None])
-    assert part.product(x[:5], None, sampled=False).shape == (5, 16)  # a batch that the shares are not for
-    for few in ([0] * 2 * many, [0, 1] * (FEW_ROWS // 2)):
-        active.split(few)
-        assert active.shares == []
 
 
 def test_the_head_is_computed_for_samples_and_never_with_a_wrong_task() -> None:

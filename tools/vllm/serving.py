@@ -1,14 +1,15 @@
 """What a server says beside transformers, how fast it is, and what it survives: the numbers of docs/vllm.md.
 
-    python tools/vllm/serving.py answers BASE TASK [TASK ...]
+    python tools/vllm/serving.py answers [--bits N] BASE TASK [TASK ...]
     python tools/vllm/serving.py churn BASE OTHER TASK [TASK ...]
     python tools/vllm/serving.py killed BASE [TASK ...]
     python tools/vllm/serving.py speed [--lora] MODEL [TASK ...]
 
 ``answers`` asks a server of BASE 64 mixed questions at once, and compares each answer with the one of transformers for
-its task alone, token by token. ``churn`` asks 200 while tasks are loaded and unloaded, some of which cannot be served:
-OTHER is a task of another base. ``killed`` kills the worker while it answers, and starts again. ``speed`` times the
-same questions for the base, for one task, and for all of them mixed, and reads the memory of the worker.
+its task alone, token by token; BASE may be read at fewer bits than it has. ``churn`` asks 200 while tasks are loaded
+and unloaded, some of which cannot be served: OTHER is a task of another base. ``killed`` kills the worker while it
+answers, and starts again. ``speed`` times the same questions for the base, for one task, and for all of them mixed, and
+reads the memory of the worker. ``three_tasks.py`` beside it tunes tasks.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def post(path: str, **body: Any) -> tuple[int, str]:
 class Transformers:
     """Answers of the same base and tasks, one at a time."""
 
-    def __init__(self, base: str, tasks: Sequence[str]) -> None:
+    def __init__(self, base: str, tasks: Sequence[str], bits: int | None) -> None:
         import torch
         from transformers import AutoTokenizer
 
@@ -101,7 +102,7 @@ class Transformers:
 
         self.torch, self.lb = torch, lb
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.model = lb.from_pretrained(base, dtype=torch.float32).eval()
+        self.model = lb.from_pretrained(base, dtype=torch.float32, bits=bits).eval()
         for task in tasks:
             lb.load_task(self.model, task, name=Path(task).name)
 
@@ -130,16 +131,18 @@ class Transformers:
         return float(logits[one] - logits[other])
 
 
-def answers(base: str, tasks: Sequence[str], requests: int = 64, tokens: int = 24) -> None:
+def answers(base: str, tasks: Sequence[str], bits: int | None, requests: int = 64, tokens: int = 24) -> None:
     """The server's answers to mixed requests beside those of transformers."""
     names = ["base", *(Path(task).name for task in tasks)]
     jobs = [(names[n % len(names)], QUESTIONS[n // len(names) % len(QUESTIONS)]) for n in range(requests)]
-    with server(base, tasks, "--dtype", "float32"), concurrent.futures.ThreadPoolExecutor(requests) as pool:
+    precision = [] if bits is None else ["--hf-overrides", json.dumps({"lowbit_bits": bits})]
+    serving = server(base, tasks, "--dtype", "float32", *precision)
+    with serving, concurrent.futures.ThreadPoolExecutor(requests) as pool:
         api = client()
         for name in names:
             print(f"{name}: {ask(api, name, 'What is the capital of Spain?', tokens).message.content!r}")
         found = list(pool.map(lambda job: ask(api, *job, tokens), jobs))
-    ours, equal, gaps = Transformers(base, tasks), 0, []
+    ours, equal, gaps = Transformers(base, tasks, bits), 0, []
     for (task, question), choice in zip(jobs, found, strict=True):
         got, expected = list(choice.token_ids), ours.answer(task, question, tokens)
         if got == expected:
@@ -266,11 +269,13 @@ def main() -> None:
         for argument in given:
             command.add_argument(argument)
         command.add_argument("tasks", nargs="*")
+        if name == "answers":
+            command.add_argument("--bits", type=int, help="precision at which the base is read")
         if name == "speed":
             command.add_argument("--lora", action="store_true", help="the tasks are adapters of PEFT")
     options = parser.parse_args()
     if options.command == "answers":
-        answers(options.base, options.tasks)
+        answers(options.base, options.tasks, options.bits)
     elif options.command == "churn":
         churn(options.base, options.other, options.tasks)
     elif options.command == "killed":

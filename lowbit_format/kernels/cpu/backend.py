@@ -1,15 +1,14 @@
 """The operators on a CPU: the same functions as in :mod:`..naive`, for the file's layout and the tiled layout.
 
 Few rows of x are multiplied straight from the tiled layout (:mod:`.products`). For many rows the weight is decoded
-chunk by chunk, each small enough for the cache, and multiplied by ``torch.mm``. The whole weight is in memory only
-where it is the result. Matrices that cannot be tiled (float64, or groups that are neither 16 columns nor a multiple of
-32) are decoded by :mod:`lowbit_format.reference`.
+chunk by chunk (:mod:`.many_rows`); the whole weight is in memory only where it is the result. Matrices that cannot be
+tiled (float64, or groups that are neither 16 columns nor a multiple of 32) are decoded by
+:mod:`lowbit_format.reference`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numba
@@ -20,7 +19,6 @@ from torch import Tensor
 
 from ... import reference
 from ...bits import to_ragged
-from ...machine.llvm import LANES
 from ...machine.threads import parallel_rows
 from .. import by_decoding, decode_then_matmul, naive
 from ..batch import (
@@ -28,7 +26,6 @@ from ..batch import (
     Share,
     check_linear,
     check_shares,
-    check_task_ids,
     factor_by_factor,
     grads_of_sums,
     ids_of,
@@ -38,10 +35,8 @@ from ..batch import (
 from ..by_decoding import RowGrads
 from ..matrix import PlaneMatrix, select_rows
 from ..parameter_order import group_major, map_parameters
-from . import decoding, parallel, products, tiles
+from . import decoding, many_rows, parallel, products, tiles
 
-ROWS_AT_ONCE = 64  # of x in one product from the tiled layout: the tables of more rows (4 KiB each) leave the cache
-CHUNK = 1 << 20  # weights that are decoded at a time for torch.mm: 4 MiB, the size of a cache
 GRAD_CHUNK = 1 << 20  # weights whose gradient is in memory at a time: 4 MiB, the size of a cache
 SIGNS = np.where((np.arange(256)[:, None] >> np.arange(8)) & 1, 1, -1).astype(np.float32)  # [byte, column]
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,14 +93,12 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     """As :func:`..naive.linear`. Few rows are multiplied in float32, whatever the dtype of `x`, and rounded once."""
     check_linear(x, w, bias, deltas, task_ids)
     plan, rows = products.plan(w) if x.dtype in _DTYPES else None, x.numel() // w.cols
-    if plan is not None and 0 < rows <= plan.most_rows:
+    if plan is not None and 0 < rows <= products.most_rows(w.bits, x.dtype, task_ids is not None):
         return _few(x, plan, bias, deltas, task_ids)
     with torch.no_grad(), no_autocast(x):
         if not can_tile(w) or w.row_bits is not None or x.dtype not in _DTYPES:
             return by_decoding.linear(x, untile(w), bias, deltas, task_ids, decode=decode)
-        if deltas is not None and task_ids is not None:
-            check_task_ids(deltas, task_ids)
-        out = decode_then_matmul.linear(x.reshape(-1, w.cols), tile(w), deltas, task_ids, _weight_chunks)
+        out = many_rows.linear(x.reshape(-1, w.cols), tile(w), deltas, task_ids)
         out = out if bias is None else out.add_(bias)
     return out.reshape(*x.shape[:-1], out.shape[1])
 
@@ -113,12 +106,12 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
 def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
     bias = _readable(bias)
     flat = x.reshape(-1, plan.cols)
-    if len(flat) <= ROWS_AT_ONCE:
+    if len(flat) <= products.ROWS_AT_ONCE:
         out = plan.multiply(flat, bias, deltas, task_ids)
     else:
         out = torch.empty(len(flat), plan.rows, dtype=torch.float32, device="cpu")
-        for start in range(0, len(flat), ROWS_AT_ONCE):
-            rows = slice(start, start + ROWS_AT_ONCE)
+        for start in range(0, len(flat), products.ROWS_AT_ONCE):
+            rows = slice(start, start + products.ROWS_AT_ONCE)
             ids = None if task_ids is None else task_ids[rows]
             out[rows] = plan.multiply(flat[rows], bias, deltas, ids)
     out = out.view(*x.shape[:-1], plan.rows)
@@ -139,7 +132,9 @@ def linear_together(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
     for w, bias, deltas, task_ids in factors:
         check_linear(x, w, bias, deltas, task_ids)
         plan = products.plan(w) if x.dtype in _DTYPES else None
-        if plan is None or not 0 < rows <= min(plan.most_rows, ROWS_AT_ONCE):
+        if plan is None or not 0 < rows <= min(
+            products.most_rows(w.bits, x.dtype, task_ids is not None), products.ROWS_AT_ONCE
+        ):
             return factor_by_factor(x, factors, linear=linear)
         few.append((plan, _readable(bias), deltas, task_ids))
     found = products.multiply_together(x if x.dim() == 2 else x.reshape(rows, -1), few)
@@ -158,38 +153,15 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> 
         w, begin, end, deltas = share
         check_linear(x, w, None, deltas, task_ids)
         plan = products.plan(w)
-        if plan is None or end - begin > min(plan.most_rows, ROWS_AT_ONCE):
-            out[begin:end] = linear(x[begin:end], w, None, deltas, ids_of(share, task_ids))
+        ids = ids_of(share, task_ids)
+        most = min(products.most_rows(w.bits, x.dtype, ids is not None), products.ROWS_AT_ONCE)
+        if plan is None or end - begin > most:
+            out[begin:end] = linear(x[begin:end], w, None, deltas, ids)
         elif begin < end:
             few.append((plan, share))
     if few:
         products.multiply_each(x, few, task_ids, out)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
-
-
-class _Kept(threading.local):
-    """Memory of each thread for a chunk of weights."""
-
-    memory: Tensor = torch.empty(0, dtype=torch.float32, device="cpu")
-
-
-_kept = _Kept()
-
-
-def _weight_chunks(w: PlaneMatrix, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
-    """First row, end, and weights ``[rows of the chunk, cols]`` in `dtype`, in memory that the next chunk reuses.
-
-    The memory is kept between calls: the system would clear new memory, which takes longer than decoding.
-    """
-    rows, threads = w.rows, parallel.num_threads()
-    w = w._replace(scales=group_major(w.scales))
-    step = max(LANES, CHUNK // w.cols // LANES * LANES)
-    if _kept.memory.numel() < min(step, rows) * w.cols:
-        _kept.memory = torch.empty(max(CHUNK, step * w.cols), dtype=torch.float32, device="cpu")
-    room = _kept.memory[: min(step, rows) * w.cols].view(-1, w.cols)
-    for start in range(0, rows, step):
-        stop = min(start + step, rows)
-        yield start, stop, decoding.decode_rows(w, start, stop, threads, room[: stop - start]).to(dtype)
 
 
 def linear_input_grad(grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
@@ -198,7 +170,9 @@ def linear_input_grad(grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_
     if tiled is None or tiled.row_bits is not None:
         return by_decoding.linear_input_grad(grad, untile(w), deltas, task_ids, decode=decode)
     with torch.no_grad(), no_autocast(grad):
-        out = decode_then_matmul.input_grad(grad.reshape(-1, grad.shape[-1]), tiled, deltas, task_ids, _weight_chunks)
+        out = decode_then_matmul.input_grad(
+            grad.reshape(-1, grad.shape[-1]), tiled, deltas, task_ids, many_rows.weight_chunks
+        )
     return out.reshape(*grad.shape[:-1], w.cols)
 
 

@@ -1,4 +1,9 @@
-"""Weights in float32 from the tiled layout, with the same bits as the reference decoder (DEC-1 to DEC-4, DEC-7)."""
+"""Weights from the tiled layout: of the base, with the same bits as the reference decoder (DEC-1 to DEC-4, DEC-7), and
+of several tasks at once.
+
+Tasks share all of the decoding but the last step. Where a task multiplies a scale by ``1 + delta``, its weight is that
+of the base plus or minus ``scale * delta``, by the bit of that plane.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +20,17 @@ from . import tiles
 from .intrinsics import (
     AFFINE,
     BCQ,
+    BFLOAT16,
     CODEBOOK,
     CODEC_NUMBERS,
     DTYPE_NUMBERS,
+    FLOAT32,
     UNIFORM,
     VECTOR,
+    add_signed_and_round,
     decode_half,
     floats_at,
+    longs_at,
     read_parameters,
 )
 from .parallel import Job, job, kernel, take
@@ -56,7 +65,16 @@ class DecodeJob(Job):
     shift: int  # [groups, padded_rows]
     shift_dtype: int  # one of DTYPE_NUMBERS
     codebook: int  # float32 [2**bits]
-    out: int  # float32 [rows, cols]
+    out: int  # float32 [rows, cols]; with several weights [weights, rows, words * 32] of `out_dtype`
+    # several weights, one for each of these tasks
+    weights: int  # number of them; 0: that of the base alone
+    out_dtype: int  # FLOAT32 or BFLOAT16
+    out_row: int  # bytes of a row
+    out_weight: int  # bytes of a weight
+    task_ids: int  # address, int64 [weights]; negative: the base
+    factors: int  # address, float32 [tasks, tuned, all rows]: deltas that multiply scales
+    tuned: int  # planes that tasks change
+    matrix_rows: int  # of the whole matrix
 
 
 def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor | None = None) -> Tensor:
@@ -69,7 +87,37 @@ def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor
         out: contiguous memory to write to.
     """
     out = torch.empty(stop - first, w.cols, dtype=torch.float32, device="cpu") if out is None else out
-    scales, shift = group_major(w.scales), w.shift
+    work = _job(w, first, stop, out)
+    _decode(work, 1 if out.numel() < ONE_THREAD_BELOW else threads)
+    return out
+
+
+def decode_for_tasks(
+    w: PlaneMatrix, first: int, stop: int, threads: int, deltas: Tensor | None, tasks: Tensor, out: Tensor
+) -> None:
+    """Rows `first` to `stop` of the weights of several tasks.
+
+    They differ from those that the reference decodes with a task's scales by the order of sums, and are rounded once.
+
+    Args:
+        w, first, threads: as in :func:`decode_rows`; bcq where there are deltas.
+        deltas: float32 ``[tasks, p, rows]``, factors ``1 + delta`` of the first p planes' scales.
+        tasks: int64 ``[weights]``, -1 for the base.
+        out: to fill, float32 or bfloat16 ``[weights, stop - first, columns padded to whole words]``, contiguous.
+    """
+    work = _job(w, first, stop, out)
+    work.weights, work.out_dtype = len(tasks), DTYPE_NUMBERS[out.dtype]
+    work.out_row, work.out_weight = (stride * out.element_size() for stride in (out.stride(1), out.stride(0)))
+    tasks = tasks.contiguous()
+    work.task_ids, work.matrix_rows = tasks.data_ptr(), w.rows
+    if deltas is not None:
+        deltas = deltas.detach().float().contiguous()
+        work.factors, work.tuned = deltas.data_ptr(), deltas.shape[1]
+    _decode(work, 1 if out[0].numel() < ONE_THREAD_BELOW else threads)
+
+
+def _job(w: PlaneMatrix, first: int, stop: int, out: Tensor) -> DecodeJob:
+    scales, shift, codebook = group_major(w.scales), w.shift, w.codebook
     work = DecodeJob(
         first_tile=first // LANES,
         tiles=-(-(stop - first) // LANES),
@@ -90,11 +138,11 @@ def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor
     if shift is not None:
         shift = group_major(shift)
         work.shift, work.shift_dtype = shift.data_ptr(), DTYPE_NUMBERS[shift.dtype]
-    if w.codebook is not None:
-        codebook = w.codebook.contiguous()
+    if codebook is not None:
+        codebook = codebook.contiguous()
         work.codebook = codebook.data_ptr()
-    _decode(work, 1 if out.numel() < ONE_THREAD_BELOW else threads)
-    return out
+    work.alive = scales, shift, codebook  # the fields know only their addresses
+    return work
 
 
 @kernel(DecodeJob)
@@ -106,7 +154,9 @@ def _decode(job):
     start, scale, shift = np.zeros(LANES, np.float32), np.zeros(LANES, np.float32), np.zeros(LANES, np.float32)
     if codec == AFFINE:
         shift[:] = np.float32(-0.0)  # without offsets: what changes nothing
-    block = np.empty((LANES, HALF), np.float32)  # weights of which not all are wanted
+    block = np.empty((LANES, HALF), np.float32)  # weights that are not written as they are
+    weights, tuned = job.weights, max(1, job.tuned)
+    steps = np.zeros((max(1, weights), tuned, LANES), np.float32)  # what tasks add for a bit that is 1; base: nothing
     if codec != BCQ:  # the sum is the code: (2**n - 1) / 2 plus or minus half of what each bit counts
         start[:] = np.float32((1 << bits) - 1) * np.float32(0.5)
         for p in range(bits):
@@ -131,6 +181,8 @@ def _decode(job):
                 _read_tile(job.scales, scale, 1, index, 0, job.scales_dtype)
                 if job.shift != 0:
                     _read_tile(job.shift, shift, 1, index, 0, job.shift_dtype)
+            if job.tuned > 0:
+                _set_steps(job, steps, signed, tile, tile_rows)
             first = g // job.groups_in_word * whole  # word of the group
             here = min(whole, words - first)  # words of this group
             group = job.planes + (tile * words + first) * bits * VECTOR
@@ -139,7 +191,7 @@ def _decode(job):
                 column = first * WORD + j * HALF
                 if column >= cols:
                     break
-                inside = tile_rows == LANES and column + HALF <= cols
+                inside = weights == 0 and tile_rows == LANES and column + HALF <= cols
                 to, to_stride = block.ctypes.data, 4 * HALF
                 if inside:
                     to, to_stride = out + column * 4, cols * 4
@@ -148,6 +200,11 @@ def _decode(job):
                     bits, here * VECTOR, to_stride, j % 2, codec,
                 )  # fmt: skip
                 if inside:
+                    continue
+                if weights > 0:
+                    word = group + j // 2 * VECTOR + j % 2 * (HALF // 8)
+                    for t in range(weights):
+                        _add_and_round(job, word, steps, t, block, here, tile_rows, piece, column)
                     continue
                 for row in range(tile_rows):
                     line = floats_at(out + (row * cols + column) * 4)
@@ -159,6 +216,35 @@ def _decode(job):
 def _read_tile(source, target, count, index, stride, dtype):
     """Parameters of one tile for `count` planes, see :func:`.intrinsics.read_parameters`."""
     read_parameters(source, target.ctypes.data, count, index, stride, 0, dtype, 1)
+
+
+@numba.njit
+def _set_steps(job, steps, signed, tile, tile_rows):
+    """What each task adds to weights of one group of a tile where the bit of a plane is 1: ``scale * delta``."""
+    task_ids = longs_at(job.task_ids)
+    for t in range(job.weights):
+        task = task_ids[t]
+        if task < 0:
+            continue
+        for p in range(job.tuned):
+            factors = floats_at(job.factors + 4 * ((task * job.tuned + p) * job.matrix_rows + tile * LANES))
+            for lane in range(tile_rows):
+                steps[t, p, lane] = -signed[p, lane] * factors[lane]
+
+
+@numba.njit
+def _add_and_round(job, words, steps, t, block, here, tile_rows, piece, column):
+    """Write half a word's columns of the weight of task `t`; `block` has those of the base."""
+    out = job.out + t * job.out_weight + piece * LANES * job.out_row
+    step, planes = steps[t].ctypes.data, steps.shape[1]
+    if job.out_dtype == BFLOAT16:
+        to = out + column * 2
+        add_signed_and_round(
+            words, step, block.ctypes.data, to, tile_rows, planes, here * VECTOR, job.out_row, BFLOAT16
+        )
+    else:
+        to = out + column * 4
+        add_signed_and_round(words, step, block.ctypes.data, to, tile_rows, planes, here * VECTOR, job.out_row, FLOAT32)
 
 
 @numba.njit

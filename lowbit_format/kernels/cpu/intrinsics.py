@@ -20,6 +20,8 @@ from numba.extending import intrinsic
 from ...codecs import CODECS
 from ...machine.llvm import (
     F32,
+    I1,
+    I16,
     I32,
     I64,
     LANES,
@@ -31,6 +33,7 @@ from ...machine.llvm import (
     at,
     call,
     features,
+    float_to_bfloat,
     fma,
     half_to_float,
     ints,
@@ -492,6 +495,60 @@ def decode_half(
             columns = [builder.fmul(_level(builder, codebook, v), by) for v in columns]
         for row, value in enumerate(_transposed(builder, columns)):
             store(builder, value, at(builder, out, (out_stride, row)))
+        return context.get_dummy_value()
+
+    return signature, codegen
+
+
+@intrinsic(prefer_literal=True)
+def add_signed_and_round(
+    typingctx,
+    # addresses
+    words,
+    steps,
+    block,
+    out,
+    # sizes
+    rows,
+    planes,
+    # strides
+    plane_stride,
+    out_stride,
+    # constants
+    DTYPE,
+):
+    """``out = block + (sum of +step where the plane has a 1 and -step where it has a 0)`` for 16 columns of a tile.
+
+    Args:
+        words: int32 ``[planes (plane_stride), LANES]``; the first byte to read of a word.
+        steps: float32 ``[planes, LANES]``.
+        block: float32 ``[LANES, 16]``.
+        out: float32 or bfloat16 ``[rows (out_stride), 16]``.
+        rows: of the tile, at least 1.
+        planes: number of planes, at least 1.
+        DTYPE: FLOAT32 or BFLOAT16, of `out`.
+    """
+    dtype = DTYPE.literal_value
+    signature = types.void(*[types.int64] * 8, DTYPE)
+
+    def codegen(context, builder, signature, args):
+        words, steps, block, out, rows, planes, plane_stride, out_stride = args[:8]
+        size, native = 4 if dtype == FLOAT32 else 2, "avx512bf16" in features(context)
+
+        def row(r, _):
+            def plane(p, sums):
+                up = splat(builder, load(builder, at(builder, steps, (p, VECTOR), (r, 4)), F32))
+                word = at(builder, words, (plane_stride, p), (r, 4))
+                bits = builder.bitcast(load(builder, word, I16, align=2), ir.VectorType(I1, LANES))
+                return [builder.fadd(sums[0], builder.select(bits, up, builder.fneg(up)))]
+
+            base = load(builder, at(builder, block, (r, VECTOR)), VECTOR_F32)
+            (value,) = loop(builder, planes, plane, [base])
+            rounded = value if dtype == FLOAT32 else float_to_bfloat(builder, value, native)
+            store(builder, rounded, at(builder, out, (out_stride, r)), align=size)
+            return []
+
+        loop(builder, rows, row, [])
         return context.get_dummy_value()
 
     return signature, codegen

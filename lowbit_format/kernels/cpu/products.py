@@ -64,6 +64,8 @@ from .parallel import Job, job, job_at, keep, kernel, take
 from .tiles import MOST_PLANES, STRIP, WORD
 
 BLOCK = 8  # words whose tables are made at a time: 4 KiB for a row of x, in the nearest cache
+ROWS_AT_ONCE = 64  # of x in one product: the tables of more rows (4 KiB each) leave the cache
+CHANGES_AT_ONCE = 32  # of x where only what tasks change is computed, so that tables serve more rows of the matrix
 SCRATCH = 1 << 14  # floats of results that a chunk keeps: 64 KiB, of the second-level cache
 MOST_STRIPS = 8  # in a chunk: rows of the matrix that one set of tables serves
 CHUNKS_PER_THREAD = 4  # threads take chunks as they come free, so a busy core delays the rest less
@@ -115,6 +117,7 @@ class ProductJob(Job):
     row_factors: int  # address, float32 [tasks, rows]: deltas that multiply the scales of affine codes
     terms: int  # address, float32 [tasks, term_planes, groups, padded_rows]: deltas that add to scales
     term_planes: int
+    changes_only: int  # 1: only what factors change, without the rest of the product
 
 
 class Plan:
@@ -128,7 +131,6 @@ class Plan:
         shift, zero = w.shift, zero_of(w)
         self.of = _identity(w)
         self.rows, self.cols, self.groups, self.planes = w.rows, w.cols, w.groups, w.bits
-        self.most_rows = most_rows(w.bits)
         self.one_part, self.is_affine = not w.scale_per_plane, w.codec == "affine"
         self.strips = -(-self.rows // (STRIP * LANES))
         self.lookups = self.rows * w.cols * w.bits
@@ -182,6 +184,20 @@ class Plan:
         job = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD)
         job.bias = _address(bias)
         _multiply(job, threads)
+        return out
+
+    def changes(self, x: Tensor, deltas: Tensor, task_ids: Tensor) -> Tensor:
+        """What tasks add to a product: ``delta * part`` for each tuned plane; other planes are not read.
+
+        Arguments and result as of :meth:`multiply`, for bcq and deltas that multiply scales.
+        """
+        x, out = padded(x), torch.empty(len(x), self.rows, dtype=torch.float32, device="cpu")
+        threads = _threads(self.lookups // self.planes * deltas.shape[1] * len(x))
+        for start in range(0, len(x), CHANGES_AT_ONCE):
+            end = min(start + CHANGES_AT_ONCE, len(x))
+            job = self.prepare(x, out, start, end, deltas, task_ids, threads * CHUNKS_PER_THREAD)
+            job.changes_only, job.shift = 1, 0
+            _multiply(job, threads)
         return out
 
     def prepare(
@@ -333,15 +349,18 @@ def zero_of(w: PlaneMatrix) -> float | None:
 
 
 @functools.cache
-def most_rows(bits: int) -> float:
+def most_rows(bits: int, dtype: torch.dtype, mixed: bool) -> float:
     """Rows of x up to which lookups are faster than decoding the weight for ``torch.mm``.
 
-    The lookups for a row grow with `bits`; a row of ``torch.mm`` always takes as long. The measurements are in
-    tools/benchmarks/README.md.
+    The lookups for a row grow with `bits`; a row of ``torch.mm`` always takes as long: in bfloat16 half of what it
+    takes in float32, where the machine has instructions for it. Rows of several tasks (`mixed`) take more than one
+    product then. The measurements are in tools/benchmarks/README.md.
     """
-    if "avx512f" in features():
-        return float("inf") if bits <= 3 else 192 // bits
-    return (104 if "avx2" in features() else 14) // bits
+    if "avx512f" not in features():
+        return (104 if "avx2" in features() else 14) // bits
+    if dtype == torch.bfloat16 and "avx512bf16" in features():
+        return float("inf") if bits == 1 else (128 if mixed else 64) // (bits - 1)
+    return float("inf") if bits <= 3 else 192 // bits
 
 
 def _identity(w: PlaneMatrix) -> tuple[int | bytes, ...]:
@@ -499,7 +518,7 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
             )  # fmt: skip
         return
     done = 0
-    for part in range(job.parts):  # each tuned plane alone, then all others
+    for part in range(job.parts - job.changes_only):  # each tuned plane alone, then all others
         left = bits - done
         planes = left if part == job.parts - 1 else min(1, left)
         if planes > 0 and job.groups_in_word == 1:
@@ -594,7 +613,7 @@ def _finish(job, scratch, first, count):
         task = longs_at(job.task_ids)[r] if tuned > 0 else -1
         for p in range(tuned):
             part = floats_at(scratch.parts + (p * batch + r) * scratch.stride)
-            if p < parts - 1:
+            if p < parts - 1 and job.changes_only == 0:
                 for i in range(count):
                     out[i] += part[i]
             if task >= 0:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowbit_format.kernels import naive, operators
 from lowbit_format.kernels.batch import Share
-from lowbit_format.kernels.cpu import backend, decoding, parallel, products
+from lowbit_format.kernels.cpu import backend, decoding, many_rows, parallel, products
 from lowbit_format.kernels.matrix import PlaneMatrix
 from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import SCALE_DTYPES, Scheme
@@ -107,14 +107,14 @@ def test_every_codec_bits_and_batch(kind: Scheme, bits: int) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 70])
 def test_many_rows_straight_from_planes(kind: Scheme, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large batches are multiplied in parts, with the task ids of their rows."""
-    monkeypatch.setattr(products, "most_rows", lambda bits: float("inf"))
+    monkeypatch.setattr(products, "most_rows", lambda *_: float("inf"))
     w = drawn(kind, 3, 64, rows, 100, dtype="F16")
     for batch in (63, 64, 65, 128, 150):
         for dtype, tasks in zip(FLOATS, (None, "mul", "add"), strict=True):
             call = random_call(w, batch, dtype=dtype, layout="leading", tasks=tasks)
             found = check_linear(call)
             last = call._replace(x=call.x[0, -1], task_ids=None if call.task_ids is None else call.task_ids[-1:])
-            assert not from_planes(call.x, w) or same_bits(found[0, -1, 0], operators.linear(*last)[0])
+            assert not from_planes(call) or same_bits(found[0, -1, 0], operators.linear(*last)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
@@ -139,7 +139,7 @@ def test_a_row_does_not_depend_on_the_others(kind: Scheme) -> None:
     call = random_call(w, 15)
     together = operators.linear(*call)
     for row, x in zip(together, call.x, strict=True):
-        assert not from_planes(x, w) or same_bits(operators.linear(x, w, call.bias), row)
+        assert not from_planes(call._replace(x=x)) or same_bits(operators.linear(x, w, call.bias), row)
 
 
 @pytest.mark.parametrize("batch", [2, 20])
@@ -161,7 +161,7 @@ def known() -> list[tuple[Call, Tensor]]:
 def assert_known(known: list[tuple[Call, Tensor]]) -> None:
     for call, want in known:
         found = operators.linear(*call)
-        assert same_bits(found, want) if from_planes(*call[:2]) else torch.allclose(found, want, 1e-4, 1e-4)
+        assert same_bits(found, want) if from_planes(call) else torch.allclose(found, want, 1e-4, 1e-4)
 
 
 @pytest.mark.parametrize("threads", ["1", "2", "5"])
@@ -221,7 +221,7 @@ def test_long_rows(monkeypatch: pytest.MonkeyPatch) -> None:
             want = check_linear(call)
             for threads in ("1", "2", "5"):
                 monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
-                assert not from_planes(*call[:2]) or same_bits(operators.linear(call.x.clone(), *call[1:]), want)
+                assert not from_planes(call) or same_bits(operators.linear(call.x.clone(), *call[1:]), want)
 
 
 def test_several_python_threads_at_once(known: list[tuple[Call, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +243,7 @@ def test_in_a_forked_child(known: list[tuple[Call, Tensor]], monkeypatch: pytest
     """OpenMP's threads are not there."""
     monkeypatch.setenv("LOWBIT_NUM_THREADS", "4")
     monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
-    few = [(call, want) for call, want in known if from_planes(*call[:2])]
+    few = [(call, want) for call, want in known if from_planes(call)]
     assert_known(few)
 
     def work() -> bool:
@@ -401,19 +401,19 @@ def test_rows_with_other_bits() -> None:
 # --- larger batches --------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[1, 16 * 100 * 2, 1 << 18], ids=["16 rows", "32 rows", "all rows"])
-def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How much of the weight is decoded at a time, where it is decoded at all."""
-    size: int = request.param
-    monkeypatch.setattr(products, "most_rows", lambda bits: 0)
-    monkeypatch.setattr(backend, "CHUNK", size)
-    return size
+@pytest.fixture(params=[(1, 0), (16 * 128 * 2, 3), (1 << 18, 40)], ids=["16 rows", "32 rows", "all rows"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much of the weight is decoded at a time, and for how many rows of a task it is not decoded."""
+    size, few = request.param
+    monkeypatch.setattr(products, "most_rows", lambda *_: 0)
+    monkeypatch.setattr(many_rows, "CHUNK", size)
+    monkeypatch.setattr(many_rows, "FEW_ROWS", few)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tasks", [None, "mul", "add"])
-def test_a_large_batch(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile: int) -> None:
+def test_a_large_batch(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile: None) -> None:
     w = drawn(kind, 3, 32, 70, 100, dtype="F16")
     for count in (1, 9):  # fewer tasks than parts of the weight, and more
         for ids in (False, True):
@@ -421,10 +421,24 @@ def test_a_large_batch(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile
             check_linear(call)
 
 
+def test_tasks_of_many_rows_and_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch: tasks with a weight of their own, tasks of single rows, and the base."""
+    monkeypatch.setattr(products, "most_rows", lambda *_: 0)
+    few = many_rows.FEW_ROWS
+    ids = torch.tensor([2] * 3 + [0] * (few + 1) + [1, -1] * 5 + [-1] * few + [3] * few + [0, 2])
+    for planes, dtype in itertools.product((1, 3), FLOATS):
+        w = drawn(KINDS[0], 3, 32, 70, 100, dtype="F16")
+        call = random_call(w, len(ids), dtype=dtype)._replace(deltas=0.3 * torch.randn(4, planes, 70), task_ids=ids)
+        check_linear(call)
+        check_linear(call._replace(x=call.x[:-2], task_ids=ids[:-2].clamp(min=0)))
+    with pytest.raises(IndexError, match="task 4 of 4"):
+        operators.linear(*call._replace(task_ids=ids + 1))
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=NAMES)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("tasks", [None, "mul", "add"])
-def test_gradient_of_the_input(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile: int) -> None:
+def test_gradient_of_the_input(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile: None) -> None:
     w = drawn(kind, 3, 32, 70, 100, dtype="BF16")
     for batch, ids in ((2, False), (33, True)):
         _, _, _, deltas, task_ids = random_call(w, batch, tasks=tasks, ids=ids)
@@ -527,9 +541,9 @@ def test_tasks_in_other_dtypes() -> None:
     assert same_bits(operators.linear(x, w, None, deltas, ids), want)
 
 
-def test_every_negative_id_is_the_base() -> None:
+def test_every_negative_id_is_the_base(monkeypatch: pytest.MonkeyPatch) -> None:
     w, x = backend.tile(drawn(KINDS[1], 3, 32, 33, 100)), torch.randn(40, 100)
-    products.plan(w).most_rows = 0  # type: ignore[union-attr]
+    monkeypatch.setattr(products, "most_rows", lambda *_: 0)
     ids = torch.arange(40) % 11 - 2
     found = operators.linear(x, w, None, torch.randn(9, 1, 33), ids)
     torch.testing.assert_close(found[ids < 0], operators.linear(x, w)[ids < 0], rtol=1e-4, atol=1e-4)
