@@ -484,7 +484,7 @@ def test_both_doors_to_the_kernel_give_the_same(kind: Scheme, batch: int) -> Non
             operators.linear(x, scales, *rest),
             torch.ops.lowbit.linear(x, *form[:6], *rest, *form[6:]),
         ):
-            assert same_bits(found.detach(), direct) if from_planes(x, w) else torch.allclose(found, direct, 1e-4, 1e-4)
+            assert same_bits(found.detach(), direct) if from_planes(call) else torch.allclose(found, direct, 1e-4, 1e-4)
 
 
 def test_modes_see_the_operator() -> None:
