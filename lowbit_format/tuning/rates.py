@@ -16,6 +16,7 @@ from ..errors import TuningError
 
 RATES = (5e-3, 1e-2, 2e-2)  # of a whole training
 FURTHER = 3  # more rates at most, each twice or half the best, while that is at an end
+NEAR = 1.03  # times the least loss: of rates that do as well the smallest, since short trainings favour large ones
 PART, LEAST, MOST = 8, 20, 150  # a short training has an eighth of the steps, within these
 
 
@@ -30,7 +31,7 @@ def trial_rate(rate: float, steps: int) -> float:
 
 
 def choose_rate(trial: Callable[[float], float], losses: MutableMapping[float, float]) -> float:
-    """The rate with the least loss after a short training.
+    """The rate with the least loss after a short training, or the smallest that is :data:`NEAR` it.
 
     Args:
         trial: gives the loss of the short training that stands for a rate.
@@ -56,4 +57,4 @@ def choose_rate(trial: Callable[[float], float], losses: MutableMapping[float, f
         best = try_one(best * (0.5 if best == min(tried) else 2))
     if math.isinf(tried[best]):
         raise TuningError(f"the training diverged at all rates that were tried, {sorted(tried)}; give one: --lr, lr=")
-    return best
+    return min(rate for rate in tried if tried[rate] <= NEAR * tried[best])

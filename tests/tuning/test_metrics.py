@@ -81,6 +81,10 @@ def test_the_best_rate_is_found_also_beyond_the_first_ones(best: float) -> None:
     assert len(tried) == len(set(tried)) <= 6  # what is known is not tried again
 
 
+def test_of_rates_that_do_as_well_the_smallest_is_taken() -> None:
+    assert choose_rate(lambda rate: {5e-3: 0.6, 1e-2: 0.51, 2e-2: 0.5}.get(rate, 0.7), {}) == 1e-2
+
+
 def test_a_short_training_goes_as_far() -> None:
     assert trial_rate(1e-2, 800) * trial_steps(800) == pytest.approx(1e-2 * 800)
     assert trial_rate(1e-2, 10) == 1e-2  # it is the whole one

@@ -46,7 +46,7 @@ def test_a_classification(bases: Bases, here: Path) -> None:
     assert sorted(p.name for p in here.iterdir()) == ["data.jsonl", "eval.jsonl", "out"]
     assert (found.kind, found.labels, found.method) == ("classification", ("no", "yes"), "alphatuning")
     assert found.examples == (180, 20, 40)
-    assert found.rate == min(found.rates, key=found.rates.__getitem__)
+    assert found.rates[found.rate] <= 1.03 * min(found.rates.values())
     assert len(found.rates) >= 3
     assert found.best_step <= found.steps <= 100
     assert told[-1] == ("training", found.steps, 100)
