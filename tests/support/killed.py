@@ -21,7 +21,10 @@ from lowbit_format.calibration.effort import Effort
 from lowbit_format.converters import Calibration, Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target, quantize
 
-OPTIONS: dict[str, Any] = {"recipe": Recipe(Target(bits=2, group_size=32)), "max_shard_bytes": 25_000}
+OPTIONS: dict[str, Any] = {  # embeddings and head in floats, which fill shards
+    "recipe": Recipe(Target(bits=2, group_size=32), embeddings=False, lm_head=False),
+    "max_shard_bytes": 25_000,
+}
 _BATCHES = [{"input_ids": (torch.arange(96) * (7 + i) % 86 + 4).reshape(4, 24)} for i in range(4)]
 _EFFORT = Effort(sweeps=1, steps=2, learning_rate=0.01, drift=False, samples=8, passes=1, end_rate=0.02)
 CALIBRATED = {**OPTIONS, "calibration": Calibration(Data.of(_BATCHES, held_out=1), _EFFORT)}

@@ -570,7 +570,7 @@ def test_levels_that_count_are_multiplied_as_planes(
     assert products.zero_of(w) == -first
     for batch in (1, 5):
         call = random_call(w, batch, tasks=tasks)
-        assert from_planes(call.x, w)
+        assert from_planes(call)
         check_linear(call)
     assert same_bits(backend.decode(backend.tile(w)), naive.decode(w))
 
