@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from typing import Any
 
 import torch
@@ -53,29 +52,32 @@ class DecoderLayer(Mixin):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the class behind it; the result has the dtype of `hidden_states`, ``[batch, tokens, columns]``."""
         if not args and _is_one_token(hidden_states, kwargs) and _is_plain(self):
-            if self.same_with is None:
-                self.same_with = _classes(self) if self._is_same(hidden_states, kwargs) else ()
+            if self.same_with is None and (same := self._is_same(hidden_states, kwargs)) is not None:
+                self.same_with = _classes(self) if same else ()
             if self.same_with and self.same_with == _classes(self):
                 out = _next_token(self, hidden_states, kwargs)
                 if out is not None:
                     return out
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
-    def _is_same(self, x: Tensor, kwargs: dict[str, Any]) -> bool:
-        """Whether both ways give the same for `x`, behind tokens of random numbers in a cache of its own."""
-        if not is_built_so(self):  # type: ignore[arg-type]
-            return False
+    def _is_same(self, x: Tensor, kwargs: dict[str, Any]) -> bool | None:
+        """Whether both ways give the same for `x`, behind tokens of random numbers in a cache of its own.
+
+        None if they cannot be compared now: a task is in training, a part is replaced, or `x` is not finite.
+        """
+        if not is_built_so(self) or not bool(x.isfinite().all()):  # type: ignore[arg-type]
+            return None
         try:
             off = self._difference(x, kwargs)
         except Exception:  # a class that wants something else behind the same parts
             log.debug("%s is computed as its class does", type(self).__name__, exc_info=True)
             return False
-        if off <= TOLERANCES[x.dtype]:
-            return True
+        if off is None or off <= TOLERANCES[x.dtype]:
+            return None if off is None else True
         log.debug("%s is computed as its class does: the shorter way is off by %.1e", type(self).__name__, off)
         return False
 
-    def _difference(self, x: Tensor, kwargs: dict[str, Any]) -> float:
+    def _difference(self, x: Tensor, kwargs: dict[str, Any]) -> float | None:
         cos, _ = kwargs["position_embeddings"]
         generator = torch.Generator().manual_seed(0)
 
@@ -92,7 +94,7 @@ class DecoderLayer(Mixin):
         want = behind.forward(x, **options)
         found = _next_token(self, x, {**options, "past_key_values": twin})
         if found is None:
-            return math.inf
+            return None
         return float((want.float() - found.float()).abs().max() / want.float().abs().max())
 
 
@@ -135,7 +137,7 @@ def _is_one_token(x: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a call is a decoding step on a CPU, without gradients, and asks for nothing else."""
     if operators.is_watched() or torch.is_grad_enabled() or type(x) is not Tensor or x.dtype not in TOLERANCES:
         return False
-    cos = (kwargs.get("position_embeddings") or (None,))[0]
+    cos, mask = (kwargs.get("position_embeddings") or (None,))[0], kwargs.get("attention_mask")
     return (
         x.dim() == 3
         and x.shape[1] == 1
@@ -145,6 +147,7 @@ def _is_one_token(x: Tensor, kwargs: dict[str, Any]) -> bool:
         and type(cos) is Tensor
         and cos.dim() == 3  # positions of images have one axis more
         and cos.shape[0] in (1, x.shape[0])
+        and (mask is None or (mask.dim() == 4 and mask.shape[1] == 1))  # the same for all heads
         and all(value is None or value is False for key, value in kwargs.items() if key not in _KNOWN)
     )
 
@@ -152,6 +155,8 @@ def _is_one_token(x: Tensor, kwargs: dict[str, Any]) -> bool:
 def _is_plain(layer: Any) -> bool:
     """Whether the layer does not train, attends as expected, and nothing listens to its parts."""
     if layer.training or layer._modules["self_attn"].config._attn_implementation != "sdpa":
+        return False
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         return False
     return not any(p._forward_hooks or p._forward_pre_hooks or "forward" in p.__dict__ for p in _parts(layer))
 

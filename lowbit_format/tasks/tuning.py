@@ -116,8 +116,8 @@ def prepare_scale_tuning(
             smaller learning rate, about 1e-3.
         offsets: train the offsets (bcq) or zero points (uniform) too, one addend for each group, in the units of the
             weights (zero points: of codes).
-        include: lowbit modules to train; by default all but embeddings and what is tied to them, and but an output
-            head of a codec that the method does not train, as a converter's default has it: rounded to 8 bits.
+        include: lowbit modules to train; by default all but embeddings, what is tied to them, and the output head of a
+            model that predicts words: that has a row for each word.
         exclude: modules of `include` not to train.
         modules_to_save: float modules to train whole and to save with the task. By default a classifier's head
             (:data:`HEADS`), and modules that were newly initialised because the model's files do not have them;
@@ -185,11 +185,7 @@ def _chosen_modules(
     embeddings = {m.matrix_id for m in paths.values() if isinstance(m, LowbitEmbedding)}
     if include is None:
         heads = {id(m.get_output_embeddings()) for m in model.modules() if hasattr(m, "get_output_embeddings")}
-        chosen = [
-            path
-            for path, m in paths.items()
-            if m.matrix_id not in embeddings and (id(m) not in heads or m.scheme.codec in method.codecs)
-        ]
+        chosen = [path for path, m in paths.items() if m.matrix_id not in embeddings and id(m) not in heads]
     else:
         chosen = _matching(include, paths, "include")
     left_out = {paths[path].matrix_id for path in _matching(exclude or (), paths, "exclude")}

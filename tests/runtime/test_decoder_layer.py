@@ -265,9 +265,44 @@ def test_training_and_gradients(llama: Path) -> None:
         model(PROMPTS[:, :3], past_key_values=cache)
     model(PROMPTS[:, 3:4], past_key_values=cache).logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
-    with torch.no_grad():
+    steps(model)
+    assert not uses_the_short_way(model)
+    model = load(llama)  # a task that is in training now says nothing of the layer
+    lb.prepare_scale_tuning(model, "scales", name="a")
+    steps(model)
+    assert [layer.same_with for layer in layers(model)] == [None, None]
+    lb.unload_task(model, "a")
+    steps(model)
+    assert uses_the_short_way(model)
+
+
+def test_masks_of_single_heads(llama: Path) -> None:
+    """Those are for the class: here heads that share keys are tokens of one head."""
+    model, found = load(llama), []
+    mask = torch.zeros(2, 4, 1, 4)
+    mask[:, 1, :, :2] = -torch.inf
+    steps(model)
+    for twin in (model, left_to_the_class(model)):
+        cache = DynamicCache()
+        with torch.no_grad():
+            twin(PROMPTS[:, :3], past_key_values=cache)
+            layer, x = layers(twin)[0], torch.ones(2, 1, 32)
+            positions = twin.model.rotary_emb(x, torch.tensor([[3]]))
+            options = {"past_key_values": cache, "position_embeddings": positions, "attention_mask": mask}
+            found.append(layer(x, **options))  # type: ignore[operator]
+    torch.testing.assert_close(*found)
+
+
+def test_hooks_for_all_modules(llama: Path) -> None:
+    """A profiler's."""
+    model, seen = load(llama), list[Any]()
+    steps(model)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(module))
+    try:
         steps(model)
-    assert not uses_the_short_way(model) or all(layer.same_with == () for layer in layers(model))
+    finally:
+        handle.remove()
+    assert any(module is model.model.layers[0].mlp.up_proj for module in seen)
 
 
 def test_copies_pickles_and_float_models(llama: Path) -> None:
