@@ -282,7 +282,7 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
 def _large_words(plan: Plan) -> tuple[str, str] | None:
     """What fewer bits for embeddings and output head would give, where they are a large part of the file."""
     reasons = (EMBEDDING, TIED, HEAD)
-    steps = [s for s in plan.steps if s.target == WORDS or (s.target is None and s.reason.startswith(reasons))]
+    steps = [s for s in plan.steps if s.by_default or (s.target is None and s.reason.startswith(reasons))]
     nbytes, whole = sum(s.output_bytes() for s in steps), plan.output_bytes()
     if nbytes < LARGE * whole:
         return None

@@ -47,6 +47,12 @@ def test_by_default_embeddings_and_head_are_rounded_to_8_bits(planned: Callable[
     assert plan.tied == {}
 
 
+def test_only_what_the_recipe_says_nothing_of_is_rounded_by_default(planned: Callable[..., Plan]) -> None:
+    """A target says nothing of who chose it: a layer, or an embedding by the recipe, may have the same."""
+    rounded = {s.path for s in planned("llama", rules=(Rule("*.o_proj", WORDS),), embeddings=WORDS).steps if s.rounded}
+    assert rounded == {"lm_head"}
+
+
 def test_they_are_kept_where_8_bits_would_not_serve(planned: Callable[..., Plan]) -> None:
     """A model is read at a precision as a whole (NST-3), and padding makes narrow matrices larger."""
     plan = planned("llama", default=Target(bits=4, group_size=32, nested=(2,)))
