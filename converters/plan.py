@@ -234,7 +234,6 @@ def make_plan(
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     _check_asked(recipe, names)
     words = max((source.tensors[k].shape[0] for k, d in names.destinations.items() if d.kind == "embedding"), default=0)
-    predicts = _predicts_words(source, names, words)
     steps, dropped, tied = [], {}, {}
     quantized = any(t.grid is not None for t in source.tensors.values())
     owners = set(names.tied.values())
@@ -248,8 +247,9 @@ def make_plan(
             destination, owner, names, recipe, quantized=quantized, grid=whole.grid, requantize=requantize
         )
         by_default = False
-        if target is None and reason in (EMBEDDING, TIED, HEAD) and predicts and not quantized:
-            target, reason = _rounded(tensor, destination, reason, recipe, words)
+        of_words = not names.words.isdisjoint((destination.path, owner))
+        if target is None and reason in (EMBEDDING, TIED, HEAD) and of_words and not quantized:
+            target, reason = _rounded(tensor, destination, reason, recipe)
             by_default = target is not None
         is_embedding = "embedding" in (destination.kind, names.kinds.get(owner))
         if recipe.words is not None and is_embedding and tensor.shape[0] == words:
@@ -391,27 +391,19 @@ def unsaid_words(recipe: Recipe) -> Target:
     return replace(WORDS, solver="mse", group_size=recipe.default.group_size)
 
 
-def _predicts_words(source: Source, names: Names, words: int) -> bool:
-    """Whether the model has an output head, tied or not, with a row for each of the `words` of its embedding."""
-    if not names.heads.isdisjoint({*names.tied, *names.tied.values()}):
-        return True
-    shapes = (source.tensors[key].shape for key, d in names.destinations.items() if d.path in names.heads)
-    return words > 0 and any(len(shape) == 2 and words in shape for shape in shapes)
-
-
-def _rounded(
-    tensor: SourceTensor, destination: Destination, reason: str, recipe: Recipe, words: int
-) -> tuple[Target | None, str]:
+def _rounded(tensor: SourceTensor, destination: Destination, reason: str, recipe: Recipe) -> tuple[Target | None, str]:
     """What becomes of an embedding or an output head of which the recipe says nothing: WORDS, where it serves.
 
-    It is called for models that predict words. An encoder keeps its embedding: programs that put layers behind it, such
-    as sentence-transformers, take the dtype of its first parameter for theirs, which would be that of planes.
+    It is called for the matrices with a row for each word of a model that generates text. An encoder keeps its
+    embedding, also one that fills in masked words: programs that put layers behind it, such as sentence-transformers,
+    take the dtype of its first parameter for theirs, which would be that of planes. Tables of positions and of types
+    are small, and servers such as vLLM read them as floats; the head of a classifier is a few rows, which tasks may
+    want to train.
 
-    `reason` says what it is. Of all heads, only one with a row for each of the `words` of the largest embedding is
-    large; that of a classifier is a few rows, which tasks may want to train.
+    `reason` says what it is.
     """
     keys = {EMBEDDING: ("embeddings",), HEAD: ("lm_head",)}.get(reason, ("embeddings", "lm_head"))
-    if any(getattr(recipe, key) is not None for key in keys) or (reason == HEAD and tensor.shape[0] != words):
+    if any(getattr(recipe, key) is not None for key in keys):
         return None, reason
     if recipe.default.nested:
         return None, f"{reason}; in {WORDS.bits} bits it could not be read at a nested precision"

@@ -29,9 +29,9 @@ Every key that a file can have::
 (A file is plain JSON, without the comments.) A pattern is matched against the module's path, with ``*`` and ``?`` as in
 file names; ``*`` matches dots too. A rule inherits from the default the keys that it leaves out. A rule that matches an
 embedding or the output head decides about it; the default does not. Without a rule and without ``embeddings`` or
-``lm_head`` they get the 8 bits of WORDS in a model that predicts words, where that makes them smaller and there are no
-nested precisions, in which they could not be read. A key that means nothing for its codec is an error, and so is a
-pattern that matches no module.
+``lm_head`` those with a row for each word of a model that generates text get the 8 bits of WORDS, where that makes them
+smaller and there are no nested precisions, in which they could not be read. A key that means nothing for its codec is
+an error, and so is a pattern that matches no module.
 
 Precedence, highest first: a rule's keys, the command's options, the file's default, the built-in default.
 """
