@@ -13,7 +13,7 @@ from ..matrix import F32
 from ..quantize import Target
 from .budget import Allocation, Option, allocate
 from .candidates import MOST_BITS, PROBE, Candidate, candidates, kind_of, targets
-from .plan import Plan, Step
+from .plan import Plan, Step, unsaid_words
 from .recipe import Recipe, Rule
 from .source import Source
 
@@ -121,8 +121,8 @@ def choose_bits(
 ) -> Choice:
     """Choose the bits of all modules that a recipe leaves open.
 
-    Open is what no rule decides, and what a rule with ``at_least`` or ``at_most`` is for. A codebook has the bits of
-    its table.
+    Open is what neither a rule nor a target for ``embeddings`` or ``lm_head`` decides, and what a rule with
+    ``at_least`` or ``at_most`` is for. A codebook has the bits of its table.
 
     Args:
         source: the checkpoint.
@@ -203,9 +203,19 @@ def _open(step: Step, plan: Plan, recipe: Recipe) -> _Open | None:
         if not rule.is_open:
             return None
         return _Open(step, targets(target, rule.at_least or 1, rule.at_most or MOST_BITS))
-    if step.rounded:  # an embedding or a head of which nothing is said
-        return _Open(step, targets(recipe.default, 1, MOST_BITS, words=True))
+    if step.by_default:
+        return _Open(step, targets(unsaid_words(recipe), 1, MOST_BITS, words=True))
+    if _is_said(step, target, recipe):
+        return None
     return _Open(step, targets(target, 1, MOST_BITS)) if target == recipe.default else None
+
+
+def _is_said(step: Step, target: Target, recipe: Recipe) -> bool:
+    """Whether the recipe gives an embedding or an output head a target of its own, be it equal to the default."""
+    if step.destination.kind != "embedding" and not step.destination.head:
+        return False
+    said = [value for value in (recipe.embeddings, recipe.lm_head) if value is not None]
+    return target in said and True not in said
 
 
 def _places(step: Step, plan: Plan) -> list[str]:

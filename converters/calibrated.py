@@ -100,7 +100,7 @@ class Calibrated:
     ) -> None:
         if not any(_needs_data(step) for step in plan.steps):
             raise CalibrationError(
-                f"{plan.architecture}: no layer is fitted to data: what is quantized are embeddings, or what is rounded "
+                f"{plan.architecture}: no layer is fitted to data: what is quantized are embeddings, or is rounded "
                 "by default; convert it without --calibrate, or quantize layers"
             )
         self.identity = f"{data.identity} {data.held_out} {effort} {device.type}"

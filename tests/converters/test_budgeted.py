@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lowbit_format.converters import (
     plan_conversion,
     write_recipe,
 )
+from lowbit_format.converters.recipe import WORDS
 from lowbit_format.converters.sensitivity import divergences
 from lowbit_format.errors import BudgetError, RecipeError
 from lowbit_format.quantize import Target, quantize
@@ -170,6 +172,31 @@ def test_less_than_the_least_is_refused_with_the_least(checkpoint: Checkpoint) -
 def test_what_cannot_be_chosen_is_refused(recipe: Recipe, budget: Budget, message: str, checkpoint: Checkpoint) -> None:
     with pytest.raises(BudgetError, match=message):
         fit_budget(str(checkpoint("llama")), budget, recipe)
+
+
+def test_words_are_open_beside_a_codebook_and_then_uniform(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, recipe = str(checkpoint("llama")), Recipe(Target("codebook", group_size=32))
+    done = convert_hf_to_lowbit(source, tmp_path / "out", recipe, budget=Budget(6.6), measured=False)
+    assert done.choice is not None
+    assert set(done.choice.bits) == {"model.embed_tokens", "lm_head"}
+    assert tensor_bytes(tmp_path / "out") == done.choice.nbytes
+    targets = {s.path: s.to_fit for s in done.plan.quantized}
+    assert {targets[path].codec for path in done.choice.bits} == {"uniform"}  # type: ignore[union-attr]
+    assert targets["model.layers.0.mlp.up_proj"] == recipe.default
+    write_recipe(str(tmp_path / "recipe.json"), done.choice.recipe)
+    again = plan_conversion(source, load_recipe(str(tmp_path / "recipe.json")))[1]
+    assert {s.path: s.to_fit for s in again.quantized} == targets
+
+
+@pytest.mark.parametrize("said", [WORDS, RECIPE.default, replace(WORDS, bits=6)])
+def test_a_target_that_the_recipe_gives_words_is_not_chosen(said: Target, checkpoint: Checkpoint) -> None:
+    choice = fit_budget(str(checkpoint("llama-tied")), Budget(8.0), replace(RECIPE, embeddings=said))
+    assert "model.embed_tokens" not in choice.bits
+
+
+def test_words_like_the_rest_are_chosen_like_the_rest(checkpoint: Checkpoint) -> None:
+    choice = fit_budget(str(checkpoint("llama-tied")), Budget(8.0), replace(RECIPE, embeddings=True))
+    assert "model.embed_tokens" in choice.bits
 
 
 @pytest.mark.parametrize(

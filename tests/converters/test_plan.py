@@ -67,7 +67,7 @@ def test_they_are_kept_where_8_bits_would_not_serve(planned: Callable[..., Plan]
 
 
 def test_what_is_not_one_row_for_each_word_is_kept(planned: Callable[..., Plan], tmp_path: Path) -> None:
-    """Positions and types of tokens, even where a vocabulary is as small as they are; and all of what fills in masks."""
+    """Positions and types of tokens, even where a vocabulary is as small as they are; and all of a model for masks."""
     assert kept(planned("gpt2")) == {"transformer.wpe": "embedding"}
     sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4}
     hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
