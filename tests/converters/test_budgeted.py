@@ -33,12 +33,14 @@ from lowbit_format.converters import (
 )
 from lowbit_format.converters.recipe import WORDS
 from lowbit_format.converters.sensitivity import divergences
+from lowbit_format.converters.summary import budget_tables
 from lowbit_format.errors import BudgetError, RecipeError
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode
 
 Checkpoint = Callable[..., Path]
 RECIPE = Recipe(Target(bits=4, group_size=32))
+LAYERS = Rule("model.layers.*", Target("uniform", 4, solver="minmax", group_size=32))  # which leaves little to search
 
 
 def tensor_bytes(directory: Path) -> int:
@@ -152,7 +154,37 @@ def test_less_than_the_least_is_refused_with_the_least(checkpoint: Checkpoint) -
     with pytest.raises(BudgetError, match=r"the budget is 1\.000 bits .* the least is ([\d.]+) bits a weight") as e:
         fit_budget(source, Budget(1.0), RECIPE)
     least = float(str(e.value).split("the least is ")[1].split()[0])
-    assert set(fit_budget(source, Budget(least + 0.001), RECIPE).bits.values()) == {1}
+    bits = fit_budget(source, Budget(least + 0.001), RECIPE).bits
+    words = {"model.embed_tokens", "lm_head"}
+    assert {path: n for path, n in bits.items() if n != 1} == dict.fromkeys(words, 4)  # nothing was measured
+
+
+@pytest.mark.parametrize(
+    ("limits", "bits"), [({}, 4), ({"at_least": 2}, 2), ({"at_most": 3}, 3), ({"at_most": 6}, 4), ({"at_least": 5}, 5)]
+)
+def test_words_have_4_bits_where_nothing_was_measured_unless_a_rule_sets_limits(
+    limits: dict[str, int], bits: int, checkpoint: Checkpoint
+) -> None:
+    source = checkpoint("llama-tied")
+    rules = (Rule("lm_head", RECIPE.default, **limits), LAYERS) if limits else (LAYERS,)
+    recipes = [replace(RECIPE, rules=rules), *([] if limits else [replace(RECIPE, embeddings=True)])]
+    for recipe in recipes:
+        with pytest.raises(BudgetError) as e:
+            fit_budget(str(source), Budget(0.1), recipe)
+        least = Budget(float(str(e.value).split("the least is ")[1].split()[0]) + 0.001)
+        choice = fit_budget(str(source), least, recipe)
+        assert choice.bits["model.embed_tokens"] == bits
+        assert "the error of weights alone" in " ".join(str(cell) for cell in budget_tables(choice)[1].columns[1].cells)
+
+
+def test_measured_words_may_have_fewer_than_4_bits(own_checkpoint: Checkpoint) -> None:
+    source = with_tokenizer(own_checkpoint("llama-tied"))
+    recipe = replace(RECIPE, rules=(LAYERS,))
+    with pytest.raises(BudgetError) as e:
+        fit_budget(str(source), Budget(0.1), recipe)
+    choice = fit_budget(str(source), Budget(float(str(e.value).split("the least is ")[1].split()[0]) + 0.001), recipe)
+    assert choice.bits["model.embed_tokens"] == 1
+    assert [str(cell) for cell in budget_tables(choice)[1].columns[0].cells][-1] == "no choice has less than"
 
 
 @pytest.mark.parametrize(
