@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -208,6 +208,34 @@ def output_heads(model: Any) -> set[str]:
         if _HEAD_NAME.fullmatch(own_name) and not any("att" in name for name in names):
             heads.add(path)
     return heads
+
+
+def word_matrices(model: Any, heads: Set[str]) -> set[str]:
+    """Paths of the matrices with one row for each word, in a model that generates text; of another model none.
+
+    These are the input embeddings of the model and of its parts, and those of its `heads` with as many rows. Tables of
+    positions or of types of tokens are none.
+    """
+    import torch
+
+    parts = [(path, part) for path, part in model.named_modules() if hasattr(part, "main_input_name")]
+    if not any(part.can_generate() for _, part in parts):
+        return set()
+    inputs = set[int]()
+    for _, part in parts:
+        try:
+            inputs.add(id(part.get_input_embeddings()))
+        except (NotImplementedError, AttributeError):  # it takes no words
+            continue
+    embeddings, outputs = dict[str, int](), dict[str, int]()  # path to rows
+    for path, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if id(module) in inputs and isinstance(module, torch.nn.Embedding):
+            embeddings[path] = module.num_embeddings
+        elif path in heads and isinstance(weight, torch.Tensor) and weight.dim() == 2:
+            outputs[path] = weight.shape[0]
+    words = set(embeddings.values()) & set(outputs.values())
+    return {path for path, rows in (embeddings | outputs).items() if rows in words}
 
 
 _HEADED = re.compile(r"For[A-Z]|LMHead")

@@ -13,7 +13,7 @@ from ..matrix import F32
 from ..quantize import Target
 from .budget import Allocation, Option, allocate
 from .candidates import MOST_BITS, PROBE, Candidate, candidates, kind_of, targets
-from .plan import Plan, Step
+from .plan import Plan, Step, unsaid_words
 from .recipe import Recipe, Rule
 from .source import Source
 
@@ -26,6 +26,7 @@ FUSED = (
 )
 
 
+WORDS_LEAST = 4  # bits of embeddings and output heads, where the effect on predictions was not measured
 DIVERGENCE, WEIGHTS, OUTPUTS = "divergence", "error of weights", "error of outputs"
 
 
@@ -121,8 +122,11 @@ def choose_bits(
 ) -> Choice:
     """Choose the bits of all modules that a recipe leaves open.
 
-    Open is what no rule decides, and what a rule with ``at_least`` or ``at_most`` is for. A codebook has the bits of
-    its table.
+    Without `probe`, embeddings and output heads get at least WORDS_LEAST bits, where no rule says otherwise: their
+    error counts as that of any matrix then, and a large table of few bits would seem a good choice.
+
+    Open is what neither a rule nor a target for ``embeddings`` or ``lm_head`` decides, and what a rule with
+    ``at_least`` or ``at_most`` is for. A codebook has the bits of its table.
 
     Args:
         source: the checkpoint.
@@ -139,7 +143,8 @@ def choose_bits(
     """
     weights = sum(s.tensor.numel for s in plan.steps)
     wanted = budget.of(weights)
-    found = [one for step in plan.quantized if (one := _open(step, plan, recipe)) is not None]
+    words_least = 1 if probe is not None else WORDS_LEAST
+    found = [one for step in plan.quantized if (one := _open(step, plan, recipe, words_least)) is not None]
     if not found:
         raise BudgetError(
             "no module has bits to choose: the recipe's rules say all of them, or they come from a codebook's table"
@@ -192,20 +197,40 @@ def _in_nats(options: Mapping[str, Sequence[Candidate]], measured: Mapping[str, 
     }
 
 
-def _open(step: Step, plan: Plan, recipe: Recipe) -> _Open | None:
-    """The targets that a module can have; None if there is nothing to choose."""
+def _open(step: Step, plan: Plan, recipe: Recipe, words_least: int) -> _Open | None:
+    """The targets that a module can have; None if there is nothing to choose.
+
+    Embeddings and output heads have at least `words_least` bits, unless a rule sets other limits.
+    """
     target = step.to_fit
     if target is None or target.codec == "codebook" or target.row_bits is not None:
         return None
+    least = words_least if _is_words(step) else 1
     places = _places(step, plan)
     rule = next((rule for place in places if (rule := recipe.rule_for(place)) is not None), None)
     if rule is not None:
         if not rule.is_open:
             return None
-        return _Open(step, targets(target, rule.at_least or 1, rule.at_most or MOST_BITS))
-    if step.rounded:  # an embedding or a head of which nothing is said
-        return _Open(step, targets(recipe.default, 1, MOST_BITS, words=True))
-    return _Open(step, targets(target, 1, MOST_BITS)) if target == recipe.default else None
+        most = rule.at_most or MOST_BITS
+        return _Open(step, targets(target, rule.at_least or min(least, most), most))
+    if step.by_default:
+        return _Open(step, targets(unsaid_words(recipe), least, MOST_BITS, words=True))
+    if _is_said(step, target, recipe):
+        return None
+    return _Open(step, targets(target, least, MOST_BITS)) if target == recipe.default else None
+
+
+def _is_words(step: Step) -> bool:
+    """Whether it is an embedding or an output head."""
+    return step.destination.kind == "embedding" or step.destination.head
+
+
+def _is_said(step: Step, target: Target, recipe: Recipe) -> bool:
+    """Whether the recipe gives an embedding or an output head a target of its own, be it equal to the default."""
+    if not _is_words(step):
+        return False
+    said = [value for value in (recipe.embeddings, recipe.lm_head) if value is not None]
+    return target in said and True not in said
 
 
 def _places(step: Step, plan: Plan) -> list[str]:

@@ -85,7 +85,7 @@ class Calibrated:
             quantized one by one, and in the end; empty before the end.
 
     Raises:
-        CalibrationError: the model has no blocks, or cannot be run block by block.
+        CalibrationError: nothing is fitted to data, or the model has no blocks, or cannot be run block by block.
     """
 
     def __init__(
@@ -98,6 +98,11 @@ class Calibrated:
         device: torch.device,
         report: Callable[[str, BlockResult], None] = lambda path, result: None,
     ) -> None:
+        if not any(_needs_data(step) for step in plan.steps):
+            raise CalibrationError(
+                f"{plan.architecture}: no layer is fitted to data: what is quantized are embeddings, or is rounded "
+                "by default; convert it without --calibrate, or quantize layers"
+            )
         self.identity = f"{data.identity} {data.held_out} {effort} {device.type}"
         self.quality: dict[int | None, Quality] = {}
         self.unseen: list[str] = []

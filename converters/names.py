@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import SourceError
 from ..runtime.known_modules import known
-from .architecture import Renamer, meta_model, output_heads, tied_keys
+from .architecture import Renamer, meta_model, output_heads, tied_keys, word_matrices
 from .completeness import fit
 from .experts import Stack, find_stacks
 from .reads import READ, weights_read
@@ -58,6 +58,7 @@ class Names:
         kinds: path of every module that might be quantized to its kind.
         heads: paths of the modules that give an output.
         strange: tensors of the checkpoint that the class does not know, by name.
+        words: paths of the matrices with one row for each word, in a model that generates text.
     """
 
     destinations: dict[str, Destination]
@@ -69,6 +70,7 @@ class Names:
     kinds: dict[str, str] = field(default_factory=dict)
     heads: frozenset[str] = frozenset()
     strange: tuple[str, ...] = ()
+    words: frozenset[str] = frozenset()
 
 
 def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
@@ -121,7 +123,8 @@ def map_names(directory: Path, shapes: dict[str, tuple[int, ...]]) -> Names:
     kinds = {path: _kind(module)[0] for path, module in matrices.items()}
     cls, named_cls = type(model).__name__, type(named).__name__
     strange = tuple(key for key, to in destinations.items() if to.target and rename.shape(to.target) is None)
-    return Names(destinations, tied, prefix, cls, named_cls, absent, kinds, frozenset(heads), strange)
+    words = frozenset(word_matrices(model, heads))
+    return Names(destinations, tied, prefix, cls, named_cls, absent, kinds, frozenset(heads), strange, words)
 
 
 def _check_unique(rename: Renamer, keys: Iterable[str], directory: Path) -> None:

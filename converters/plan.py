@@ -46,6 +46,7 @@ class Step:
         target: how to quantize it, or that it is taken over as it is; None keeps it in floats.
         path: path of the module that it becomes (the owner, if tied).
         reason: why it is kept, where it might have been quantized.
+        by_default: an embedding or output head of which the recipe says nothing, so that it is rounded to WORDS.
     """
 
     tensor: SourceTensor
@@ -53,6 +54,7 @@ class Step:
     target: Target | Taken | None = None
     path: str = ""
     reason: str = ""
+    by_default: bool = False
 
     def module(self, scheme_dtype: str | None = None) -> ModuleEntry:
         """The planned module; recognition and rounding may still change its scheme."""
@@ -77,8 +79,8 @@ class Step:
 
     @property
     def rounded(self) -> bool:
-        """Whether data and training are not for it: it is rounded to many bits, or its rows have different bits."""
-        return self.target == WORDS or (isinstance(self.target, Target) and self.target.row_bits is not None)
+        """Whether data and training are not for it: it is rounded by default, or its rows have different bits."""
+        return self.by_default or (isinstance(self.target, Target) and self.target.row_bits is not None)
 
     @property
     def stack(self) -> Stack | None:
@@ -232,7 +234,6 @@ def make_plan(
     recipe.check_matches([r.path for r in quantizable] + list(names.tied))
     _check_asked(recipe, names)
     words = max((source.tensors[k].shape[0] for k, d in names.destinations.items() if d.kind == "embedding"), default=0)
-    predicts = _predicts_words(source, names, words)
     steps, dropped, tied = [], {}, {}
     quantized = any(t.grid is not None for t in source.tensors.values())
     owners = set(names.tied.values())
@@ -245,11 +246,16 @@ def make_plan(
         target, reason = _decide(
             destination, owner, names, recipe, quantized=quantized, grid=whole.grid, requantize=requantize
         )
-        if target is None and reason in (EMBEDDING, TIED, HEAD) and predicts and not quantized:
-            target, reason = _rounded(tensor, destination, reason, recipe, words)
+        by_default = False
+        of_words = not names.words.isdisjoint((destination.path, owner))
+        if target is None and reason in (EMBEDDING, TIED, HEAD) and of_words and not quantized:
+            target, reason = _rounded(tensor, destination, reason, recipe)
+            by_default = target is not None
         is_embedding = "embedding" in (destination.kind, names.kinds.get(owner))
         if recipe.words is not None and is_embedding and tensor.shape[0] == words:
-            target, reason = _by_frequency(source, tensor, destination, target, recipe, recipe.words), ""
+            said = None if by_default else target
+            target, reason = _by_frequency(source, tensor, destination, said, recipe, recipe.words), ""
+            by_default = False
         if requantize and whole.grid is not None and isinstance(target, Target):
             target = replace(target, recognise=False)  # or its own grid would be found, and kept
         if target is not None and tensor.numel == 0:
@@ -268,7 +274,7 @@ def make_plan(
                     f"{name}: has dtype {source.tensors[name].dtype}, expected one of {', '.join(FLOATS)}; is it "
                     "quantized already?"
                 )
-        steps.append(Step(tensor, destination, target, owner, reason))
+        steps.append(Step(tensor, destination, target, owner, reason, by_default and target is not None))
         if target is not None and owner in owners:
             tied.update({place: own for place, own in names.tied.items() if own == owner})
     plan = Plan(
@@ -358,44 +364,46 @@ def _by_frequency(
     source: Source,
     tensor: SourceTensor,
     destination: Destination,
-    target: Target | Taken | None,
+    said: Target | Taken | None,
     recipe: Recipe,
     words: Words,
 ) -> Target:
-    """The target of the vocabulary's embedding, whose rows have bits by the frequency of their words."""
+    """The target of the vocabulary's embedding, whose rows have bits by the frequency of their words.
+
+    All but the bits is as the recipe `said` of it, or else as :func:`unsaid_words` has it.
+    """
     if destination.reason is not None or tensor.grid is not None:
         why = destination.reason or "a release has quantized it"
         raise RecipeError(f"{destination.path}: cannot have bits by frequency: {why}; leave words out of the recipe")
-    if recipe.default.codec == "codebook" and not (isinstance(target, Target) and target.codec != "codebook"):
-        base = replace(WORDS, solver="mse", group_size=recipe.default.group_size)
-    else:
-        base = target if isinstance(target, Target) and target != WORDS else recipe.default
+    base = said if isinstance(said, Target) and said.codec != "codebook" else unsaid_words(recipe)
     bits = words.bits[0]
     nested = tuple(k for k in base.nested if k < bits)
     return replace(base, bits=bits, nested=nested, row_bits=words.row_bits(source.directory, tensor.shape[0]))
 
 
-def _predicts_words(source: Source, names: Names, words: int) -> bool:
-    """Whether the model has an output head, tied or not, with a row for each of the `words` of its embedding."""
-    if not names.heads.isdisjoint({*names.tied, *names.tied.values()}):
-        return True
-    shapes = (source.tensors[key].shape for key, d in names.destinations.items() if d.path in names.heads)
-    return words > 0 and any(len(shape) == 2 and words in shape for shape in shapes)
+def unsaid_words(recipe: Recipe) -> Target:
+    """All but the bits of an embedding or output head, of which the recipe says nothing and whose bits are chosen.
+
+    It is as the recipe's default. A codebook has just the bits of its table; instead of one it is uniform.
+    """
+    if recipe.default.codec != "codebook":
+        return recipe.default
+    return replace(WORDS, solver="mse", group_size=recipe.default.group_size)
 
 
-def _rounded(
-    tensor: SourceTensor, destination: Destination, reason: str, recipe: Recipe, words: int
-) -> tuple[Target | None, str]:
+def _rounded(tensor: SourceTensor, destination: Destination, reason: str, recipe: Recipe) -> tuple[Target | None, str]:
     """What becomes of an embedding or an output head of which the recipe says nothing: WORDS, where it serves.
 
-    It is called for models that predict words. An encoder keeps its embedding: programs that put layers behind it, such
-    as sentence-transformers, take the dtype of its first parameter for theirs, which would be that of planes.
+    It is called for the matrices with a row for each word of a model that generates text. An encoder keeps its
+    embedding, also one that fills in masked words: programs that put layers behind it, such as sentence-transformers,
+    take the dtype of its first parameter for theirs, which would be that of planes. Tables of positions and of types
+    are small, and servers such as vLLM read them as floats; the head of a classifier is a few rows, which tasks may
+    want to train.
 
-    `reason` says what it is. Of all heads, only one with a row for each of the `words` of the largest embedding is
-    large; that of a classifier is a few rows, which tasks may want to train.
+    `reason` says what it is.
     """
     keys = {EMBEDDING: ("embeddings",), HEAD: ("lm_head",)}.get(reason, ("embeddings", "lm_head"))
-    if any(getattr(recipe, key) is not None for key in keys) or (reason == HEAD and tensor.shape[0] != words):
+    if any(getattr(recipe, key) is not None for key in keys):
         return None, reason
     if recipe.default.nested:
         return None, f"{reason}; in {WORDS.bits} bits it could not be read at a nested precision"

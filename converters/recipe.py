@@ -29,9 +29,9 @@ Every key that a file can have::
 (A file is plain JSON, without the comments.) A pattern is matched against the module's path, with ``*`` and ``?`` as in
 file names; ``*`` matches dots too. A rule inherits from the default the keys that it leaves out. A rule that matches an
 embedding or the output head decides about it; the default does not. Without a rule and without ``embeddings`` or
-``lm_head`` they get the 8 bits of WORDS in a model that predicts words, where that makes them smaller and there are no
-nested precisions, in which they could not be read. A key that means nothing for its codec is an error, and so is a
-pattern that matches no module.
+``lm_head`` those with a row for each word of a model that generates text get the 8 bits of WORDS, where that makes them
+smaller and there are no nested precisions, in which they could not be read. A key that means nothing for its codec is
+an error, and so is a pattern that matches no module.
 
 Precedence, highest first: a rule's keys, the command's options, the file's default, the built-in default.
 """
@@ -130,7 +130,7 @@ _BUILT_IN = Recipe()
 _NO_OPTIONS: Mapping[str, Any] = {}
 
 
-def load_recipe(path: Path, base: Recipe = _BUILT_IN, options: Mapping[str, Any] = _NO_OPTIONS) -> Recipe:
+def load_recipe(path: Path | str, base: Recipe = _BUILT_IN, options: Mapping[str, Any] = _NO_OPTIONS) -> Recipe:
     """Read a recipe file.
 
     Args:
@@ -147,7 +147,7 @@ def load_recipe(path: Path, base: Recipe = _BUILT_IN, options: Mapping[str, Any]
         return RecipeError(f"{path}: {message}")
 
     try:
-        obj = strict_json.loads(path.read_bytes(), lambda rule, m: DirectoryError(rule, m))
+        obj = strict_json.loads(Path(path).read_bytes(), lambda rule, m: DirectoryError(rule, m))
     except OSError as e:
         raise fail("", f"cannot be read: {e.strerror}") from e
     except DirectoryError as e:
@@ -199,9 +199,9 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
-def write_recipe(path: Path, recipe: Recipe) -> None:
+def write_recipe(path: Path | str, recipe: Recipe) -> None:
     """Write a recipe file. Raises OutputError if that cannot be done."""
-    write_json(path, recipe_to_dict(recipe))
+    write_json(Path(path), recipe_to_dict(recipe))
 
 
 def _words(obj: Any, where: str) -> Words:

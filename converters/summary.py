@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..quantize import Target
+from .budgeted import DIVERGENCE
 from .candidates import kind_of
 from .journal import Outcome
 from .plan import EMBEDDING, HEAD, TIED, Plan, Step, Taken
@@ -129,6 +130,14 @@ def budget_tables(choice: Choice) -> list[Table]:
         ("expected damage", f"{found.damage:.4f}"),
         ("no choice has less than", f"{found.bound:.4f}"),
     ]
+    if choice.measure != DIVERGENCE:
+        rows.append(
+            (
+                "warning",
+                f"the effect on predictions was not measured: damage is the {choice.measure} alone, which ranks "
+                "kinds of modules poorly; compare with the original (`lowbit eval`), or --calibrate with text",
+            )
+        )
     curve = Table("bits a weight", "size", "expected damage", title=f"Least damage by size ({choice.measure})")
     points = choice.curve
     for bits, damage in points[:: max(1, len(points) // POINTS)]:
@@ -282,7 +291,7 @@ def remarks(plan: Plan) -> list[tuple[str, str]]:
 def _large_words(plan: Plan) -> tuple[str, str] | None:
     """What fewer bits for embeddings and output head would give, where they are a large part of the file."""
     reasons = (EMBEDDING, TIED, HEAD)
-    steps = [s for s in plan.steps if s.target == WORDS or (s.target is None and s.reason.startswith(reasons))]
+    steps = [s for s in plan.steps if s.by_default or (s.target is None and s.reason.startswith(reasons))]
     nbytes, whole = sum(s.output_bytes() for s in steps), plan.output_bytes()
     if nbytes < LARGE * whole:
         return None

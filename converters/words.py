@@ -73,7 +73,9 @@ def by_frequency(frequencies: str, directory: Path, rows: int) -> NDArray[np.int
 def _counts_in(path: Path, rows: int) -> NDArray[np.float64]:
     try:
         found = json.loads(path.read_text("utf-8"))
-        counts = np.array(found, np.float64) if isinstance(found, list) else np.empty(0)
+        if not isinstance(found, list):
+            raise TypeError(f"it holds {json.dumps(found)[:40]}")
+        counts = np.array(found, np.float64)
     except (OSError, ValueError, TypeError) as e:
         raise FrequencyError(f"{path}: cannot be read as a list of numbers: {e}") from e
     if counts.shape != (rows,) or not np.isfinite(counts).all() or (counts < 0).any():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,16 @@ from lowbit_format.converters import (
     plan_conversion,
     write_recipe,
 )
+from lowbit_format.converters.recipe import WORDS
 from lowbit_format.converters.sensitivity import divergences
+from lowbit_format.converters.summary import budget_tables
 from lowbit_format.errors import BudgetError, RecipeError
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.reference import decode
 
 Checkpoint = Callable[..., Path]
 RECIPE = Recipe(Target(bits=4, group_size=32))
+LAYERS = Rule("model.layers.*", Target("uniform", 4, solver="minmax", group_size=32))  # which leaves little to search
 
 
 def tensor_bytes(directory: Path) -> int:
@@ -150,7 +154,37 @@ def test_less_than_the_least_is_refused_with_the_least(checkpoint: Checkpoint) -
     with pytest.raises(BudgetError, match=r"the budget is 1\.000 bits .* the least is ([\d.]+) bits a weight") as e:
         fit_budget(source, Budget(1.0), RECIPE)
     least = float(str(e.value).split("the least is ")[1].split()[0])
-    assert set(fit_budget(source, Budget(least + 0.001), RECIPE).bits.values()) == {1}
+    bits = fit_budget(source, Budget(least + 0.001), RECIPE).bits
+    words = {"model.embed_tokens", "lm_head"}
+    assert {path: n for path, n in bits.items() if n != 1} == dict.fromkeys(words, 4)  # nothing was measured
+
+
+@pytest.mark.parametrize(
+    ("limits", "bits"), [({}, 4), ({"at_least": 2}, 2), ({"at_most": 3}, 3), ({"at_most": 6}, 4), ({"at_least": 5}, 5)]
+)
+def test_words_have_4_bits_where_nothing_was_measured_unless_a_rule_sets_limits(
+    limits: dict[str, int], bits: int, checkpoint: Checkpoint
+) -> None:
+    source = checkpoint("llama-tied")
+    rules = (Rule("lm_head", RECIPE.default, **limits), LAYERS) if limits else (LAYERS,)
+    recipes = [replace(RECIPE, rules=rules), *([] if limits else [replace(RECIPE, embeddings=True)])]
+    for recipe in recipes:
+        with pytest.raises(BudgetError) as e:
+            fit_budget(str(source), Budget(0.1), recipe)
+        least = Budget(float(str(e.value).split("the least is ")[1].split()[0]) + 0.001)
+        choice = fit_budget(str(source), least, recipe)
+        assert choice.bits["model.embed_tokens"] == bits
+        assert "the error of weights alone" in " ".join(str(cell) for cell in budget_tables(choice)[1].columns[1].cells)
+
+
+def test_measured_words_may_have_fewer_than_4_bits(own_checkpoint: Checkpoint) -> None:
+    source = with_tokenizer(own_checkpoint("llama-tied"))
+    recipe = replace(RECIPE, rules=(LAYERS,))
+    with pytest.raises(BudgetError) as e:
+        fit_budget(str(source), Budget(0.1), recipe)
+    choice = fit_budget(str(source), Budget(float(str(e.value).split("the least is ")[1].split()[0]) + 0.001), recipe)
+    assert choice.bits["model.embed_tokens"] == 1
+    assert [str(cell) for cell in budget_tables(choice)[1].columns[0].cells][-1] == "no choice has less than"
 
 
 @pytest.mark.parametrize(
@@ -170,6 +204,31 @@ def test_less_than_the_least_is_refused_with_the_least(checkpoint: Checkpoint) -
 def test_what_cannot_be_chosen_is_refused(recipe: Recipe, budget: Budget, message: str, checkpoint: Checkpoint) -> None:
     with pytest.raises(BudgetError, match=message):
         fit_budget(str(checkpoint("llama")), budget, recipe)
+
+
+def test_words_are_open_beside_a_codebook_and_then_uniform(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    source, recipe = str(checkpoint("llama")), Recipe(Target("codebook", group_size=32))
+    done = convert_hf_to_lowbit(source, tmp_path / "out", recipe, budget=Budget(6.6), measured=False)
+    assert done.choice is not None
+    assert set(done.choice.bits) == {"model.embed_tokens", "lm_head"}
+    assert tensor_bytes(tmp_path / "out") == done.choice.nbytes
+    targets = {s.path: s.to_fit for s in done.plan.quantized}
+    assert {targets[path].codec for path in done.choice.bits} == {"uniform"}  # type: ignore[union-attr]
+    assert targets["model.layers.0.mlp.up_proj"] == recipe.default
+    write_recipe(str(tmp_path / "recipe.json"), done.choice.recipe)
+    again = plan_conversion(source, load_recipe(str(tmp_path / "recipe.json")))[1]
+    assert {s.path: s.to_fit for s in again.quantized} == targets
+
+
+@pytest.mark.parametrize("said", [WORDS, RECIPE.default, replace(WORDS, bits=6)])
+def test_a_target_that_the_recipe_gives_words_is_not_chosen(said: Target, checkpoint: Checkpoint) -> None:
+    choice = fit_budget(str(checkpoint("llama-tied")), Budget(8.0), replace(RECIPE, embeddings=said))
+    assert "model.embed_tokens" not in choice.bits
+
+
+def test_words_like_the_rest_are_chosen_like_the_rest(checkpoint: Checkpoint) -> None:
+    choice = fit_budget(str(checkpoint("llama-tied")), Budget(8.0), replace(RECIPE, embeddings=True))
+    assert "model.embed_tokens" in choice.bits
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -31,6 +32,7 @@ from lowbit_format.converters import (
 )
 from lowbit_format.converters.calibrated import Calibrated
 from lowbit_format.converters.calibration_data import read_data
+from lowbit_format.converters.recipe import WORDS
 from lowbit_format.converters.steps import load_step
 from lowbit_format.errors import CalibrationError, OutputError
 from lowbit_format.quantize import Target
@@ -82,6 +84,23 @@ def test_it_is_better_than_without_data_and_what_it_reports_is_true(
     assert with_data.mean_divergence < 0.8 * without.mean_divergence
     assert done.unseen == ()
     assert not list(tmp_path.rglob("activations"))
+
+
+def test_layers_of_the_target_that_embeddings_have_by_default_are_calibrated(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    source, recipe = checkpoint("llama"), Recipe(WORDS)
+    convert(source, tmp_path / "with", Data.of(batches(2)), recipe)
+    convert_hf_to_lowbit(str(source), tmp_path / "without", recipe, measured=False)
+    own, plain = (ModelReader(tmp_path / name) for name in ("with", "without"))
+    same = {path for path in own.config.modules if np.array_equal(own.decode(path), plain.decode(path))}
+    assert same == {"model.embed_tokens", "lm_head"}
+
+
+def test_a_conversion_without_a_layer_to_fit_is_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    recipe = Recipe(rules=(Rule("model.layers.*", None),))
+    with pytest.raises(CalibrationError, match="LlamaForCausalLM: no layer is fitted to data"):
+        convert(checkpoint("llama"), tmp_path / "out", Data.of(batches(2)), recipe, min_coverage=0)
 
 
 def test_encoders_and_pairs_of_encoder_and_decoder(checkpoint: Checkpoint, tmp_path: Path) -> None:

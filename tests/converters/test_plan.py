@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import transformers as hf
 
 from lowbit_format.converters import Recipe, Rule, convert_hf_to_lowbit, plan_conversion
 from lowbit_format.converters.names import Destination, Names
@@ -47,13 +48,42 @@ def test_by_default_embeddings_and_head_are_rounded_to_8_bits(planned: Callable[
     assert plan.tied == {}
 
 
-def test_they_are_kept_where_8_bits_would_not_serve(planned: Callable[..., Plan]) -> None:
+def test_only_what_the_recipe_says_nothing_of_is_rounded_by_default(planned: Callable[..., Plan]) -> None:
+    """A target says nothing of who chose it: a layer, or an embedding by the recipe, may have the same."""
+    rounded = {s.path for s in planned("llama", rules=(Rule("*.o_proj", WORDS),), embeddings=WORDS).steps if s.rounded}
+    assert rounded == {"lm_head"}
+
+
+def test_they_are_kept_where_8_bits_would_not_serve(planned: Callable[..., Plan], tmp_path: Path) -> None:
     """A model is read at a precision as a whole (NST-3), and padding makes narrow matrices larger."""
     plan = planned("llama", default=Target(bits=4, group_size=32, nested=(2,)))
     assert set(kept(plan)) == {"model.embed_tokens", "lm_head"}
     assert "embedding; in 8 bits it could not be read at a nested precision" in kept(plan).values()
     assert set(kept(planned("bert")).values()) == {"embedding"}  # an encoder, behind which programs put other layers
-    assert "embedding, which 8 bits would not make smaller" in kept(planned("t5")).values()  # of relative positions
+    narrow = hf.GPT2Config(vocab_size=96, n_positions=64, n_embd=8, n_layer=1, n_head=1)
+    hf.GPT2LMHeadModel(narrow).save_pretrained(tmp_path)
+    why = kept(plan_conversion(str(tmp_path), Recipe(TARGET))[1])["transformer.wte"]
+    assert why == "embedding, tied to the output head, which 8 bits would not make smaller"
+
+
+def test_what_is_not_one_row_for_each_word_is_kept(planned: Callable[..., Plan], tmp_path: Path) -> None:
+    """Positions and types of tokens, even where a vocabulary is as small as they are; and all of a model for masks."""
+    assert kept(planned("gpt2")) == {"transformer.wpe": "embedding"}
+    sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 64, "n_layer": 1, "n_head": 4}
+    hf.GPT2LMHeadModel(hf.GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    assert kept(plan_conversion(str(tmp_path / "gpt2"), Recipe(TARGET))[1]) == {"transformer.wpe": "embedding"}
+    layers = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 96}
+    hf.BertForMaskedLM(hf.BertConfig(vocab_size=96, **layers)).save_pretrained(tmp_path / "bert")
+    plan = plan_conversion(str(tmp_path / "bert"), Recipe(TARGET))[1]
+    tables = {f"bert.embeddings.{name}_embeddings" for name in ("word", "position", "token_type")}
+    assert tables <= set(kept(plan))
+    assert not [s.path for s in plan.quantized if s.rounded]
+
+
+def test_both_sides_of_an_encoder_and_decoder_have_words(planned: Callable[..., Plan]) -> None:
+    assert {s.path for s in planned("mbart", default=Target(bits=4, group_size=32)).steps if s.rounded} == {
+        "model.shared"
+    }
 
 
 def test_what_a_recipe_says_of_one_of_them_leaves_the_other(planned: Callable[..., Plan]) -> None:
@@ -147,8 +177,6 @@ def test_nothing_to_quantize_is_refused_whatever_the_coverage(planned: Callable[
 
 
 def test_a_model_without_matrices_has_nothing_to_quantize(tmp_path: Path) -> None:
-    import transformers as hf
-
     hf.ResNetModel(hf.ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1])).save_pretrained(tmp_path)
     for rules in ((), (Rule("*", TARGET),)):
         with pytest.raises(NothingToQuantizeError, match="ResNetModel: has no Linear"):

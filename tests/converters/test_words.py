@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from typer.testing import CliRunner
 
 import lowbit_format
 from lowbit_format.container.reader import ModelReader
-from lowbit_format.converters import Budget, Recipe, Words, command, convert_hf_to_lowbit, fit_budget, load_recipe
+from lowbit_format.converters import (
+    Budget,
+    Recipe,
+    Words,
+    command,
+    convert_hf_to_lowbit,
+    fit_budget,
+    load_recipe,
+    plan_conversion,
+)
 from lowbit_format.converters.words import by_frequency
 from lowbit_format.errors import FrequencyError, RecipeError
 from lowbit_format.quantize import Target
@@ -35,6 +45,17 @@ def counts(directory: Path, rows: int = WORDS) -> Path:
     path = directory / "counts.json"
     path.write_text(json.dumps([(i * 37) % 101 for i in range(rows)]))
     return path
+
+
+def test_words_are_uniform_where_the_default_is_a_codebook(source: Path) -> None:
+    recipe = Recipe(Target("codebook", group_size=32), words=Words(str(counts(source)), (6, 4)))
+    target = {s.path: s.to_fit for s in plan_conversion(str(source), recipe)[1].quantized}["model.embed_tokens"]
+    assert target is not None
+    assert (target.codec, target.solver, target.group_size) == ("uniform", "mse", 32)
+    said = replace(recipe, embeddings=Target("uniform", 8, solver="minmax"))
+    target = {s.path: s.to_fit for s in plan_conversion(str(source), said)[1].quantized}["model.embed_tokens"]
+    assert target is not None
+    assert (target.solver, target.group_size, target.bits) == ("minmax", 128, 6)
 
 
 @pytest.mark.parametrize("codec", ["bcq", "uniform"])
@@ -98,7 +119,7 @@ def test_frequencies_that_do_not_fit_are_refused(rows: int, message: str, source
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["{}", "[1, null]", "[", '["a"]'])
+@pytest.mark.parametrize("text", ["{}", "[1, null]", "[", '["a"]', "5", "null", '"12"'])
 def test_what_is_no_list_of_numbers_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(FrequencyError, match=r"x\.json: "):

@@ -35,7 +35,8 @@ Checkpoint = Callable[..., Path]
 @pytest.fixture(scope="module")
 def converted(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A tiny llama with three kinds of schemes, as the conversion returns it."""
-    recipe = Recipe(Target(bits=3, group_size=32), (Rule("*.q_proj", Target(bits=2, group_size=32)),))
+    rules = (Rule("*.q_proj", Target(bits=2, group_size=32)),)
+    recipe = Recipe(Target(bits=3, group_size=32), rules, embeddings=False, lm_head=False)
     return convert_hf_to_lowbit(str(checkpoint("llama")), tmp_path_factory.mktemp("report") / "model", recipe)
 
 
