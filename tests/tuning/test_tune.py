@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import lowbit_format as lb
 from lowbit_format.errors import DataError, LoadError, LowbitError, OutputError, TuningError
 from lowbit_format.tasks.bundle import read_bundle
+from lowbit_format.tuning import training
 from lowbit_format.tuning import tune as module
 from lowbit_format.tuning.training import without_dropout
 
@@ -173,6 +174,31 @@ def test_a_resumed_tuning_is_a_straight_one(bases: Bases, here: Path) -> None:
     assert contents(here / "out") == want
     assert (again.rates, again.best_step, again.after) == (straight.rates, straight.best_step, straight.after)
     assert not Path("out.tuning").exists()
+
+
+@pytest.mark.parametrize("patience", [1, 100])  # it ends early; it ends with its last step
+def test_a_training_that_ended_is_not_resumed(
+    patience: int, bases: Bases, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the end of the training and the bundle: the same files, and not a step more."""
+    monkeypatch.setattr(training, "PATIENCE", patience)
+    base, data, told = base_with_tokenizer(bases, "bert"), classified(here / "a.jsonl"), list[str]()
+    options: dict[str, Any] = {"lr": 0.5, "epochs": 5, "batch_size": 8}
+    straight = lb.tune(base, data, "out", **options)
+    want = contents(here / "out")
+    assert straight.best_step < straight.steps
+    shutil.rmtree("out")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(module, "save_task", stop)
+        lb.tune(base, data, "out", **options)
+    again = lb.tune(base, data, "out", resume=True, report=lambda stage, *_: told.append(stage), **options)
+    assert told == []
+    assert contents(here / "out") == want
+    assert (again.steps, again.best_step, again.after) == (straight.steps, straight.best_step, straight.after)
 
 
 def test_a_failure_leaves_nothing_that_looks_finished(
