@@ -106,6 +106,17 @@ def test_language_modelling(name: str, scheme: str, method: str, bases: Bases, h
     assert lb.list_tasks(lb.from_pretrained(base, task="out"))[0].labels == ()
 
 
+@pytest.mark.parametrize("scheme", ["uniform", "bcq"])
+def test_the_method_is_that_of_the_trained_matrices(scheme: str, here: Path) -> None:
+    """By default a conversion rounds embeddings and the output head to 8 bits, in another codec."""
+    source = with_tokenizer(build("llama", here / "float"))
+    lb.convert_hf_to_lowbit(str(source), here / "base", lb.Recipe(lb.Target(scheme, 4, 16)))
+    data = write_lines(here / "a.jsonl", [{"text": text} for text, _ in sentences(30)])
+    found = lb.tune(here / "base", data, "out", **QUICK)
+    assert found.method == {"bcq": "alphatuning", "uniform": "peqa"}[scheme]
+    assert not any("embed" in name for name in read_bundle("out").deltas)
+
+
 def test_a_classification_by_a_causal_model(bases: Bases, here: Path) -> None:
     """It has no token to pad with of its own, and looks for the last one that is none."""
     found = lb.tune(base_with_tokenizer(bases, "llama"), classified(here / "a.jsonl"), "out", **QUICK)
@@ -192,9 +203,10 @@ def test_a_training_that_ended_is_not_resumed(
     def stop(*_: Any, **__: Any) -> None:
         raise Stop
 
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         patch.setattr(module, "save_task", stop)
-        lb.tune(base, data, "out", **options)
+        with pytest.raises(Stop):
+            lb.tune(base, data, "out", **options)
     again = lb.tune(base, data, "out", resume=True, report=lambda stage, *_: told.append(stage), **options)
     assert told == []
     assert contents(here / "out") == want
