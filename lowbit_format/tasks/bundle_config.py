@@ -88,7 +88,7 @@ class TaskConfig:
     others: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.format_version or (self.format_version == PLAIN and self.task is not None):
+        if self.format_version in ("", PLAIN, DESCRIBED):  # a copy of a later one keeps what this version does not know
             object.__setattr__(self, "format_version", PLAIN if self.task is None else DESCRIBED)
 
     def to_dict(self) -> dict[str, Any]:

@@ -116,6 +116,10 @@ def test_versions_are_the_lowest_that_will_do() -> None:
     assert told.to_dict()["format_version"] == "1.1"
     assert TaskConfig.from_dict(told.to_dict()) == told
     assert TaskConfig("0" * 64).to_dict()["format_version"] == "1.0"
+    silent = TaskConfig.from_dict({**old, "format_version": "1.1", "task": None})
+    assert (silent.to_dict()["format_version"], "task" in silent.to_dict()) == ("1.0", False)
+    assert replace(told, task=None).to_dict()["format_version"] == "1.0"
+    assert TaskConfig.from_dict({**old, "format_version": "1.2", "task": None}).to_dict()["format_version"] == "1.2"
 
 
 def test_a_language_model_says_so(bases: Bases, tmp_path: Path) -> None:
