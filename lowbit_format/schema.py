@@ -349,6 +349,11 @@ def is_text(value: object) -> TypeGuard[str]:
     return isinstance(value, str) and not _CONTROL.search(value)
 
 
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether `value` is such a string and not empty."""
+    return is_text(value) and value != ""
+
+
 def is_sha256(value: object) -> TypeGuard[str]:
     """Whether `value` is 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and bool(_SHA256.fullmatch(value))

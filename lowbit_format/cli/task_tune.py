@@ -31,6 +31,7 @@ def tune(
     tokens: Annotated[str | None, typer.Option(help=_COLUMN)] = None,
     tags: Annotated[str | None, typer.Option(help=_COLUMN)] = None,
     prompt: Annotated[str | None, typer.Option(help=_COLUMN)] = None,
+    input_: Annotated[str | None, typer.Option("--input", help="Column of what follows the prompt.")] = None,
     completion: Annotated[str | None, typer.Option(help=_COLUMN)] = None,
     messages: Annotated[str | None, typer.Option(help=_COLUMN)] = None,
     kind: Annotated[
@@ -58,15 +59,15 @@ def tune(
     """Tune the scales of a base for a task.
 
     The columns make the task: `text` (and `text_pair`) with `label`: classification, or regression if a label has a
-    fraction; `tokens` with `tags`: token classification; `prompt` with `completion`, `messages`, or `text` alone:
-    language modelling.
+    fraction; `tokens` with `tags`: token classification; `prompt` (and `input`, which follows it behind a blank line)
+    with `completion`, `messages`, or `text` alone: language modelling.
 
     Examples: `lowbit task tune ./minilm-4bit films.csv ./films`,
     `lowbit task tune ./llama-4bit chats.jsonl ./chats --eval held-out.jsonl`
     """
     named = {
         "text": text, "text_pair": text_pair, "label": label, "tokens": tokens, "tags": tags, "prompt": prompt,
-        "completion": completion, "messages": messages,
+        "input": input_, "completion": completion, "messages": messages,
     }  # fmt: skip
     with console.named_errors():
         if Path(base).exists():

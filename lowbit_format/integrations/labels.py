@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ..schema import is_name
+
 Names = tuple[dict[int, str], dict[str, int]]  # id2label and label2id, as transformers has them
 
 
@@ -38,11 +40,12 @@ def base_labels(model: Any) -> Iterator[None]:
 
 
 def given_labels(config: Any) -> tuple[str, ...]:
-    """The names of a config by id; none where they are those that transformers makes up."""
+    """The names of a config by id; none where transformers made them up, or a bundle cannot have them (TSK-12)."""
     names = dict(config.id2label)
     if sorted(names) != list(range(len(names))) or names == {i: f"LABEL_{i}" for i in names}:
         return ()
-    return tuple(str(names[i]) for i in range(len(names)))
+    found = tuple(str(names[i]) for i in range(len(names)))
+    return found if all(map(is_name, found)) and len(set(found)) == len(found) else ()
 
 
 def _names(config: Any) -> Names:

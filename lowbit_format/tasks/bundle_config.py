@@ -10,7 +10,8 @@ from typing import Any
 
 from ..container import strict_json
 from ..errors import BundleError, FormatError, VersionError
-from ..schema import check_path, check_version, is_int, is_sha256, is_text
+from ..schema import check_path, check_version, is_int, is_name, is_sha256, is_text
+from .metrics import checked_metrics
 
 TASK_CONFIG_FILE = "task_config.json"
 FORMAT = "lowbit-task"
@@ -51,9 +52,9 @@ class Description:
         kind, labels, metrics = obj.get("kind", ""), obj.get("labels", []), obj.get("metrics", {})
         if not is_text(kind):
             raise wrong("task.kind", kind, "a string without control characters")
-        if not isinstance(labels, list) or not all(map(_is_name, labels)) or len(set(labels)) != len(labels):
+        if not isinstance(labels, list) or not all(map(is_name, labels)) or len(set(labels)) != len(labels):
             raise wrong("task.labels", labels, "a list of names, no two of them the same")
-        if not isinstance(metrics, Mapping) or not all(_is_name(n) and _is_finite(v) for n, v in metrics.items()):
+        if not isinstance(metrics, Mapping) or not all(is_name(n) and _is_finite(v) for n, v in metrics.items()):
             raise wrong("task.metrics", metrics, "finite numbers by name")
         others = {key: value for key, value in obj.items() if key not in ("kind", "labels", "metrics")}
         return cls(kind, tuple(labels), {name: float(value) for name, value in metrics.items()}, others)
@@ -87,7 +88,7 @@ class TaskConfig:
     others: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        if not self.format_version or (self.format_version == PLAIN and self.task is not None):
+        if self.format_version in ("", PLAIN, DESCRIBED):  # a copy of a later one keeps what this version does not know
             object.__setattr__(self, "format_version", PLAIN if self.task is None else DESCRIBED)
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,8 +141,11 @@ class TaskConfig:
 
 
 def described(task: Description | None, metrics: Mapping[str, float] | None) -> Description | None:
-    """`task` with results in the place of its own, if there are any; numbers that are not finite stay out of it."""
-    finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+    """`task` with results in the place of its own, if there are any; numbers that are not finite stay out of it.
+
+    Raises TaskError for what is no name or no number.
+    """
+    finite = {name: value for name, value in checked_metrics(metrics).items() if math.isfinite(value)}
     return replace(task or Description(), metrics=finite) if finite else task
 
 
@@ -165,10 +169,6 @@ def _is_path(value: object) -> bool:
         return bool(check_path(value, file=None))
     except FormatError:
         return False
-
-
-def _is_name(value: object) -> bool:
-    return bool(value) and is_text(value)
 
 
 def _is_finite(value: object) -> bool:

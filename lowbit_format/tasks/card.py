@@ -7,9 +7,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import TaskError
 from ..hub import is_hub_id
 from .bundle import TaskBundle
+from .metrics import checked_metrics, printable
 from .repository import TAGS, base_tag
 
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>|~$&#])")
@@ -56,7 +56,7 @@ def task_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     config, task = bundle.config, bundle.config.task
-    metrics = _checked(metrics or (task.metrics if task else {}))
+    metrics = checked_metrics(metrics or (task.metrics if task else {}))
     base = config.base_model_name_or_path if is_hub_id(config.base_model_name_or_path) else None
     data = ModelCardData(
         library_name="lowbit-format",
@@ -80,7 +80,7 @@ def task_card(
     if metrics:
         sections.append("## Results\n\n| metric | value |\n|---|---|\n" + _rows(_values(metrics)))
     if notes:
-        sections.append(f"## Notes\n\n{_printable(notes).strip()}")
+        sections.append(f"## Notes\n\n{printable(notes).strip()}")
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
@@ -134,14 +134,6 @@ def _facts(bundle: TaskBundle, base: str | None, dataset: str | None, nbytes: in
     return "## What it is\n\n| | |\n|---|---|\n" + _rows(facts)
 
 
-def _checked(metrics: Mapping[str, float]) -> dict[str, float]:
-    for name, value in metrics.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not isinstance(name, str) or not name.strip() or not number:
-            raise TaskError(f"metric {name!r} is {value!r}; expected a name and a number (a tensor has .item())")
-    return {_printable(" ".join(name.split())): float(value) for name, value in metrics.items()}
-
-
 def _values(metrics: Mapping[str, float]) -> dict[str, str]:
     return {_escaped(name): f"{value:.6g}" for name, value in metrics.items()}
 
@@ -180,9 +172,4 @@ def _literal(value: str | int) -> str:
 
 def _escaped(text: str) -> str:
     """`text` on one line, so that Markdown shows it as it is and a table's row stays one."""
-    return _MARKDOWN.sub(r"\\\1", _printable(" ".join(text.split()))[:200])
-
-
-def _printable(text: str) -> str:
-    """`text` without lone surrogates and control characters, which neither UTF-8 nor YAML can hold."""
-    return "".join(c for c in text.encode("utf-8", "replace").decode() if c.isprintable() or c in "\n\t")
+    return _MARKDOWN.sub(r"\\\1", printable(" ".join(text.split()))[:200])

@@ -11,11 +11,10 @@ from typing import Any
 from ..container.reader import CONFIG_FILE
 from ..dtypes import BY_NAME, DTYPES
 from ..errors import TaskError
-from ..integrations.labels import given_labels
 from ..runtime.active_tasks import Name
 from ..runtime.stored_tensors import from_torch
 from .bundle import CARD_FILE, SCALES_FILE, TaskBundle, rounding_loss, write_bundle
-from .bundle_config import TASK_CONFIG_FILE, Description, described
+from .bundle_config import TASK_CONFIG_FILE, described
 from .models import loaded_tasks, model_path, named_modules, state_of, unwrapped
 from .operations import delta_name
 
@@ -33,8 +32,9 @@ def save_task(
 ) -> Path:
     """Write a task of `model` into `directory` as a bundle, with a model card.
 
-    The bundle says what kind of task it is, by the model's class, and the names of labels, if ``model.config`` has some
-    (``from_pretrained(…, id2label={0: "no", 1: "yes"})``).
+    The bundle says what kind of task it is, by the model's class, and the names of labels, if ``model.config`` had some
+    (``from_pretrained(…, id2label={0: "no", 1: "yes"})``) when it was prepared. Of a task that was loaded it says what
+    that one's bundle said.
 
     Args:
         model: a lowbit model, also inside of DDP or ``torch.compile``.
@@ -98,7 +98,7 @@ def bundle_of(
     config = loaded_tasks(model)[name].config
     config = replace(
         config,
-        task=described(config.task or _description(model), metrics),
+        task=described(config.task, metrics),
         base_model_name_or_path=base_model or model.name_or_path or None,
         revision=revision or (None if base_model else getattr(model.config, "_commit_hash", None)),
     )
@@ -116,17 +116,6 @@ def bundle_of(
         head = model.get_submodule(path).module_of(name)
         saved += [from_torch(f"{listed}.{key}", tensor) for key, tensor in head.state_dict().items()]
     return TaskBundle(config, deltas, tuple(saved))
-
-
-def _description(model: Any) -> Description | None:
-    """What the class of a model in training says of the task; None if that is nothing."""
-    name, config = type(model).__name__, model.config
-    if "ForTokenClassification" in name:
-        return Description("token-classification", given_labels(config))
-    if "ForSequenceClassification" in name:
-        regression = config.problem_type == "regression" or config.num_labels == 1
-        return Description("regression") if regression else Description("classification", given_labels(config))
-    return Description("language-modelling") if name.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
 def _check_dtype(dtype: str) -> None:

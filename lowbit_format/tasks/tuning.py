@@ -32,6 +32,7 @@ from ..runtime.modules import LowbitEmbedding, LowbitModule
 from ..runtime.modules_to_save import plain_copy, switched
 from .bundle_config import TaskConfig
 from .checkpoint import save_checkpoint
+from .describing import description_of
 from .models import (
     LoadedTask,
     bundle_path,
@@ -157,7 +158,10 @@ def prepare_scale_tuning(
     trained = sum(d.delta().numel() for d in deltas.values())
     whole = sum(p.numel() for path in saved for p in model.get_submodule(path).parameters())
     base, names = model.lowbit_base, tuple(bundle_path(model, path) for path in saved)
-    config = TaskConfig(base.fingerprint.body, base.fingerprint.head, method, bits=base.bits, modules_to_save=names)
+    task = description_of(model, None if start is None else loaded_tasks(model)[start].config.task)
+    config = TaskConfig(
+        base.fingerprint.body, base.fingerprint.head, method, bits=base.bits, modules_to_save=names, task=task
+    )
     model.lowbit_save = save_checkpoint
     loaded_tasks(model)[name] = LoadedTask(name, config, trained, tuned=True, saved_numbers=whole)
     set_task(model, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +11,10 @@ import transformers
 from torch import nn
 
 from ..errors import LowbitError, TuningError
+from ..integrations.placement import lowbit_modules
 from ..loading import HEADS, from_pretrained, outputs_of
+from ..runtime.modules import LowbitEmbedding
 from ..tasks.bundle_config import Description
-from ..tasks.models import config_of
 from ..tasks.tuning import METHODS, Tuning, prepare_scale_tuning
 from .columns import LANGUAGE, REGRESSION
 
@@ -109,6 +109,12 @@ def _is_encoder(config: Any) -> bool:
 
 
 def _method_for(model: Any) -> str:
-    """What the codec of most of the base's matrices wants, if it is one codec; ``scales`` trains all."""
-    codecs = Counter(entry.scheme.codec for entry in config_of(model) if entry.kind != "embedding")
-    return METHOD_OF.get(next(iter(codecs)), "scales") if len(codecs) == 1 else "scales"
+    """What the codec of the matrices to train wants, if it is one codec; ``scales`` trains all.
+
+    Embeddings, what is tied to them, and output heads are not trained by default, and often have a codec of their own.
+    """
+    modules = [module for _, module in lowbit_modules(model)]
+    heads = {id(m.get_output_embeddings()) for m in model.modules() if hasattr(m, "get_output_embeddings")}
+    left_out = {m.matrix_id for m in modules if isinstance(m, LowbitEmbedding) or id(m) in heads}
+    codecs = {m.scheme.codec for m in modules if m.matrix_id not in left_out}
+    return METHOD_OF.get(codecs.pop(), "scales") if len(codecs) == 1 else "scales"

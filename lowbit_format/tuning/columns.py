@@ -22,6 +22,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "tokens": ("tokens", "words"),
     "tags": ("tags", "ner_tags", "pos_tags", "labels"),
     "prompt": ("prompt", "instruction"),
+    "input": ("input", "context"),
     "completion": ("completion", "response", "output"),
     "messages": ("messages", "conversations"),
 }
@@ -38,7 +39,7 @@ class Form:
 
 FORMS = (  # the first that the data have
     Form((LANGUAGE,), ("messages",)),
-    Form((LANGUAGE,), ("prompt", "completion")),
+    Form((LANGUAGE,), ("prompt", "completion"), ("input",)),
     Form((TOKENS,), ("tokens", "tags")),
     Form((CLASSIFICATION, REGRESSION), ("text", "label"), ("text_pair",)),
     Form((LANGUAGE,), ("text",)),
@@ -57,17 +58,27 @@ class Columns:
     kind: str
     names: Mapping[str, str]
 
+    def unused(self, table: Table) -> tuple[str, ...]:
+        """Columns of the data that mean nothing here."""
+        return tuple(column for column in table.columns if column not in self.names.values())
+
     def values(self, table: Table, i: int) -> dict[str, Any]:
         """The values of example `i` by meaning.
+
+        An ``input``, which may be empty, is a part of the prompt: it stands behind a blank line.
 
         Raises DataError, with the line, for a value that is missing.
         """
         found = {meaning: table.rows[i].get(column) for meaning, column in self.names.items()}
+        if not found.get("input"):
+            found.pop("input", None)
         for meaning, value in found.items():
             if value is None or value == "":
                 raise DataError(f"{table.place(i)}: has no {self.names[meaning]!r}; fill it in, or take the line out")
-            if meaning in ("text", "text_pair", "prompt", "completion") and not isinstance(value, str):
+            if meaning in ("text", "text_pair", "prompt", "input", "completion") and not isinstance(value, str):
                 raise DataError(f"{table.place(i)}: {self.names[meaning]!r} is {value!r}, expected a text")
+        if "input" in found:
+            found["prompt"] = f"{found['prompt']}\n\n{found.pop('input')}"
         return found
 
 

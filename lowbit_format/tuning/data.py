@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from .encoding import Encoded, encode
 from .examples import Table, read_examples, splits_of
 from .labels import Labels, check_seen, find_labels, label_texts
 from .splits import hold_out
+
+log = logging.getLogger(__name__)
 
 CHOOSE = 0.1  # part of the examples to train on that the rate and the checkpoint are chosen by
 VALIDATION = ("validation", "dev", "test")  # splits of the Hub's data sets to judge by, the first there is
@@ -37,7 +40,7 @@ class EncodedParts:
         if truncated:
             found.append(f"{truncated:,} examples were too long and lost their end: see --max-length")
         if empty:
-            found.append(f"{empty:,} examples were left out: their prompt alone is too long, see --max-length")
+            found.append(f"{empty:,} examples were left out, for nothing of them is to be predicted: see --max-length")
         if whole:
             found.append(
                 f"{whole:,} chats are learnt whole: the template does not show where the assistant's turns are"
@@ -112,10 +115,13 @@ def read_data(
         check_seen(judged, judged_columns, names, seen)
     known = {repr(_inputs(rest, found, i)) for i in range(len(rest.rows))}
     again = sum(repr(_inputs(judged, judged_columns, i)) in known for i in range(len(judged.rows)))
-    notes = (
-        (f"{again:,} of the {len(judged.rows):,} examples to judge by are among those to train on",) if again else ()
-    )
-    return Data(found, names, train, choose, judged, judged_columns, notes)
+    notes = list[str]()
+    if unused := found.unused(table):
+        notes.append(f"columns that are not used: {', '.join(map(repr, unused))}")
+        log.warning("%s: %s", table.where, notes[-1])
+    if again:
+        notes.append(f"{again:,} of the {len(judged.rows):,} examples to judge by are among those to train on")
+    return Data(found, names, train, choose, judged, judged_columns, tuple(notes))
 
 
 def _fraction(judge: str | os.PathLike[str] | float) -> float | None:

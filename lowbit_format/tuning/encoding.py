@@ -22,7 +22,8 @@ class Encoded:
     Attributes:
         items: arguments of a model by name, one for each example (of long texts of a language model: several).
         truncated: how many examples lost their end.
-        empty: how many were left out since nothing of them is to be predicted: their prompt alone fills `max_length`.
+        empty: how many were left out since nothing of them is to be predicted: their prompt alone fills `max_length`,
+            or they are one token.
         whole_loss: how many chats are learnt whole, for their template does not show where the assistant's turns are.
     """
 
@@ -49,7 +50,7 @@ def encode(table: Table, columns: Columns, labels: Labels | None, tokenizer: Any
         for example in one(_Place(table, columns, i, tokenizer, max_length, labels)):
             truncated += example.truncated
             whole += example.whole_loss
-            if _learns(example.item):
+            if _learns(example.item, columns.kind):
                 items.append(example.item)
             else:
                 empty += 1
@@ -92,9 +93,12 @@ class _Example:
     whole_loss: bool = False
 
 
-def _learns(item: Item) -> bool:
+def _learns(item: Item, kind: str) -> bool:
+    """Whether something is to be predicted; nothing predicts the first token of a text."""
     labels = item["labels"]
-    return not isinstance(labels, list) or any(label != IGNORED for label in labels[1:] or labels)
+    if kind == LANGUAGE:
+        labels = labels[1:]
+    return not isinstance(labels, list) or any(label != IGNORED for label in labels)
 
 
 def _classified(at: _Place) -> Iterator[_Example]:
@@ -137,7 +141,7 @@ def _tagged(at: _Place) -> Iterator[_Example]:
 def _written(at: _Place) -> Iterator[_Example]:
     """A text; one that is too long is cut into several examples, so that nothing of it is lost."""
     ids = _ended(at.tokenizer(at.values["text"], verbose=False)["input_ids"], at.tokenizer)
-    for begin in range(0, len(ids), at.max_length):
+    for begin in range(0, max(1, len(ids) - 1), at.max_length):  # nothing would predict a last token by itself
         yield _sequence(ids[begin : begin + at.max_length], at.max_length)
 
 

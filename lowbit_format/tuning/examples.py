@@ -85,7 +85,8 @@ def _from_file(path: Path, read: Callable[[TextIO, Path], Numbered]) -> Table:
         raise DataError(f"{path}: is not UTF-8 text behind line {lines[-1] if lines else 0}: {e.reason}") from e
     except OSError as e:
         raise DataError(f"{path}: cannot be read: {e.strerror or e}") from e
-    return Table(str(path), tuple(rows[0]) if rows else (), tuple(rows), tuple(lines))
+    columns = dict.fromkeys(name for row in rows for name in row)  # objects of JSON need not have the same
+    return Table(str(path), tuple(columns), tuple(rows), tuple(lines))
 
 
 def _json_lines(f: TextIO, path: Path) -> Numbered:
@@ -94,7 +95,7 @@ def _json_lines(f: TextIO, path: Path) -> Numbered:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as e:
+        except (ValueError, RecursionError) as e:  # also of an integer with very many digits
             raise DataError(f"{path}, line {number}: is not JSON ({e}); expected one object a line") from e
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: is no object; expected one object a line, with names and values")

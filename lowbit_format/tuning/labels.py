@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import DataError
+from ..schema import is_name
 from .columns import TOKENS, Columns, number_of
 from .examples import Table
 
@@ -28,8 +29,9 @@ class Labels:
 def find_labels(table: Table, columns: Columns, given: Sequence[str] | None = None) -> Labels:
     """The labels of the data to train on.
 
-    Names come from `given`, or from the data set; then labels that are numbers count them, from 0 on. Otherwise the
-    labels of the data name themselves: numbers in their order, or else words in alphabetical order.
+    Names come from `given`, or from the data set; then labels that are numbers count them, from 0 on, unless `given`
+    has these very numbers. Otherwise the labels of the data name themselves: numbers in their order, or else words in
+    alphabetical order.
 
     Raises:
         DataError: fewer than two labels, or names that do not fit.
@@ -38,13 +40,15 @@ def find_labels(table: Table, columns: Columns, given: Sequence[str] | None = No
     counts = Counter(text for i in range(len(table.rows)) for text in label_texts(table, columns, i))
     numbers = {text: number_of(text) for text in counts}
     names = tuple(given or table.classes.get(column, ()))
-    if len(set(names)) != len(names) or not all(names):
-        raise DataError(f"the names of labels are {list(names)}, expected different names")
-    if names and not set(counts) <= set(names):
+    if len(set(names)) != len(names) or not all(map(is_name, names)):
+        raise DataError(f"the names of labels are {list(names)}, expected different names without control characters")
+    if column in table.classes or (names and not set(counts) <= set(names)):
         outputs = {str(i): i for i in range(len(names))}
     else:
         ordered = sorted(counts) if None in numbers.values() else sorted(counts, key=lambda text: (numbers[text], text))
         names = names or tuple(ordered)
+        if wrong := next((name for name in names if not is_name(name)), None):
+            raise DataError(f"{table.where}: the label {wrong!r} has control characters, which no name may have")
         outputs = {name: i for i, name in enumerate(names)}
     for i in range(len(table.rows)):
         for text in label_texts(table, columns, i):

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import TuningError
 from ..runtime.deltas import TunedDelta
+from ..tasks.checkpoint import WEIGHTS_FILE
 from ..tasks.trainer import TaskCallback
 from .columns import CLASSIFICATION, LANGUAGE, TOKENS
 from .encoding import Item
@@ -89,8 +91,13 @@ def loss_after(job: Job, rate: float, steps: int, stage: str) -> float:
 def train(job: Job, rate: float, steps: int, *, resume: bool = False) -> Trained:
     """Train, keep checkpoints in ``job.work``, stop early, and leave the best checkpoint's numbers in the model.
 
-    With `resume` it goes on from the newest whole checkpoint there, to the same numbers as without a pause.
+    With `resume` it goes on from the newest whole checkpoint there, to the same numbers as without a pause; where that
+    ended the training, nothing is trained.
     """
+    checkpoint = newest_checkpoint(job.work) if resume else None
+    if checkpoint is not None and (done := _ended(checkpoint, steps)) is not None:
+        _load(job.model, job.work / f"checkpoint-{done.best_step}")
+        return done
     every = _every(steps)
     kept = {"save_strategy": "steps", "save_steps": every, "save_total_limit": 2}
     judged = {
@@ -104,10 +111,31 @@ def train(job: Job, rate: float, steps: int, *, resume: bool = False) -> Trained
         load_best_model_at_end=True, restore_callback_states_from_checkpoint=True,
     )  # fmt: skip
     trainer.add_callback(transformers.EarlyStoppingCallback(PATIENCE))
-    checkpoint = newest_checkpoint(job.work) if resume else None
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    state = trainer.state
+    return _trained_by(trainer.state)
+
+
+def _ended(checkpoint: Path, steps: int) -> Trained | None:
+    """What was trained, if the training ended with this checkpoint: at its last step, or early.
+
+    The Trainer forgets an early end when it resumes.
+    """
+    state = transformers.TrainerState.load_from_json(str(checkpoint / transformers.trainer.TRAINER_STATE_NAME))
+    patience = state.stateful_callbacks["EarlyStoppingCallback"]["attributes"]["early_stopping_patience_counter"]
+    return _trained_by(state) if state.global_step >= steps or patience >= PATIENCE else None
+
+
+def _trained_by(state: Any) -> Trained:
     return Trained(state.global_step, int(Path(state.best_model_checkpoint).name.split("-")[-1]), state.best_metric)
+
+
+def _load(model: nn.Module, checkpoint: Path) -> None:
+    """Put the trained numbers of a checkpoint into the model, as the Trainer does with those of the best."""
+    found = load_file(checkpoint / WEIGHTS_FILE)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(found[name])
 
 
 def measure(job: Job, items: Sequence[Item], trainer: Any = None) -> dict[str, float]:

@@ -103,9 +103,9 @@ def tune(
     """Tune the scales of a base for a task, and write the task's bundle.
 
     The task is what the columns of the data make it: ``text`` (and ``text_pair``) with ``label`` a classification, or
-    of numbers with fractions a regression; ``tokens`` with ``tags`` a token classification; ``prompt`` with
-    ``completion``, ``messages``, or ``text`` alone language modelling, with the loss on completions and on the
-    assistant's turns.
+    of numbers with fractions a regression; ``tokens`` with ``tags`` a token classification; ``prompt`` (and ``input``,
+    which follows it behind a blank line) with ``completion``, ``messages``, or ``text`` alone language modelling, with
+    the loss on completions and on the assistant's turns. Columns that are not used are told in the notes.
 
     A tenth of the examples to train on is kept apart, by which the learning rate and the best checkpoint are chosen.
     The examples of `eval` only judge what came out. Needs ``pip install "lowbit-format[tune]"``.

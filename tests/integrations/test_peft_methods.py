@@ -241,7 +241,10 @@ def test_method(name: str, models: Callable[[bool], Models], tmp_path: Path) -> 
     assert grads
     assert grads.keys() == want_grads.keys()
     for key, grad in grads.items():
-        torch.testing.assert_close(grad, want_grads[key], rtol=1e-4, atol=1e-6)
+        size = float(
+            want_grads[key].abs().max()
+        )  # DeLoRA's are up to 1,000, and float32 sums are as exact as their terms
+        torch.testing.assert_close(grad, want_grads[key], rtol=1e-4, atol=max(1e-6, 1e-5 * size))
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
     before = logits(lowbit, {})
     assert not torch.allclose(found[:, -IDS.shape[1] :], before, rtol=0, atol=1e-5)

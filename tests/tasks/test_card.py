@@ -141,7 +141,7 @@ TEXT = st.text(max_size=40) | st.sampled_from([HOSTILE, "- a: b", "'", '"', "%",
 @given(method=TEXT, place=TEXT, revision=TEXT, metric=TEXT, value=st.floats())
 def test_any_text_makes_a_sound_card(method: str, place: str, revision: str, metric: str, value: float) -> None:
     bundle = with_config(method=method, base_model_name_or_path=place, revision=revision)
-    metrics = {metric: value} if metric.strip() else {}
+    metrics = {metric: value} if "".join(filter(str.isprintable, metric)).strip() else {}
     card = task_card(bundle, metrics=metrics)
     assert card == task_card(bundle, metrics=metrics)
     card.encode()

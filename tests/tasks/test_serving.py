@@ -826,7 +826,7 @@ def test_a_merged_head_is_the_models_own(classifier: tuple[Any, list[Path]], tmp
     lb.load_task(model, bundles[0])
     want = alone(model, "t0", lambda: logits(model))
     lb.merge_task(model, "t0")
-    assert torch.equal(logits(model), want)
+    close(logits(model), want)  # not equal: of many rows the base's weight and the change of it are decoded, and added
     model.save_pretrained(tmp_path / "merged")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(logits(again), want)
+    assert torch.equal(logits(again), logits(model))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers
 from support.tuning_models import Bases, scatter
 
 import lowbit_format as lb
+from lowbit_format.errors import TaskError
 from lowbit_format.tasks.bundle import read_bundle
 from lowbit_format.tasks.bundle_config import Description, TaskConfig
 
@@ -97,8 +101,6 @@ def test_labels_in_another_number_are_not_shown(two: Any) -> None:
 
 
 def read_bundle_with(model: Any, task: Description) -> Any:
-    from dataclasses import replace
-
     from lowbit_format.tasks.saving import bundle_of
 
     bundle = bundle_of(model, "films")
@@ -114,6 +116,10 @@ def test_versions_are_the_lowest_that_will_do() -> None:
     assert told.to_dict()["format_version"] == "1.1"
     assert TaskConfig.from_dict(told.to_dict()) == told
     assert TaskConfig("0" * 64).to_dict()["format_version"] == "1.0"
+    silent = TaskConfig.from_dict({**old, "format_version": "1.1", "task": None})
+    assert (silent.to_dict()["format_version"], "task" in silent.to_dict()) == ("1.0", False)
+    assert replace(told, task=None).to_dict()["format_version"] == "1.0"
+    assert TaskConfig.from_dict({**old, "format_version": "1.2", "task": None}).to_dict()["format_version"] == "1.2"
 
 
 def test_a_language_model_says_so(bases: Bases, tmp_path: Path) -> None:
@@ -121,3 +127,58 @@ def test_a_language_model_says_so(bases: Bases, tmp_path: Path) -> None:
     lb.prepare_scale_tuning(model)
     lb.save_task(model, tmp_path / "t")
     assert read_bundle(tmp_path / "t").config.task == Description("language-modelling")
+
+
+def test_labels_are_those_of_the_saved_task_not_of_the_active_one(two: Any, tmp_path: Path) -> None:
+    """Also of a base with names of its own; one that had none gets none, unless the task starts from one that has."""
+    two.config.id2label, two.config.label2id = {0: "-", 1: "+"}, {"-": 0, "+": 1}
+    lb.set_task(two, "films")
+    lb.prepare_scale_tuning(two, name="mine")
+    lb.set_task(two, "mail")
+    lb.save_task(two, tmp_path / "mine", name="mine")
+    assert read_bundle(tmp_path / "mine").config.task == Description("classification", ("-", "+"))
+
+
+def test_a_task_that_starts_from_another_has_its_labels(two: Any, tmp_path: Path) -> None:
+    lb.set_task(two, "mail")
+    lb.prepare_scale_tuning(two, name="new", start="films")
+    lb.save_task(two, tmp_path / "new")
+    assert read_bundle(tmp_path / "new").config.task == Description("classification", ("bad", "good"))
+    lb.unload_task(two, "new")
+    lb.prepare_scale_tuning(two, name="fresh")
+    lb.save_task(two, tmp_path / "fresh")
+    assert read_bundle(tmp_path / "fresh").config.task == Description("classification")
+
+
+def test_a_task_of_which_nothing_is_said_stays_so(two: Any, tmp_path: Path) -> None:
+    bundle = read_bundle(tmp_path / "mail")
+    lb.load_task(two, replace(bundle, config=replace(bundle.config, task=None)), name="old")
+    lb.set_task(two, "films")
+    lb.save_task(two, tmp_path / "old", name="old")
+    assert read_bundle(tmp_path / "old").config.task is None
+
+
+@pytest.mark.parametrize("labels", [["x", "x"], ["", "b"], ["a\nb", "b"]])
+def test_names_that_are_no_labels_of_a_bundle_are_left_out(labels: list[str], bases: Bases, tmp_path: Path) -> None:
+    """transformers takes them; a task whose labels it cannot name is a task all the same."""
+    made(bases, tmp_path / "t", labels)
+    assert read_bundle(tmp_path / "t").config.task == Description("classification")
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"f1": "0.9"}, {"f1": None}, {"f1": True}, {"f1": 10**400}, {"f1": torch.tensor([0.5])}, {" ": 1.0}, {3: 1.0}],
+)
+def test_metrics_that_are_refused(metrics: Any, two: Any, tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match="expected a name and a number"):
+        lb.save_task(two, tmp_path / "t", name="films", metrics=metrics)
+    assert not (tmp_path / "t").exists()
+
+
+def test_names_of_metrics_are_made_printable(two: Any, tmp_path: Path) -> None:
+    """The same in the bundle as in the card."""
+    lb.save_task(two, tmp_path / "t", name="films", metrics={" exact\nmatch": 1, "odd": -math.inf, "f\x1b1": 0.5})
+    task = read_bundle(tmp_path / "t").config.task
+    assert task is not None
+    assert task.metrics == {"exact match": 1.0, "f1": 0.5}
+    assert "| exact match | 1 |" in (tmp_path / "t" / "README.md").read_text()

@@ -358,8 +358,11 @@ def test_a_tied_matrix_has_one_delta(scheme: str, include: list[str] | None, bas
     weights = plain_weights(model, plain)
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= weights.keys()
     torch.func.functional_call(twin, weights, (), data, tie_weights=False).loss.backward()
+    # Words all score alike here, so queries have gradients of 1e-5 down to 0 beside the embedding's of 20: what float32
+    # rounds away of that, in whatever order kernel and twin add up, is no small part of them.
+    rounded = 1e-8 * max(float(grad.abs().max()) for grad in found.values())
     for n, grad in found.items():
-        assert_close(grad, plain[n].grad, 1e-4)
+        assert_close(grad, plain[n].grad, 1e-4, rounded)
     places = []
     for place in ("lm_head.weight", "model.embed_tokens.weight"):  # each by itself is something, and not the whole
         alone = {n: p.detach().clone().requires_grad_() for n, p in trained(model).items()}

@@ -77,6 +77,19 @@ def test_token_classification(encoded: Callable[..., Encoded]) -> None:
         encoded({"tokens": ["w1", "w2"], "tags": ["O"]})
 
 
+def test_one_word_of_several_pieces_is_learnt(encoded: Callable[..., Encoded]) -> None:
+    """Its tag is on the first token, which only a text has nothing to predict by."""
+    found = encoded({"tokens": ["w1.w2"], "tags": ["B"]}, {"tokens": ["w3"], "tags": ["O"]})
+    assert ([item["labels"] for item in found.items], found.empty) == ([[0, IGNORED, IGNORED], [1]], 0)
+
+
+def test_one_token_of_a_text_is_not_learnt(encoded: Callable[..., Encoded]) -> None:
+    """Nothing predicts it: its loss would be a mean of no numbers."""
+    found = encoded({"text": "w1 w2"}, {"text": "w3"}, max_length=2)
+    assert [item["input_ids"] for item in found.items] == [ids("w1 w2"), ids("w3 </s>")]
+    assert found.empty == 0
+
+
 def test_long_texts_are_cut_and_nothing_is_lost(encoded: Callable[..., Encoded]) -> None:
     found = encoded({"text": "w1 w2 w3 w4 w5"}, {"text": "w6"}, max_length=4)
     assert [item["input_ids"] for item in found.items] == [ids("w1 w2 w3 w4"), ids("w5 </s>"), ids("w6 </s>")]

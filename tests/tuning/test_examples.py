@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.task_data import classified, write_lines
+from support.task_data import classified, sentences, write_lines
 
 from lowbit_format.errors import DataError
 from lowbit_format.tuning.columns import find_columns
@@ -43,6 +44,11 @@ def test_csv_has_quotes_and_lines_in_values(tmp_path: Path) -> None:
     assert found.lines == (2, 5)
 
 
+def test_objects_need_not_have_the_same_names(tmp_path: Path) -> None:
+    found = table(tmp_path, [{"text": "a"}, {"text": "b", "label": "x"}, {"extra": 1}])
+    assert found.columns == ("text", "label", "extra")
+
+
 def test_tsv_has_no_quotes(tmp_path: Path) -> None:
     """As in GLUE: a quote that is never closed must not swallow the lines behind it."""
     found = read_examples(file(tmp_path, "a.tsv", 'label\ttext\n0\t"so it begins\n1\tplain\n'))
@@ -59,6 +65,7 @@ def test_tsv_has_no_quotes(tmp_path: Path) -> None:
         ("a.csv", "text,text\na,b\n", r"a\.csv, line 1: names columns \['text', 'text'\]"),
         ("a.tsv", "label\ttext\n0\ta\n1\tb\tc\n", r"a\.tsv, line 3: has 3 values"),
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"a\.jsonl: is not UTF-8 text behind line \d"),
+        ("a.jsonl", '{"text": "a"}\n{"text": ' + "1" * 5000 + "}", r"a\.jsonl, line 2: is not JSON"),
         ("a.jsonl", "", r"a\.jsonl: holds no example"),
         ("a.csv", "text,label\n", r"a\.csv: holds no example"),
         ("a.txt", "text", r"a\.txt: ends in '\.txt', expected \.jsonl, \.json, \.csv, \.tsv"),
@@ -115,6 +122,29 @@ def test_columns_make_the_task(row: dict[str, Any], kind: str, names: dict[str, 
     assert (found.kind, found.names) == (kind, names)
 
 
+def test_an_input_is_a_part_of_the_prompt(tmp_path: Path) -> None:
+    """As Alpaca has it, where it is often empty; Dolly calls it a context."""
+    rows = [{"instruction": "Translate", "output": "house"}, {"instruction": "Sum", "input": "1 2", "output": "3"}]
+    data = table(tmp_path, [*rows, {"instruction": "Sing", "input": "", "output": "la"}])
+    found = find_columns(data, {})
+    prompts = [found.values(data, i)["prompt"] for i in range(3)]
+    assert prompts == ["Translate", "Sum\n\n1 2", "Sing"]
+    assert found.values(data, 1).keys() == {"prompt", "completion"}
+    data = table(tmp_path, [{"instruction": "a", "context": "b", "response": "c"}])
+    assert find_columns(data, {}).values(data, 0) == {"prompt": "a\n\nb", "completion": "c"}
+    data = table(tmp_path, [{"instruction": "a", "input": 3, "response": "c"}])
+    with pytest.raises(DataError, match="line 1: 'input' is 3, expected a text"):
+        find_columns(data, {}).values(data, 0)
+
+
+def test_columns_that_are_not_used_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": text, "label": label, "id": i, "source": "x"} for i, (text, label) in enumerate(sentences(30))]
+    data = write_lines(tmp_path / "a.jsonl", rows)
+    found = read_data(str(data), 0.1, kind=None, columns={}, labels=None, seed=0)
+    assert found.notes == ("columns that are not used: 'id', 'source'",)
+    assert "a.jsonl: columns that are not used: 'id', 'source'" in caplog.text
+
+
 def test_named_columns_and_a_named_kind(tmp_path: Path) -> None:
     rows = table(tmp_path, [{"mr": "a", "ref": "b", "text": "c", "label": 3}])
     assert find_columns(rows, {"prompt": "mr", "completion": "ref"}).kind == "language-modelling"
@@ -168,12 +198,22 @@ def test_labels(values: list[Any], given: list[str] | None, names: Any, outputs:
     assert (found.names, dict(found.outputs)) == (names, outputs)
 
 
+def test_integers_of_class_labels_are_not_names(tmp_path: Path) -> None:
+    """Names may be numbers themselves: as many stars, counted from 1 on."""
+    rows = table(tmp_path, [{"text": "a", "label": value} for value in (1, 2)])
+    rows = dataclasses.replace(rows, classes={"label": ("1", "2", "3")})
+    found = find_labels(rows, find_columns(rows, {}))
+    assert (found.names, dict(found.outputs)) == (("1", "2", "3"), {"0": 0, "1": 1, "2": 2})
+
+
 @pytest.mark.parametrize(
     ("values", "given", "message"),
     [
         (["x", "x"], None, "all 2 examples have the label 'x'"),
         ([0, 1, 2], ["no", "yes"], "line 3: unknown label '2', expected one of 'no', 'yes'"),
         (["no", "maybe"], ["no", "yes"], "line 1: unknown label 'no'|line 2: unknown label 'maybe'"),
+        ([0, 1], ["no", "y\n"], "names of labels are .*without control characters"),
+        (["a\nb", "c"], None, r"rows\.jsonl: the label 'a\\nb' has control characters"),
         ([0, 1], ["no", "no"], "names of labels are .*expected different names"),
     ],
 )

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 import lowbit_format as lb
 from lowbit_format.errors import DataError, LoadError, LowbitError, OutputError, TuningError
 from lowbit_format.tasks.bundle import read_bundle
+from lowbit_format.tuning import training
 from lowbit_format.tuning import tune as module
 from lowbit_format.tuning.training import without_dropout
 
@@ -105,6 +106,17 @@ def test_language_modelling(name: str, scheme: str, method: str, bases: Bases, h
     assert lb.list_tasks(lb.from_pretrained(base, task="out"))[0].labels == ()
 
 
+@pytest.mark.parametrize("scheme", ["uniform", "bcq"])
+def test_the_method_is_that_of_the_trained_matrices(scheme: str, here: Path) -> None:
+    """By default a conversion rounds embeddings and the output head to 8 bits, in another codec."""
+    source = with_tokenizer(build("llama", here / "float"))
+    lb.convert_hf_to_lowbit(str(source), here / "base", lb.Recipe(lb.Target(scheme, 4, 16)))
+    data = write_lines(here / "a.jsonl", [{"text": text} for text, _ in sentences(30)])
+    found = lb.tune(here / "base", data, "out", **QUICK)
+    assert found.method == {"bcq": "alphatuning", "uniform": "peqa"}[scheme]
+    assert not any("embed" in name for name in read_bundle("out").deltas)
+
+
 def test_a_classification_by_a_causal_model(bases: Bases, here: Path) -> None:
     """It has no token to pad with of its own, and looks for the last one that is none."""
     found = lb.tune(base_with_tokenizer(bases, "llama"), classified(here / "a.jsonl"), "out", **QUICK)
@@ -173,6 +185,32 @@ def test_a_resumed_tuning_is_a_straight_one(bases: Bases, here: Path) -> None:
     assert contents(here / "out") == want
     assert (again.rates, again.best_step, again.after) == (straight.rates, straight.best_step, straight.after)
     assert not Path("out.tuning").exists()
+
+
+@pytest.mark.parametrize("patience", [1, 100])  # it ends early; it ends with its last step
+def test_a_training_that_ended_is_not_resumed(
+    patience: int, bases: Bases, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted between the end of the training and the bundle: the same files, and not a step more."""
+    monkeypatch.setattr(training, "PATIENCE", patience)
+    base, data, told = base_with_tokenizer(bases, "bert"), classified(here / "a.jsonl"), list[str]()
+    options: dict[str, Any] = {"lr": 0.5, "epochs": 5, "batch_size": 8}
+    straight = lb.tune(base, data, "out", **options)
+    want = contents(here / "out")
+    assert straight.best_step < straight.steps
+    shutil.rmtree("out")
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_task", stop)
+        with pytest.raises(Stop):
+            lb.tune(base, data, "out", **options)
+    again = lb.tune(base, data, "out", resume=True, report=lambda stage, *_: told.append(stage), **options)
+    assert told == []
+    assert contents(here / "out") == want
+    assert (again.steps, again.best_step, again.after) == (straight.steps, straight.best_step, straight.after)
 
 
 def test_a_failure_leaves_nothing_that_looks_finished(
