@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.building import Choice, write_model
+from support.vllm_models import LLAMA
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -38,18 +39,6 @@ pytestmark = pytest.mark.vllm
 import vllm  # noqa: E402
 from vllm.lora.request import LoRARequest  # noqa: E402
 
-CONFIG = LlamaConfig(
-    vocab_size=96,  # vLLM pads it to 128
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    initializer_range=0.3,
-    eos_token_id=None,
-    bos_token_id=None,
-)
 BCQ = Scheme("bcq", 4, 64, "F16", offset=True, nested=(3,))
 MIXED = {
     "embed_tokens": Scheme("uniform", 6, 128, "F16", nested=(3,)),
@@ -76,7 +65,7 @@ def linears(path: str, module: nn.Module) -> Scheme | None:
 
 def model_in(directory: Path, choose: Choice, *, tied: bool) -> Path:
     torch.manual_seed(len(str(choose)))
-    config = LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": tied})
+    config = LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": tied})
     return write_model(LlamaForCausalLM(config), directory, choose)
 
 
@@ -156,7 +145,7 @@ def test_experts(tmp_path: Path, serve: Callable[..., Any]) -> None:
     """Of the base; a task that changes the rest is served too, one that changes experts is refused."""
     torch.manual_seed(1)
     config = Qwen3MoeConfig(
-        **{**CONFIG.to_dict(), "head_dim": 32, "model_type": "qwen3_moe"},
+        **{**LLAMA.to_dict(), "head_dim": 32, "model_type": "qwen3_moe"},
         num_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,

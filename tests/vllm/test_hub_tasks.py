@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.building import write_model
 from support.hub_server import HubServer, running_hub
+from support.vllm_models import write_llama
 from support.vllm_server import Server, serving
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit_format as lb
 from lowbit_format.schema import Scheme
@@ -75,22 +73,8 @@ PROMPT, TOKENS = [5, 9, 2, 33], 12
 
 
 def test_a_server_fetches_the_task_that_a_request_names(hub: HubServer, tmp_path: Path) -> None:
-    base, task = tmp_path / "base", tmp_path / "task"
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        eos_token_id=None,
-        bos_token_id=None,
-    )
-    scheme = Scheme("bcq", 4, 64, "F16", offset=True)
-    write_model(LlamaForCausalLM(config), base, lambda path, module: scheme if isinstance(module, nn.Linear) else None)
+    task = tmp_path / "task"
+    base = write_llama(tmp_path / "base", Scheme("bcq", 4, 64, "F16", offset=True))
     model = lb.from_pretrained(base, dtype=torch.float32).eval()
     without = greedy(model)
     lb.prepare_scale_tuning(model, modules_to_save=[])

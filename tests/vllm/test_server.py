@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.building import write_model
+from support.vllm_models import write_llama
 from support.vllm_server import serving
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowbit_format as lb
 from lowbit_format.schema import Scheme
@@ -20,26 +18,11 @@ from lowbit_format.schema import Scheme
 pytest.importorskip("vllm.version")  # `vllm` alone would be this folder
 pytestmark = pytest.mark.vllm
 
-CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=64,
-    eos_token_id=None,
-    bos_token_id=None,
-)
 PROMPT = [5, 9, 2, 33]
 
 
 def base_in(directory: Path, bits: int) -> Path:
-    torch.manual_seed(0)
-    scheme = Scheme("bcq", bits, 64, "F16")
-    return write_model(
-        LlamaForCausalLM(CONFIG), directory, lambda path, module: scheme if isinstance(module, nn.Linear) else None
-    )
+    return write_llama(directory, Scheme("bcq", bits, 64, "F16"))
 
 
 def task_in(base: Path, directory: Path) -> Path:

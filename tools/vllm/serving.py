@@ -3,7 +3,7 @@
     python tools/vllm/serving.py answers [--bits N] BASE TASK [TASK ...]
     python tools/vllm/serving.py churn BASE OTHER TASK [TASK ...]
     python tools/vllm/serving.py killed BASE [TASK ...]
-    python tools/vllm/serving.py speed [--lora] MODEL [TASK ...]
+    python tools/vllm/serving.py speed [--lora] [--rounds N] MODEL [TASK ...]
 
 ``answers`` asks a server of BASE 64 mixed questions at once, and compares each answer with the one of transformers for
 its task alone, token by token; BASE may be read at fewer bits than it has. ``churn`` asks 200 while tasks are loaded
@@ -205,8 +205,8 @@ def killed(base: str, tasks: Sequence[str], requests: int = 8, tokens: int = 200
         print("a new server answers as before:", ask(client(), "base", QUESTIONS[0], 12).message.content == before)
 
 
-def speed(model: str, tasks: Sequence[str], lora: bool, requests: int = 32, tokens: int = 32, rounds: int = 3) -> None:
-    """Tokens per second and latency."""
+def speed(model: str, tasks: Sequence[str], lora: bool, rounds: int, requests: int = 32, tokens: int = 32) -> None:
+    """Tokens per second and latency; medians, and in brackets the least and the most."""
     copies = [tasks[n % len(tasks)] for n in range(8)] if tasks else []
     with tempfile.TemporaryDirectory() as folder:
         named = [str(shutil.copytree(task, Path(folder, f"t{n}"))) for n, task in enumerate(copies)]
@@ -222,9 +222,16 @@ def speed(model: str, tasks: Sequence[str], lora: bool, requests: int = 32, toke
                 for mix, given in mixes.items():
                     found[mix].append(measure(api, process.pid, given, requests, tokens))
             for mix, values in found.items():
-                rate, seconds, cpu = (statistics.median(one) for one in zip(*values, strict=True))
-                print(f"{mix}: {rate:.1f} tokens/s, {seconds:.2f} s for an answer, {cpu:.2f} ms of the worker a token")
+                rate, seconds, cpu = (spread(one) for one in zip(*values, strict=True))
+                print(f"{mix}: {rate} tokens/s, {seconds} s for an answer, {cpu} ms of the worker a token")
+                ratios = [base[0] / own[0] for base, own in zip(found["base"], values, strict=True)]
+                print(f"  beside the base of its round: {spread(ratios)} times the time")
             print(f"memory of the worker: {memory(process.pid) / 1e6:.0f} MB", "with PEFT LoRA" if lora else "")
+
+
+def spread(values: Sequence[float]) -> str:
+    """The median, the least and the most."""
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def measure(api: Any, server: int, names: Sequence[str], requests: int, tokens: int) -> tuple[float, float, float]:
@@ -273,6 +280,7 @@ def main() -> None:
             command.add_argument("--bits", type=int, help="precision at which the base is read")
         if name == "speed":
             command.add_argument("--lora", action="store_true", help="the tasks are adapters of PEFT")
+            command.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     if options.command == "answers":
         answers(options.base, options.tasks, options.bits)
@@ -281,7 +289,7 @@ def main() -> None:
     elif options.command == "killed":
         killed(options.base, options.tasks)
     else:
-        speed(options.base, options.tasks, options.lora)
+        speed(options.base, options.tasks, options.lora, options.rounds)
 
 
 if __name__ == "__main__":
