@@ -88,9 +88,18 @@ class Backend(Protocol):
         ...
 
     def linear_param_grads(
-        self, grad: Tensor, x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None
+        self,
+        grad: Tensor,
+        x: Tensor,
+        w: PlaneMatrix,
+        deltas: Tensor | None,
+        task_ids: Tensor | None,
+        deltas_only: bool = False,
     ) -> ParamGrads:
-        """Gradients of the parameters in :meth:`linear`, summed in float32 whatever the dtype of `x`."""
+        """Gradients of the parameters in :meth:`linear`, summed in float32 whatever the dtype of `x`.
+
+        With `deltas_only` those of the deltas alone, and the others are None.
+        """
         ...
 
     def embedding(
@@ -265,7 +274,8 @@ def no_view(out: Tensor) -> Tensor:
 
 
 def _tensors(grads: ParamGrads) -> tuple[Tensor, ...]:
-    return tuple(grads[0].new_empty(0) if g is None else g for g in grads)
+    some = next(g for g in grads if g is not None)
+    return tuple(some.new_empty(0) if g is None else g for g in grads)
 
 
 @_define("dequantize", f"({MATRIX_SCHEMA}, Tensor? deltas, ScalarType dtype, {SCHEME_SCHEMA}) -> Tensor")
@@ -294,10 +304,13 @@ def _linear_input_grad(grad: Tensor, *args: Any) -> Tensor:
     return out
 
 
-@_define("linear_param_grads", f"(Tensor grad, Tensor x, {MATRIX_SCHEMA}, {_TASKS}, {SCHEME_SCHEMA}) -> {_GRADS}")
+@_define(
+    "linear_param_grads",
+    f"(Tensor grad, Tensor x, {MATRIX_SCHEMA}, {_TASKS}, bool deltas_only, {SCHEME_SCHEMA}) -> {_GRADS}",
+)
 def _linear_param_grads(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    w, (deltas, task_ids) = split(args)
-    return _tensors(backend_of(w).linear_param_grads(grad, x, w, deltas, task_ids))
+    w, (deltas, task_ids, deltas_only) = split(args)
+    return _tensors(backend_of(w).linear_param_grads(grad, x, w, deltas, task_ids, deltas_only))
 
 
 @_define("embedding", f"(Tensor ids, {MATRIX_SCHEMA}, {_TASKS}, ScalarType dtype, {SCHEME_SCHEMA}) -> Tensor")
@@ -339,9 +352,9 @@ def _(ids: Tensor, *args: Any) -> Tensor:
     return w.scales.new_empty(*ids.shape, w.cols, dtype=dtype)
 
 
-def _fake_param_grads(w: PlaneMatrix, deltas: Tensor | None) -> tuple[Tensor, ...]:
+def _fake_param_grads(w: PlaneMatrix, deltas: Tensor | None, deltas_only: bool = False) -> tuple[Tensor, ...]:
     work = torch.promote_types(w.scales.dtype, torch.float32)
-    inputs = (w.scales, w.offsets, w.zeros, deltas)
+    inputs = (None, None, None, deltas) if deltas_only else (w.scales, w.offsets, w.zeros, deltas)
     return tuple(w.scales.new_empty((0,) if t is None else t.shape, dtype=work) for t in inputs)
 
 
@@ -352,6 +365,11 @@ def _(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 @_linear_param_grads.register_fake
+def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w, (deltas, _, deltas_only) = split(args)
+    return _fake_param_grads(w, deltas, deltas_only)
+
+
 @_embedding_param_grads.register_fake
 def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     w, (deltas, _) = split(args)
@@ -386,12 +404,15 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, matrix, deltas, task_ids = inputs[0], inputs[1:7], *inputs[8:10]  # 7 is the bias
     wanted = any(ctx.needs_input_grad[i] for i in (2, 3, 4, 8))  # with frozen scales x is not kept
     ctx.save_for_backward(x if wanted else None, *matrix, deltas, task_ids)
+    ctx.deltas_only = not any(ctx.needs_input_grad[i] for i in (2, 3, 4))
     ctx.scheme = inputs[-SCHEME:]
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *rest = ctx.saved_tensors
-    found = _param_grads(ctx, 1, 8, lambda: torch.ops.lowbit.linear_param_grads(grad, x, *rest, *ctx.scheme))
+    found = _param_grads(
+        ctx, 1, 8, lambda: torch.ops.lowbit.linear_param_grads(grad, x, *rest, ctx.deltas_only, *ctx.scheme)
+    )
     if ctx.needs_input_grad[0]:
         found[0] = torch.ops.lowbit.linear_input_grad(grad, *rest, *ctx.scheme)
     if ctx.needs_input_grad[7]:

@@ -101,11 +101,15 @@ def _owner(key: Tensor) -> Any:
 def _task_numbers(
     x: Tensor, key: Tensor, rows: int, known: bool, batch: int, exactly: int, exact: bool, apart: str | None
 ) -> Tensor:
-    if is_capturing(x.device):
-        raise TaskError("a CUDA graph would replay the tasks that it is recorded with: record it outside of use_tasks")
+    _refuse_recording(x)
     owner = _owner(key)
     state: TaskState = owner.state
     tasks = state.row_tasks()
+    if tasks is None and torch._C._current_graph_task_id() != -1:
+        raise TaskError(
+            f"{owner.path} is computed anew in the backward pass (checkpointing), which has no use_tasks block; choose "
+            "the task with set_task, and run the rows of each task in a separate batch"
+        )
     if tasks is not None and exactly >= 0 and len(tasks.names) > 1:
         tasks.check_batch(exactly, "the model")
     if tasks is None or len(tasks.names) == 1 or not owner.changes(tasks.names):
@@ -143,10 +147,11 @@ def _in_parts(
         w: its matrix.
         kernel: computes rows of the result.
     """
+    _refuse_recording(w.planes)
     module = _owner(key)
     if module.plane_matrix.planes.data_ptr() != w.planes.data_ptr():
         raise TaskError(f"{module.path}: a compiled graph has other planes than the module; compile the model anew")
-    different = numbers.unique()
+    different = torch.unique(numbers)
     deltas: list[Delta | None] = [module.delta_of(module.state.name_of(n)) for n in different.tolist()]
     if len(deltas) == 1 or all(delta is None for delta in deltas):
         return kernel(*_with(w, deltas[0] if deltas else None), None, slice(None))
@@ -160,6 +165,11 @@ def _in_parts(
         out = part.new_empty(len(ids), part.shape[-1]) if out is None else out
         out[mine] = part
     return out  # type: ignore[return-value]
+
+
+def _refuse_recording(x: Tensor) -> None:
+    if is_capturing(x.device):
+        raise TaskError("a CUDA graph would replay the tasks that it is recorded with: record it outside of use_tasks")
 
 
 def _with(w: PlaneMatrix, delta: Delta | None) -> tuple[PlaneMatrix, Tensor | None]:
@@ -185,6 +195,7 @@ def _stacked(module: Any, deltas: list[Delta | None]) -> Tensor:
     "lowbit::linear_by_task",
     mutates_args=(),
     schema=f"(Tensor x, {_MATRIX}, Tensor? bias, Tensor numbers, Tensor key, {_SCHEME}) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 def _linear(x: Tensor, *args: Any) -> Tensor:
     w, (bias, numbers, key) = operators.split(args)
@@ -203,6 +214,7 @@ def _(x: Tensor, *args: Any) -> Tensor:
     "lowbit::linear_by_task_input_grad",
     mutates_args=(),
     schema=f"(Tensor grad, {_MATRIX}, Tensor numbers, Tensor key, {_SCHEME}) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 def _linear_input_grad(grad: Tensor, *args: Any) -> Tensor:
     w, (numbers, key) = operators.split(args)
@@ -239,6 +251,7 @@ _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
     "lowbit::embedding_by_task",
     mutates_args=(),
     schema=f"(Tensor ids, {_MATRIX}, Tensor numbers, Tensor key, ScalarType dtype, {_SCHEME}) -> Tensor",
+    tags=torch.Tag.cudagraph_unsafe,
 )
 def _embedding(ids: Tensor, *args: Any) -> Tensor:
     w, (numbers, key, dtype) = operators.split(args)

@@ -276,6 +276,26 @@ def test_heads(tmp_path: Path) -> None:
     assert not torch.allclose(found[0][0], found[3][0])
 
 
+def test_no_tasks_in_a_backward_pass_without_the_block(compiled: Compiled) -> None:
+    """Where something is computed anew there, in a thread that has no block, the row's task is unknown."""
+    module = next(iter(named_modules(compiled.model).values()))
+
+    class Anew(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return torch.ops.lowbit.task_numbers(grad, module.key, 2, False, -1, -1, False, None).to(grad)
+
+    out = Anew.apply(torch.zeros(2, requires_grad=True))
+    with lb.use_tasks(compiled.model, ["a", "b"]):
+        out.sum().backward(retain_graph=True)
+    with pytest.raises(TaskError, match="computed anew in the backward pass"):
+        out.sum().backward()
+
+
 def test_a_module_that_is_gone() -> None:
     key = compiled_tasks.new_key(type("Module", (), {})())
     with pytest.raises(TaskError, match="a module that is gone"):
