@@ -33,7 +33,7 @@ class ZerothOrder(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them, such as those that ``prepare_scale_tuning`` left to train.
-        lr: learning rate, for the deltas of scales about a hundredth of what plain SGD takes.
+        lr: learning rate, smaller the more numbers are trained: a step has noise in the direction of each.
         eps: how far to either side the loss is measured, in the units of the parameters.
         clip: the largest derivative, of either sign.
         seed: of all directions.

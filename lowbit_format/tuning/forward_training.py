@@ -1,8 +1,10 @@
-"""Training runs of a task with the memory of inference: :class:`..tasks.zeroth_order.ZerothOrder` over a job's batches.
+"""Training runs of a task with the memory of inference: :class:`..tasks.zeroth_order.ZerothOrder` over batches.
 
-A checkpoint is what the optimizer's state is, seeds and derivatives, with the evaluations so far. Nothing else is kept:
-numbers of any step are those of the start with the steps repeated, bit for bit, and that is how the best checkpoint
-comes back, too.
+Only deltas are perturbed. A head, which begins at random and has the last word, gets its own gradients from the same
+two passes: what it needs for them is its input alone, since nothing below it has gradients.
+
+A checkpoint is what the optimizer's state is, seeds and derivatives, with the evaluations so far, and the head. Deltas
+of any step are those of the start with the steps repeated, bit for bit: so the best ones come back, too.
 """
 
 from __future__ import annotations
@@ -10,36 +12,38 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..container.atomic import atomic_file
 from ..errors import OutputError, TuningError
 from ..tasks.zeroth_order import ZerothOrder
 from .training import (
+    HEAD_RATE,
     PATIENCE,
     Job,
     Trained,
     collator,
     diverged,
     evaluation_steps,
-    groups_of,
     measure,
+    parts_of,
     trained,
     weighted_loss,
 )
 
 MORE_STEPS = 10  # times those of a training with gradients
-RATES = (1e-2, 3e-2, 1e-1)  # that are tried
+RATES = (3e-4, 1e-3, 3e-3)  # that are tried
 TRIAL = 10  # of so many parts of the steps is a trial; its rate is the rate itself
 ALIKE = 50  # batches whose examples are sorted by length
 CHECKPOINT = "checkpoint-steps.safetensors"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
 
 @dataclass
@@ -55,70 +59,131 @@ class Evaluations:
     losses: list[float] = field(default_factory=list)
 
     @property
-    def best_step(self) -> int:
-        """The first step with the least loss."""
-        return self.steps[self.losses.index(min(self.losses))]
+    def best(self) -> int:
+        """The index of the least loss, of equal ones the first."""
+        return self.losses.index(min(self.losses))
 
     @property
     def stale(self) -> int:
         """Evaluations since the best one."""
-        return len(self.losses) - 1 - self.losses.index(min(self.losses)) if self.losses else 0
+        return len(self.losses) - 1 - self.best if self.losses else 0
+
+
+class Run:
+    """A training of `steps` steps that has begun.
+
+    Attributes:
+        deltas: makes the steps of the scales.
+        head: makes those of the other numbers; None if there are none.
+        best: the head's numbers at the best evaluation.
+    """
+
+    def __init__(self, job: Job, rate: float, steps: int) -> None:
+        self.job, self.rate, self.steps = job, rate, steps
+        self.scales, self.others = parts_of(job.model)
+        self.deltas = ZerothOrder(self.scales, rate, seed=job.seed)
+        self.head = torch.optim.AdamW(self.others, HEAD_RATE, weight_decay=0.0) if self.others else None
+        self.best = _values(self.others)
+
+    @property
+    def done(self) -> int:
+        """Steps that have been made."""
+        return len(self.deltas.seeds)
+
+    def go(self, count: int, stage: str) -> None:
+        """Make `count` steps. Raises TuningError if a loss is not finite."""
+        batches, device = _Batches(self.job), self.scales[0].device
+        self.job.model.eval()
+        for p in self.scales:
+            p.requires_grad_(False)
+        try:
+            for step in range(self.done, self.done + count):
+                self._step({name: t.to(device) for name, t in batches[step].items()}, 1 - step / self.steps)
+                self.job.report(stage, step + 1, self.steps)
+        finally:
+            for p in self.scales:
+                p.requires_grad_()
+
+    def _step(self, batch: dict[str, Tensor], part: float) -> None:
+        """One step, at `part` of the rates."""
+        self.deltas.param_groups[0]["lr"] = self.rate * part
+        if self.head is None:
+            self.deltas.step(lambda: self._loss(batch))
+            return
+        self.head.param_groups[0]["lr"] = HEAD_RATE * part
+        self.head.zero_grad()
+        self.deltas.step(lambda: self._loss_of_head(batch))
+        self.head.step()
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        outputs, weights = self.job.model(**batch), self.job.weights
+        found: Tensor = outputs.loss if weights is None else weighted_loss(weights)(outputs, batch["labels"])
+        return found
+
+    def _loss_of_head(self, batch: dict[str, Tensor]) -> float:
+        """The loss; half its gradient is added to the head's, which is then that in the middle of two passes."""
+        with torch.inference_mode(False), torch.enable_grad():
+            loss = self._loss(batch)
+            (loss / 2).backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the rest of the training depends on, and the head's best numbers."""
+        tensors: dict[str, Tensor] = self.deltas.state_dict()
+        for i, (p, best) in enumerate(zip(self.others, self.best, strict=True)):
+            moments = {} if self.head is None else self.head.state[p]
+            named = {"numbers": p.detach(), "best": best, **moments}
+            tensors |= {f"head.{i}.{name}": t.contiguous() for name, t in named.items()}
+        return tensors
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Undo :meth:`state_dict`, in a run that has just begun. Raises KeyError for tensors that are missing."""
+        self.deltas.load_state_dict(tensors)
+        for i, p in enumerate(self.others):
+            mine = {name: tensors[f"head.{i}.{name}"] for name in ("numbers", "best", *MOMENTS)}
+            _put([p], [mine.pop("numbers")])
+            self.best[i] = mine.pop("best").to(p.device)
+            if self.head is not None:
+                self.head.state[p] = {name: t if name == "step" else t.to(p.device) for name, t in mine.items()}
 
 
 def try_rate(job: Job, rate: float, steps: int) -> float:
     """The loss after a tenth of the steps, infinite if it diverged; the model is left as it was."""
-    start, count = _values(job.model), max(1, steps // TRIAL)
+    start, count = _values(trained(job.model)), max(1, steps // TRIAL)
     try:
-        _run(job, _optimizer(job, rate), rate, count, f"rate {rate:g}", range(count))
+        Run(job, rate, count).go(count, f"rate {rate:g}")
         loss = measure(job, job.choose)["loss"]
     except TuningError:  # a loss that is not finite
         return math.inf
     finally:
-        _put(job.model, start)
+        _put(trained(job.model), start)
     return loss if math.isfinite(loss) else math.inf
 
 
 def train(job: Job, rate: float, steps: int, *, resume: bool = False) -> Trained:
     """As :func:`.training.train`, without a backward pass: train, stop early, leave the best numbers in the model."""
-    start, optimizer, found = _values(job.model), _optimizer(job, rate), Evaluations()
-    path = job.work / CHECKPOINT
+    start, found, path = _values(trained(job.model)), Evaluations(), job.work / CHECKPOINT
+    run = Run(job, rate, steps)
     if resume and path.exists():
-        found = _read(path, optimizer)
-    between = evaluation_steps(steps)
-    while (done := len(optimizer.seeds)) < steps and found.stale < PATIENCE:
+        found = _read(path, run)
+    while run.done < steps and found.stale < PATIENCE:
         try:
-            _run(job, optimizer, rate, steps, "training", range(done, done + between))
+            run.go(evaluation_steps(steps), "training")
         except TuningError as e:
             raise diverged(rate) from e
         loss = measure(job, job.choose)["loss"]
         if not math.isfinite(loss):
             raise diverged(rate)
-        found.steps.append(len(optimizer.seeds))
+        found.steps.append(run.done)
         found.losses.append(loss)
-        _write(path, optimizer, found)
-    _put(job.model, start)
-    state = {name: values[: found.best_step] for name, values in optimizer.state_dict().items()}
-    _optimizer(job, rate).load_state_dict(state)
-    return Trained(len(optimizer.seeds), found.best_step, min(found.losses))
-
-
-def _run(job: Job, optimizer: ZerothOrder, rate: float, steps: int, stage: str, part: range) -> None:
-    """Steps `part` of a training of `steps`, whose rate falls to nothing."""
-    loss_of: Callable[..., Tensor] | None = None if job.weights is None else weighted_loss(job.weights)
-    model, device = job.model.eval(), next(job.model.parameters()).device
-    rates, batches = [group["lr"] for group in groups_of(job.model, rate)], _Batches(job)
-    for step in part:
-        batch = {name: t.to(device) for name, t in batches[step].items()}
-
-        def loss(batch: dict[str, Tensor] = batch) -> Tensor:
-            outputs = model(**batch)
-            found: Tensor = outputs.loss if loss_of is None else loss_of(outputs, batch["labels"])
-            return found
-
-        for group, full in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = full * (1 - step / steps)
-        optimizer.step(loss)
-        job.report(stage, step + 1, steps)
+        if found.stale == 0:
+            run.best = _values(run.others)
+        _write(path, run, found)
+    best_step = found.steps[found.best]
+    _put(trained(job.model), start)
+    ZerothOrder(run.scales).load_state_dict({k: t[:best_step] for k, t in run.deltas.state_dict().items()})
+    _put(run.others, run.best)
+    return Trained(run.done, best_step, min(found.losses))
 
 
 class _Batches:
@@ -146,23 +211,19 @@ class _Batches:
         return batches
 
 
-def _optimizer(job: Job, rate: float) -> ZerothOrder:
-    return ZerothOrder(groups_of(job.model, rate), rate, seed=job.seed)
-
-
-def _values(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in trained(model)]
+def _values(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
 
 
 @torch.no_grad()
-def _put(model: nn.Module, values: list[Tensor]) -> None:
-    for p, value in zip(trained(model), values, strict=True):
+def _put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for p, value in zip(parameters, values, strict=True):
         p.copy_(value)
 
 
-def _write(path: Path, optimizer: ZerothOrder, found: Evaluations) -> None:
+def _write(path: Path, run: Run, found: Evaluations) -> None:
     tensors = {
-        **optimizer.state_dict(),
+        **run.state_dict(),
         "evaluated": torch.tensor(found.steps, dtype=torch.int64),
         "losses": torch.tensor(found.losses, dtype=torch.float64),
     }
@@ -170,12 +231,11 @@ def _write(path: Path, optimizer: ZerothOrder, found: Evaluations) -> None:
         f.write(safetensors.torch.save(tensors))
 
 
-def _read(path: Path, optimizer: ZerothOrder) -> Evaluations:
-    """Repeat the steps of a checkpoint; its evaluations."""
+def _read(path: Path, run: Run) -> Evaluations:
+    """Put `run` where a checkpoint is; its evaluations."""
     try:
         tensors = safetensors.torch.load(path.read_bytes())
-        found = Evaluations(tensors["evaluated"].tolist(), tensors["losses"].tolist())
-    except (OSError, KeyError, safetensors.SafetensorError) as e:
+        run.load_state_dict(tensors)
+        return Evaluations(tensors["evaluated"].tolist(), tensors["losses"].tolist())
+    except (OSError, KeyError, TuningError, safetensors.SafetensorError) as e:
         raise OutputError(f"{path}: cannot be read ({e}); remove {path.parent} and begin anew") from e
-    optimizer.load_state_dict(tensors)
-    return found

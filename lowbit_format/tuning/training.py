@@ -228,15 +228,15 @@ def _results(kind: str, found: Any) -> dict[str, float]:
 
 def _optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Adam without decay; a head's numbers get at most :data:`HEAD_RATE`."""
-    return torch.optim.AdamW(groups_of(model, rate, HEAD_RATE), weight_decay=0.0)
+    rates = rate, min(rate, HEAD_RATE)
+    groups = [{"params": part, "lr": r} for part, r in zip(parts_of(model), rates, strict=True) if part]
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def groups_of(model: nn.Module, rate: float, head_rate: float = math.inf) -> list[dict[str, Any]]:
-    """What is trained, for an optimizer: the deltas, and other numbers, whose rate is at most `head_rate`."""
+def parts_of(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: deltas, and other numbers."""
     deltas = {id(p) for m in model.modules() if isinstance(m, TunedDelta) for p in m.parameters()}
-    parts = [p for p in trained(model) if id(p) in deltas], [p for p in trained(model) if id(p) not in deltas]
-    rates = rate, min(rate, head_rate)
-    return [{"params": part, "lr": r} for part, r in zip(parts, rates, strict=True) if part]
+    return [p for p in trained(model) if id(p) in deltas], [p for p in trained(model) if id(p) not in deltas]
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
