@@ -195,7 +195,7 @@ def test_without_a_backward_pass(bases: Bases, here: Path, monkeypatch: pytest.M
     for function in ("linear_input_grad", "linear_param_grads"):
         monkeypatch.setattr(cpu, function, None)
     base, data = base_with_tokenizer(bases, "bert"), classified(here / "a.jsonl", 100)
-    options: dict[str, Any] = {"optimizer": "zo", "epochs": 12, "batch_size": 16}
+    options: dict[str, Any] = {"optimizer": "zo", "epochs": 6, "batch_size": 16}
     straight = lb.tune(base, data, "out", **options)
     assert straight.optimizer == "zo"
     assert straight.after["loss"] < straight.before["loss"]
