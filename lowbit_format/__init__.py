@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .tasks.sharing import push_task_to_hub
     from .tasks.trainer import TaskCallback
     from .tasks.tuning import prepare_scale_tuning
+    from .tasks.zeroth_order import ZerothOrder
     from .tuning.tune import tune
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "Target",
     "TaskCallback",
     "Words",
+    "ZerothOrder",
     "__version__",
     "autotune",
     "convert_hf_to_lowbit",
@@ -88,6 +90,7 @@ _LAZY = {  # public name -> module that defines it
     "Target": "lowbit_format.quantize",
     "TaskCallback": "lowbit_format.tasks.trainer",
     "Words": "lowbit_format.converters",
+    "ZerothOrder": "lowbit_format.tasks.zeroth_order",
     "autotune": "lowbit_format.runtime.autotune",
     "convert_hf_to_lowbit": "lowbit_format.converters",
     "evaluate": "lowbit_format.evaluation",

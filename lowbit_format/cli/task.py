@@ -97,6 +97,10 @@ def merge(
     saved_from: Annotated[
         int | None, typer.Option(help="Keep the whole modules of this bundle; 0 is the first one.")
     ] = None,
+    lines: Annotated[
+        float | None,
+        typer.Option(help="LiNeS: take only this part of the first layer's deltas, all of the last's, evenly between."),
+    ] = None,
     dtype: Annotated[
         str, typer.Option(help=f"Of the deltas in the file: {', '.join(f'`{d}`' for d in BY_NAME)}.")
     ] = "float32",
@@ -106,16 +110,17 @@ def merge(
 
     Deltas are added in float64 and rounded once. A delta that a bundle lacks counts as zero.
 
-    Example: `lowbit task merge ./both ./sst2-scales ./imdb-scales --weight 0.7 --weight 0.3`
+    Examples: `lowbit task merge ./both ./sst2-scales ./imdb-scales --weight 0.7 --weight 0.3`,
+    `lowbit task merge ./both ./sst2-scales ./imdb-scales --weight 0.8 --weight 0.8 --lines 0.5`
     """
     if dtype not in BY_NAME:
         raise typer.BadParameter(f"--dtype is {dtype!r}, expected {', '.join(BY_NAME)}")
     with console.named_errors():
         check_out(out, force)
         parts = [find_bundle(place).bundle for place in bundles]
-        merged = merge_bundles(parts, weight or None, saved_from=saved_from)
+        merged = merge_bundles(parts, weight or None, saved_from=saved_from, lines=lines)
         loss = rounding_loss(merged, BY_NAME[dtype])
-        write_bundle(out, merged, dtype=BY_NAME[dtype], card=_card(bundles, weight, merged))
+        write_bundle(out, merged, dtype=BY_NAME[dtype], card=_card(bundles, weight, lines, merged))
     console.out.print(
         f"Wrote {out}: {len(merged.deltas)} deltas, {merged.delta_values:,} values in {dtype}"
         + (f"; rounding changed {loss.changed:,}, by {loss.relative_rms:.2g} of their rms" if loss.changed else ""),
@@ -279,11 +284,16 @@ def _cells(r: ModuleDifference, other: bool) -> list[str]:
     return [*rms, f"{r.largest:.4g}", "-" if r.row is None else str(r.row)]
 
 
-def _card(places: list[str], weights: list[float] | None, merged: TaskBundle) -> str:
+def _card(places: list[str], weights: list[float] | None, lines: float | None, merged: TaskBundle) -> str:
     """The model card of a merged bundle. Of a directory only the name is told: its path is nobody else's business."""
     from ..tasks.card import task_card
 
     shares = weights or [1 / len(places)] * len(places)
     names = [Path(place).resolve().name if Path(place).is_dir() else place for place in places]
     parts = "".join(f"- {share:g} x `{name}`\n" for share, name in zip(shares, names, strict=True))
-    return task_card(merged, notes=f"The weighted sum of these tasks:\n\n{parts}")
+    layers = (
+        ""
+        if lines is None
+        else f"\nOf the first layer {lines:g} times that, of the last all, evenly between (LiNeS).\n"
+    )
+    return task_card(merged, notes=f"The weighted sum of these tasks:\n\n{parts}{layers}")

@@ -46,6 +46,9 @@ def tune(
     ] = None,
     bits: Annotated[int | None, typer.Option(min=1, max=8, help="Tune at this precision of the base.")] = None,
     lr: Annotated[str, typer.Option(help="Learning rate of the deltas; `auto` chooses by short trainings.")] = "auto",
+    optimizer: Annotated[
+        str, typer.Option(help="`adam`, or `zo`: no backward pass, the memory of inference, many more steps.")
+    ] = "adam",
     epochs: Annotated[float | None, typer.Option(help="How often each example is seen, at most.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Examples of a step.")] = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Most tokens of an example.")] = None,
@@ -75,7 +78,7 @@ def tune(
         found = _tune(
             base, data, out, eval=judge, kind=kind, labels=None if labels is None else labels.split(","),
             columns={meaning: column for meaning, column in named.items() if column is not None}, method=method,
-            bits=bits, lr=_rate(lr), epochs=epochs, batch_size=batch_size, max_length=max_length,
+            bits=bits, lr=_rate(lr), optimizer=optimizer, epochs=epochs, batch_size=batch_size, max_length=max_length,
             class_weights=class_weights, seed=seed, resume=resume, push=push,
         )  # fmt: skip
     show(found)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import TaskError, UnsupportedOperationError
 from ..hub import push_model_directory
-from ..runtime.active_tasks import TaskState, batch_rows, model_call
+from ..runtime.active_tasks import ModelCall, TaskState, batch_rows, model_call, traced
 from ..runtime.class_mixin import Mixin, mix_in, restore_class
 from ..runtime.deltas import TunedDelta
 from ..runtime.modules import LowbitEmbedding, LowbitModule
@@ -58,8 +58,10 @@ class LowbitModel(Mixin):
         """As in torch; inside of ``use_tasks`` the modules learn how many rows the batch has."""
         if self.training and not self.lowbit_asked:  # type: ignore[attr-defined]
             _ask_what_is_trained(self)
-        if not self.lowbit_state.blocks:
+        if not self.lowbit_state.is_open:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            return self._traced_call(*args, **kwargs)
         tasks, name = self.lowbit_state.row_tasks(), type(self).__name__
         rows, is_text = _rows(args, kwargs)
         if tasks is not None and rows is not None and batch_rows() is None and len(tasks.names) > 1:
@@ -67,6 +69,16 @@ class LowbitModel(Mixin):
             check(rows, name)
         with model_call(rows, exact=_is_mixed(kwargs), part=None if is_text else name):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _traced_call(self, *args: Any, **kwargs: Any) -> Any:
+        """The call inside of ``use_tasks`` as a graph has it: tasks are asked for, and checked, when the graph runs."""
+        outer, (rows, is_text) = traced.call, _rows(args, kwargs)
+        whole = outer or ModelCall(batch=rows if is_text and not _has_codebooks(self) else None)
+        traced.call = whole.inner(rows, _is_mixed(kwargs), None if is_text else type(self).__name__)
+        try:
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            traced.call = outer
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,7 +17,7 @@ from .matrix import PlaneMatrix, with_delta
 
 WeightGrad = TypeVar("WeightGrad")  # the gradient of a weight, in whatever type a backend's decoder takes it
 Rows = Tensor | slice  # rows of a flattened input: a bool mask ``[n]``, or all
-ParamGrads = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # of scales, offsets, zeros, deltas
+ParamGrads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]  # of scales, offsets, zeros, deltas
 
 
 class Share(NamedTuple):
@@ -58,7 +58,8 @@ def sum_over_tasks(
     w: PlaneMatrix,
     deltas: Tensor | None,
     task_ids: Tensor | None,
-    decode_grads: Callable[[PlaneMatrix, WeightGrad], tuple[Tensor, Tensor | None]],
+    decode_grads: Callable[[PlaneMatrix, WeightGrad, int | None], tuple[Tensor, Tensor | None]],
+    deltas_only: bool = False,
 ) -> ParamGrads:
     """Gradients of all parameters, summed over the tasks of a batch.
 
@@ -66,32 +67,40 @@ def sum_over_tasks(
         weight_grad: gives the gradient of the weight that some rows of the input contribute.
         w, deltas, task_ids: as in the forward pass.
         decode_grads: gives the gradients of scales and shift from that of the weight, as :func:`.naive.decode_grads`.
+        deltas_only: the others are None, and planes that have no delta take no time.
 
     Returns:
         Float tensors of :attr:`PlaneMatrix.work_dtype`, contiguous.
     """
     # Contiguous, whatever strides the parameters have: the operators' fake implementations promise it.
     zeros = functools.partial(torch.zeros_like, dtype=w.work_dtype, memory_format=torch.contiguous_format)
+    deltas_grad = None if deltas is None else zeros(deltas)
+    if deltas is not None and deltas_grad is not None and deltas_only:
+        for rows, task in _tasks(deltas, task_ids):
+            if task >= 0:
+                tuned, p = with_delta(w, deltas[task]), deltas.shape[1]
+                deltas_grad[task] = _delta_grad(w, deltas[task], decode_grads(tuned, weight_grad(rows), p)[0])
+        return None, None, None, deltas_grad
     shift = w.shift
     scales_grad, shift_grad = zeros(w.scales), None if shift is None else zeros(shift)
-    deltas_grad = None if deltas is None else zeros(deltas)
     for rows, task in _tasks(deltas, task_ids):
         tuned = w if deltas is None or task < 0 else with_delta(w, deltas[task])
-        grad, task_shift_grad = decode_grads(tuned, weight_grad(rows))
+        grad, task_shift_grad = decode_grads(tuned, weight_grad(rows), None)
         if shift_grad is not None and task_shift_grad is not None:
             shift_grad += task_shift_grad
-        if deltas is None or deltas_grad is None or task < 0:
-            scales_grad += grad
-            continue
-        delta, p = deltas[task].to(grad.dtype), deltas.shape[1]
-        if delta.dim() == 2:
-            deltas_grad[task] = (grad[:p] * w.scales[:p].to(grad.dtype)).sum(-1)
-            grad[:p] *= (1 + delta)[..., None]
-        else:
-            deltas_grad[task] = grad[:p]
+        if deltas is not None and deltas_grad is not None and task >= 0:
+            deltas_grad[task] = _delta_grad(w, deltas[task], grad)
+            if deltas.dim() == 3:
+                grad[: deltas.shape[1]] *= (1 + deltas[task].to(grad.dtype))[..., None]
         scales_grad += grad
     offsets_grad, zeros_grad = (shift_grad, None) if w.has_offsets else (None, shift_grad)
     return scales_grad, offsets_grad, zeros_grad, deltas_grad
+
+
+def _delta_grad(w: PlaneMatrix, delta: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of a task's `delta` from that of its scales, whose first planes are those of the delta."""
+    p = len(delta)
+    return (grad[:p] * w.scales[:p].to(grad.dtype)).sum(-1) if delta.dim() == 2 else grad[:p]
 
 
 def grads_of_sums(w: PlaneMatrix, signed: Tensor, total: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -99,9 +108,9 @@ def grads_of_sums(w: PlaneMatrix, signed: Tensor, total: Tensor) -> tuple[Tensor
 
     Args:
         w: the matrix; its planes are not ragged.
-        signed: float32 ``[bits, rows, groups]``: for each plane the sum of the weight's gradient times the sign, +1
-            for bit 1 and -1 for bit 0. For a codebook ``[1, rows, groups]``: the sum of gradient times level.
-            Overwritten.
+        signed: float32 ``[bits, rows, groups]``, of bcq perhaps of the first planes alone: for each plane the sum of
+            the weight's gradient times the sign, +1 for bit 1 and -1 for bit 0. For a codebook ``[1, rows, groups]``:
+            the sum of gradient times level. Overwritten.
         total: float32 ``[rows, groups]``: the sum of the weight's gradient.
 
     Returns:

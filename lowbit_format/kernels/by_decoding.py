@@ -18,7 +18,7 @@ from .matrix import PlaneMatrix, select_rows, with_delta
 Decoder = Callable[[PlaneMatrix], Tensor]  # gives the weight, float32 [rows, cols] (DEC-1 to DEC-4)
 RowSelector = Callable[[PlaneMatrix, Tensor], PlaneMatrix]  # gives the matrix of some rows, int64 [n]
 RowGrads = Callable[[int, int], Tensor]  # gives the gradient of weight rows start to stop, float [stop - start, cols]
-DecoderGrads = Callable[[PlaneMatrix, RowGrads], tuple[Tensor, Tensor | None]]  # gives gradients of scales and shift
+DecoderGrads = Callable[[PlaneMatrix, RowGrads, int | None], tuple[Tensor, Tensor | None]]  # of scales and shift
 
 
 def dequantize(w: PlaneMatrix, deltas: Tensor | None, dtype: torch.dtype, *, decode: Decoder) -> Tensor:
@@ -72,6 +72,7 @@ def linear_param_grads(
     w: PlaneMatrix,
     deltas: Tensor | None,
     task_ids: Tensor | None,
+    deltas_only: bool = False,
     *,
     decode_grads: DecoderGrads,
 ) -> ParamGrads:
@@ -84,7 +85,7 @@ def linear_param_grads(
         return lambda start, stop: left[start:stop] @ right
 
     with no_autocast(x):
-        return sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads)
+        return sum_over_tasks(weight_grad, w, deltas, task_ids, decode_grads, deltas_only)
 
 
 def embedding(

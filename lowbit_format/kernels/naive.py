@@ -35,8 +35,11 @@ def decode(w: PlaneMatrix) -> Tensor:
     return _columns(acc, w)
 
 
-def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
+def decode_grads(w: PlaneMatrix, weight_grad: RowGrads, planes: int | None = None) -> tuple[Tensor, Tensor | None]:
     """Gradients of the scales and of the shift from that of the weights, which `weight_grad` gives by rows.
+
+    Args:
+        planes: only those of the first so many planes' scales are wanted: others, and the shift's, are arbitrary.
 
     Returns:
         In the dtype of the weights' gradient: ``[planes of scales, rows, groups]``; ``[rows, groups]`` or None.
@@ -52,7 +55,7 @@ def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor 
             return scales_grad, None if shift is None else grad.sum(-1)
         return scales_grad, -grad.sum(-1) * w.scales[0].to(grad.dtype)
     present = present_rows(w)
-    for p, bit in enumerate(_bits(w)):
+    for p, bit in zip(range(w.bits if planes is None else planes), _bits(w), strict=False):
         signed = torch.where(bit, grad, -grad).sum(-1)
         scales_grad[p] = signed if present is None else torch.where(present[p][:, None], signed, 0)
     return scales_grad, None if shift is None else grad.sum(-1)

@@ -88,9 +88,18 @@ class Backend(Protocol):
         ...
 
     def linear_param_grads(
-        self, grad: Tensor, x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None
+        self,
+        grad: Tensor,
+        x: Tensor,
+        w: PlaneMatrix,
+        deltas: Tensor | None,
+        task_ids: Tensor | None,
+        deltas_only: bool = False,
     ) -> ParamGrads:
-        """Gradients of the parameters in :meth:`linear`, summed in float32 whatever the dtype of `x`."""
+        """Gradients of the parameters in :meth:`linear`, summed in float32 whatever the dtype of `x`.
+
+        With `deltas_only` those of the deltas alone, and the others are None.
+        """
         ...
 
     def embedding(
@@ -239,11 +248,11 @@ def untile(w: PlaneMatrix) -> PlaneMatrix:
 
 
 # --- definitions -----------------------------------------------------------------------------------
-# In every schema the tensors of the matrix are consecutive and the scheme comes last: _split relies on it.
+# In every schema the tensors of the matrix are consecutive and the scheme comes last: split relies on it.
 
-_MATRIX = "Tensor planes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? codebook, Tensor? row_bits"
+MATRIX_SCHEMA = "Tensor planes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? codebook, Tensor? row_bits"
 _TASKS = "Tensor? deltas, Tensor? task_ids"
-_SCHEME = "str codec, int bits, int group_size, int cols, str layout"
+SCHEME_SCHEMA = "str codec, int bits, int group_size, int cols, str layout"
 _GRADS = "(Tensor, Tensor, Tensor, Tensor)"  # of scales, offsets, zeros, deltas; an empty tensor means None
 
 
@@ -254,61 +263,65 @@ def _define(name: str, schema: str) -> Callable[[Callable[..., Any]], CustomOpDe
     return define
 
 
-def _split(args: tuple[Any, ...]) -> tuple[PlaneMatrix, tuple[Any, ...]]:
+def split(args: tuple[Any, ...]) -> tuple[PlaneMatrix, tuple[Any, ...]]:
     """The matrix, and the arguments between its tensors and the scheme."""
     return PlaneMatrix(*args[:TENSORS], *args[-SCHEME:]), args[TENSORS:-SCHEME]
 
 
-def _no_view(out: Tensor) -> Tensor:
+def no_view(out: Tensor) -> Tensor:
     """`out` itself: autograd forbids changing the result of a custom operator in place if it is a view."""
     return out.detach() if out._is_view() else out
 
 
 def _tensors(grads: ParamGrads) -> tuple[Tensor, ...]:
-    return tuple(grads[0].new_empty(0) if g is None else g for g in grads)
+    some = next(g for g in grads if g is not None)
+    return tuple(some.new_empty(0) if g is None else g for g in grads)
 
 
-@_define("dequantize", f"({_MATRIX}, Tensor? deltas, ScalarType dtype, {_SCHEME}) -> Tensor")
+@_define("dequantize", f"({MATRIX_SCHEMA}, Tensor? deltas, ScalarType dtype, {SCHEME_SCHEMA}) -> Tensor")
 def _dequantize(*args: Any) -> Tensor:
-    w, (deltas, dtype) = _split(args)
+    w, (deltas, dtype) = split(args)
     out: Tensor = backend_of(w).dequantize(w, deltas, dtype)
     return out
 
 
-@_define("dequantize_param_grads", f"(Tensor grad, {_MATRIX}, Tensor? deltas, {_SCHEME}) -> {_GRADS}")
+@_define("dequantize_param_grads", f"(Tensor grad, {MATRIX_SCHEMA}, Tensor? deltas, {SCHEME_SCHEMA}) -> {_GRADS}")
 def _dequantize_param_grads(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    w, (deltas,) = _split(args)
+    w, (deltas,) = split(args)
     return _tensors(backend_of(w).dequantize_param_grads(grad, w, deltas))
 
 
-@_define("linear", f"(Tensor x, {_MATRIX}, Tensor? bias, {_TASKS}, {_SCHEME}) -> Tensor")
+@_define("linear", f"(Tensor x, {MATRIX_SCHEMA}, Tensor? bias, {_TASKS}, {SCHEME_SCHEMA}) -> Tensor")
 def _linear(x: Tensor, *args: Any) -> Tensor:
-    w, (bias, deltas, task_ids) = _split(args)
-    return _no_view(backend_of(w).linear(x, w, bias, deltas, task_ids))
+    w, (bias, deltas, task_ids) = split(args)
+    return no_view(backend_of(w).linear(x, w, bias, deltas, task_ids))
 
 
-@_define("linear_input_grad", f"(Tensor grad, {_MATRIX}, {_TASKS}, {_SCHEME}) -> Tensor")
+@_define("linear_input_grad", f"(Tensor grad, {MATRIX_SCHEMA}, {_TASKS}, {SCHEME_SCHEMA}) -> Tensor")
 def _linear_input_grad(grad: Tensor, *args: Any) -> Tensor:
-    w, (deltas, task_ids) = _split(args)
+    w, (deltas, task_ids) = split(args)
     out: Tensor = backend_of(w).linear_input_grad(grad, w, deltas, task_ids)
     return out
 
 
-@_define("linear_param_grads", f"(Tensor grad, Tensor x, {_MATRIX}, {_TASKS}, {_SCHEME}) -> {_GRADS}")
+@_define(
+    "linear_param_grads",
+    f"(Tensor grad, Tensor x, {MATRIX_SCHEMA}, {_TASKS}, bool deltas_only, {SCHEME_SCHEMA}) -> {_GRADS}",
+)
 def _linear_param_grads(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    w, (deltas, task_ids) = _split(args)
-    return _tensors(backend_of(w).linear_param_grads(grad, x, w, deltas, task_ids))
+    w, (deltas, task_ids, deltas_only) = split(args)
+    return _tensors(backend_of(w).linear_param_grads(grad, x, w, deltas, task_ids, deltas_only))
 
 
-@_define("embedding", f"(Tensor ids, {_MATRIX}, {_TASKS}, ScalarType dtype, {_SCHEME}) -> Tensor")
+@_define("embedding", f"(Tensor ids, {MATRIX_SCHEMA}, {_TASKS}, ScalarType dtype, {SCHEME_SCHEMA}) -> Tensor")
 def _embedding(ids: Tensor, *args: Any) -> Tensor:
-    w, (deltas, task_ids, dtype) = _split(args)
-    return _no_view(backend_of(w).embedding(ids, w, deltas, task_ids, dtype))
+    w, (deltas, task_ids, dtype) = split(args)
+    return no_view(backend_of(w).embedding(ids, w, deltas, task_ids, dtype))
 
 
-@_define("embedding_param_grads", f"(Tensor grad, Tensor ids, {_MATRIX}, {_TASKS}, {_SCHEME}) -> {_GRADS}")
+@_define("embedding_param_grads", f"(Tensor grad, Tensor ids, {MATRIX_SCHEMA}, {_TASKS}, {SCHEME_SCHEMA}) -> {_GRADS}")
 def _embedding_param_grads(grad: Tensor, ids: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    w, (deltas, task_ids) = _split(args)
+    w, (deltas, task_ids) = split(args)
     return _tensors(backend_of(w).embedding_param_grads(grad, ids, w, deltas, task_ids))
 
 
@@ -317,44 +330,49 @@ def _embedding_param_grads(grad: Tensor, ids: Tensor, *args: Any) -> tuple[Tenso
 
 @_dequantize.register_fake
 def _(*args: Any) -> Tensor:
-    w, (_, dtype) = _split(args)
+    w, (_, dtype) = split(args)
     return w.scales.new_empty(w.rows, w.cols, dtype=dtype)
 
 
 @_linear.register_fake
 def _(x: Tensor, *args: Any) -> Tensor:
-    w, _ = _split(args)
+    w, _ = split(args)
     return x.new_empty(*x.shape[:-1], w.rows)
 
 
 @_linear_input_grad.register_fake
 def _(grad: Tensor, *args: Any) -> Tensor:
-    w, _ = _split(args)
+    w, _ = split(args)
     return grad.new_empty(*grad.shape[:-1], w.cols)
 
 
 @_embedding.register_fake
 def _(ids: Tensor, *args: Any) -> Tensor:
-    w, (_, _, dtype) = _split(args)
+    w, (_, _, dtype) = split(args)
     return w.scales.new_empty(*ids.shape, w.cols, dtype=dtype)
 
 
-def _fake_param_grads(w: PlaneMatrix, deltas: Tensor | None) -> tuple[Tensor, ...]:
+def _fake_param_grads(w: PlaneMatrix, deltas: Tensor | None, deltas_only: bool = False) -> tuple[Tensor, ...]:
     work = torch.promote_types(w.scales.dtype, torch.float32)
-    inputs = (w.scales, w.offsets, w.zeros, deltas)
+    inputs = (None, None, None, deltas) if deltas_only else (w.scales, w.offsets, w.zeros, deltas)
     return tuple(w.scales.new_empty((0,) if t is None else t.shape, dtype=work) for t in inputs)
 
 
 @_dequantize_param_grads.register_fake
 def _(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    w, (deltas,) = _split(args)
+    w, (deltas,) = split(args)
     return _fake_param_grads(w, deltas)
 
 
 @_linear_param_grads.register_fake
+def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    w, (deltas, _, deltas_only) = split(args)
+    return _fake_param_grads(w, deltas, deltas_only)
+
+
 @_embedding_param_grads.register_fake
 def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    w, (deltas, _) = _split(args)
+    w, (deltas, _) = split(args)
     return _fake_param_grads(w, deltas)
 
 
@@ -386,12 +404,15 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, matrix, deltas, task_ids = inputs[0], inputs[1:7], *inputs[8:10]  # 7 is the bias
     wanted = any(ctx.needs_input_grad[i] for i in (2, 3, 4, 8))  # with frozen scales x is not kept
     ctx.save_for_backward(x if wanted else None, *matrix, deltas, task_ids)
+    ctx.deltas_only = not any(ctx.needs_input_grad[i] for i in (2, 3, 4))
     ctx.scheme = inputs[-SCHEME:]
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, *rest = ctx.saved_tensors
-    found = _param_grads(ctx, 1, 8, lambda: torch.ops.lowbit.linear_param_grads(grad, x, *rest, *ctx.scheme))
+    found = _param_grads(
+        ctx, 1, 8, lambda: torch.ops.lowbit.linear_param_grads(grad, x, *rest, ctx.deltas_only, *ctx.scheme)
+    )
     if ctx.needs_input_grad[0]:
         found[0] = torch.ops.lowbit.linear_input_grad(grad, *rest, *ctx.scheme)
     if ctx.needs_input_grad[7]:

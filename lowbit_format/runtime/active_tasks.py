@@ -7,6 +7,7 @@ of a block (``use_tasks``), kept in a context variable, which each thread and ea
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,13 +30,17 @@ class TaskState:
     Attributes:
         active: the model's own task.
         loaded: the facts about each loaded task, by name.
-        blocks: number of open ``use_tasks`` blocks in all threads. While it is 0 the context variable is not read:
-            ``torch.compile`` cannot trace it.
+        numbers: of each loaded task, from 1 on; none is given twice, also where a name is. The base is 0.
+        blocks: number of open ``use_tasks`` blocks in all threads.
+        is_open: whether there is one. While there is none the context variable is not read: ``torch.compile`` cannot
+            trace it, and guards on this instead (:mod:`.compiled_tasks`).
     """
 
     active: Name = None
     loaded: dict[str, Any] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
     blocks: int = 0
+    is_open: bool = False
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
     def row_tasks(self) -> RowTasks | None:
@@ -48,6 +53,29 @@ class TaskState:
             self.check(tasks.names)
         return tasks
 
+    def add(self, name: str, facts: Any) -> None:
+        """A task is loaded from here on."""
+        self.numbers[name] = next(_numbers)
+        self.loaded[name] = facts
+
+    def remove(self, name: str) -> None:
+        """Undo :meth:`add`."""
+        del self.loaded[name], self.numbers[name]
+
+    def number_of(self, name: Name) -> int:
+        """The number of a task, 0 for the base. Raises TaskError if it is not loaded."""
+        self.check([name])
+        return 0 if name is None else self.numbers[name]
+
+    def name_of(self, number: int) -> Name:
+        """The task with that number. Raises TaskError if it has been unloaded."""
+        if number == 0:
+            return None
+        for name, mine in list(self.numbers.items()):
+            if mine == number:
+                return name
+        raise TaskError("a task has been unloaded while a compiled model computed with it")
+
     def check(self, names: Iterable[Name]) -> None:
         """Raise TaskError for a task that is not loaded."""
         for name in names:
@@ -59,22 +87,25 @@ class TaskState:
     def choose(self, names: Sequence[Name]) -> Iterator[None]:
         """Use tasks `names`, one for each row of a batch, inside the block."""
         token = _row_tasks.set({**_row_tasks.get(), id(self): RowTasks(names)})
-        with self._lock:
-            self.blocks += 1
+        self._count(1)
         try:
             yield
         finally:
-            with self._lock:
-                self.blocks -= 1
+            self._count(-1)
             _row_tasks.reset(token)
 
+    def _count(self, more: int) -> None:
+        with self._lock:
+            self.blocks += more
+            self.is_open = self.blocks > 0
+
     def __deepcopy__(self, memo: dict[int, Any]) -> TaskState:
-        twin = TaskState(self.active, dict(self.loaded))
+        twin = TaskState(self.active, dict(self.loaded), dict(self.numbers))
         memo[id(self)] = twin
         return twin
 
     def __reduce__(self) -> Any:
-        return TaskState, (self.active, self.loaded)
+        return TaskState, (self.active, self.loaded, self.numbers)
 
 
 class RowTasks:
@@ -142,15 +173,29 @@ class RowTasks:
                 "the batch (of what generate is given: it repeats rows for beams and num_return_sequences by itself)"
             )
 
-    def by_rows(self, x: Tensor, path: str) -> Tensor:
+    def ids_of_input(self, x: Tensor, path: str, call: ModelCall | None) -> Tensor:
+        """As :meth:`task_ids` for axis 0 of `x`, on a CPU; `call` is the model's call, by default what goes on.
+
+        Raises TaskError as :meth:`by_rows`, and for a single row that the whole batch shares.
+        """
+        rows = len(self.by_rows(x, path, call)) if x.dim() else 0
+        if x.dim() and rows != len(x):
+            raise TaskError(
+                f"{path} gets one row for a batch of {rows}, so tasks that change it {_APART}, or run the model "
+                "uncompiled"
+            )
+        return self.task_ids(rows, torch.device("cpu"), path)
+
+    def by_rows(self, x: Tensor, path: str, call: ModelCall | None = None) -> Tensor:
         """`x` with the rows of the batch as axis 0; a single row that the whole batch shares is repeated.
 
         Raises TaskError where axis 0 may be something else: a tensor alone does not tell which axis is the batch.
         """
-        rows, first = batch_rows(), len(x)
+        call = call or _call.get()
+        rows, first = call.rows, len(x)
         if any(part in _NOT_BY_ROW for part in path.split(".")):
             raise TaskError(f"{path} does not work row by row: tasks that change it {_APART}")
-        self.check_axis(first, path)
+        self.check_axis(first, path, call)
         if rows is None:
             self.check_rows(first, path)
             return x
@@ -163,12 +208,12 @@ class RowTasks:
             )
         return x
 
-    def check_axis(self, first: int, path: str) -> None:
+    def check_axis(self, first: int, path: str, call: ModelCall | None = None) -> None:
         """Raise TaskError where `first` things that module `path` gets are not the rows of the batch, in their order.
 
         Those are the patches or images of a vision tower: rows may have different numbers of them.
         """
-        call = _call.get()
+        call = call or _call.get()
         if call.apart or (call.exact and first not in (1, call.rows)):
             part = re.split(r"\.\d+\.", path)[0]
             what = call.apart or "the model"
@@ -187,11 +232,21 @@ class ModelCall:
         rows: of the batch; None if unknown.
         exact: only tensors with that many rows are the batch: others may be images and the like, in other numbers.
         apart: name of the called part of the model, if what that gets is no batch; else None.
+        batch: in a compiled graph, the rows that the outermost call got, where each must have its task; else None.
     """
 
     rows: int | None = None
     exact: bool = False
     apart: str | None = None
+    batch: int | None = None
+
+    def inner(self, rows: int | None, exact: bool, part: str | None) -> ModelCall:
+        """The call of a model inside of this one; arguments as in :func:`model_call`."""
+        if rows is None or self.apart:
+            return self
+        if part is not None and self.rows not in (None, rows):
+            return ModelCall(self.rows, apart=part, batch=self.batch)
+        return ModelCall(rows, exact, batch=self.batch)
 
 
 def batch_rows() -> int | None:
@@ -208,20 +263,22 @@ def model_call(rows: int | None, *, exact: bool = False, part: str | None = None
         exact: see :class:`ModelCall`.
         part: the model's name, if it is a part whose input is a batch only where it has the outer call's rows.
     """
-    outer = _call.get()
-    if rows is None or outer.apart:
-        call = outer
-    elif part is not None and outer.rows not in (None, rows):
-        call = ModelCall(outer.rows, apart=part)
-    else:
-        call = ModelCall(rows, exact)
-    token = _call.set(call)
+    token = _call.set(_call.get().inner(rows, exact, part))
     try:
         yield
     finally:
         _call.reset(token)
 
 
+class _Traced(threading.local):
+    """The call of a model that is being traced into a graph, or None: what a context variable cannot be there."""
+
+    def __init__(self) -> None:
+        self.call: ModelCall | None = None
+
+
+traced = _Traced()
+_numbers = itertools.count(1)
 _APART = "cannot share a batch; run the rows of each task in a separate batch"
 _NOT_BY_ROW = ("experts", "relative_attention_bias")  # tokens picked by a router; tokens by tokens
 _call: ContextVar[ModelCall] = ContextVar("lowbit_model_call", default=ModelCall())  # noqa: B039, frozen

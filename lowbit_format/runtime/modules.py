@@ -19,6 +19,7 @@ from ..kernels import operators
 from ..kernels.batch import Factor
 from ..kernels.matrix import PlaneMatrix, with_delta
 from ..schema import Scheme
+from . import compiled_tasks
 from .active_tasks import Name, RowTasks, TaskState
 from .deltas import Delta, TunedDelta, keeping_dtype, shifted, stack, stackable
 from .known_modules import scaled
@@ -35,6 +36,7 @@ class LowbitModule(PlaneModule):
         state: the active task, shared with the model's other modules.
         deltas: of the loaded tasks, by name; tied modules share them. They are not part of the ``state_dict``.
         tuned: the delta in training, or None; its task has the name `tuned_name`.
+        key: by which operators of compiled graphs find this module.
     """
 
     tuned: TunedDelta | None
@@ -46,6 +48,7 @@ class LowbitModule(PlaneModule):
         self.register_module("tuned", None)
         self.tuned_name: Name = None
         self._task: Name = None
+        self.key = compiled_tasks.new_key(self)
         self._delta: Delta | None = None  # of _task, kept so that a compiled graph depends on tensors, not on names
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -125,6 +128,10 @@ class LowbitModule(PlaneModule):
         self.scheme = replace(self.scheme, scale_dtype=dtype, nested=())
         self._parameters.update({role: nn.Parameter(v, requires_grad=False) for role, v in values.items()})
 
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.key = compiled_tasks.new_key(self)
+
     def tie_to(self, owner: PlaneModule) -> None:
         super().tie_to(owner)
         if isinstance(owner, LowbitModule):
@@ -139,6 +146,8 @@ class LowbitModule(PlaneModule):
             )
         if not self.is_tiled and not operators.is_watched():
             self.tile()
+        if torch.compiler.is_compiling() and self.state.is_open and not self.deltas and self.tuned is None:
+            return kernel(x, self.plane_matrix, None, None)  # no task changes it: the context variable is not traced
         tasks = self.state.row_tasks()
         deltas = self._active_deltas(tasks)
         if tasks is None or _are_one(deltas):
@@ -180,6 +189,19 @@ class LowbitModule(PlaneModule):
             return None
         ids = tasks.task_ids(rows, self.device, self.path)
         return Factor(self.plane_matrix, bias, self._stacked(tasks, deltas), ids)
+
+    def changes(self, names: Sequence[Name]) -> bool:
+        """Whether these tasks make a difference among each other here."""
+        return not _are_one([self.delta_of(name) for name in names])
+
+    def _asks_at_run_time(self) -> bool:
+        """Whether a graph is being traced that shall ask for the tasks of a block whenever it runs.
+
+        Not in training: deltas would get no gradients.
+        """
+        if not (torch.compiler.is_compiling() and self.state.is_open):
+            return False
+        return bool(self.deltas) if self.tuned is None else not torch.is_grad_enabled()
 
     def _is_tuned(self, name: Name) -> bool:
         return name is not None and name == self.tuned_name
@@ -229,6 +251,8 @@ class _Product(LowbitModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]``, in the dtype of `x` (or of autocast)."""
+        if self._asks_at_run_time():
+            return compiled_tasks.linear(x, self.plane_matrix, self.bias, self.key)
         out = self._run(x, lambda x, w, deltas, ids: operators.linear(x, w, self.bias, deltas, ids))
         # A kernel that is called without autograd may return a view. Adapters add to it in place, where they have
         # gradients and it has none: autograd forbids that for such a view.
@@ -313,9 +337,12 @@ class LowbitEmbedding(LowbitModule, nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids`` int ``[...]`` to ``[..., embedding_dim]`` in the compute dtype; only these rows are decoded."""
-        rows = self._run(
-            ids, lambda x, w, deltas, rows: operators.embedding(x, w, deltas, rows, dtype=self.compute_dtype)
-        )
+        if self._asks_at_run_time():
+            rows = compiled_tasks.embedding(ids, self.plane_matrix, self.key, self.compute_dtype)
+        else:
+            rows = self._run(
+                ids, lambda x, w, deltas, rows: operators.embedding(x, w, deltas, rows, dtype=self.compute_dtype)
+            )
         return rows if self.scale is None else scaled(rows, self.scale, self.rounds_scale)
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..errors import TaskError
+from . import compiled_tasks
 from .active_tasks import Name, RowTasks, TaskState
 from .class_mixin import Mixin, mix_in, restore_class
 
-_ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies", "task_now")
+_ATTRIBUTES = ("task_state", "task_path", "task_own", "task_copies", "task_now", "task_key")
 
 
 class SwitchedModule(Mixin):
@@ -30,6 +31,7 @@ class SwitchedModule(Mixin):
         task_own: the task whose parameters the module itself holds: the base, or the task in training.
         task_now: the copy that the model's own task uses; empty if that is the module itself.
         task_copies: the other tasks' modules, by name; under None the base's, while `task_own` is a task.
+        task_key: by which operators of compiled graphs find this module.
     """
 
     task_state: TaskState
@@ -37,18 +39,39 @@ class SwitchedModule(Mixin):
     task_own: Name
     task_copies: dict[Name, nn.Module]
     task_now: tuple[nn.Module, ...]
+    task_key: Tensor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the class behind, with the parameters of each row's task.
 
         Not ``forward``: accelerate and others replace that.
         """
+        if torch.compiler.is_compiling() and self.task_state.is_open:
+            return self._run_at_run_time(args, kwargs)
         tasks = self.task_state.row_tasks()
         if tasks is None:
             return self._run(self.task_now, args, kwargs)
         if len(tasks.names) == 1:
             return self._run(self._copies_of(tasks.names[0]), args, kwargs)
         return self._run_mixed(tasks, args, kwargs)
+
+    @property
+    def state(self) -> TaskState:
+        """As of a quantized module."""
+        return self.task_state
+
+    @property
+    def path(self) -> str:
+        """As of a quantized module."""
+        return self.task_path
+
+    def changes(self, names: Sequence[Name]) -> bool:
+        """Whether these tasks have different modules."""
+        return len({id(self.module_of(name)) for name in names}) > 1
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.task_key = compiled_tasks.new_key(self)
 
     def set_task(self, name: Name) -> None:
         """From now on compute with task `name` outside of ``use_tasks`` blocks."""
@@ -89,6 +112,23 @@ class SwitchedModule(Mixin):
 
     def _run(self, copies: tuple[nn.Module, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return copies[0](*args, **kwargs) if copies else super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _run_at_run_time(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """In a graph that does not know the tasks: run every copy, and take each row from the one of its task."""
+        x = next(t for t in pytree.tree_flatten((args, kwargs))[0] if isinstance(t, Tensor) and t.dim())
+        numbers = compiled_tasks.task_numbers(x, self.task_key, len(x)).to(x.device)
+        found = self._run(self._copies_of(None), args, kwargs)
+        for name in [*self.task_copies, self.task_own]:
+            if name is None:
+                continue
+            other = self._run(self._copies_of(name), args, kwargs)
+            if not isinstance(other, Tensor) or other.shape != found.shape or len(other) != len(x):
+                raise TaskError(
+                    f"{self.task_path}: heads of different sizes or kinds cannot be compiled into one graph"
+                )
+            mine = (numbers == self.task_state.numbers[name]).reshape(-1, *[1] * (other.dim() - 1))
+            found = torch.where(mine, other, found)
+        return found
 
     def _run_mixed(self, tasks: RowTasks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the copy of each task on its rows, and put the results back in the order of the batch."""
@@ -131,7 +171,7 @@ def switched(module: nn.Module, path: str, state: TaskState) -> SwitchedModule:
     if not isinstance(module, SwitchedModule):
         switching: Any = module  # all attributes first: another thread may be computing with the module
         switching.task_state, switching.task_path, switching.task_own, switching.task_copies = state, path, None, {}
-        switching.task_now = ()
+        switching.task_now, switching.task_key = (), compiled_tasks.new_key(module)
         mix_in(SwitchedModule, module)
     return module  # type: ignore[return-value]
 

@@ -18,6 +18,7 @@ from ..errors import BundleError, FingerprintError
 from ..matrix import F32
 from .bundle import TaskBundle
 from .bundle_config import TaskConfig
+from .layer_scaling import layer_factors
 from .operations import OPERATIONS, split_delta
 
 F64 = NDArray[np.float64]
@@ -56,7 +57,11 @@ class ModuleDifference:
 
 
 def merge_bundles(
-    bundles: Sequence[TaskBundle], weights: Sequence[float] | None = None, *, saved_from: int | None = None
+    bundles: Sequence[TaskBundle],
+    weights: Sequence[float] | None = None,
+    *,
+    saved_from: int | None = None,
+    lines: float | None = None,
 ) -> TaskBundle:
     """The weighted sum of the bundles' deltas, computed in float64 and rounded once to float32.
 
@@ -65,6 +70,8 @@ def merge_bundles(
         weights: one for each bundle; None is their mean.
         saved_from: index of the bundle whose `modules_to_save` are kept. None will do where only one bundle has any,
             or all that have them have the same, bit for bit.
+        lines: of the first layer only this part (0 to 1) is taken, of the last one all, and evenly more between
+            (LiNeS, :mod:`.layer_scaling`); None: of each layer all.
 
     Returns:
         A bundle with the method ``"merge"``.
@@ -72,7 +79,7 @@ def merge_bundles(
     Raises:
         FingerprintError: the bundles belong to different bases or heads.
         BundleError: precisions, operations or shapes that do not go together, modules to save that nobody chose, or
-            a sum that float32 cannot hold.
+            a sum that float32 cannot hold; `lines` without layers.
     """
     if not bundles:
         raise BundleError("TSK-11", "there is nothing to merge; give at least one bundle")
@@ -81,7 +88,10 @@ def merge_bundles(
     if len(weights) != len(bundles) or not all(map(math.isfinite, weights)):
         raise BundleError("TSK-9", f"the weights are {list(weights)}, expected {len(bundles)} finite numbers")
     head = _common_head(bundles)
-    deltas = {name: _weighted_sum(name, bundles, weights) for name in _common_names(bundles)}
+    names = _common_names(bundles)
+    parts = {} if lines is None else layer_factors((split_delta(name)[0] for name in names), lines)
+    scaled = {name: [w * parts.get(split_delta(name)[0], 1.0) for w in weights] for name in names}
+    deltas = {name: _weighted_sum(name, bundles, scaled[name]) for name in names}
     keeper = bundles[_saved_index(bundles, saved_from)]
     place = next((b.config for b in bundles if b.config.base_model_name_or_path), bundles[0].config)
     config = TaskConfig(

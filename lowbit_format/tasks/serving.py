@@ -109,7 +109,7 @@ def load_task(
     numbers = sum(d.numel() for d in deltas.values())
     tensors = [t for head in heads.values() for t in head.state_dict().values()]
     size, nbytes = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
-    loaded_tasks(model)[name] = LoadedTask(name, bundle.config, numbers, size, nbytes)
+    state.add(name, LoadedTask(name, bundle.config, numbers, size, nbytes))
     return name
 
 
@@ -178,7 +178,7 @@ def unload_task(model: Any, name: str) -> None:
         set_task(model, None)
     if tuned_task(model) == name:
         model.lowbit_save = None
-    del state.loaded[name]
+    state.remove(name)
     for _, module in lowbit_modules(model):
         module.deltas.pop(name, None)
         if module.tuned_name == name:

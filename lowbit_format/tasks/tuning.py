@@ -163,7 +163,7 @@ def prepare_scale_tuning(
         base.fingerprint.body, base.fingerprint.head, method, bits=base.bits, modules_to_save=names, task=task
     )
     model.lowbit_save = save_checkpoint
-    loaded_tasks(model)[name] = LoadedTask(name, config, trained, tuned=True, saved_numbers=whole)
+    state.add(name, LoadedTask(name, config, trained, tuned=True, saved_numbers=whole))
     set_task(model, name)
     return Tuning(name, tuple(modules), trained, tuple(saved), whole)
 

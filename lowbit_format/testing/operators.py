@@ -533,6 +533,10 @@ class OperatorConformance:
 
         found = self.run("linear_param_grads", grad, x, w, deltas, task_ids)
         self.check_grads(found, product, w, deltas, grad)
+        if deltas is not None:
+            *others, alone = self.run("linear_param_grads", grad, x, w, deltas, task_ids, True)
+            assert others == [None, None, None]
+            assert same_bits(alone, found[3])
 
     def test_gradients_of_a_product(self, kind: Scheme, tasks: str | None, dtype: torch.dtype) -> None:
         """Of all rows' tasks, and of each row's."""

@@ -10,7 +10,7 @@ rates would choose one that is several times too large.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 
 from ..errors import TuningError
 
@@ -30,12 +30,15 @@ def trial_rate(rate: float, steps: int) -> float:
     return rate * steps / trial_steps(steps)
 
 
-def choose_rate(trial: Callable[[float], float], losses: MutableMapping[float, float]) -> float:
+def choose_rate(
+    trial: Callable[[float], float], losses: MutableMapping[float, float], rates: Sequence[float] = RATES
+) -> float:
     """The rate with the least loss after a short training, or the smallest that is :data:`NEAR` it.
 
     Args:
         trial: gives the loss of the short training that stands for a rate.
         losses: of rates that have been tried, by rate; the others are added.
+        rates: to try at first.
 
     Raises:
         TuningError: all diverged.
@@ -48,8 +51,8 @@ def choose_rate(trial: Callable[[float], float], losses: MutableMapping[float, f
         tried[rate] = losses[rate]
         return min(tried, key=lambda r: tried[r])
 
-    best = max(RATES)
-    for rate in RATES:
+    best = max(rates)
+    for rate in rates:
         best = try_one(rate)
     for _ in range(FURTHER):
         if best not in (min(tried), max(tried)):

@@ -75,14 +75,14 @@ def try_rate(job: Job, rate: float, steps: int) -> float:
 
 def loss_after(job: Job, rate: float, steps: int, stage: str) -> float:
     """The loss on the examples to choose by after a training, infinite if it diverged; the model is left as it was."""
-    start = [p.detach().clone() for p in _trained(job.model)]
+    start = [p.detach().clone() for p in trained(job.model)]
     try:
         trainer = _trainer(job, rate, steps, stage, save_strategy="no", eval_strategy="no")
         trainer.train()
         loss = measure(job, job.choose, trainer)["loss"]
     finally:
         with torch.no_grad():
-            for p, value in zip(_trained(job.model), start, strict=True):
+            for p, value in zip(trained(job.model), start, strict=True):
                 p.copy_(value)
                 p.grad = None
     return loss if math.isfinite(loss) else math.inf
@@ -98,7 +98,7 @@ def train(job: Job, rate: float, steps: int, *, resume: bool = False) -> Trained
     if checkpoint is not None and (done := _ended(checkpoint, steps)) is not None:
         _load(job.model, job.work / f"checkpoint-{done.best_step}")
         return done
-    every = _every(steps)
+    every = evaluation_steps(steps)
     kept = {"save_strategy": "steps", "save_steps": every, "save_total_limit": 2}
     judged = {
         "eval_strategy": "steps",
@@ -155,18 +155,18 @@ def newest_checkpoint(work: Path) -> Path | None:
     return max(whole, key=lambda p: int(p.name.split("-")[-1]), default=None)
 
 
-def steps_for(examples: int, batch_size: int, epochs: float | None) -> int:
+def steps_for(examples: int, batch_size: int, epochs: float | None, more: int = 1) -> int:
     """How many steps to train: three epochs; of few examples up to 20 for 200 steps, of many one for 2,000 steps.
 
-    Rounded up, so that the last step is followed by an evaluation.
+    Without a number of epochs, `more` times as many. Rounded up, so that the last step is followed by an evaluation.
     """
     an_epoch = math.ceil(examples / batch_size)
     few, many = min(200, 20 * an_epoch), max(2000, an_epoch)
-    steps = min(max(3 * an_epoch, few), many) if epochs is None else max(1, round(epochs * an_epoch))
-    return math.ceil(steps / _every(steps)) * _every(steps)
+    steps = more * min(max(3 * an_epoch, few), many) if epochs is None else max(1, round(epochs * an_epoch))
+    return math.ceil(steps / evaluation_steps(steps)) * evaluation_steps(steps)
 
 
-def _every(steps: int) -> int:
+def evaluation_steps(steps: int) -> int:
     """Steps between two evaluations."""
     return min(steps, max(5, math.ceil(steps / EVALUATIONS)))
 
@@ -209,10 +209,10 @@ def _trainer(job: Job, rate: float, steps: int, stage: str, **options: Any) -> A
     trainer = transformers.Trainer(
         job.model,
         arguments,
-        data_collator=_collator(job),
+        data_collator=collator(job),
         train_dataset=list(job.train),  # type: ignore[arg-type, unused-ignore]
         eval_dataset=list(job.choose),  # type: ignore[arg-type, unused-ignore]
-        compute_loss_func=None if job.weights is None else _weighted_loss(job.weights),
+        compute_loss_func=None if job.weights is None else weighted_loss(job.weights),
         preprocess_logits_for_metrics=lambda logits, labels: reduced(job.kind, logits, labels),
         compute_metrics=lambda found: _results(job.kind, found),
         optimizers=(_optimizer(job.model, rate), None),
@@ -228,18 +228,24 @@ def _results(kind: str, found: Any) -> dict[str, float]:
 
 def _optimizer(model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Adam without decay; a head's numbers get at most :data:`HEAD_RATE`."""
-    deltas = {id(p) for m in model.modules() if isinstance(m, TunedDelta) for p in m.parameters()}
-    parts = [p for p in _trained(model) if id(p) in deltas], [p for p in _trained(model) if id(p) not in deltas]
     rates = rate, min(rate, HEAD_RATE)
-    groups = [{"params": part, "lr": r} for part, r in zip(parts, rates, strict=True) if part]
+    groups = [{"params": part, "lr": r} for part, r in zip(parts_of(model), rates, strict=True) if part]
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
-def _trained(model: nn.Module) -> list[nn.Parameter]:
+def parts_of(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """What is trained: deltas, and other numbers."""
+    deltas = {id(p) for m in model.modules() if isinstance(m, TunedDelta) for p in m.parameters()}
+    return [p for p in trained(model) if id(p) in deltas], [p for p in trained(model) if id(p) not in deltas]
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters in training."""
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _collator(job: Job) -> Any:
+def collator(job: Job) -> Any:
+    """Makes a padded batch of examples."""
     if job.kind == LANGUAGE:
         return transformers.DataCollatorForSeq2Seq(job.tokenizer)  # it pads labels as well
     if job.kind == TOKENS:
@@ -260,7 +266,9 @@ def _listed(labels: Any) -> list[int]:
     return labels if isinstance(labels, list) else [labels]
 
 
-def _weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
+def weighted_loss(weights: Tensor) -> Callable[..., Tensor]:
+    """The loss of a batch, from what the model gives and the labels, with weights of classes."""
+
     def loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         logits = outputs["logits"].float()
         flat = logits.reshape(-1, logits.shape[-1])
@@ -280,5 +288,9 @@ class _Watch(transformers.TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.save_strategy != "no" and not math.isfinite(kwargs["metrics"]["eval_loss"]):
-            rate = args.learning_rate
-            raise TuningError(f"the training diverged at the learning rate {rate:g}; give a smaller one (--lr, lr=)")
+            raise diverged(args.learning_rate)
+
+
+def diverged(rate: float) -> TuningError:
+    """The error of a training whose loss is no longer finite."""
+    return TuningError(f"the training diverged at the learning rate {rate:g}; give a smaller one (--lr, lr=)")

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..container.atomic import atomic_directory, check_absent
 from ..errors import TuningError
@@ -19,13 +20,41 @@ from ..tasks.bundle_config import Description
 from ..tasks.saving import save_task
 from ..tasks.sharing import push_task_to_hub
 from . import base as bases
+from . import forward_training, training
 from .columns import CLASSIFICATION, LANGUAGE, REGRESSION, TOKENS
 from .data import EncodedParts, read_data
 from .journal import Journal
-from .rates import choose_rate
-from .training import Job, Report, class_weights_of, measure, steps_for, train, try_rate, without_dropout
+from .rates import RATES, choose_rate
+from .training import Job, Report, class_weights_of, measure, steps_for, without_dropout
 
 AUTO = "auto"
+
+
+class Run(Protocol):
+    """A module with the training runs of an optimizer."""
+
+    def try_rate(self, job: Job, rate: float, steps: int) -> float:
+        """The loss after a short training that stands for a whole one."""
+        ...
+
+    def train(self, job: Job, rate: float, steps: int, *, resume: bool) -> training.Trained:
+        """Train, and leave the best numbers in the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A way to train: its runs, the rates that are tried at first, and how many times more steps it takes."""
+
+    runs: Run
+    rates: tuple[float, ...]
+    more_steps: int = 1
+
+
+OPTIMIZERS = {
+    "adam": Optimizer(training, RATES),
+    "zo": Optimizer(forward_training, forward_training.RATES, forward_training.MORE_STEPS),
+}
 BATCH_SIZES = {CLASSIFICATION: 32, REGRESSION: 32, TOKENS: 16, LANGUAGE: 8}
 MAX_LENGTH = 512  # tokens, where the model takes as many
 
@@ -56,6 +85,7 @@ class Tuned:
         seconds: in all, without those of a run that was interrupted.
         peak_bytes: most memory that the process has had.
         url: of the commit on the Hub, if it was pushed.
+        optimizer: that trained it, ``"adam"`` or ``"zo"``.
     """
 
     directory: Path
@@ -77,6 +107,7 @@ class Tuned:
     seconds: float
     peak_bytes: int
     url: str | None = None
+    optimizer: str = "adam"
 
 
 def tune(
@@ -91,6 +122,7 @@ def tune(
     method: str | None = None,
     bits: int | None = None,
     lr: float | str = AUTO,
+    optimizer: str = "adam",
     epochs: float | None = None,
     batch_size: int | None = None,
     max_length: int | None = None,
@@ -122,7 +154,10 @@ def tune(
             base's codec wants.
         bits: precision to tune at, of a base with several.
         lr: learning rate of the deltas; ``"auto"``: chosen by short trainings.
-        epochs: how often each example is seen, at most; by default three times, of few examples more often.
+        optimizer: ``"adam"``, or ``"zo"``: two forward passes a step and no backward pass, with the memory of
+            inference and many more steps (:class:`lowbit_format.ZerothOrder`).
+        epochs: how often each example is seen, at most; by default three times, of few examples more often, and ten
+            times that without a backward pass.
         batch_size: examples of a step; by default 32, of language modelling 8.
         max_length: most tokens of an example; by default 512, or as many as the model takes.
         class_weights: let each label count the same in the loss, however rare.
@@ -138,7 +173,8 @@ def tune(
     """
     began, place, directory = time.perf_counter(), os.fspath(base), Path(out)
     check_absent(directory)
-    _check_options(lr, epochs, batch_size, max_length)
+    _check_options(lr, optimizer, epochs, batch_size, max_length)
+    way = OPTIMIZERS[optimizer]
     data_read = read_data(os.fspath(data), eval, kind=kind, columns=columns or {}, labels=labels, seed=seed)
     about = Description(data_read.columns.kind, () if data_read.labels is None else data_read.labels.names)
     tokenizer = bases.load_tokenizer(place, words=about.kind == TOKENS)
@@ -149,11 +185,12 @@ def tune(
     model, tuning, chosen = bases.load(place, about, method=method, bits=bits, seed=seed, name=directory.name)
     bases.settle(model, tokenizer, about, [item["labels"] for item in train_items])
     size = batch_size or BATCH_SIZES[about.kind]
-    steps = steps_for(len(train_items), size, epochs)
+    steps = steps_for(len(train_items), size, epochs, way.more_steps)
     settings = {
         "base": model.lowbit_base.fingerprint.body,
         **{"kind": about.kind, "labels": list(about.labels), "method": chosen, "bits": bits, "lr": lr, "steps": steps},
         **{"batch_size": size, "max_length": length, "class_weights": class_weights, "seed": seed},
+        "optimizer": optimizer,
         "data": _digest(train_items, encoded.choose.items),
     }
     journal = Journal(directory.with_name(f"{directory.name}.tuning"), settings, resume=resume)
@@ -162,8 +199,8 @@ def tune(
     )
     with without_dropout(model):
         before = measure(job, encoded.judge.items)
-        rate = choose_rate(lambda r: try_rate(job, r, steps), journal) if isinstance(lr, str) else float(lr)
-        done = train(job, rate, steps, resume=resume)
+        rate = float(lr) if lr != AUTO else choose_rate(lambda r: way.runs.try_rate(job, r, steps), journal, way.rates)
+        done = way.runs.train(job, rate, steps, resume=resume)
         after = measure(job, encoded.judge.items)
     with atomic_directory(directory) as work:
         save_task(model, work, metrics={name: value for name, value in after.items() if name != "loss"})
@@ -189,10 +226,15 @@ def tune(
         time.perf_counter() - began,
         _peak_bytes(),
         url,
+        optimizer,
     )
 
 
-def _check_options(lr: float | str, epochs: float | None, batch_size: int | None, max_length: int | None) -> None:
+def _check_options(
+    lr: float | str, optimizer: str, epochs: float | None, batch_size: int | None, max_length: int | None
+) -> None:
+    if optimizer not in OPTIMIZERS:
+        raise TuningError(f"unknown optimizer {optimizer!r}: choose one of {', '.join(OPTIMIZERS)}")
     if lr != AUTO and not (isinstance(lr, float | int) and lr > 0):
         raise TuningError(f"the learning rate is {lr!r}, expected a number above 0, or {AUTO!r}")
     for name, value, least in (("epochs", epochs, 0), ("batch_size", batch_size, 0), ("max_length", max_length, 1)):

@@ -219,6 +219,17 @@ def test_merge_adds_with_weights(half: Path, tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
+def test_merge_with_less_of_early_layers(half: Path, tmp_path: Path) -> None:
+    good = read_bundle(GOOD)
+    deltas = {f"layers.{i}.fc.scales.mul": np.ones((1, 4), np.float32) for i in range(2)}
+    write_bundle(tmp_path / "deep", TaskBundle(good.config, deltas))
+    assert task("merge", tmp_path / "out", tmp_path / "deep", "--lines", 0.25).exit_code == 0
+    merged = read_bundle(tmp_path / "out").deltas
+    assert [float(merged[name][0, 0]) for name in deltas] == [0.25, 1.0]
+    assert "Of the first layer 0.25 times that" in (tmp_path / "out" / CARD_FILE).read_text("utf-8")
+    assert "expected 0 to 1" in refused(task("merge", tmp_path / "x", tmp_path / "deep", "--lines", 2))
+
+
 def test_merge_without_weights_is_the_mean(half: Path, tmp_path: Path) -> None:
     assert task("merge", tmp_path / "out", GOOD, half).exit_code == 0
     for name, delta in read_bundle(tmp_path / "out").deltas.items():

@@ -46,7 +46,8 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     result = tune(
         "user/base", "user/data", tmp_path / "out", "--eval", "validation", "--text", "a", "--label", "b", "--labels",
         "no,yes", "--kind", "classification", "--method", "scales", "--bits", 2, "--lr", "0.5", "--epochs", 1.5,
-        "--batch-size", 3, "--max-length", 9, "--class-weights", "--seed", 7, "--resume", "--push", "user/task",
+        "--optimizer", "zo", "--batch-size", 3, "--max-length", 9, "--class-weights", "--seed", 7, "--resume",
+        "--push", "user/task",
     )  # fmt: skip
     assert result.exit_code == 130
     assert "run the same command with --resume" in result.stderr
@@ -55,7 +56,7 @@ def test_every_option_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert callable(options.pop("report"))
     assert options == {
         "eval": "validation", "columns": {"text": "a", "label": "b"}, "labels": ["no", "yes"], "kind": "classification",
-        "method": "scales", "bits": 2, "lr": 0.5, "epochs": 1.5, "batch_size": 3, "max_length": 9,
+        "method": "scales", "bits": 2, "lr": 0.5, "optimizer": "zo", "epochs": 1.5, "batch_size": 3, "max_length": 9,
         "class_weights": True, "seed": 7, "resume": True, "push": "user/task",
     }  # fmt: skip
 

@@ -265,8 +265,8 @@ def test_the_compiled_kernel_sums_where_it_can(monkeypatch: pytest.MonkeyPatch) 
     whole = naive.linear_param_grads
 
     def spied(*args: Any, decode_grads: Any, **kwargs: Any) -> Any:
-        def spy(w: Any, weight_grad: Any) -> Any:
-            return decode_grads(w, lambda start, stop: asked.append((start, stop)) or weight_grad(start, stop))
+        def spy(w: Any, weight_grad: Any, planes: Any) -> Any:
+            return decode_grads(w, lambda start, stop: asked.append((start, stop)) or weight_grad(start, stop), planes)
 
         return whole(*args, decode_grads=spy, **kwargs)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.checkpoints import build, with_tokenizer
 from support.task_data import base_with_tokenizer, classified, sentences, write_lines
 from support.tuning_models import Bases
@@ -16,8 +17,9 @@ from transformers import AutoTokenizer
 
 import lowbit_format as lb
 from lowbit_format.errors import DataError, LoadError, LowbitError, OutputError, TuningError
+from lowbit_format.kernels.cpu import backend as cpu
 from lowbit_format.tasks.bundle import read_bundle
-from lowbit_format.tuning import training
+from lowbit_format.tuning import forward_training, training
 from lowbit_format.tuning import tune as module
 from lowbit_format.tuning.training import without_dropout
 
@@ -187,6 +189,77 @@ def test_a_resumed_tuning_is_a_straight_one(bases: Bases, here: Path) -> None:
     assert not Path("out.tuning").exists()
 
 
+def test_without_a_backward_pass(bases: Bases, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted in the choice of the rate, between two checkpoints, and at the end: the same files, bit for bit."""
+    monkeypatch.setitem(module.OPTIMIZERS, "zo", module.Optimizer(forward_training, (1e-2, 3e-2), 10))
+    for function in ("linear_input_grad", "linear_param_grads"):
+        monkeypatch.setattr(cpu, function, None)
+    base, data = base_with_tokenizer(bases, "bert"), classified(here / "a.jsonl", 100)
+    options: dict[str, Any] = {"optimizer": "zo", "epochs": 6, "batch_size": 16}
+    straight = lb.tune(base, data, "out", **options)
+    assert straight.optimizer == "zo"
+    assert straight.after["loss"] < straight.before["loss"]
+    assert len(straight.rates) >= 2
+    want = contents(here / "out")
+    shutil.rmtree("out")
+
+    def stop_at(*at: Any) -> Any:
+        def stop(stage: str, done: int, total: int) -> None:
+            if (stage, done) == at:
+                raise Stop
+
+        return stop
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise Stop
+
+    for at in (("rate 0.03", 2), ("training", 13)):
+        with pytest.raises(Stop):
+            lb.tune(base, data, "out", resume=True, report=stop_at(*at), **options)
+    saved = Path("out.tuning", forward_training.CHECKPOINT)
+    assert saved.stat().st_size < 4000
+    with pytest.raises(OutputError, match="the unfinished tuning has optimizer 'zo', this one 'adam'"):
+        lb.tune(base, data, "out", resume=True, **{**options, "optimizer": "adam"})
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_task", fail)
+        with pytest.raises(Stop):
+            lb.tune(base, data, "out", resume=True, **options)
+    told = list[str]()
+    again = lb.tune(base, data, "out", resume=True, report=lambda stage, *_: told.append(stage), **options)
+    assert told == []
+    assert contents(here / "out") == want
+    assert (again.steps, again.best_step, again.after) == (straight.steps, straight.best_step, straight.after)
+
+
+def test_a_text_without_a_backward_pass(bases: Bases, here: Path) -> None:
+    """Without a head nothing has gradients, and a checkpoint is seeds and derivatives alone."""
+    data = write_lines(here / "a.jsonl", [{"text": text} for text, _ in sentences(40)])
+    base, seen = base_with_tokenizer(bases, "llama"), list[set[str]]()
+
+    def look(stage: str, done: int, total: int) -> None:
+        if done > 5:
+            seen.append(set(load_file(Path("out.tuning", forward_training.CHECKPOINT))))
+
+    found = lb.tune(base, data, "out", optimizer="zo", lr=1e-2, epochs=4, batch_size=4, report=look)
+    assert found.after["loss"] < found.before["loss"]
+    assert seen[-1] == {"seeds", "derivatives", "rates", "evaluated", "losses"}
+
+
+def test_a_damaged_checkpoint_of_steps(bases: Bases, here: Path) -> None:
+    base, data = base_with_tokenizer(bases, "bert"), classified(here / "a.jsonl")
+    options: dict[str, Any] = {"optimizer": "zo", "lr": 1e-2, "epochs": 2, "batch_size": 8}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if done == 6:
+            raise Stop
+
+    with pytest.raises(Stop):
+        lb.tune(base, data, "out", report=stop, **options)
+    Path("out.tuning", forward_training.CHECKPOINT).write_bytes(b"no tensors")
+    with pytest.raises(OutputError, match=r"checkpoint-steps\.safetensors: cannot be read"):
+        lb.tune(base, data, "out", resume=True, **options)
+
+
 @pytest.mark.parametrize("patience", [1, 100])  # it ends early; it ends with its last step
 def test_a_training_that_ended_is_not_resumed(
     patience: int, bases: Bases, here: Path, monkeypatch: pytest.MonkeyPatch
@@ -245,6 +318,7 @@ def test_dropout_comes_back(bases: Bases) -> None:
         ({"method": "lora"}, TuningError, "unknown method 'lora'"),
         ({"lr": "high"}, TuningError, "the learning rate is 'high', expected a number above 0, or 'auto'"),
         ({"lr": -1.0}, TuningError, "the learning rate is -1.0"),
+        ({"optimizer": "sgd"}, TuningError, "unknown optimizer 'sgd': choose one of adam, zo"),
         ({"epochs": 0}, TuningError, "epochs is 0, expected more than 0"),
         ({"max_length": 33}, TuningError, "examples of 33 tokens are wanted, and .* takes 32 at most"),
         ({"bits": 2}, LowbitError, "2 bits|precision"),
@@ -284,3 +358,7 @@ def test_a_place_that_is_taken(bases: Bases, here: Path) -> None:
 def test_a_training_that_diverges(bases: Bases, here: Path) -> None:
     with pytest.raises(TuningError, match=r"diverged at the learning rate 1e\+30"):
         lb.tune(base_with_tokenizer(bases, "bert"), classified(here / "a.jsonl"), "out", lr=1e30, epochs=1)
+    with pytest.raises(TuningError, match=r"diverged at the learning rate 1e\+30"):
+        lb.tune(
+            base_with_tokenizer(bases, "bert"), here / "a.jsonl", "zo", lr=1e30, epochs=1, batch_size=8, optimizer="zo"
+        )

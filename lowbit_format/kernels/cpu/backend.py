@@ -193,20 +193,24 @@ def _select(w: PlaneMatrix, rows: Tensor) -> PlaneMatrix:
 # --- gradients of parameters -----------------------------------------------------------------------
 
 
-def decode_grads(w: PlaneMatrix, weight_grad: RowGrads) -> tuple[Tensor, Tensor | None]:
+def decode_grads(w: PlaneMatrix, weight_grad: RowGrads, planes: int | None = None) -> tuple[Tensor, Tensor | None]:
     """As :func:`..naive.decode_grads`, which computes those of ragged planes, codebooks and odd groups."""
     rows, groups = w.rows, w.groups
     size = w.group_columns
     odd = groups > 1 and size % 8 != 0
     if w.scales.dtype == torch.float64 or w.row_bits is not None or w.codebook is not None or odd:
-        return naive.decode_grads(untile(w), weight_grad)
-    sums, totals = np.empty((w.bits, rows, groups), np.float32), np.empty((rows, groups), np.float32)
+        return naive.decode_grads(untile(w), weight_grad, planes)
+    wanted = w.bits if planes is None or not w.scale_per_plane else planes
+    sums, totals = np.empty((wanted, rows, groups), np.float32), np.empty((rows, groups), np.float32)
     step = max(1, GRAD_CHUNK // w.cols)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         grad = weight_grad(start, stop).contiguous().numpy()
-        planes = _select(w, torch.arange(start, stop, device="cpu")).planes if w.is_tiled else w.planes[:, start:stop]
-        signs = planes[: w.bits].detach().contiguous().numpy()
+        if w.is_tiled:
+            mine = tiles.untile(w, torch.arange(start, stop, device="cpu"), wanted).planes
+        else:
+            mine = w.planes[:wanted, start:stop]
+        signs = mine.detach().contiguous().numpy()
         parallel_rows(_signed_sums, len(grad), sums, totals, grad, signs, SIGNS, start, size)
     return grads_of_sums(w, torch.from_numpy(sums), torch.from_numpy(totals))
 

@@ -96,13 +96,14 @@ def tile(w: PlaneMatrix) -> PlaneMatrix:
     return w._replace(planes=tiled, layout=TILED)
 
 
-def untile(w: PlaneMatrix, rows: Tensor | None = None) -> PlaneMatrix:
+def untile(w: PlaneMatrix, rows: Tensor | None = None, planes: int | None = None) -> PlaneMatrix:
     """`w` in the file's layout.
 
     Args:
         w: in the tiled layout.
         rows: int64 ``[n]``: give a matrix of these rows alone, with planes ``[bits, n, bytes]``. Planes that a row of
             a ragged matrix lacks are then zero.
+        planes: with `rows`: only the first so many planes.
 
     Raises:
         IndexError: `rows` has one that does not exist.
@@ -121,14 +122,14 @@ def untile(w: PlaneMatrix, rows: Tensor | None = None) -> PlaneMatrix:
     source = w.planes.detach().numpy().reshape(-1, LANES, 4).view("<u4")[..., 0]
     starts = tile_starts(w, bits)
     wanted = np.arange(count) if rows is None else rows.numpy() % count
-    out = np.zeros((w.bits, len(wanted), words(w)), np.uint32)
+    out = np.zeros((planes or w.bits, len(wanted), words(w)), np.uint32)
     parallel_rows(_set_rows, len(wanted), out, source, wanted, bits, starts, group_words(w))
-    planes = torch.from_numpy(out.view(np.uint8))
+    found = torch.from_numpy(out.view(np.uint8))
     if picked is not None:
-        return picked._replace(planes=planes, layout=FILE)
+        return picked._replace(planes=found, layout=FILE)
     if w.row_bits is not None:
-        planes = planes[torch.from_numpy(w.row_bits.numpy()[None, :] > np.arange(w.bits)[:, None])]
-    return w._replace(planes=planes, layout=FILE)
+        found = found[torch.from_numpy(w.row_bits.numpy()[None, :] > np.arange(w.bits)[:, None])]
+    return w._replace(planes=found, layout=FILE)
 
 
 def _plane_rows(w: PlaneMatrix) -> NDArray[np.int64]:
@@ -167,14 +168,14 @@ def _set_tiles(start, stop, out, source, index, bits, starts, whole, rows):
 
 @numba.njit(nogil=True, cache=True)
 def _set_rows(start, stop, out, source, wanted, bits, starts, whole):
-    """Rows wanted[start:stop] into `out` uint32 ``[bits, n, words]``, which is zero where a tile has fewer planes."""
-    words = out.shape[2]
+    """Rows wanted[start:stop] into `out` uint32 ``[planes, n, words]``, which is zero where a tile has fewer planes."""
+    planes, words = out.shape[0], out.shape[2]
     for i in range(start, stop):
         t, lane = wanted[i] // LANES, wanted[i] % LANES
         n = bits[t]
         for g in range((words + whole - 1) // whole):
             here = min(whole, words - g * whole)
-            for p in range(n):
+            for p in range(min(n, planes)):
                 at = starts[t] + g * whole * n + p * here
                 for j in range(here):
                     out[p, i, g * whole + j] = source[at + j, lane]

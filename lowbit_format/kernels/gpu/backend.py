@@ -151,12 +151,17 @@ def _decoded_chunks(w: PlaneMatrix, dtype: torch.dtype) -> Iterator[tuple[int, i
 
 @_on_its_device
 def linear_param_grads(
-    grad: Tensor, x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None
+    grad: Tensor,
+    x: Tensor,
+    w: PlaneMatrix,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    deltas_only: bool = False,
 ) -> ParamGrads:
     """As :func:`..naive.linear_param_grads`; the gradient of the weight is never in memory."""
     tiled = _supported(w, grad.dtype, x.dtype)
     if tiled is None:
-        return naive.linear_param_grads(grad, x, untile(w), deltas, task_ids)
+        return naive.linear_param_grads(grad, x, untile(w), deltas, task_ids, deltas_only)
     dtype = torch.promote_types(grad.dtype, x.dtype)
     flat_grad, flat_x = grad.reshape(-1, grad.shape[-1]).to(dtype), x.reshape(-1, w.cols).to(dtype)
     return sum_over_tasks(
@@ -164,7 +169,8 @@ def linear_param_grads(
         tiled,
         deltas,
         task_ids,
-        lambda w, given: grads_of_sums(w, *gradients.of_product(*given, w)),
+        lambda w, given, planes: grads_of_sums(w, *gradients.of_product(*given, w, planes)),
+        deltas_only,
     )
 
 
@@ -193,7 +199,9 @@ def embedding_param_grads(
     return sum_over_tasks(lambda rows: (flat_grad[rows], flat[rows]), tiled, deltas, task_ids, _grads_of_rows)
 
 
-def _grads_of_rows(w: PlaneMatrix, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _grads_of_rows(
+    w: PlaneMatrix, given: tuple[Tensor, Tensor], planes: int | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of the parameters, as :func:`..batch.grads_of_sums`.
 
     `given` are the gradients of some rows of the weight ``[n, cols]``, and which rows these are, int64 ``[n]``; a row

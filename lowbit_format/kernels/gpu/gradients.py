@@ -24,18 +24,19 @@ PROGRAM_ROWS = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
 Sums = tuple[Tensor, Tensor]  # with the signs of planes (a codebook's levels), [bits or 1, rows, groups], and without
 
 
-def of_product(grad: Tensor, x: Tensor, w: PlaneMatrix) -> Sums:
+def of_product(grad: Tensor, x: Tensor, w: PlaneMatrix, planes: int | None = None) -> Sums:
     """Sums over each group of ``grad.T @ x``, the gradient of the weight.
 
     Args:
         grad: float ``[n, rows]``, any strides.
         x: float ``[n, cols]``, any strides, of the same dtype: float16, bfloat16 or float32.
         w: tiled.
+        planes: of bcq, only the sums of the first so many planes are wanted.
 
     Returns:
-        float32 ``[bits, rows, groups]`` (of a codebook ``[1, rows, groups]``), and ``[rows, groups]``.
+        float32 ``[bits (or planes), rows, groups]`` (of a codebook ``[1, rows, groups]``), and ``[rows, groups]``.
     """
-    return _launch(grad, grad.stride(), x, w, None, w.rows, len(x))
+    return _launch(grad, grad.stride(), x, w, None, w.rows, len(x), planes)
 
 
 def of_rows(grad: Tensor, w: PlaneMatrix, rows: Tensor) -> Sums:
@@ -49,10 +50,17 @@ def of_rows(grad: Tensor, w: PlaneMatrix, rows: Tensor) -> Sums:
 
 
 def _launch(
-    grad: Tensor, stride: tuple[int, ...], x: Tensor, w: PlaneMatrix, chosen: Tensor | None, rows: int, depth: int
+    grad: Tensor,
+    stride: tuple[int, ...],
+    x: Tensor,
+    w: PlaneMatrix,
+    chosen: Tensor | None,
+    rows: int,
+    depth: int,
+    planes: int | None = None,
 ) -> Sums:
     steps, macros = tiles.steps(w), w.planes.shape[1]
-    sums = 1 if w.codec == "codebook" else w.bits
+    sums = 1 if w.codec == "codebook" else planes if planes is not None and w.scale_per_plane else w.bits
     out = torch.empty((sums + 1, rows, macros * 8), dtype=torch.float32, device=x.device)
     if rows:
         unused = w.planes  # stands for a tensor that a variant of the kernel does not read
@@ -71,6 +79,7 @@ def _launch(
             w.cols,
             macros,
             w.bits,
+            sums,
             # strides
             *stride,
             *x.stride(),
@@ -97,7 +106,7 @@ def _of_groups(sums: Tensor, blocks: int, groups: int) -> Tensor:
     return added
 
 
-@triton.jit(do_not_specialize=("n", "rows", "weight_rows", "macros", "bits"))
+@triton.jit(do_not_specialize=("n", "rows", "weight_rows", "macros", "bits", "sums"))
 def _signed_sums(
     # Pointers.
     grad_ptr,  # float [n, rows]: gradient of the product; not read if CHOSEN
@@ -105,7 +114,7 @@ def _signed_sums(
     planes_ptr,  # uint8 [tiles, macros, bits * STEPS, PIECE], see tiles.py
     codebook_ptr,  # float32 [2**bits]
     chosen_ptr,  # int64 [rows]: rows of the weight
-    out_ptr,  # float32 [bits (codebook: 1) + 1, rows, macros * 8]: sums over blocks; those without signs come last
+    out_ptr,  # float32 [sums + 1, rows, macros * 8]: sums over blocks; those without signs come last
     # Sizes, in elements of their dimension.
     n,  # rows of x, over which the product sums
     rows,  # of the result
@@ -113,6 +122,7 @@ def _signed_sums(
     cols,
     macros,  # macro blocks of a row
     bits,  # planes
+    sums,  # planes whose sums are wanted, the first ones; a codebook has 1
     # Strides, in elements.
     stride_grad_n,
     stride_grad_row,
@@ -173,7 +183,7 @@ def _signed_sums(
         tl.store(at_out, sums, mask=r < rows)
         at_out += stride_out_plane
     else:
-        for p in range(bits):
+        for p in range(sums):
             bit = (tl.load(at + p * PLANE_BYTES) >> s) & 1
             tl.store(at_out, tl.sum(tl.where(bit == 1, acc, -acc), 1), mask=r < rows)
             at_out += stride_out_plane
