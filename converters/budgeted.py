@@ -165,8 +165,8 @@ def choose_bits(
         report(one.step, len(found))
     measured = {} if probe is None else probe(_probes(options))
     options = _in_nats(options, measured)
-    for one in found if shares is not None else ():
-        if (own := shares.get(one.step.path)) is not None:
+    for one in found:
+        if shares is not None and (own := shares.get(one.step.path)) is not None:
             options[one.step.path] += by_rows(one.step, options[one.step.path], own)
     groups = _groups(list(options)) if budget.fused_equal else [[path] for path in options]
     items = [_together(group, options) for group in groups]

@@ -66,7 +66,7 @@ def row_shares(
                 logits = output.logits.flatten(0, -2).float()
                 words = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 seen.is_forward = False  # on the way back blocks are computed once more
-                nn.functional.cross_entropy(logits, words, reduction="sum").backward()
+                torch.autograd.backward(nn.functional.cross_entropy(logits, words, reduction="sum"))
     finally:
         for hook in hooks:
             hook.remove()
@@ -88,7 +88,7 @@ class _Squares:
         def add(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
             if self.is_forward and out.requires_grad:
                 _add(self.inputs, path, args[0])
-                out.register_hook(lambda grad: _add(self.outputs, path, grad))
+                out.register_hook(lambda grad: _add(self.outputs, path, grad))  # type: ignore[no-untyped-call]
 
         return add
 
