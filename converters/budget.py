@@ -94,7 +94,7 @@ def lower_bound(items: Sequence[Sequence[Option]], budget: int) -> float:
 
     It is the damage of the best mixture of options, which has fractions of them where the optimum may not.
     """
-    hulls = [_hull(options) for options in items]
+    hulls = [lower_hull(options) for options in items]
     damage, left = sum(hull[0].damage for hull in hulls), float(budget - sum(hull[0].cost for hull in hulls))
     steps = [(b.cost - a.cost, a.damage - b.damage) for hull in hulls for a, b in itertools.pairwise(hull)]
     for cost, gain in sorted(steps, key=lambda step: -step[1] / step[0]):
@@ -105,7 +105,7 @@ def lower_bound(items: Sequence[Sequence[Option]], budget: int) -> float:
     return damage
 
 
-def _hull(options: Sequence[Option]) -> list[Option]:
+def lower_hull(options: Sequence[Option]) -> list[Option]:
     """The options on the lower convex hull of damage over cost, of falling damage, cheapest first."""
     hull = list[Option]()
     for option in sorted(options):
@@ -150,7 +150,7 @@ def _read(taken: NDArray[np.uint16], above: Sequence[Sequence[int]], unit: int, 
 
 def _by_hulls(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     """The options that the steps along the hulls lead to, of which those are taken that the budget allows."""
-    hulls = [_hull(options) for options in items]
+    hulls = [lower_hull(options) for options in items]
     at, left = [0] * len(items), budget - sum(hull[0].cost for hull in hulls)
     steps = [(_slope(a, b), n, k) for n, hull in enumerate(hulls) for k, (a, b) in enumerate(itertools.pairwise(hull))]
     for _, n, k in sorted(steps):  # the hull is convex: the steps of an item come in their order

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import BudgetError
 from ..matrix import F32
 from ..quantize import Target
 from .budget import Allocation, Option, allocate
-from .candidates import MOST_BITS, PROBE, Candidate, candidates, kind_of, targets
+from .candidates import MOST_BITS, PROBE, Candidate, by_rows, candidates, kind_of, targets
 from .plan import Plan, Step, unsaid_words
 from .recipe import Recipe, Rule
 from .source import Source
@@ -24,8 +27,6 @@ FUSED = (
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
 )
-
-
 WORDS_LEAST = 4  # bits of embeddings and output heads, where the effect on predictions was not measured
 DIVERGENCE, WEIGHTS, OUTPUTS = "divergence", "error of weights", "error of outputs"
 
@@ -38,13 +39,17 @@ class Budget:
         bits_per_weight: average of all weights of the model; or
         nbytes: bytes of all tensors. Just one of the two is given.
         fused_equal: layers that others fuse (query, key and value; gate and up) get the same bits.
+        rows: single rows of a Linear or Conv1D may have more or fewer bits than others.
     """
 
     bits_per_weight: float | None = None
     nbytes: int | None = None
     fused_equal: bool = False
+    rows: bool = False
 
     def __post_init__(self) -> None:
+        if self.fused_equal and self.rows:
+            raise BudgetError("layers that others fuse cannot have bits for each row: leave fused_equal or rows out")
         if (self.bits_per_weight is None) == (self.nbytes is None):
             raise BudgetError("a budget has either bits_per_weight or nbytes, give just one of them")
         if not 0 < (self.bits_per_weight or self.nbytes or 0) < 2**60:
@@ -61,7 +66,7 @@ class Choice:
 
     Attributes:
         recipe: which makes it: a rule for every module whose bits were open.
-        bits: those of these modules, by path.
+        bits: those of these modules, by path; of rows that differ, the most.
         weights: of the model, in all tensors.
         fixed: bytes of what is not open.
         budget: in bytes, of all tensors.
@@ -119,6 +124,7 @@ def choose_bits(
     importances: Mapping[str, F32] | None = None,
     probe: Callable[[Mapping[str, Target]], Mapping[str, float]] | None = None,
     report: Callable[[Step, int], None] = lambda step, total: None,
+    shares: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Choice:
     """Choose the bits of all modules that a recipe leaves open.
 
@@ -137,6 +143,7 @@ def choose_bits(
         probe: gives the divergence of the model by the kind of modules that have the targets of their paths, see
             :func:`.sensitivity.divergences`; None: all modules count the same.
         report: called after the candidates of each open module with its step and the number of all.
+        shares: of rows in the damage of their module, by path, see :mod:`.row_shares`: these rows may differ.
 
     Raises:
         BudgetError: it is less than the least, nothing is open, or layers to fuse have no bits in common.
@@ -158,6 +165,9 @@ def choose_bits(
         report(one.step, len(found))
     measured = {} if probe is None else probe(_probes(options))
     options = _in_nats(options, measured)
+    for one in found:
+        if shares is not None and (own := shares.get(one.step.path)) is not None:
+            options[one.step.path] += by_rows(one.step, options[one.step.path], own)
     groups = _groups(list(options)) if budget.fused_equal else [[path] for path in options]
     items = [_together(group, options) for group in groups]
     least = sum(min(option.cost for option, _ in item) for item in items)

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..matrix import F32
 from ..quantize import Target, quantize
@@ -22,6 +23,7 @@ from ..quantize.recognise import recognise
 from ..reference import decode
 from ..schema import ModuleEntry, Scheme
 from ..tensors import stored_bits
+from .budget import Option, lower_hull
 from .experts import recognised_stack
 from .plan import Step
 from .recipe import WORDS
@@ -31,6 +33,7 @@ from .steps import load_step
 ROWS = 64  # of a matrix, which are quantized at each number of bits
 EXPERTS = 4  # of a stack, of which such rows are taken
 MOST_BITS = 8
+PRICES = 40  # of a bit, at which rows are given bits
 PROBE = 3  # bits at which the effect of a kind of modules is measured, see :mod:`.sensitivity`
 
 
@@ -89,6 +92,35 @@ def candidates(source: Source, step: Step, choices: Sequence[Target], importance
     return found
 
 
+def by_rows(step: Step, found: Sequence[Candidate], shares: NDArray[np.float64]) -> list[Candidate]:
+    """More candidates: with rows that have bits of their own, each of the least damage for what it takes.
+
+    Args:
+        step: of a Linear or Conv1D.
+        found: :func:`candidates` of equal rows, in consecutive bits, from the most to the least.
+        shares: float64 ``[rows]``: the part of the damage that each row does, see :mod:`.row_shares`.
+    """
+    most = found[-1].damage
+    if not most > 0:
+        return []
+    bits = np.array([c.target.bits for c in found])
+    damages = np.array([c.damage for c in found])
+    by_bits = {c.target.bits: c for c in found}
+    more: dict[tuple[int, ...], Candidate] = {}
+    for price in most * np.geomspace(1, 1e-5, PRICES):  # of a bit of all rows
+        free = bits[(shares[:, None] * damages + price / len(shares) * bits).argmin(1)]
+        for top in range(bits[-1] + 1, bits[0] + 1):  # more bits in any row may take more parameters in all rows
+            rows = tuple(np.minimum(free, top).tolist())
+            if max(rows) < top or min(rows) == top or rows in more:
+                continue
+            target = replace(by_bits[top].target, row_bits=rows, recognise=False)
+            damage = float(shares @ damages[bits[0] - np.array(rows)])
+            more[rows] = Candidate(target, _nbytes(step, target.scheme(), sum(rows)), damage)
+    ways = [Option(c.nbytes, c.damage) for c in (*found, *more.values())]
+    best = set(lower_hull(ways))
+    return [c for c in more.values() if Option(c.nbytes, c.damage) in best]
+
+
 def _recognised(source: Source, step: Step, target: Target) -> Scheme | None:
     """The grid that the whole weight lies on."""
     if step.stack is not None:
@@ -98,9 +130,9 @@ def _recognised(source: Source, step: Step, target: Target) -> Scheme | None:
     return None if matrix is None else matrix.scheme
 
 
-def _nbytes(step: Step, scheme: Scheme) -> int:
+def _nbytes(step: Step, scheme: Scheme, row_bits_sum: int | None = None) -> int:
     module = step.module()
-    return -(-stored_bits(ModuleEntry(module.path, scheme, module.kind, module.shape)) // 8)
+    return -(-stored_bits(ModuleEntry(module.path, scheme, module.kind, module.shape), row_bits_sum) // 8)
 
 
 def _samples(source: Source, step: Step) -> Iterator[F32]:

@@ -120,6 +120,14 @@ def convert(
             help="With a budget: the same bits for layers that others fuse (query, key and value; gate and up).",
         ),
     ] = False,
+    rows: Annotated[
+        bool,
+        typer.Option(
+            "--rows",
+            help="With a budget and without data: single rows of a matrix may have more or fewer bits than others, by "
+            "how much they count for the model's predictions.",
+        ),
+    ] = False,
     recipe_to: Annotated[
         Path | None,
         typer.Option("--write-recipe", help="With a budget: write the recipe that makes the same model to this file."),
@@ -234,7 +242,7 @@ def convert(
             raise FrequencyError(f"--{unused[0].replace('_', '-')} needs --word-frequencies; leave it out, or add that")
         plan_recipe = _recipe(recipe, given).keeping(keep or [])
         shard_bytes = _size(max_shard_size, "--max-shard-size")
-        budget = _budget(bits_budget, size, fused_equal, recipe_to, "bits" in given)
+        budget = _budget(bits_budget, size, fused_equal, rows, recipe_to, "bits" in given)
         if calibrate is None and (unused := [name for name in _OF_CALIBRATION if _is_given(context, name)]):
             raise CalibrationError(f"--{unused[0]} needs --calibrate, which says the data; leave it out, or add that")
         data = None if calibrate is None else Calibration(calibrate, effort, samples, length, seed, device)
@@ -362,19 +370,19 @@ def _numbers(text: str, option: str) -> tuple[int, ...]:
 
 
 def _budget(
-    bits: float | None, size: str | None, fused_equal: bool, recipe_to: Path | None, bits_given: bool
+    bits: float | None, size: str | None, fused_equal: bool, rows: bool, recipe_to: Path | None, bits_given: bool
 ) -> Budget | None:
     """The budget that the options make. Raises BudgetError for options that contradict each other."""
     if bits is None and size is None:
-        if fused_equal or recipe_to is not None:
-            option = "--fused-equal" if fused_equal else "--write-recipe"
+        if fused_equal or rows or recipe_to is not None:
+            option = "--fused-equal" if fused_equal else "--rows" if rows else "--write-recipe"
             raise BudgetError(f"{option} needs a budget: add --bits-budget or --size, or leave it out")
         return None
     if bits_given:
         raise BudgetError("--bits says the bits of all modules, and a budget chooses them: give one of them")
     if recipe_to is not None and recipe_to.exists():
         raise OutputError(f"{recipe_to}: exists already; name another file for the recipe, or remove it")
-    return Budget(bits, None if size is None else _size(size, "--size"), fused_equal)
+    return Budget(bits, None if size is None else _size(size, "--size"), fused_equal, rows)
 
 
 def _size(text: str, option: str) -> int:

@@ -10,8 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..container.writer import SHARD_BYTES
-from ..errors import CalibrationError, RecipeError, WorkerError
+from ..errors import BudgetError, CalibrationError, RecipeError, WorkerError
 from ..matrix import F32
 from ..quantize import Target
 from .budgeted import Budget, Choice, choose_bits
@@ -118,6 +121,9 @@ def _fit(
 ) -> Choice:
     weighed: dict[str, F32] | None = None
     probe: Callable[[Mapping[str, Target]], dict[str, float]] | None = None
+    shares: dict[str, NDArray[np.float64]] | None = None
+    if budget.rows:
+        shares = _shares(opened, plan, calibration)
     if calibration is not None:
         from .importance import importances  # a leaf that imports torch
         from .sensitivity import divergences, probe_batches
@@ -129,7 +135,24 @@ def _fit(
         from .measure import probe_without_data
 
         probe = probe_without_data(opened, plan)
-    return choose_bits(opened, plan, recipe, budget, weighed, probe, report)
+    return choose_bits(opened, plan, recipe, budget, weighed, probe, report, shares)
+
+
+def _shares(opened: Source, plan: Plan, calibration: Calibration | None) -> dict[str, NDArray[np.float64]]:
+    """What a budget of rows needs. Raises BudgetError if it cannot be had."""
+    if calibration is not None:
+        raise BudgetError(
+            "rows of different bits are quantized without data, and --calibrate gives data; leave --rows or it out"
+        )
+    from .measure import shares_without_data  # a leaf that imports torch
+
+    found = None if isinstance(opened, StreamedSource) else shares_without_data(opened, plan)
+    if not found:
+        raise BudgetError(
+            f"{plan.architecture}: bits of rows need the gradients of a causal model on a short text, which cannot be "
+            "had here (no tokenizer, too little memory, a stream, or another kind of model); leave --rows out"
+        )
+    return found
 
 
 def convert_hf_to_lowbit(

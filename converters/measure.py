@@ -10,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..calibration.blocks import find_blocks
@@ -24,6 +26,7 @@ from .architecture import meta_model
 from .calibration_data import SENTENCES, load_tokenizer
 from .float_model import FloatModel
 from .plan import BASE_MEMORY, Plan
+from .row_shares import row_shares
 from .sensitivity import PROBED, divergences
 from .source import Source
 from .student import Quality, Student, matrices_at, precisions
@@ -143,3 +146,13 @@ def probe_without_data(source: Source, plan: Plan) -> Callable[[Mapping[str, Tar
             return {}
 
     return probe
+
+
+def shares_without_data(source: Source, plan: Plan) -> dict[str, NDArray[np.float64]]:
+    """What :func:`.row_shares.row_shares` gives on a text of our own; empty if the model's code cannot be run."""
+    if not is_measured(plan, source.directory):
+        return {}
+    try:
+        return row_shares(source, plan, short_text(source), torch.device("cpu"))
+    except Exception:  # as in probe_without_data; the caller says that it needs them
+        return {}

@@ -258,6 +258,8 @@ def make_plan(
             by_default = False
         if requantize and whole.grid is not None and isinstance(target, Target):
             target = replace(target, recognise=False)  # or its own grid would be found, and kept
+        if isinstance(target, Target) and target.row_bits is not None:
+            _check_row_bits(target.row_bits, tensor, destination)
         if target is not None and tensor.numel == 0:
             target, reason = None, "has no weights"
         if target is not None and destination.path != owner and owner in by_path:
@@ -293,6 +295,18 @@ def make_plan(
     if requantize:
         _check_nested(plan, recipe)
     return plan
+
+
+def _check_row_bits(row_bits: tuple[int, ...], tensor: SourceTensor, destination: Destination) -> None:
+    """Raise RecipeError if a matrix cannot have these bits of its rows (MIX-1, EXP-2)."""
+    if destination.stack is not None or destination.kind in KINDS:
+        raise RecipeError(f"{destination.path}: is a stack of experts, whose rows cannot differ; leave row_bits out")
+    rows = tensor.shape[-1 if destination.kind == "conv1d" else 0]
+    if len(row_bits) != rows:
+        raise RecipeError(
+            f"{destination.path}: has {rows} rows, and row_bits says the bits of {len(row_bits)}; is the recipe of "
+            "another model?"
+        )
 
 
 def _check_nested(plan: Plan, recipe: Recipe) -> None:

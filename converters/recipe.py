@@ -19,6 +19,7 @@ Every key that a file can have::
         {"match": "*.o_proj", "codec": "uniform", "bits": 8, "solver": "minmax"},          // mse, minmax, symmetric
         {"match": "*.up_proj", "codec": "codebook", "table": "nf4"},                       // or the values: [-1, 0, 1]
         {"match": "*.v_proj", "at_least": 3, "at_most": 6},                                // of a budget's choice
+        {"match": "*.0.k_proj", "row_bits": "4434"},  // bits of each row of a matrix (of four rows)
         {"match": "lm_head", "bits": 6, "nested": []}                                      // the output head too
       ],
       "embeddings": {"codec": "uniform", "bits": 8},   // those that no rule matches: as a rule has it, without a match;
@@ -56,12 +57,13 @@ from .words import Words
 # changes the perplexity of SmolLM2-135M by less than 0.1%, and halves a fifth of its weights: see docs/convert.md.
 WORDS = Target("uniform", 8, solver="minmax")
 
-_TARGET_KEYS = {f.name for f in fields(Target)} - {"row_bits"}  # which comes from frequencies of words
+_TARGET_KEYS = {f.name for f in fields(Target)}
 _KEYS = ", ".join(sorted(_TARGET_KEYS))
 _LIMITS = ("at_least", "at_most")
 _MEANT_FOR = {  # key of a target -> the codecs that it means something for; keys that are not here mean it for all
     "nested": ("bcq", "uniform"),
     "offset": ("bcq",),
+    "row_bits": ("bcq", "uniform"),
     "solver": ("uniform",),
     "table": ("codebook",),
 }
@@ -225,8 +227,11 @@ def _settings(target: Target, base: Target) -> dict[str, Any]:
     for key in sorted(_TARGET_KEYS):
         value = getattr(target, key)
         meant = target.codec in _MEANT_FOR.get(key, (target.codec,)) and (key != "bits" or target.codec != "codebook")
-        if meant and value != getattr(base, key):
+        usual = max(target.row_bits) if key == "bits" and target.row_bits is not None else getattr(base, key)
+        if meant and value != usual:
             found[key] = list(value) if isinstance(value, tuple) else value
+    if target.row_bits is not None:  # thousands of numbers: a digit for each
+        found["row_bits"] = "".join(map(str, target.row_bits))
     return found
 
 
@@ -290,6 +295,15 @@ def _target(obj: Any, base: Target, where: str) -> Target:
     for key in ("nested", "table"):
         if isinstance(settings.get(key), list):
             settings[key] = tuple(settings[key])
+    if "row_bits" in settings:
+        digits = settings["row_bits"]
+        if not isinstance(digits, str) or not digits or set(digits) - set("12345678"):
+            raise RecipeError(
+                f"{where}: row_bits is {json.dumps(digits)[:40]}, expected a string with a digit from 1 to 8 for each "
+                "row"
+            )
+        settings["row_bits"] = tuple(map(int, digits))
+        settings.setdefault("bits", max(settings["row_bits"]))
     try:
         return make_target(settings, base)
     except (SchemeError, TypeError, ValueError) as e:

@@ -22,7 +22,10 @@ from . import codebook
 from .group_lanes import pack
 from .target import Target
 
-_PROBES = 8  # rows tried before the rest: most weights that resemble a grid but are not on it fail in the first few
+_PROBES = (
+    1,
+    8,
+)  # rows tried before the rest: most weights fail in the first, those that resemble a grid in the first few
 _AT_ONCE = 1 << 20  # weights in one block of rows
 _MULTIPLES = 4  # the smallest gap between values may be up to this many steps of the grid
 _REFLECTIONS = 400  # most corrections of scales until every value is within its bounds
@@ -43,11 +46,11 @@ def recognise(weight: F32, target: Target, source_dtype: str) -> StoredMatrix | 
     # A recognised matrix has no nested scales: a nested precision can be read only if it has no more bits (NST-3).
     target = replace(target, bits=min(target.nested, default=target.bits), nested=())
     for size in dict.fromkeys(s for s in (0, target.group_size, *_GROUP_SIZES) if s < weight.shape[1]):
-        probe = weight[:_PROBES]
-        if any(len(np.unique(row)) > 2**target.bits for row in probe[:, : size or None]):
+        probes = [weight[:rows] for rows in _PROBES]
+        if any(len(np.unique(row)) > 2**target.bits for row in probes[-1][:, : size or None]):
             continue
         for grid in _grids(target):
-            if _on_grid(probe, grid, size, source_dtype) is not None:
+            if all(_on_grid(probe, grid, size, source_dtype) is not None for probe in probes):
                 found = _on_grid(weight, grid, size, source_dtype)
                 if found is not None:
                     return found
@@ -311,12 +314,12 @@ def _bcq_row(row: F32, low: F64, high: F64, bits: int, epsilon: float) -> tuple[
     if len(values) > 2**bits:
         return None
     slack = 4 * epsilon * np.abs(values).max()
-    rest, sums, doubled = list(values[1:] - values[0]), [0.0], list[float]()
-    while rest and len(doubled) < bits:
-        doubled.append(rest[0])
-        sums += [s + doubled[-1] for s in sums]
-        rest = [v for v in rest if min(abs(v - s) for s in sums) > slack]
-    if rest:
+    rest, sums, doubled = values[1:] - values[0], np.zeros(1), list[float]()
+    while len(rest) and len(doubled) < bits:
+        doubled.append(float(rest[0]))
+        sums = np.concatenate([sums, sums + doubled[-1]])
+        rest = rest[np.abs(rest[:, None] - sums).min(axis=1) > slack]
+    if len(rest):
         return None
     scales = np.array(sorted(doubled, reverse=True) + [0.0] * (bits - len(doubled))) / 2
     offset = float((values[0] + values[-1]) / 2)

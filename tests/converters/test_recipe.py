@@ -74,6 +74,9 @@ def test_embeddings_have_a_target_of_their_own(tmp_path: Path) -> None:
                 Rule("b", Target("codebook", group_size=0, table=(-1.0, 0.0, 1.0), scale_dtype="F32", rounds=2)),
                 Rule("c", Target("uniform", 3, 0, solver="minmax", scale_dtype="F32", rounds=2), at_least=2, at_most=5),
                 Rule("d", WORDS),
+                Rule("e", Target("uniform", 4, 0, scale_dtype="F32", rounds=2, row_bits=(4, 1, 4))),
+                Rule("f", Target("bcq", 6, 0, scale_dtype="F32", rounds=2, row_bits=(3, 2))),  # of which no row has all
+                Rule("g", Target("bcq", 3, 0, scale_dtype="F32", rounds=2, row_bits=(3, 2))),
             ),
             lm_head=WORDS,
             embeddings=False,
@@ -103,13 +106,13 @@ def test_the_documented_recipe_is_read_and_has_every_key(tmp_path: Path) -> None
     [example] = map(json.loads, re.findall(r"^```json[^\n]*\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
     assert len(load(tmp_path, example).rules) == 5
     keys = set(example["default"]).union(*example["rules"])
-    assert keys == {*Target.__dataclass_fields__, "match", "keep"} - {"row_bits"}  # which come from words
+    assert keys == {*Target.__dataclass_fields__, "match", "keep"} - {"row_bits"}
     elsewhere = {"at_least", "at_most", "words"}  # which need a budget, or a tokenizer
     assert set(example) == set(Recipe.__dataclass_fields__) - elsewhere
     import lowbit_format.converters.recipe as recipe
 
     for text in (page, recipe.__doc__ or ""):
-        assert all(f'"{key}"' in text for key in keys | set(example) | elsewhere)
+        assert all(f'"{key}"' in text for key in keys | set(example) | elsewhere | {"row_bits"})
 
 
 def test_the_first_rule_that_matches_decides() -> None:
@@ -185,6 +188,13 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ),
         ({"rules": [{"match": "a", "keep": 1}]}, "rule 1: keep must be true or false"),
         ({"rules": [{"match": "a", "keep": True, "bits": 3}]}, "rule 1: keep leaves the module as it is, so 'bits'"),
+        (
+            {"rules": [{"match": "a", "row_bits": [4, 4]}]},
+            "rule 1: row_bits is \\[4, 4\\], expected a string with a digit",
+        ),
+        ({"rules": [{"match": "a", "row_bits": "40"}]}, 'rule 1: row_bits is "40", expected a string with a digit'),
+        ({"rules": [{"match": "a", "row_bits": "45", "bits": 4}]}, "rule 1: row_bits has other numbers than integers"),
+        ({"rules": [{"match": "a", "row_bits": "4", "codec": "codebook"}]}, "rule 1: a codebook has no row_bits"),
         ({"rules": [{"match": "a", "nested": [3]}]}, "rule 1: nested is \\[3\\], expected precisions from 1 to"),
     ],
 )

@@ -1,6 +1,6 @@
 """Size of the whole file against perplexity: the same bits everywhere, and bits chosen for a budget of the same size.
 
-    python -m tools.benchmarks.bits MODEL TEXT [--bits 4 3] [--words 4,3,2] [--embeddings 4] [--calibrate TEXT]
+    python -m tools.benchmarks.bits MODEL TEXT [--bits 4 3] [--rows] [--words 4,3,2] [--embeddings 4] [--calibrate TEXT]
 
 MODEL is the directory of a float causal model, TEXT what it is measured on: `--windows` of `--length` tokens. For every
 number of bits there are two lines, of which the second has a budget of the bytes of the first. With `--calibrate` they
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument(
         "--budgets", type=float, nargs="*", default=[], help="bits a weight of more lines with a budget"
     )
+    parser.add_argument("--rows", action="store_true", help="beside each budget one whose rows may differ")
     parser.add_argument("--embeddings", type=int, nargs="*", default=[])
     parser.add_argument("--words", nargs="*", default=[])
     parser.add_argument("--frequencies", default="rank")
@@ -87,9 +88,13 @@ def main() -> None:
         target = lb.Target(args.codec, bits=bits, group_size=args.group_size)
         nbytes = line(f"{bits} everywhere", lb.Recipe(target))
         line("a budget of that size", lb.Recipe(target), lb.Budget(nbytes=nbytes))
+        if args.rows:
+            line("the same with rows", lb.Recipe(target), lb.Budget(nbytes=nbytes, rows=True))
     for size in args.budgets:
         target = lb.Target(args.codec, group_size=args.group_size)
         line(f"a budget of {size:g}", lb.Recipe(target), lb.Budget(size))
+        if args.rows:
+            line(f"a budget of {size:g} with rows", lb.Recipe(target), lb.Budget(size, rows=True))
     for bits in args.embeddings:
         words = lb.Target("uniform", bits=bits, group_size=args.group_size)
         line(f"embeddings: {bits}", replace(embeddings_alone(plain), embeddings=words))

@@ -20,7 +20,7 @@ from torch import Tensor
 from ... import reference
 from ...bits import to_ragged
 from ...machine.threads import parallel_rows
-from .. import by_decoding, decode_then_matmul, naive
+from .. import by_decoding, naive
 from ..batch import (
     Factor,
     Share,
@@ -61,9 +61,14 @@ def decode(w: PlaneMatrix) -> Tensor:
     """Weights, float32 ``[rows, cols]``. With float64 parameters, which only tests have, as :func:`..naive.decode`."""
     if w.scales.dtype == torch.float64:
         return naive.decode(untile(w))
-    if w.is_tiled and w.row_bits is None:
+    if not w.is_tiled:
+        return _decode_from_file_layout(w)
+    if w.row_bits is None:
         return decoding.decode_rows(w, 0, w.rows, parallel.num_threads())
-    return _decode_from_file_layout(untile(w))
+    out = torch.empty(w.rows, w.cols, dtype=torch.float32, device="cpu")
+    for part in tiles.parts(w):
+        out[part.rows] = decode(part.matrix)
+    return out
 
 
 def _decode_from_file_layout(w: PlaneMatrix) -> Tensor:
@@ -93,10 +98,10 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     """As :func:`..naive.linear`. Few rows are multiplied in float32, whatever the dtype of `x`, and rounded once."""
     check_linear(x, w, bias, deltas, task_ids)
     plan, rows = products.plan(w) if x.dtype in _DTYPES else None, x.numel() // w.cols
-    if plan is not None and 0 < rows <= products.most_rows(w.bits, x.dtype, task_ids is not None):
+    if plan is not None and 0 < rows <= products.most_rows(plan.bits, x.dtype, task_ids is not None):
         return _few(x, plan, bias, deltas, task_ids)
     with torch.no_grad(), no_autocast(x):
-        if not can_tile(w) or w.row_bits is not None or x.dtype not in _DTYPES:
+        if not can_tile(w) or x.dtype not in _DTYPES:
             return by_decoding.linear(x, untile(w), bias, deltas, task_ids, decode=decode)
         out = many_rows.linear(x.reshape(-1, w.cols), tile(w), deltas, task_ids)
         out = out if bias is None else out.add_(bias)
@@ -133,7 +138,7 @@ def linear_together(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
         check_linear(x, w, bias, deltas, task_ids)
         plan = products.plan(w) if x.dtype in _DTYPES else None
         if plan is None or not 0 < rows <= min(
-            products.most_rows(w.bits, x.dtype, task_ids is not None), products.ROWS_AT_ONCE
+            products.most_rows(plan.bits, x.dtype, task_ids is not None), products.ROWS_AT_ONCE
         ):
             return factor_by_factor(x, factors, linear=linear)
         few.append((plan, _readable(bias), deltas, task_ids))
@@ -154,8 +159,9 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> 
         check_linear(x, w, None, deltas, task_ids)
         plan = products.plan(w)
         ids = ids_of(share, task_ids)
-        most = min(products.most_rows(w.bits, x.dtype, ids is not None), products.ROWS_AT_ONCE)
-        if plan is None or end - begin > most:
+        if plan is None or end - begin > min(
+            products.most_rows(plan.bits, x.dtype, ids is not None), products.ROWS_AT_ONCE
+        ):
             out[begin:end] = linear(x[begin:end], w, None, deltas, ids)
         elif begin < end:
             few.append((plan, share))
@@ -166,13 +172,10 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> 
 
 def linear_input_grad(grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
     """As :func:`..naive.linear_input_grad`, summed in float32."""
-    tiled = tile(w) if can_tile(w) and grad.dtype != torch.float64 else None
-    if tiled is None or tiled.row_bits is not None:
+    if not can_tile(w) or grad.dtype == torch.float64:
         return by_decoding.linear_input_grad(grad, untile(w), deltas, task_ids, decode=decode)
     with torch.no_grad(), no_autocast(grad):
-        out = decode_then_matmul.input_grad(
-            grad.reshape(-1, grad.shape[-1]), tiled, deltas, task_ids, many_rows.weight_chunks
-        )
+        out = many_rows.input_grad(grad.reshape(-1, grad.shape[-1]), tile(w), deltas, task_ids)
     return out.reshape(*grad.shape[:-1], w.cols)
 
 
@@ -194,12 +197,15 @@ def _select(w: PlaneMatrix, rows: Tensor) -> PlaneMatrix:
 
 
 def decode_grads(w: PlaneMatrix, weight_grad: RowGrads, planes: int | None = None) -> tuple[Tensor, Tensor | None]:
-    """As :func:`..naive.decode_grads`, which computes those of ragged planes, codebooks and odd groups."""
+    """As :func:`..naive.decode_grads`, which computes those of plain ragged planes, codebooks and odd groups."""
     rows, groups = w.rows, w.groups
     size = w.group_columns
     odd = groups > 1 and size % 8 != 0
-    if w.scales.dtype == torch.float64 or w.row_bits is not None or w.codebook is not None or odd:
+    is_plain_ragged = w.row_bits is not None and not w.is_tiled
+    if w.scales.dtype == torch.float64 or is_plain_ragged or w.codebook is not None or odd:
         return naive.decode_grads(untile(w), weight_grad, planes)
+    if w.row_bits is not None:
+        return _decode_grads_by_parts(w, weight_grad, planes)
     wanted = w.bits if planes is None or not w.scale_per_plane else planes
     sums, totals = np.empty((wanted, rows, groups), np.float32), np.empty((rows, groups), np.float32)
     step = max(1, GRAD_CHUNK // w.cols)
@@ -213,6 +219,21 @@ def decode_grads(w: PlaneMatrix, weight_grad: RowGrads, planes: int | None = Non
         signs = mine.detach().contiguous().numpy()
         parallel_rows(_signed_sums, len(grad), sums, totals, grad, signs, SIGNS, start, size)
     return grads_of_sums(w, torch.from_numpy(sums), torch.from_numpy(totals))
+
+
+def _decode_grads_by_parts(w: PlaneMatrix, weight_grad: RowGrads, planes: int | None) -> tuple[Tensor, Tensor | None]:
+    """The same for tiled ragged rows. Planes that a row lacks have no gradient (MIX-4)."""
+    grad = weight_grad(0, w.rows)
+    wanted = len(w.scales) if planes is None or not w.scale_per_plane else planes
+    scales_grad = torch.zeros(wanted, w.rows, w.groups, dtype=torch.float32, device="cpu")
+    shift_grad = None if w.shift is None else torch.empty(w.shift.shape, dtype=torch.float32, device="cpu")
+    for part in tiles.parts(w):
+        own, first = grad[part.rows], None if planes is None else min(planes, part.matrix.bits)
+        found, found_shift = decode_grads(part.matrix, lambda start, stop, own=own: own[start:stop], first)  # type: ignore[misc]
+        scales_grad[: len(found), part.rows] = found
+        if shift_grad is not None and found_shift is not None:
+            shift_grad[part.rows] = found_shift
+    return scales_grad, shift_grad
 
 
 @numba.njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})

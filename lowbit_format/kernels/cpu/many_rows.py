@@ -20,7 +20,8 @@ from .. import decode_then_matmul
 from ..batch import check_task_ids
 from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
-from . import decoding, parallel, products
+from ..ragged import Part
+from . import decoding, parallel, products, tiles
 from .tiles import WORD
 
 CHUNK = 1 << 21  # weights that are decoded at a time
@@ -32,11 +33,16 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
     """As :meth:`..operators.Backend.linear`, for `x` ``[n, cols]``, without the bias.
 
     Args:
-        w: in the tiled layout, not ragged.
+        w: in the tiled layout.
 
     Raises:
         IndexError: a task does not exist.
     """
+    if w.row_bits is not None:
+        out = x.new_empty(len(x), w.rows)
+        for part in tiles.parts(w):
+            out[:, part.rows] = linear(x, part.matrix, _of_part(deltas, part), task_ids)
+        return out
     if deltas is None:
         return _by_weights(x, w, None, [(slice(None), BASE)])
     if task_ids is not None:
@@ -63,6 +69,22 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
     if len(few):
         out.index_add_(0, few, plan.changes(x[few], deltas, task_ids[few]).to(x.dtype))
     return out
+
+
+def input_grad(grad: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """As :meth:`..operators.Backend.linear_input_grad`, for `grad` ``[n, rows]``; `w` as in :func:`linear`."""
+    if w.row_bits is None:
+        return decode_then_matmul.input_grad(grad, w, deltas, task_ids, weight_chunks)
+    out = torch.zeros(len(grad), w.cols, dtype=torch.float32, device="cpu")
+    for part in tiles.parts(w):
+        own = _of_part(deltas, part)
+        out += decode_then_matmul.input_grad(grad[:, part.rows], part.matrix, own, task_ids, weight_chunks)
+    return out.to(grad.dtype)
+
+
+def _of_part(deltas: Tensor | None, part: Part) -> Tensor | None:
+    """Of the rows of a part and the planes that they have."""
+    return None if deltas is None else deltas[:, : part.bits, part.rows]
 
 
 def _by_weights(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, shares: list[tuple[Tensor | slice, int]]) -> Tensor:

@@ -36,6 +36,7 @@ from numba import literally  # type: ignore[attr-defined]
 from torch import Tensor
 
 from ...machine.llvm import LANES, features
+from .. import ragged
 from ..batch import Share, check_task_ids
 from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
@@ -53,7 +54,6 @@ from .intrinsics import (
     add_levels,
     add_planes,
     add_shift,
-    bytes_at,
     floats_at,
     has_codebook_lookup,
     longs_at,
@@ -99,23 +99,22 @@ class ProductJob(Job):
     shift_dtype: int  # one of DTYPE_NUMBERS
     shift_step: int  # 1, or 0 if it is the same for all
     codebook: int  # float32 [CODEBOOK_SIZE]
-    # the matrix, if it is ragged: addresses
-    row_bits: int  # uint8 [rows]
-    tile_bits: int  # int64 [tiles]: planes in each tile
-    tile_starts: int  # int64 [tiles + 1]: first vector of each tile
+    # the matrix, if it is a part of a ragged one
+    places: int  # address, int64 [padded_rows]: which rows of the whole matrix its rows are; 0: it is the whole
+    all_rows: int  # of the whole matrix, which bias, result and deltas have
     # the product
     x: int  # address, float32 [batch (x_stride), columns padded to whole words]
     x_stride: int
     batch: int  # rows of x
     parts: int  # sums that are kept apart: one for each tuned plane, and one for the others
-    bias: int  # address, float32 [rows]
-    out: int  # address, float32 [batch, rows]
+    bias: int  # address, float32 [all_rows]
+    out: int  # address, float32 [batch, all_rows]
     # tasks
     task_ids: int  # address, int64 [batch]; negative: no task
-    factors: int  # address, float32 [tasks, factor_planes, rows]: deltas that multiply scales
+    factors: int  # address, float32 [tasks, factor_planes, all_rows]: deltas that multiply scales
     factor_planes: int
-    row_factors: int  # address, float32 [tasks, rows]: deltas that multiply the scales of affine codes
-    terms: int  # address, float32 [tasks, term_planes, groups, padded_rows]: deltas that add to scales
+    row_factors: int  # address, float32 [tasks, all_rows]: deltas that multiply the scales of affine codes
+    terms: int  # address, float32 [tasks, term_planes, groups, all rows padded]: deltas that add to scales
     term_planes: int
     changes_only: int  # 1: only what factors change, without the rest of the product
 
@@ -125,47 +124,27 @@ class Plan:
 
     Args:
         w: in the tiled layout (:mod:`.tiles`).
+
+    Attributes:
+        bits: of a row, on average, rounded up.
     """
 
     def __init__(self, w: PlaneMatrix) -> None:
-        shift, zero = w.shift, zero_of(w)
         self.of = _identity(w)
-        self.rows, self.cols, self.groups, self.planes = w.rows, w.cols, w.groups, w.bits
+        self.rows, self.cols, self.planes = w.rows, w.cols, w.bits
         self.one_part, self.is_affine = not w.scale_per_plane, w.codec == "affine"
-        self.strips = -(-self.rows // (STRIP * LANES))
-        self.lookups = self.rows * w.cols * w.bits
-        if shift is not None:
-            shift = group_major(shift.detach())
-        elif zero is not None:
-            shift = torch.full((STRIP * LANES,), zero, dtype=torch.float32, device="cpu")
-        scales, codebook = group_major(w.scales.detach()), w.codebook
-        planes = w.planes.detach() if tiles.has_margin(w.planes) else F.pad(w.planes.detach().flatten(), (0, VECTOR))
-        if codebook is not None:
-            codebook = F.pad(codebook.detach().float(), (0, max(0, CODEBOOK_SIZE - len(codebook))))
-        self.job = ProductJob(
-            rows=self.rows,
-            padded_rows=-(-self.rows // LANES) * LANES,
-            bits=w.bits,
-            words=tiles.words(w),
-            group_words=tiles.group_words(w),
-            groups=self.groups,
-            groups_in_word=tiles.groups_in_word(w),
-            codec=UNIFORM if zero is not None and w.codec == "codebook" else CODEC_NUMBERS[w.codec],
-            planes=planes.data_ptr(),
-            scales=scales.data_ptr(),
-            scales_dtype=DTYPE_NUMBERS[scales.dtype],
-            shift=_address(shift),
-            shift_dtype=0 if shift is None else DTYPE_NUMBERS[shift.dtype],
-            shift_step=int(w.shift is not None),
-            codebook=_address(codebook),
-        )
-        self.alive: tuple[object, ...] = planes, scales, shift, codebook  # the job knows only their addresses
-        if w.row_bits is not None:
-            row_bits, bits = w.row_bits.detach().clamp(max=w.bits), tiles.tile_bits(w)
-            starts = tiles.tile_starts(w, bits)
-            self.job.row_bits = row_bits.data_ptr()
-            self.job.tile_bits, self.job.tile_starts = bits.ctypes.data, starts.ctypes.data
-            self.alive = *self.alive, row_bits, bits, starts
+        if not tiles.has_margin(w.planes):
+            w = w._replace(planes=_with_margin(w.planes.detach()))
+        if w.row_bits is None:
+            self.jobs = [_job(w, None, self.rows)]
+            self.lookups = self.rows * w.cols * w.bits
+        else:
+            parts = tiles.parts(w)
+            self.jobs = [_job(part.matrix, part.rows, self.rows) for part in parts]
+            self.lookups = w.cols * sum(len(part.rows) * part.bits for part in parts)
+        self.bits = -(-self.lookups // (self.rows * self.cols))
+        # The jobs of a ragged matrix have copies: while they do, the memory of its parameters is not to be another's.
+        self.alive = [t.detach() for t in w[1:4] if t is not None]
 
     def multiply(self, x: Tensor, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
         """``x @ weight.T + bias``, float32 ``[batch, rows]``; tasks as in :func:`..naive.linear`.
@@ -181,9 +160,10 @@ class Plan:
         """
         x, out = padded(x), torch.empty(len(x), self.rows, dtype=torch.float32, device="cpu")
         threads = _threads(self.lookups * len(x))
-        job = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD)
-        job.bias = _address(bias)
-        _multiply(job, threads)
+        jobs = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD)
+        for one in jobs:
+            one.bias = _address(bias)
+        _run(jobs, threads)
         return out
 
     def changes(self, x: Tensor, deltas: Tensor, task_ids: Tensor) -> Tensor:
@@ -195,9 +175,10 @@ class Plan:
         threads = _threads(self.lookups // self.planes * deltas.shape[1] * len(x))
         for start in range(0, len(x), CHANGES_AT_ONCE):
             end = min(start + CHANGES_AT_ONCE, len(x))
-            job = self.prepare(x, out, start, end, deltas, task_ids, threads * CHUNKS_PER_THREAD)
-            job.changes_only, job.shift = 1, 0
-            _multiply(job, threads)
+            jobs = self.prepare(x, out, start, end, deltas, task_ids, threads * CHUNKS_PER_THREAD)
+            for one in jobs:
+                one.changes_only, one.shift = 1, 0
+            _run(jobs, threads)
         return out
 
     def prepare(
@@ -209,8 +190,8 @@ class Plan:
         deltas: Tensor | None,
         task_ids: Tensor | None,
         chunks: int,
-    ) -> ProductJob:
-        """The job of a product. `x` and `out` must live as long as it; other tensors it keeps alive.
+    ) -> list[ProductJob]:
+        """The jobs of a product. `x` and `out` must live as long as they; other tensors they keep alive.
 
         Args:
             x, out: float32 ``[n, columns padded to whole words]`` and ``[n, rows]``, contiguous.
@@ -218,30 +199,92 @@ class Plan:
             deltas, task_ids: as in :meth:`multiply`, the ids of all n rows.
             chunks: to cut the rows of the matrix into, more or less.
         """
-        job, batch, parts = ProductJob.from_buffer_copy(self.job), end - begin, 1
+        batch, parts, by_group = end - begin, 1, False
         if deltas is not None:
             if task_ids is None:
                 task_ids = torch.zeros(end, dtype=torch.int64, device="cpu")
             task_ids = task_ids.long().contiguous()
             check_task_ids(deltas, task_ids)
-            deltas = deltas.detach().float().contiguous()
-            job.task_ids = task_ids.data_ptr() + 8 * begin
-            if deltas.dim() == 3 and self.is_affine:
-                job.row_factors = deltas.data_ptr()
-            elif deltas.dim() == 3:
-                job.factors, job.factor_planes = deltas.data_ptr(), deltas.shape[1]
-                parts = 1 if self.one_part else 1 + deltas.shape[1]
-            else:
+            deltas, by_group = deltas.detach().float().contiguous(), deltas.dim() == 4
+            if by_group:
                 deltas = group_major(deltas)
-                job.terms, job.term_planes = deltas.data_ptr(), deltas.shape[1]
+            elif not self.is_affine:
+                parts = 1 if self.one_part else 1 + deltas.shape[1]
         room = min(MOST_STRIPS, SCRATCH // (batch * parts * STRIP * LANES))
-        job.strips = strips = max(1, min(room, -(-self.strips // chunks)))
-        job.chunks = -(-self.strips // strips)
-        job.x_stride = 4 * x.shape[1]
-        job.x, job.out = x.data_ptr() + begin * job.x_stride, out.data_ptr() + 4 * begin * self.rows
-        job.batch, job.parts = batch, parts
-        job.alive = deltas, task_ids  # the fields know only their addresses
-        return job
+        jobs = []
+        for template in self.jobs:
+            job = ProductJob.from_buffer_copy(template)
+            if deltas is not None and task_ids is not None:
+                job.task_ids = task_ids.data_ptr() + 8 * begin
+                if by_group:
+                    job.terms, job.term_planes = deltas.data_ptr(), deltas.shape[1]
+                elif self.is_affine:
+                    job.row_factors = deltas.data_ptr()
+                else:
+                    job.factors, job.factor_planes = deltas.data_ptr(), deltas.shape[1]
+            all_strips = -(-job.rows // (STRIP * LANES))
+            wanted = max(1, chunks * job.rows * job.bits * self.cols // self.lookups)
+            job.strips = strips = max(1, min(room, -(-all_strips // wanted)))
+            job.chunks = -(-all_strips // strips)
+            job.x_stride = 4 * x.shape[1]
+            job.x, job.out = x.data_ptr() + begin * job.x_stride, out.data_ptr() + 4 * begin * self.rows
+            job.batch, job.parts = batch, parts
+            job.alive = deltas, task_ids  # the fields know only their addresses
+            jobs.append(job)
+        return jobs
+
+
+def _job(w: PlaneMatrix, places: Tensor | None, all_rows: int) -> ProductJob:
+    """What is the same in every product with `w`, whose rows are not ragged.
+
+    Args:
+        places: int64 ``[rows]``: which rows of a matrix of `all_rows` those of `w` are; None: they are all.
+    """
+    shift, zero = w.shift, zero_of(w)
+    if shift is not None:
+        shift = group_major(shift.detach())
+    elif zero is not None:
+        shift = torch.full((STRIP * LANES,), zero, dtype=torch.float32, device="cpu")
+    scales, codebook = group_major(w.scales.detach()), w.codebook
+    if codebook is not None:
+        codebook = F.pad(codebook.detach().float(), (0, max(0, CODEBOOK_SIZE - len(codebook))))
+    padded_rows = -(-w.rows // LANES) * LANES
+    if places is not None:
+        places = F.pad(places, (0, padded_rows - w.rows))  # lanes that only pad count for a row that exists
+    job = ProductJob(
+        rows=w.rows,
+        padded_rows=padded_rows,
+        bits=w.bits,
+        words=tiles.words(w),
+        group_words=tiles.group_words(w),
+        groups=w.groups,
+        groups_in_word=tiles.groups_in_word(w),
+        codec=UNIFORM if zero is not None and w.codec == "codebook" else CODEC_NUMBERS[w.codec],
+        planes=w.planes.data_ptr(),
+        scales=scales.data_ptr(),
+        scales_dtype=DTYPE_NUMBERS[scales.dtype],
+        shift=_address(shift),
+        shift_dtype=0 if shift is None else DTYPE_NUMBERS[shift.dtype],
+        shift_step=int(w.shift is not None),
+        codebook=_address(codebook),
+        places=_address(places),
+        all_rows=all_rows,
+    )
+    job.alive = w.planes.detach(), scales, shift, codebook, places  # the fields know only their addresses
+    return job
+
+
+def _with_margin(planes: Tensor) -> Tensor:
+    """A copy of tiled planes behind which there is the memory that kernels may read."""
+    room = torch.empty(planes.numel() + VECTOR, dtype=torch.uint8, device="cpu")
+    return room[:-VECTOR].view(planes.shape).copy_(planes)
+
+
+def _run(jobs: Sequence[ProductJob], threads: int) -> None:
+    """All `jobs` as one piece of work for the threads."""
+    for one, after in itertools.pairwise(jobs):
+        one.next = ctypes.addressof(after)
+    _multiply(jobs[0], threads)
 
 
 def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Tensor | None, out: Tensor) -> None:
@@ -259,10 +302,9 @@ def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Ten
     x = padded(x)
     threads = _threads(sum(plan.lookups * (share.end - share.begin) for plan, share in shares))
     chunks = -(-threads * CHUNKS_PER_THREAD // len(shares))
-    jobs = [plan.prepare(x, out, s.begin, s.end, s.deltas, task_ids, chunks) for plan, s in shares]
-    for one, after in itertools.pairwise(jobs):
-        one.next = ctypes.addressof(after)
-    _multiply(jobs[0], threads)
+    _run(
+        [job for plan, s in shares for job in plan.prepare(x, out, s.begin, s.end, s.deltas, task_ids, chunks)], threads
+    )
 
 
 def multiply_together(
@@ -286,13 +328,11 @@ def multiply_together(
     chunks = -(-threads * CHUNKS_PER_THREAD // len(factors))
     for plan, bias, deltas, task_ids in factors:
         out = torch.empty(batch, plan.rows, dtype=torch.float32, device="cpu")
-        one = plan.prepare(x, out, 0, batch, deltas, task_ids, chunks)
-        one.bias = _address(bias)
-        jobs.append(one)
+        for one in plan.prepare(x, out, 0, batch, deltas, task_ids, chunks):
+            one.bias = _address(bias)
+            jobs.append(one)
         found.append(out)
-    for one, after in itertools.pairwise(jobs):
-        one.next = ctypes.addressof(after)
-    _multiply(jobs[0], threads)
+    _run(jobs, threads)
     return found
 
 
@@ -312,14 +352,14 @@ def plan(w: PlaneMatrix) -> Plan | None:
     """The plan of `w`, kept with its planes for as long as all tensors of `w` stay in the same memory.
 
     None for matrices that lookups cannot multiply: those that cannot be tiled, and codebooks whose levels are not
-    consecutive integers, if they have more than 4 bits or ragged rows, or the machine no lookup for them.
+    consecutive integers, if they have more than 4 bits, or the machine has no lookup for them.
     """
     kept: Plan | None = getattr(w.planes, "_lowbit_plan", None)
     if kept is not None and kept.of == _identity(w):
         return kept
     if not tiles.can_tile(w):
         return None
-    looked_up = w.bits <= 4 and w.row_bits is None and has_codebook_lookup(features())
+    looked_up = w.bits <= 4 and has_codebook_lookup(features())
     if w.codebook is not None and not looked_up and zero_of(w) is None:
         return None
     made = Plan(w if w.is_tiled else tiles.tile(w))
@@ -341,7 +381,7 @@ def zero_of(w: PlaneMatrix) -> float | None:
     """
     if w.codec in ("uniform", "affine"):
         return 0.0 if w.shift is None else None
-    if w.codebook is None or w.row_bits is not None:
+    if w.codebook is None:
         return None
     levels = w.codebook.detach()
     steps = torch.arange(len(levels), dtype=levels.dtype, device="cpu")
@@ -364,13 +404,15 @@ def most_rows(bits: int, dtype: torch.dtype, mixed: bool) -> float:
 
 
 def _identity(w: PlaneMatrix) -> tuple[int | bytes, ...]:
-    """What a plan depends on: where the tensors are, the precision, and the values of `row_bits` and the codebook."""
+    """What a plan depends on: where the tensors are, the precision, the values of the codebook, and those of parameters
+    of ragged rows, of which it has copies in another order: torch counts their changes.
+    """
     planes, scales, offsets, zeros, codebook, row_bits, _, bits, *_ = w
     if codebook is None and row_bits is None:
         return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), bits
-    rows = b"" if row_bits is None else row_bits.detach().numpy().tobytes()
     levels = b"" if codebook is None else codebook.detach().numpy().tobytes()
-    return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), levels, rows, bits
+    changes = () if row_bits is None else tuple(ragged.changes(t) for t in (*w[1:4], row_bits))
+    return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), levels, *changes, bits
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -428,7 +470,7 @@ def _multiply(job):
                     _make_tables(job, words, scratch)
                     t = 0
                     while t < count:
-                        if job.row_bits != 0 or count - t < STRIP:
+                        if count - t < STRIP:
                             _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, 1)
                             t += 1
                         else:
@@ -463,10 +505,8 @@ def _add_block(job, block, scratch, tile, y, TILES):
     For every codec but the codebook, a product is planes times scales, plus the sum of x times a shift.
     """
     literally(TILES)
-    batch, bits, start = job.batch, job.bits, tile * job.words * job.bits
-    if job.row_bits != 0:
-        bits, start = longs_at(job.tile_bits)[tile], longs_at(job.tile_starts)[tile]
-    words = job.planes + (start + block.word * bits + block.first) * VECTOR + block.byte
+    batch, bits = job.batch, job.bits
+    words = job.planes + ((tile * job.words + block.word) * bits + block.first) * VECTOR + block.byte
     if job.terms == 0 and job.row_factors == 0:
         _set_parameters(job, block.group, scratch, tile, bits, np.int64(-1), TILES)
         r = np.int64(0)  # a literal 0 would be a type, and the functions compiled for it once more
@@ -492,7 +532,7 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
     """The same for ROWS rows of x from `r` on; `words` is the address of the first word, `bits` the planes to read."""
     literally(TILES)
     literally(ROWS)
-    tile_stride = job.words * job.bits * VECTOR  # several tiles at a time are never ragged
+    tile_stride = job.words * job.bits * VECTOR
     plane_stride, table_stride = block.group_words * VECTOR, min(job.group_words, BLOCK) * WORD_TABLES
     x = _x_of(job, block) + r * job.x_stride
     tables = scratch.tables + r * table_stride
@@ -556,22 +596,20 @@ def _set_parameters(job, g, scratch, tile, bits, task, TILES):
     read_parameters(job.scales, scratch.scales, scale_planes, index, stride, ahead, job.scales_dtype, TILES)
     scales, shift = floats_at(scratch.scales), floats_at(scratch.shift)
     if task >= 0:
+        all_padded = (job.all_rows + LANES - 1) // LANES * LANES
         for p in range(min(job.term_planes, bits)):
-            first = ((task * job.term_planes + p) * job.groups + g) * job.padded_rows + tile * LANES
-            terms = floats_at(job.terms + 4 * first)
+            terms = floats_at(job.terms + 4 * ((task * job.term_planes + p) * job.groups + g) * all_padded)
             for i in range(width):
-                scales[p * width + i] += terms[i]
+                scales[p * width + i] += terms[_place(job, tile * LANES + i)]
         if job.row_factors != 0:
-            factors = floats_at(job.row_factors + 4 * (task * job.rows + tile * LANES))
+            factors = floats_at(job.row_factors + 4 * task * job.all_rows)
             for i in range(min(width, job.rows - tile * LANES)):
-                scales[i] *= np.float32(1.0) + factors[i]
+                scales[i] *= np.float32(1.0) + factors[_place(job, tile * LANES + i)]
     if job.shift != 0:
         read_parameters(
             job.shift, scratch.shift, 1, index * job.shift_step, stride, ahead * job.shift_step, job.shift_dtype, TILES
         )
-    if job.row_bits != 0:
-        _set_ragged_parameters(job, scratch, tile, bits)
-    elif job.codec == UNIFORM or job.codec == AFFINE:
+    if job.codec == UNIFORM or job.codec == AFFINE:
         middle = np.float32((1 << bits) - 1) * np.float32(0.5)
         for i in range(width):
             shift[i] = (middle - shift[i]) * scales[i] if job.codec == UNIFORM else middle * scales[i] + shift[i]
@@ -581,20 +619,10 @@ def _set_parameters(job, g, scratch, tile, bits, task, TILES):
                 scales[p * width + i] = scales[i] * factor
 
 
-@numba.njit
-def _set_ragged_parameters(job, scratch, tile, bits):
-    """The same for one tile whose rows have bits of their own: planes that a row lacks count nothing (MIX-4)."""
-    scales, shift, row_bits = floats_at(scratch.scales), floats_at(scratch.shift), bytes_at(job.row_bits)
-    for i in range(LANES):
-        row, scale = tile * LANES + i, scales[i]
-        n = np.int64(row_bits[row]) if row < job.rows else 1
-        if job.codec == UNIFORM or job.codec == AFFINE:
-            middle = np.float32((1 << n) - 1) * np.float32(0.5)
-            shift[i] = (middle - shift[i]) * scale if job.codec == UNIFORM else middle * scale + shift[i]
-            for p in range(n):
-                scales[p * LANES + i] = scale * (np.float32(1 << (n - 1 - p)) * np.float32(0.5))
-        for p in range(n, bits):
-            scales[p * LANES + i] = np.float32(0.0)
+@numba.njit(forceinline=True)
+def _place(job, row):
+    """Which row of the whole matrix `row` of the job's is."""
+    return row if job.places == 0 else longs_at(job.places)[row]
 
 
 @numba.njit
@@ -602,21 +630,22 @@ def _finish(job, scratch, first, count):
     """Sum up the parts of rows `first` to ``first + count`` and write them to the result."""
     batch, parts, tuned = job.batch, job.parts, job.factor_planes
     for r in range(batch):
-        out = floats_at(job.out + (r * job.rows + first) * 4)
-        rest = floats_at(scratch.parts + ((parts - 1) * batch + r) * scratch.stride)
-        for i in range(count):
-            out[i] = rest[i]
-        if job.bias != 0:
-            bias = floats_at(job.bias + first * 4)
-            for i in range(count):
-                out[i] += bias[i]
+        sums = floats_at(scratch.parts + ((parts - 1) * batch + r) * scratch.stride)
         task = longs_at(job.task_ids)[r] if tuned > 0 else -1
         for p in range(tuned):
             part = floats_at(scratch.parts + (p * batch + r) * scratch.stride)
             if p < parts - 1 and job.changes_only == 0:
                 for i in range(count):
-                    out[i] += part[i]
+                    sums[i] += part[i]
             if task >= 0:
-                delta = floats_at(job.factors + ((task * tuned + p) * job.rows + first) * 4)
+                delta = floats_at(job.factors + (task * tuned + p) * job.all_rows * 4)
                 for i in range(count):
-                    out[i] += delta[i] * part[i]
+                    sums[i] += delta[_place(job, first + i)] * part[i]
+        out, bias = floats_at(job.out + r * job.all_rows * 4), floats_at(job.bias)
+        if job.bias == 0:
+            for i in range(count):
+                out[_place(job, first + i)] = sums[i]
+        else:
+            for i in range(count):
+                place = _place(job, first + i)
+                out[place] = sums[i] + bias[place]

@@ -7,8 +7,7 @@ by group, plane by plane, word by word, one vector of the words of its 16 rows::
 
 with W words in a whole group; the last group may have fewer. Where groups are half a word (16 columns), the two groups
 of a word stand together, as one of W = 1. Rows are padded with zeros to whole tiles. The planes are a uint8 tensor
-``[tiles, words * bits, 16, 4]``. Ragged planes (MIX-2) have tiles of as many planes as their longest row, one tile
-after the other: ``[1, vectors of all tiles, 16, 4]``.
+``[tiles, words * bits, 16, 4]``. Those of ragged matrices are in :mod:`..ragged`.
 
 Scales and shift are group-major (:mod:`..parameter_order`). Both changes lose nothing: :func:`untile` gives the bytes
 of the file back.
@@ -16,20 +15,23 @@ of the file back.
 
 from __future__ import annotations
 
+import math
+
 import numba
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ...bits import plane_rows
 from ...machine.llvm import LANES
 from ...machine.threads import parallel_rows
+from .. import ragged
 from ..matrix import FILE, TILED, PlaneMatrix
 from ..parameter_order import is_group_major
 
 WORD = 32  # columns
 MOST_PLANES = 8  # of a matrix
+MARGIN = 64  # bytes of memory behind the planes: see has_margin
 STRIP = 4  # tiles that are multiplied together, so that a table in a register serves four vectors of words
 
 
@@ -65,35 +67,21 @@ def words(w: PlaneMatrix) -> int:
     return 2 * -(-w.cols // 64)
 
 
-def tile_bits(w: PlaneMatrix) -> NDArray[np.int64]:
-    """Planes in each tile, int64 ``[tiles]``: as many as its longest row has."""
-    tiles = -(-w.rows // LANES)
-    if w.row_bits is None:
-        return np.full(tiles, w.bits, np.int64)
-    of_rows = np.minimum(w.row_bits.detach().numpy(), w.bits)  # read at a lower precision, a row has fewer (NST-2)
-    most: NDArray[np.int64] = np.maximum.reduceat(of_rows, np.arange(0, len(of_rows), LANES)).astype(np.int64)
-    return most
-
-
-def tile_starts(w: PlaneMatrix, bits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """First vector of each tile, int64 ``[tiles + 1]``; the last entry is their number. `bits` is :func:`tile_bits`."""
-    starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(bits * words(w))])
-    return starts
+def shape(w: PlaneMatrix, rows: int, bits: int) -> tuple[int, int, int, int]:
+    """Shape of the tiled planes of so many rows with so many bits, of a matrix like `w`."""
+    return -(-rows // LANES), words(w) * bits, LANES, 4
 
 
 def tile(w: PlaneMatrix) -> PlaneMatrix:
     """`w` in the tiled layout, its planes in new memory. Parameters stay as they are."""
-    planes, ragged = w.planes.detach().contiguous().numpy(), w.row_bits is not None
-    source = planes.reshape(-1, planes.shape[-1]).view("<u4")
-    bits, rows = tile_bits(w), w.rows
-    starts = tile_starts(w, bits)
-    index = _plane_rows(w)
-    room = np.empty((int(starts[-1]) + 1, LANES), np.uint32)  # one vector more: see has_margin
-    out = room[:-1]
-    parallel_rows(_set_tiles, len(bits), out, source, index, bits, starts, group_words(w), rows, grain=STRIP)
-    shape = (1, -1, LANES, 4) if ragged else (len(bits), w.bits * source.shape[1], LANES, 4)
-    tiled = torch.from_numpy(room.view(np.uint8)).flatten()[: out.nbytes].view(shape)
-    return w._replace(planes=tiled, layout=TILED)
+    if w.row_bits is not None:
+        return ragged.tile(w, tile, MARGIN)
+    planes, size = w.planes.detach()[: w.bits].contiguous().numpy(), shape(w, w.rows, w.bits)
+    source = planes.view("<u4")
+    room = np.empty(math.prod(size) + MARGIN, np.uint8)
+    out = room[:-MARGIN].view(np.uint32).reshape(size[0], size[1], LANES)
+    parallel_rows(_set_tiles, size[0], out, source, group_words(w), grain=STRIP)
+    return w._replace(planes=torch.from_numpy(room)[:-MARGIN].view(size), layout=TILED)
 
 
 def untile(w: PlaneMatrix, rows: Tensor | None = None, planes: int | None = None) -> PlaneMatrix:
@@ -101,81 +89,86 @@ def untile(w: PlaneMatrix, rows: Tensor | None = None, planes: int | None = None
 
     Args:
         w: in the tiled layout.
-        rows: int64 ``[n]``: give a matrix of these rows alone, with planes ``[bits, n, bytes]``. Planes that a row of
-            a ragged matrix lacks are then zero.
-        planes: with `rows`: only the first so many planes.
+        rows: int64 ``[n]``: give a matrix of these rows alone.
+        planes: with `rows` of a matrix that is not ragged: the first so many planes alone.
 
     Raises:
         IndexError: `rows` has one that does not exist.
     """
-    count, bits = w.rows, tile_bits(w)
-    picked = (
-        None
-        if rows is None
-        else w._replace(  # raises the IndexError
-            scales=w.scales[:, rows],
-            offsets=None if w.offsets is None else w.offsets[rows],
-            zeros=None if w.zeros is None else w.zeros[rows],
-            row_bits=None if w.row_bits is None else w.row_bits[rows],
-        )
-    )
+    picked = w if rows is None else _of_rows(w, rows)
+    wanted = np.arange(w.rows) if rows is None else rows.numpy() % w.rows
+    if w.row_bits is None:
+        out = np.empty((planes or w.bits, len(wanted), words(w)), np.uint32)
+        index = np.arange(len(out) * len(wanted)).reshape(len(out), -1)
+        own, first = np.full(len(wanted), w.bits, np.uint8), np.zeros(w.bits + 1, np.int64)
+    else:
+        own, first = ragged.own_bits(picked).numpy(), np.zeros(w.bits + 1, np.int64)
+        index = plane_rows(own, w.bits)
+        out = np.empty((int(own.sum(dtype=np.int64)), words(w)), np.uint32)
+        kept, begin = ragged.arrangement(w), 0
+        for bits, some in kept.rows:
+            first[bits] = begin
+            begin += math.prod(shape(w, len(some), bits)[:2])
+        wanted = kept.places.numpy()[wanted]
     source = w.planes.detach().numpy().reshape(-1, LANES, 4).view("<u4")[..., 0]
-    starts = tile_starts(w, bits)
-    wanted = np.arange(count) if rows is None else rows.numpy() % count
-    out = np.zeros((planes or w.bits, len(wanted), words(w)), np.uint32)
-    parallel_rows(_set_rows, len(wanted), out, source, wanted, bits, starts, group_words(w))
-    found = torch.from_numpy(out.view(np.uint8))
-    if picked is not None:
-        return picked._replace(planes=found, layout=FILE)
-    if w.row_bits is not None:
-        found = found[torch.from_numpy(w.row_bits.numpy()[None, :] > np.arange(w.bits)[:, None])]
-    return w._replace(planes=found, layout=FILE)
+    parallel_rows(_set_rows, len(wanted), out.reshape(-1, words(w)), source, index, own, wanted, first, group_words(w))
+    return picked._replace(planes=torch.from_numpy(out.view(np.uint8)), layout=FILE)
 
 
-def _plane_rows(w: PlaneMatrix) -> NDArray[np.int64]:
-    """Index of each row of each plane among all rows of the file's layout, int64 ``[bits, rows]``; -1: none."""
-    rows = w.rows
-    if w.row_bits is None or w.planes.dim() == 3:
-        flat = np.arange(w.bits)[:, None] * w.planes.shape[1] + np.arange(rows)
-        if w.row_bits is None:
-            return flat
-        return np.where(w.row_bits.numpy() > np.arange(w.bits)[:, None], flat, -1)
-    return plane_rows(w.row_bits.detach().numpy(), w.bits)
+def _of_rows(w: PlaneMatrix, rows: Tensor) -> PlaneMatrix:
+    """`w` with the parameters of `rows`."""
+    return w._replace(
+        scales=w.scales[:, rows],
+        offsets=None if w.offsets is None else w.offsets[rows],
+        zeros=None if w.zeros is None else w.zeros[rows],
+        row_bits=None if w.row_bits is None else w.row_bits[rows],
+    )
+
+
+def parts(w: PlaneMatrix) -> list[ragged.Part]:
+    """The parts of tiled ragged `w`."""
+    return ragged.parts(w, shape)
 
 
 @numba.njit(nogil=True, cache=True)
-def _set_tiles(start, stop, out, source, index, bits, starts, whole, rows):
-    """Tiles start to stop of `out` uint32 ``[all vectors, LANES]`` from `source` uint32 ``[plane rows, words]``."""
-    words = source.shape[1]
+def _set_tiles(start, stop, out, source, whole):
+    """Tiles start to stop of `out` uint32 ``[tiles, vectors, LANES]`` from `source` uint32 ``[bits, rows, words]``."""
+    bits, rows, words = source.shape
     for t in range(start, stop):
-        first, n = LANES * t, bits[t]
+        first = LANES * t
         lanes = min(LANES, rows - first)
         for g in range((words + whole - 1) // whole):
             here = min(whole, words - g * whole)
-            for p in range(n):
-                at = starts[t] + g * whole * n + p * here
-                block = out[at : at + here]
-                for lane in range(LANES):
-                    row = index[p, first + lane] if lane < lanes else -1
-                    if row < 0:
-                        for j in range(here):
-                            block[j, lane] = 0
-                        continue
-                    line = source[row]
+            for p in range(bits):
+                at = g * whole * bits + p * here
+                block = out[t, at : at + here]
+                for lane in range(lanes):
+                    line = source[p, first + lane]
                     for j in range(here):
                         block[j, lane] = line[g * whole + j]
+                for lane in range(lanes, LANES):
+                    for j in range(here):
+                        block[j, lane] = 0
 
 
 @numba.njit(nogil=True, cache=True)
-def _set_rows(start, stop, out, source, wanted, bits, starts, whole):
-    """Rows wanted[start:stop] into `out` uint32 ``[planes, n, words]``, which is zero where a tile has fewer planes."""
-    planes, words = out.shape[0], out.shape[2]
+def _set_rows(start, stop, out, source, index, bits, places, first, whole):
+    """Rows start to stop into `out` uint32 ``[plane rows, words]`` from `source` uint32 ``[vectors, LANES]``.
+
+    Args:
+        index: int64 ``[planes, n]``: where in `out` each plane of each row is.
+        bits: uint8 ``[n]``, of each row.
+        places: int64 ``[n]``: of each row among all that have as many bits.
+        first: int64 ``[bits]``: the first vector of rows of so many bits.
+        whole: words of a whole group.
+    """
+    words = out.shape[1]
     for i in range(start, stop):
-        t, lane = wanted[i] // LANES, wanted[i] % LANES
-        n = bits[t]
+        n, lane = np.int64(bits[i]), places[i] % LANES
+        begin = first[n] + places[i] // LANES * n * words
         for g in range((words + whole - 1) // whole):
             here = min(whole, words - g * whole)
-            for p in range(min(n, planes)):
-                at = starts[t] + g * whole * n + p * here
+            for p in range(min(n, len(index))):
+                at, line = begin + g * whole * n + p * here, out[index[p, i]]
                 for j in range(here):
-                    out[p, i, g * whole + j] = source[at + j, lane]
+                    line[g * whole + j] = source[at + j, lane]

@@ -44,14 +44,6 @@ class TestLayout(LayoutConformance):
     group_sizes = (*LayoutConformance.group_sizes, 16)
 
 
-def whole_planes(w: PlaneMatrix) -> Tensor:
-    """Planes ``[bits, rows, bytes]``; those that a ragged row lacks are zero."""
-    planes = matrix.full_planes(w).clone()
-    if w.row_bits is not None:
-        planes[w.row_bits[None, :] <= torch.arange(w.bits)[:, None]] = 0
-    return planes
-
-
 @given(TestLayout().matrices(), st.data())
 def test_some_rows_of_tiles(w: PlaneMatrix, data: st.DataObject) -> None:
     """Any rows in any order."""
@@ -63,13 +55,15 @@ def test_some_rows_of_tiles(w: PlaneMatrix, data: st.DataObject) -> None:
     count = w.scales.shape[1]
     rows = torch.tensor(data.draw(st.lists(st.integers(0, count - 1), max_size=40)), dtype=torch.int64)
     some = tiles.untile(tiled, rows)
-    assert torch.equal(some.planes, whole_planes(w)[:, rows])
+    picked = matrix.select_rows(w, rows)  # has all planes: those that a row lacks are to be left out
+    present = matrix.present_rows(picked)
+    assert torch.equal(some.planes, picked.planes if present is None else picked.planes[present])
     for name in ("scales", "offsets", "zeros", "row_bits"):
         values, of = getattr(some, name), getattr(w, name)
         assert (values is None) == (of is None)
         if of is not None:
             assert torch.equal(values, of[:, rows] if name == "scales" else of[rows])
-    if len(rows):  # picked rows have all planes, ragged or not, and are a matrix of their own
+    if len(rows):  # picked rows are a matrix of their own
         again = tiles.untile(tiles.tile(some), torch.arange(len(rows)))
         assert torch.equal(again.planes, some.planes)
 
@@ -89,13 +83,22 @@ def test_where_each_word_lies() -> None:
         assert not tiled[-1, :, (rows - 1) % 16 + 1 :].any()  # rows that only pad
 
 
-def test_ragged_tiles_have_as_many_planes_as_their_longest_row() -> None:
+def test_ragged_rows_are_tiled_by_their_bits() -> None:
+    """Those of equal bits side by side, most bits first: there are no planes that count for nothing."""
     w = drawn(Scheme("bcq", row_bits=True), 8, 0, 40, 64)
     row_bits = torch.tensor([1] * 15 + [5] + [2] * 16 + [3, 1] * 4, dtype=torch.uint8)
     w = w._replace(row_bits=row_bits, planes=torch.randint(0, 256, (int(row_bits.sum()), 8), dtype=torch.uint8))
-    tiled = tiles.tile(w).planes
-    assert tiled.shape == (1, (5 + 2 + 3) * 2, 16, 4)
-    assert torch.equal(tiles.untile(tiles.tile(w)).planes, w.planes)
+    tiled = tiles.tile(w)
+    assert tiled.planes.shape == ((5 + 3 + 2 + 2 * 1) * 2 * 64,)  # tiles of 5, 3, 2 bits, two of 1; of two vectors each
+    assert torch.equal(tiles.untile(tiled).planes, w.planes)
+    assert [(part.bits, part.rows.tolist()) for part in tiles.parts(tiled)] == [
+        (bits, (row_bits == bits).nonzero().flatten().tolist()) for bits in (5, 3, 2, 1)
+    ]
+    for part in tiles.parts(tiled):
+        own = matrix.select_rows(w, part.rows)
+        assert torch.equal(
+            part.planes, tiles.tile(own._replace(planes=own.planes[: part.bits], row_bits=None, bits=part.bits)).planes
+        )
 
 
 @pytest.mark.parametrize(
@@ -256,9 +259,28 @@ def test_loaded_values_are_used(scheme: Scheme, assign: bool) -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
+def test_parameters_that_change_in_place(scheme: Scheme) -> None:
+    """As an optimizer changes them: the next product has the new ones, also where a copy of the old is kept."""
+    module, x = module_of(scheme), torch.randn(2, COLS)
+    with torch.no_grad():
+        module(x)
+        for name, p in module.matrix_parameters().items():
+            if name in ("scales", "offsets", "zeros"):
+                p.mul_(2)
+        found = module(x)
+        assert is_tiled(module)
+        w = module.plane_matrix
+        expected = naive.linear(x, backend.untile(w), module.bias, None, None)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=NAMES)
 @pytest.mark.parametrize("dtype", SCALE_DTYPES)
 def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
-    """The tiled layout replaces the file's, padded to whole tiles, and goes when that comes back."""
+    """The tiled layout replaces the file's, padded to whole tiles, and goes when that comes back.
+
+    Of ragged rows there are parameters in the order of their bits beside it, and where each row is.
+    """
     scheme = replace(scheme, scale_dtype=dtype)
     module = module_of(scheme)
     module(some_input(module))
@@ -272,7 +294,10 @@ def test_nothing_is_in_memory_twice(scheme: Scheme, dtype: str) -> None:
     found = _tensors_of(module)
     assert len(found) > 1
     kept = [t for t in found if t.untyped_storage().data_ptr() not in memory]
-    assert sum(t.untyped_storage().nbytes() for t in kept) <= 4 * ROWS  # the bits of ragged rows
+    parameters = sum(per_row.values()) * (padded + 3 * 16)  # of three parts, each padded
+    ragged = (parameters + 3 * 8 * padded) * scheme.row_bits  # rows of parts, places in them, and those of the kernel
+    levels = 4 * 16  # of a codebook, as many as a register has
+    assert sum(t.untyped_storage().nbytes() for t in kept) <= ragged + levels
     module.untile()
     memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in module.matrix_parameters().values()}
     assert sum(memory.values()) == sum(t.nbytes for t in file.values())
