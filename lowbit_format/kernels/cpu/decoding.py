@@ -2,7 +2,8 @@
 of several tasks at once.
 
 Tasks share all of the decoding but the last step. Where a task multiplies a scale by ``1 + delta``, its weight is that
-of the base plus or minus ``scale * delta``, by the bit of that plane.
+of the base plus or minus ``scale * delta``, by the bit of that plane. What one plane adds to the weight of the base,
+plus or minus ``scale``, is made the same way.
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ from .tiles import MOST_PLANES, WORD
 
 HALF = WORD // 2  # columns that are decoded at a time
 
+BASE = -1  # in the place of a task: the weight of the base
+PLANE = -2  # what plane 0 adds to it; PLANE - p: what plane p adds
+
 ONE_THREAD_BELOW = 1 << 16  # weights: to decode fewer takes less time than to wake other threads
 
 
@@ -71,7 +75,7 @@ class DecodeJob(Job):
     out_dtype: int  # FLOAT32 or BFLOAT16
     out_row: int  # bytes of a row
     out_weight: int  # bytes of a weight
-    task_ids: int  # address, int64 [weights]; negative: the base
+    task_ids: int  # address, int64 [weights]; BASE, or PLANE and below
     factors: int  # address, float32 [tasks, tuned, all rows]: deltas that multiply scales
     tuned: int  # planes that tasks change
     matrix_rows: int  # of the whole matrix
@@ -102,7 +106,7 @@ def decode_for_tasks(
     Args:
         w, first, threads: as in :func:`decode_rows`; bcq where there are deltas.
         deltas: float32 ``[tasks, p, rows]``, factors ``1 + delta`` of the first p planes' scales.
-        tasks: int64 ``[weights]``, -1 for the base.
+        tasks: int64 ``[weights]``: a task, :data:`BASE`, or what one of the first p planes adds (:data:`PLANE`).
         out: to fill, float32 or bfloat16 ``[weights, stop - first, columns padded to whole words]``, contiguous.
     """
     work = _job(w, first, stop, out)
@@ -155,6 +159,7 @@ def _decode(job):
     if codec == AFFINE:
         shift[:] = np.float32(-0.0)  # without offsets: what changes nothing
     block = np.empty((LANES, HALF), np.float32)  # weights that are not written as they are
+    nothing = np.zeros((LANES, HALF), np.float32)
     weights, tuned = job.weights, max(1, job.tuned)
     steps = np.zeros((max(1, weights), tuned, LANES), np.float32)  # what tasks add for a bit that is 1; base: nothing
     if codec != BCQ:  # the sum is the code: (2**n - 1) / 2 plus or minus half of what each bit counts
@@ -204,7 +209,8 @@ def _decode(job):
                 if weights > 0:
                     word = group + j // 2 * VECTOR + j % 2 * (HALF // 8)
                     for t in range(weights):
-                        _add_and_round(job, word, steps, t, block, here, tile_rows, piece, column)
+                        start_at = nothing if longs_at(job.task_ids)[t] <= PLANE else block
+                        _add_and_round(job, word, steps, t, start_at, here, tile_rows, piece, column)
                     continue
                 for row in range(tile_rows):
                     line = floats_at(out + (row * cols + column) * 4)
@@ -224,6 +230,9 @@ def _set_steps(job, steps, signed, tile, tile_rows):
     task_ids = longs_at(job.task_ids)
     for t in range(job.weights):
         task = task_ids[t]
+        if task <= PLANE:
+            for lane in range(LANES):
+                steps[t, PLANE - task, lane] = -signed[PLANE - task, lane]
         if task < 0:
             continue
         for p in range(job.tuned):
@@ -234,7 +243,7 @@ def _set_steps(job, steps, signed, tile, tile_rows):
 
 @numba.njit
 def _add_and_round(job, words, steps, t, block, here, tile_rows, piece, column):
-    """Write half a word's columns of the weight of task `t`; `block` has those of the base."""
+    """Write half a word's columns of weight `t`; `block` has what its steps are added to."""
     out = job.out + t * job.out_weight + piece * LANES * job.out_row
     step, planes = steps[t].ctypes.data, steps.shape[1]
     if job.out_dtype == BFLOAT16:

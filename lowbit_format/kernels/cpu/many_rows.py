@@ -1,32 +1,35 @@
 """Products of many rows of x: weights are decoded chunk by chunk, each small enough for the cache, for ``torch.mm``.
 
 Where tasks multiply scales of bcq by one factor for each row of the matrix, all of them share the decoding
-(:func:`.decoding.decode_for_tasks`). A task of many rows of x has a weight of its own. To make one for a task of few
-rows takes longer than to multiply these by the base's weight, and to add what the task changes: ``delta * part`` of
-each tuned plane, by lookups (:mod:`.products`), which need no weight. Other codecs and deltas:
-:mod:`..decode_then_matmul`.
+(:func:`.decoding.decode_for_tasks`). What follows goes by what a product costs. Where the machine has instructions for
+products of bfloat16 matrices, all tasks share one more product for each tuned plane, of what that plane adds, and take
+``delta`` times it. Elsewhere a task of many rows of x has a weight of its own. To make one for a task of few rows takes
+longer than to multiply these by the base's weight, and to add what the task changes: ``delta * part`` of each tuned
+plane, by lookups (:mod:`.products`), which need no weight. Other codecs and deltas: :mod:`..decode_then_matmul`.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ...machine.llvm import LANES
+from ...machine.llvm import LANES, features
 from .. import decode_then_matmul
 from ..batch import check_task_ids
 from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
 from ..ragged import Part
 from . import decoding, parallel, products, tiles
+from .decoding import BASE, PLANE
 from .tiles import WORD
 
 CHUNK = 1 << 21  # weights that are decoded at a time
 FEW_ROWS = 40  # of x, for which no weight of their own is made
-BASE = -1
 
 
 def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
@@ -54,6 +57,8 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
         return _by_weights(x, w, deltas, [(slice(None), 0)])
     places = task_ids.long().clamp(min=BASE) + 1  # 0 is the base
     counts = torch.bincount(places, minlength=len(deltas) + 1).tolist()
+    if shares_products(x.dtype) and sum(count > 0 for count in counts) > 1:
+        return _by_planes(x, w, deltas, places)
     many = [place for place, count in enumerate(counts) if place > 0 and count > FEW_ROWS]
     if not many:
         out = _by_weights(x, w, None, [(slice(None), BASE)])
@@ -68,6 +73,28 @@ def linear(x: Tensor, w: PlaneMatrix, deltas: Tensor | None, task_ids: Tensor | 
     few = rest if counts[0] == 0 else rest[places[rest] > 0]
     if len(few):
         out.index_add_(0, few, plan.changes(x[few], deltas, task_ids[few]).to(x.dtype))
+    return out
+
+
+@functools.cache
+def shares_products(dtype: torch.dtype) -> bool:
+    """Whether a product costs little beside making its weight, so that tasks had better share one more of them."""
+    return dtype == torch.bfloat16 and "amx-bf16" in features()
+
+
+def _by_planes(x: Tensor, w: PlaneMatrix, deltas: Tensor, places: Tensor) -> Tensor:
+    """The products of all rows of `x` with the base's weight, and ``delta`` times those with each tuned plane.
+
+    `places` has 0 for a row of the base, and 1 + task for others.
+    """
+    wanted = torch.tensor([BASE, *(PLANE - p for p in range(deltas.shape[1]))], device="cpu")
+    with_base = F.pad(deltas.detach().to(x.dtype), (0, 0, 0, 0, 1, 0))  # zeros first: those of the base
+    factors = [with_base[:, p].index_select(0, places) for p in range(deltas.shape[1])]
+    out = x.new_empty(len(x), w.rows)
+    for start, stop, (base, *added) in _chunks(w, x.dtype, deltas, wanted):
+        mine = torch.mm(x, base.t(), out=out[:, start:stop])
+        for factor, plane in zip(factors, added, strict=True):
+            mine.addcmul_(factor[:, start:stop], x @ plane.t())
     return out
 
 

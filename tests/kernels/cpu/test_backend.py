@@ -401,10 +401,14 @@ def test_rows_with_other_bits() -> None:
 # --- larger batches --------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[(1, 0), (16 * 128 * 2, 3), (1 << 18, 40)], ids=["16 rows", "32 rows", "all rows"])
+@pytest.fixture(
+    params=[(1, 0, False), (16 * 128 * 2, 3, True), (1 << 18, 40, False)], ids=["16 rows", "32 rows", "all rows"]
+)
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much of the weight is decoded at a time, and for how many rows of a task it is not decoded."""
-    size, few = request.param
+    """How much of the weight is decoded at a time, for how many rows of a task it is not decoded, and whether tasks
+    share products."""
+    size, few, shares = request.param
+    monkeypatch.setattr(many_rows, "shares_products", lambda _: shares)
     monkeypatch.setattr(products, "most_rows", lambda *_: 0)
     monkeypatch.setattr(many_rows, "CHUNK", size)
     monkeypatch.setattr(many_rows, "FEW_ROWS", few)
@@ -421,9 +425,11 @@ def test_a_large_batch(kind: Scheme, dtype: torch.dtype, tasks: str | None, tile
             check_linear(call)
 
 
-def test_tasks_of_many_rows_and_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In one batch: tasks with a weight of their own, tasks of single rows, and the base."""
+@pytest.mark.parametrize("shares", [True, False])
+def test_tasks_of_many_rows_and_of_few(shares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one batch: tasks that share products or have a weight of their own, tasks of single rows, and the base."""
     monkeypatch.setattr(products, "most_rows", lambda *_: 0)
+    monkeypatch.setattr(many_rows, "shares_products", lambda _: shares)
     few = many_rows.FEW_ROWS
     ids = torch.tensor([2] * 3 + [0] * (few + 1) + [1, -1] * 5 + [-1] * few + [3] * few + [0, 2])
     for planes, dtype in itertools.product((1, 3), FLOATS):
