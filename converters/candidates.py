@@ -101,8 +101,8 @@ def by_rows(step: Step, found: Sequence[Candidate], shares: NDArray[np.float64])
         shares: float64 ``[rows]``: the part of the damage that each row does, see :mod:`.row_shares`.
     """
     most = found[-1].damage
-    if not most > 0:
-        return []
+    if not most > 0 or len({replace(c.target, bits=found[0].target.bits, nested=()) for c in found}) > 1:
+        return []  # nothing to save; or rows of one matrix would be of several codecs
     bits = np.array([c.target.bits for c in found])
     damages = np.array([c.damage for c in found])
     by_bits = {c.target.bits: c for c in found}

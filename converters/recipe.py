@@ -277,8 +277,11 @@ def _check_limits(limits: Mapping[str, Any], settings: Mapping[str, Any], where:
     for key, value in limits.items():
         if not is_int(value) or not 1 <= value <= 8:
             raise RecipeError(f"{where}: {key} is {value!r}, expected bits from 1 to 8")
-    if limits and "bits" in settings:
-        raise RecipeError(f"{where}: says bits, and {next(iter(limits))}, which leaves them open; say one of them")
+    for said in ("bits", "row_bits"):
+        if limits and said in settings:
+            raise RecipeError(
+                f"{where}: says {said}, and {next(iter(limits))}, which leaves them open; say one of them"
+            )
     if limits.get("at_least", 1) > limits.get("at_most", 8):
         raise RecipeError(
             f"{where}: asks for at least {limits['at_least']} and at most {limits['at_most']} bits, which contradict "

@@ -8,6 +8,7 @@ it tiles a matrix of equal rows, and the shape of its planes then.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -87,8 +88,15 @@ def arrangement(w: PlaneMatrix) -> Arrangement:
 
 
 def changes(tensor: Tensor | None) -> int:
-    """How often `tensor` was changed in place. Of one made in inference mode torch does not know."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
+    """How often `tensor` was changed in place. Of one made in inference mode torch does not know: it counts as changed
+    whenever it is asked for.
+    """
+    if tensor is None:
+        return 0
+    return next(_unknown) if tensor.is_inference() else tensor._version
+
+
+_unknown = itertools.count(-1, -1)
 
 
 def own_bits(w: PlaneMatrix) -> Tensor:

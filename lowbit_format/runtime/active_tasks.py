@@ -43,6 +43,10 @@ class TaskState:
     is_open: bool = False
     _lock: Any = field(default_factory=threading.Lock, repr=False)
 
+    def __post_init__(self) -> None:
+        for name in self.loaded:
+            self.numbers.setdefault(name, next(_numbers))
+
     def row_tasks(self) -> RowTasks | None:
         """The tasks of the ``use_tasks`` block around this call, or None outside of one.
 
@@ -60,12 +64,16 @@ class TaskState:
 
     def remove(self, name: str) -> None:
         """Undo :meth:`add`."""
-        del self.loaded[name], self.numbers[name]
+        del self.loaded[name]
+        self.numbers.pop(name, None)
 
     def number_of(self, name: Name) -> int:
         """The number of a task, 0 for the base. Raises TaskError if it is not loaded."""
-        self.check([name])
-        return 0 if name is None else self.numbers[name]
+        number = 0 if name is None else self.numbers.get(name)
+        if number is None:
+            self.check([name])
+            raise TaskError(f"the task {name!r} has been unloaded while a compiled model computed with it")
+        return number
 
     def name_of(self, number: int) -> Name:
         """The task with that number. Raises TaskError if it has been unloaded."""
@@ -105,7 +113,8 @@ class TaskState:
         return twin
 
     def __reduce__(self) -> Any:
-        return TaskState, (self.active, self.loaded, self.numbers)
+        """Numbers are new: those of another process would be given a second time in this one."""
+        return TaskState, (self.active, self.loaded)
 
 
 class RowTasks:
@@ -149,7 +158,9 @@ class RowTasks:
 
         Raises TaskError where they do not tell to which rows of the batch they belong.
         """
-        rows, call = batch_rows(), _call.get()
+        call = current_call()
+        rows = call.rows
+        self.check_call(call)
         if call.apart or (rows is not None and tokens % rows):
             raise TaskError(
                 f"{path} gets {tokens} tokens in a batch of {rows} rows, and they do not tell to which rows they "
@@ -186,13 +197,19 @@ class RowTasks:
             )
         return self.task_ids(rows, torch.device("cpu"), path)
 
+    def check_call(self, call: ModelCall) -> None:
+        """What an uncompiled model checks when it is called; a graph leaves it to the modules."""
+        if call.batch is not None and len(self.names) > 1:
+            self.check_batch(call.batch, "the model")
+
     def by_rows(self, x: Tensor, path: str, call: ModelCall | None = None) -> Tensor:
         """`x` with the rows of the batch as axis 0; a single row that the whole batch shares is repeated.
 
         Raises TaskError where axis 0 may be something else: a tensor alone does not tell which axis is the batch.
         """
-        call = call or _call.get()
+        call = call or current_call()
         rows, first = call.rows, len(x)
+        self.check_call(call)
         if any(part in _NOT_BY_ROW for part in path.split(".")):
             raise TaskError(f"{path} does not work row by row: tasks that change it {_APART}")
         self.check_axis(first, path, call)
@@ -213,7 +230,7 @@ class RowTasks:
 
         Those are the patches or images of a vision tower: rows may have different numbers of them.
         """
-        call = call or _call.get()
+        call = call or current_call()
         if call.apart or (call.exact and first not in (1, call.rows)):
             part = re.split(r"\.\d+\.", path)[0]
             what = call.apart or "the model"
@@ -249,9 +266,17 @@ class ModelCall:
         return ModelCall(rows, exact, batch=self.batch)
 
 
+def current_call() -> ModelCall:
+    """The call of a model that is going on here: of the innermost :func:`model_call`, or of the compiled model of which
+    this is a part that the compiler left out (a graph break).
+    """
+    call = _call.get()
+    return call if call.rows is not None or traced.call is None else traced.call
+
+
 def batch_rows() -> int | None:
-    """Rows of the batch of the innermost :func:`model_call`; None outside of one."""
-    return _call.get().rows
+    """Rows of the batch of the call that is going on; None if unknown."""
+    return current_call().rows
 
 
 @contextlib.contextmanager
@@ -263,7 +288,7 @@ def model_call(rows: int | None, *, exact: bool = False, part: str | None = None
         exact: see :class:`ModelCall`.
         part: the model's name, if it is a part whose input is a batch only where it has the outer call's rows.
     """
-    token = _call.set(_call.get().inner(rows, exact, part))
+    token = _call.set(current_call().inner(rows, exact, part))
     try:
         yield
     finally:
@@ -271,7 +296,10 @@ def model_call(rows: int | None, *, exact: bool = False, part: str | None = None
 
 
 class _Traced(threading.local):
-    """The call of a model that is being traced into a graph, or None: what a context variable cannot be there."""
+    """The call of a model that is being traced into a graph, or None: what a context variable cannot be there.
+
+    Where a graph breaks off, the compiler sets it for what runs in between.
+    """
 
     def __init__(self) -> None:
         self.call: ModelCall | None = None

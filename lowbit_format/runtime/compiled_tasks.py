@@ -110,12 +110,12 @@ def _task_numbers(
             f"{owner.path} is computed anew in the backward pass (checkpointing), which has no use_tasks block; choose "
             "the task with set_task, and run the rows of each task in a separate batch"
         )
-    if tasks is not None and exactly >= 0 and len(tasks.names) > 1:
-        tasks.check_batch(exactly, "the model")
+    call = ModelCall(None if batch < 0 else batch, exact, apart, None if exactly < 0 else exactly) if known else None
+    if tasks is not None and call is not None:
+        tasks.check_call(call)
     if tasks is None or len(tasks.names) == 1 or not owner.changes(tasks.names):
         number = state.number_of(state.active if tasks is None else tasks.names[0])
         return torch.full((rows,), number, dtype=torch.int64, device="cpu")
-    call = ModelCall(None if batch < 0 else batch, exact, apart) if known else None
     ids = tasks.ids_of_input(x, owner.path, call)
     if rows == 0 or rows % len(ids):
         raise TaskError(f"{owner.path} gets one row without a batch, but several tasks")
@@ -176,6 +176,11 @@ def _with(w: PlaneMatrix, delta: Delta | None) -> tuple[PlaneMatrix, Tensor | No
     if delta is None:
         return w, None
     return shifted(w, delta), None if delta.scales is None else delta.scales.detach()[None]
+
+
+def forget_stacks() -> None:
+    """Give back the memory of stacked deltas, when a task is unloaded."""
+    _stacks.clear()
 
 
 _stacks: weakref.WeakKeyDictionary[Any, tuple[tuple[Delta | None, ...], Tensor]] = weakref.WeakKeyDictionary()

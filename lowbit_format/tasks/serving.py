@@ -20,6 +20,7 @@ from ..errors import BundleError, TaskError
 from ..integrations.labels import show_labels
 from ..integrations.placement import lowbit_modules
 from ..runtime.active_tasks import Name
+from ..runtime.compiled_tasks import forget_stacks
 from ..runtime.deltas import Delta
 from ..runtime.modules import LowbitModule
 from ..runtime.modules_to_save import SwitchedModule, plain_copy, switched
@@ -179,6 +180,7 @@ def unload_task(model: Any, name: str) -> None:
     if tuned_task(model) == name:
         model.lowbit_save = None
     state.remove(name)
+    forget_stacks()
     for _, module in lowbit_modules(model):
         module.deltas.pop(name, None)
         if module.tuned_name == name:

@@ -180,6 +180,10 @@ def test_what_is_no_json_is_refused(tmp_path: Path, text: bytes) -> None:
         ({"rules": [{"match": "a", "bits": 3}, {"bits": 3}]}, 'rule 2: has no "match"'),
         ({"rules": [{"math": "a"}]}, "rule 1: unknown key 'math'; expected match, keep, at_least, at_most, bits"),
         ({"rules": [{"match": "a", "at_least": 0}]}, "rule 1: at_least is 0, expected bits from 1 to 8"),
+        (
+            {"rules": [{"match": "a", "at_least": 3, "row_bits": "43"}]},
+            "rule 1: says row_bits, and at_least, which leaves",
+        ),
         ({"rules": [{"match": "a", "at_least": 4, "at_most": 3}]}, "rule 1: asks for at least 4 and at most 3 bits"),
         ({"rules": [{"match": "a", "bits": 4, "at_most": 3}]}, "rule 1: says bits, and at_most"),
         (

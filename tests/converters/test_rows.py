@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from lowbit_format.converters import (
     plan_conversion,
     write_recipe,
 )
+from lowbit_format.converters.candidates import Candidate, by_rows, targets
 from lowbit_format.converters.row_shares import row_shares
 from lowbit_format.errors import BudgetError, RecipeError
 from lowbit_format.quantize import Target
@@ -127,3 +129,11 @@ def test_what_a_budget_of_rows_needs(checkpoint: Checkpoint, tmp_path: Path) -> 
         fit_budget(source, Budget(5.0, rows=True), calibration=Calibration("text.txt", "fast"))
     with pytest.raises(BudgetError, match="leave fused_equal or rows out"):
         Budget(5.0, fused_equal=True, rows=True)
+
+
+def test_rows_of_one_matrix_are_of_one_codec() -> None:
+    """The open bits of an output head are bcq, and at 8 bits uniform: what rows do at both cannot be put together."""
+    choices = targets(Target("bcq", group_size=32), 6, 8, words=True)
+    found = [Candidate(target, 10 * target.bits, 4.0**-target.bits) for target in choices]
+    step: Any = None  # is not looked at
+    assert by_rows(step, found, np.full(4, 0.25)) == []

@@ -16,11 +16,17 @@ from support.building import write_model
 from support.models import IDS, bert_config, llama_config
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertModel, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertModel,
+    LlamaForCausalLM,
+)
 
 import lowbit_format as lb
 from lowbit_format.errors import TaskError
-from lowbit_format.runtime import compiled_tasks
+from lowbit_format.runtime import active_tasks, compiled_tasks
 from lowbit_format.schema import Scheme
 from lowbit_format.tasks.bundle import TaskBundle
 from lowbit_format.tasks.bundle_config import TaskConfig
@@ -299,3 +305,32 @@ def test_a_module_that_is_gone() -> None:
     key = compiled_tasks.new_key(type("Module", (), {})())
     with pytest.raises(TaskError, match="a module that is gone"):
         torch.ops.lowbit.task_numbers(torch.zeros(1), key, 1, False, -1, -1, False, None)
+
+
+def test_numbers_of_another_process_are_not_given_twice(tmp_path: Path) -> None:
+    """A model is unpickled where numbers start anew."""
+    model = AutoModelForCausalLM.from_pretrained(write_model(small_llama(), tmp_path / "model", linears))
+    for name in ("a", "b"):
+        lb.load_task(model, bundle(model, 0), name=name)
+    state = copy.copy(model.lowbit_state)  # as pickle does
+    assert state.loaded.keys() == state.numbers.keys()
+    assert not set(state.numbers.values()) & set(model.lowbit_state.numbers.values())
+
+
+@pytest.mark.parametrize("tasks", [["a", "b"], ["a"] * 3 + ["b"]])
+def test_what_the_compiler_leaves_out_knows_the_batch(tasks: list[str], tmp_path: Path) -> None:
+    """Layers behind a graph break check the rows as those of an uncompiled model do."""
+    base = write_model(BertModel(bert_config()), tmp_path / "model", lambda path, module: SCHEME)  # positions too
+    model = AutoModel.from_pretrained(base).eval()
+    for seed, name in enumerate("ab"):
+        lb.load_task(model, bundle(model, seed), name=name)
+    for part in (model.embeddings, model.encoder):
+        part.forward = torch._dynamo.disable(part.forward)
+    graph, ids = torch.compile(model, backend="aot_eager"), IDS[:1].repeat(4, 1)
+    with torch.no_grad(), lb.use_tasks(model, tasks):
+        if len(tasks) == 4:
+            same(graph(input_ids=ids).last_hidden_state, model(input_ids=ids).last_hidden_state)
+        else:
+            with pytest.raises(TaskError, match="gets 4 rows, and use_tasks has 2 tasks"):
+                graph(input_ids=ids)
+    assert active_tasks.traced.call is None

@@ -116,3 +116,14 @@ def test_rows_that_do_not_exist(rows: list[int]) -> None:
     w = backend.tile(ragged("bcq", ROW_BITS["any"]))
     with pytest.raises(IndexError):
         operators.embedding(torch.tensor(rows), w)
+
+
+def test_parameters_of_inference_mode_that_change() -> None:
+    """torch does not count their changes, so nothing that was made of them is used again."""
+    with torch.inference_mode():
+        w = ragged("bcq", ROW_BITS["any"])
+        tiled, x = backend.tile(w._replace(scales=w.scales.clone())), torch.randn(2, COLS)
+        before = operators.linear(x, tiled)
+        tiled.scales.mul_(2)
+        assert same_bits(operators.linear(x, tiled), operators.linear(x, w._replace(scales=tiled.scales.clone())))
+        assert not torch.equal(operators.linear(x, tiled), before)
