@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("ci", deadline=None, max_examples=60)
+settings.register_profile("ci", deadline=None, max_examples=40)
 settings.register_profile("exhaustive", deadline=None, max_examples=1000)  # pytest --hypothesis-profile=exhaustive
 settings.load_profile("ci")
 
