@@ -12,7 +12,23 @@ from collections.abc import Iterable
 from ..errors import BundleError
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
-_INPUT = re.compile(r"embed|(?:^|\.)(wte|wpe|shared)$")  # modules in front of the first layer
+# What stands in front of the first layer, by transformers' names. Each is a whole part of a path: an output head may be
+# named after embeddings, too (embed_out, unembed, class_embed), and counts as the last layer.
+_KINDS = (
+    "word|tok|token|token_type|type|task_type|segment|speaker|pos|position|positional|[a-z]_position|row|column|patch"
+)
+_INPUT = re.compile(
+    rf"""(?:^|\.)(?:
+    wte | wpe | shared$ | embedder
+    | embed(?:ding|dings)?                          # as a name, and around those of BERT and ViT
+    | (?:{_KINDS})_emb(?:ed|eds|edding|eddings)?
+    | embed_(?:in|tokens|tokens_per_layer|positions|audio_tokens|audio|vision)
+    | embed_proj | embeddings_project | embedding_hidden_mapping_in | project_in  # to the width of the layers
+    | feature_extractor\.conv_layers | conv\.conv_layers  # the numbered convolutions of wav2vec2 and Speech2Text
+    | feature_projection | pos_conv_embed           # and what follows them
+    )(?:\.|$)""",
+    re.VERBOSE,
+)
 
 
 def layer_factors(modules: Iterable[str], first: float) -> dict[str, float]:
@@ -20,7 +36,8 @@ def layer_factors(modules: Iterable[str], first: float) -> dict[str, float]:
 
     A module's layer is the first number in its path; what stands before the number is the stack of layers, such as an
     encoder's or a decoder's, and each stack is scaled by itself. Its last layer is the last one of which there is a
-    module. Embeddings count as the first layer, all else outside of stacks as the last one.
+    module. Embeddings count as the first layer, and so do convolutions in front of it, numbered or not; all else
+    outside of stacks, such as an output head, counts as the last one.
 
     Args:
         modules: paths.
@@ -52,6 +69,8 @@ def layer_factors(modules: Iterable[str], first: float) -> dict[str, float]:
 
 
 def _layer_of(module: str) -> tuple[str, int] | None:
-    """Stack and number of the layer that a module is in; None outside of all."""
+    """Stack and number of the layer that a module is in; None outside of all, as in a numbered list of inputs."""
     number = _LAYER.search(module)
-    return None if number is None else (module[: number.start()], int(number[1]))
+    if number is None or _INPUT.search(module[: number.start()]):
+        return None
+    return module[: number.start()], int(number[1])

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..container.atomic import atomic_file
 from ..errors import OutputError, TuningError
-from ..tasks.zeroth_order import ZerothOrder
+from ..tasks.zeroth_order import LOG, ZerothOrder
 from .training import (
     HEAD_RATE,
     PATIENCE,
@@ -181,7 +181,8 @@ def train(job: Job, rate: float, steps: int, *, resume: bool = False) -> Trained
         _write(path, run, found)
     best_step = found.steps[found.best]
     _put(trained(job.model), start)
-    ZerothOrder(run.scales).load_state_dict({k: t[:best_step] for k, t in run.deltas.state_dict().items()})
+    state = run.deltas.state_dict()
+    ZerothOrder(run.scales).load_state_dict(state | {name: state[name][:best_step] for name in LOG})
     _put(run.others, run.best)
     return Trained(run.done, best_step, min(found.losses))
 

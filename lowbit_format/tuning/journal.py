@@ -13,6 +13,7 @@ from ..container.atomic import disk_errors, write_json
 from ..errors import OutputError
 
 JOURNAL = "tuning.json"
+BEFORE = {"optimizer": "adam"}  # what a setting was before there was a choice; older journals do not have it
 
 
 class Journal(MutableMapping[float, float]):
@@ -57,12 +58,12 @@ class Journal(MutableMapping[float, float]):
             raise OutputError(f"{path}: cannot be read ({e}); remove {self.work} and begin anew") from e
 
     def _check(self) -> None:
-        new = json.loads(json.dumps(self.settings))
-        for key in {**self.old, **new}:
-            old = self.old.get(key)
-            if old != new.get(key):
+        old, new = BEFORE | self.old, BEFORE | json.loads(json.dumps(self.settings))
+        for key in old | new:
+            found, expected = old.get(key), new.get(key)
+            if found != expected:
                 raise OutputError(
-                    f"{self.work}: the unfinished tuning has {key} {old!r}, this one {new.get(key)!r}; give the same, "
+                    f"{self.work}: the unfinished tuning has {key} {found!r}, this one {expected!r}; give the same, "
                     "or remove that directory"
                 )
 

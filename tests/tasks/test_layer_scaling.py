@@ -32,6 +32,31 @@ def test_stacks_are_scaled_apart_and_the_rest_by_its_end() -> None:
     assert {m: found[m] for m in outside} == outside
 
 
+INPUTS = """
+gpt_neox.embed_in transformer.wte transformer.wpe model.embed_tokens model.decoder.embed_positions shared embed
+bert.embeddings bert.embeddings.word_embeddings bert.embeddings.LayerNorm transformer.word_embeddings
+bert.embeddings.token_type_embeddings layoutlm.embeddings.x_position_embeddings text_model.embeddings.token_embedding
+vit.embeddings.patch_embeddings.projection model.visual.patch_embed.proj tok_embeddings decoder.embed_tokens.3
+electra.embeddings_project albert.encoder.embedding_hidden_mapping_in model.decoder.project_in
+model.language_model.embed_tokens_per_layer model.embed_vision.embedding_projection embeddings.convs.0.conv
+wav2vec2.feature_extractor.conv_layers.0.conv wav2vec2.feature_extractor.conv_layers.6.conv
+wav2vec2.feature_projection.projection wav2vec2.encoder.pos_conv_embed.conv model.encoder.conv.conv_layers.1
+"""
+OUTPUTS = """
+embed_out gpt_neox.embed_out unembed model.unembedding unembedding_projection output_embeddings class_embed
+lm_head lm_heads.1 score classifier qa_outputs model.decoder.project_out proj_out cls.predictions.decoder
+feature_extractor classifier.dense embedding_out shared_head
+"""
+
+
+@pytest.mark.parametrize(("names", "factor"), [(INPUTS, 0.25), (OUTPUTS, 1.0)], ids=["inputs", "outputs"])
+def test_names_outside_of_layers(names: str, factor: float) -> None:
+    """Those of transformers' classes: an input's is the first layer's factor, an output head's the last one's."""
+    layers = {"layers.0.embed_proj": 0.25, "layers.1.rel.position_embedding": 0.625, "layers.2.mlp": 1.0}
+    found = layer_factors([*layers, *names.split()], 0.25)
+    assert found == layers | dict.fromkeys(names.split(), factor)
+
+
 def test_a_merged_bundle_has_each_layer_by_its_factor() -> None:
     names = [f"layers.{i}.fc.scales.mul" for i in range(3)]
     a, b = (TaskBundle(CONFIG, {n: np.full((1, 2), v, np.float32) for n in names}) for v in (1.0, 4.0))
@@ -46,4 +71,4 @@ def test_a_merged_bundle_has_each_layer_by_its_factor() -> None:
 )
 def test_what_cannot_be_scaled(first: float, message: str) -> None:
     with pytest.raises(BundleError, match=message):
-        layer_factors(["layers.0.fc", "lm_head"], first)
+        layer_factors(["layers.0.fc", "lm_head", "feature_extractor.conv_layers.6.conv"], first)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +52,57 @@ def test_a_training_repeats_bit_for_bit(seed: int, rates: list[float], cut: int)
     assert equal(straight, copy)
     assert three.derivatives == one.derivatives
     assert one.state_dict()["rates"].shape == (len(rates), 2)
+
+
+def square(params: list[nn.Parameter]) -> Tensor:
+    return torch.stack([(p - 1).square().sum() for p in params]).sum()
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        partial(torch.optim.lr_scheduler.StepLR, step_size=1, gamma=0.5),
+        partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda step: 0.5**step),
+    ],
+    ids=["step", "lambda"],
+)
+def test_a_loop_with_a_scheduler_resumes(schedule: Callable[..., Any]) -> None:
+    """Both loaded: rates, directions and numbers go on as if nothing had happened, whatever the new one was given."""
+
+    def run(steps: int, resume: tuple[Any, Any] | None = None, **options: Any) -> tuple[Any, ...]:
+        params = parameters()
+        optimizer = ZerothOrder(params, **options)
+        scheduler = schedule(optimizer)
+        if resume:
+            optimizer.load_state_dict(resume[0])
+            scheduler.load_state_dict(resume[1])
+        for _ in range(steps):
+            optimizer.step(lambda: square(params))
+            scheduler.step()
+        return params, optimizer, (optimizer.state_dict(), scheduler.state_dict())
+
+    given = {"lr": 0.1, "eps": 1e-2, "clip": 3.0, "seed": -(2**70)}
+    params, whole, _ = run(4, **given)
+    resumed_params, resumed, state = run(2, run(2, **given)[2], lr=0.3, seed=1)
+    assert resumed.rates == whole.rates == [(0.1,), (0.05,), (0.025,), (0.0125,)]
+    assert (resumed.seed, resumed.eps, resumed.clip, resumed.seeds) == (whole.seed, 1e-2, 3.0, whole.seeds)
+    assert resumed.param_groups[0]["initial_lr"] == 0.1
+    assert equal(params, resumed_params)
+    torch.testing.assert_close(state[0], whole.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_copy_goes_on_by_itself(copied: Callable[[Any], Any]) -> None:
+    params = parameters()
+    optimizer = ZerothOrder(params, 1e-2, eps=1e-2, clip=5.0, seed=7)
+    optimizer.step(lambda: square(params))
+    other_params, other = copied((params, optimizer))
+    for p, o in ((params, optimizer), (other_params, other)):
+        o.step(lambda p=p: square(p))
+        assert len(o.seeds) == 2
+    assert equal(params, other_params)
+    torch.testing.assert_close(other.state_dict(), optimizer.state_dict(), rtol=0, atol=0, equal_nan=True)
+    assert (other.seed, other.eps, other.clip) == (7, 1e-2, 5.0)
 
 
 def test_a_step_goes_by_the_derivative_in_its_direction() -> None:
@@ -120,6 +176,37 @@ def test_what_is_refused() -> None:
         optimizer.load_state_dict(state)
     with pytest.raises(TuningError, match=r"rates \[1, 1\] for 1 steps, and this optimizer has 2 groups"):
         ZerothOrder([{"params": params[:1]}, {"params": params[1:]}]).load_state_dict(state)
+    with pytest.raises(TuningError, match="made 1 steps without these parameters; add groups before the first"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert len(optimizer.param_groups) == 1
+    assert optimizer.state_dict()["rates"].shape == (1, 1)
+
+
+def test_a_state_of_other_parameters_changes_nothing() -> None:
+    """Other sizes, another order, another number, or another division into groups."""
+
+    def groups(params: list[nn.Parameter], cut: int) -> list[dict[str, Any]]:
+        return [{"params": params[:cut]}, {"params": params[cut:]}]
+
+    params = parameters()
+    optimizer = ZerothOrder(groups(params, 1), 0.2, seed=9)
+    optimizer.step(lambda: square(params))
+    others = {
+        "parameter 2 has 1 numbers and is in group 1 in the state, and has 4": (
+            [*parameters()[:2], nn.Parameter(torch.zeros(4))],
+            1,
+        ),
+        "parameter 0 has 120 numbers and is in group 0 in the state, and has 1 ": (parameters()[::-1], 1),
+        "of 3 parameters, and this optimizer has 2": (parameters()[:2], 1),
+        "parameter 1 has 7 numbers and is in group 1 in the state, and has 7 and is in group 0": (parameters(), 2),
+    }
+    for message, (other_params, cut) in others.items():
+        before = [nn.Parameter(p.detach().clone()) for p in other_params]
+        other = ZerothOrder(groups(other_params, cut))
+        with pytest.raises(TuningError, match=message):
+            other.load_state_dict(optimizer.state_dict())
+        assert equal(other_params, before)
+        assert (other.seed, other.seeds, other.param_groups[0]["lr"]) == (0, [], 1e-4)
 
 
 @pytest.mark.parametrize(("name", "scheme"), [("bert", "bcq"), ("llama", "uniform")])

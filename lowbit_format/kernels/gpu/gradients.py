@@ -179,8 +179,7 @@ def _signed_sums(
         code = tl.zeros((PROGRAM_ROWS, BLOCK), tl.int32)
         for p in range(bits):
             code = code * 2 + ((tl.load(at + p * PLANE_BYTES) >> s) & 1).to(tl.int32)
-        sums = tl.sum(acc * tl.load(codebook_ptr + code), 1)
-        tl.store(at_out, sums, mask=r < rows)
+        tl.store(at_out, tl.sum(acc * tl.load(codebook_ptr + code), 1), mask=r < rows)
         at_out += stride_out_plane
     else:
         for p in range(sums):
