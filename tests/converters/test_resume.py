@@ -27,7 +27,7 @@ Checkpoint = Callable[..., Path]
 
 TARGET = OPTIONS["recipe"].default
 KILLS = [  # moments, evenly spread over all that touch the disk
-    ("llama", OPTIONS, 6),
+    ("llama", OPTIONS, 4),
     ("mixtral", OPTIONS, 4),
     ("llama", CALIBRATED, 3),
     pytest.param("llama", OPTIONS, 20, marks=pytest.mark.exhaustive),

@@ -386,7 +386,7 @@ def dumped(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(data=st.data())
 def test_mutated_headers(tiny: Path, victim: Path, data: st.DataObject) -> None:
     content = weights(tiny).read_bytes()
@@ -397,7 +397,7 @@ def test_mutated_headers(tiny: Path, victim: Path, data: st.DataObject) -> None:
     refusal(lambda: read_all(victim))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(data=st.data())
 def test_mutated_configs(tiny: Path, victim: Path, data: st.DataObject) -> None:
     weights(victim).write_bytes(weights(tiny).read_bytes())
@@ -406,7 +406,7 @@ def test_mutated_configs(tiny: Path, victim: Path, data: st.DataObject) -> None:
     refusal(lambda: read_all(victim))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(edits=st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4), st.integers(0, 4)), min_size=1, max_size=4))
 def test_spliced_bytes(tiny: Path, victim: Path, edits: list[tuple[float, bytes, int]]) -> None:
     """Bytes inserted, removed and overwritten anywhere in header and body."""
@@ -419,7 +419,7 @@ def test_spliced_bytes(tiny: Path, victim: Path, edits: list[tuple[float, bytes,
     refusal(lambda: read_all(victim))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(raw=st.binary(max_size=40) | JSON.map(dumped))
 def test_made_up_headers(tmp_path_factory: pytest.TempPathFactory, raw: bytes) -> None:
     path = header_file(tmp_path_factory.getbasetemp() / "made-up.safetensors", raw)

@@ -100,11 +100,11 @@ class GpuOperators(OperatorConformance):
     dtypes = FLOATS
     kinds = [*CODECS, KINDS[4]] if INTERPRETED else KINDS
     group_sizes = (*GROUPS, 24)
-    batches = (1, 2, 4, 5, 9, 17) if INTERPRETED else (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)
+    batches = (1, 4, 5, 17) if INTERPRETED else (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)
     shape = (5, 70) if INTERPRETED else (37, 100)
     combine = staticmethod(pairwise if INTERPRETED else itertools.product)
     many = 500
-    examples = 6 if INTERPRETED else 50
+    examples = 4 if INTERPRETED else 50
     unknown = "nan"
 
     def allowed(self, call: Call, want: Tensor, terms: Tensor) -> Tensor:
