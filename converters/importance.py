@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..calibration.blocks import find_blocks
 from ..calibration.data import Data
-from ..calibration.whole import run_whole
 from ..matrix import F32
-from .float_model import FloatModel
+from .blockwise import BlockwiseModel
 from .plan import Plan
 from .source import Source
 
@@ -34,10 +32,7 @@ def importances(source: Source, plan: Plan, data: Data, device: torch.device) ->
     Raises:
         CalibrationError: the model cannot be run block by block.
     """
-    model = FloatModel(source, plan, device)
-    lists = find_blocks(model.model)
-    model.load("", leave=tuple(blocks.path for blocks in lists))
-    steps = [s for s in plan.quantized if s.destination.kind in ("linear", "conv1d") and s.destination.target]
+    model = BlockwiseModel(source, plan, device)
     sums: dict[str, Tensor] = {}
     rows: dict[str, int] = {}
     mask: Tensor | None = None
@@ -53,21 +48,14 @@ def importances(source: Source, plan: Plan, data: Data, device: torch.device) ->
 
         return add
 
-    hooks = [
-        model.model.get_submodule(s.destination.target.removesuffix(".weight")).register_forward_pre_hook(seen(s.path))
-        for s in steps
-    ]
-
-    def of_float(path: str) -> Mapping[str, Tensor]:
-        return model.read(path) if path else {}
-
+    hooks = [module.register_forward_pre_hook(seen(step.path)) for step, module in model.layers()]
     try:
         with torch.no_grad():
             for batch in data.batches[: min(BATCHES, len(data.batches) - data.held_out)]:
                 there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
                 found = there.get("attention_mask")
                 mask = found if isinstance(found, Tensor) and found.dim() == 2 else None
-                run_whole(model.model, lists, there, of_float)
+                model.run(there)
     finally:
         for hook in hooks:
             hook.remove()

@@ -15,16 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..calibration.blocks import find_blocks
 from ..calibration.compare import Comparison
 from ..calibration.data import causal_batches, is_causal, windows
-from ..calibration.whole import run_whole
 from ..container.reader import ModelReader
 from ..errors import CalibrationError, LowbitError
 from ..quantize import Target
 from .architecture import meta_model
+from .blockwise import BlockwiseModel
 from .calibration_data import SENTENCES, load_tokenizer
-from .float_model import FloatModel
 from .plan import BASE_MEMORY, Plan
 from .row_shares import row_shares
 from .sensitivity import PROBED, divergences
@@ -79,22 +77,18 @@ def short_text(source: Source) -> list[dict[str, Tensor]]:
 def _measure(source: Source, plan: Plan, directory: Path) -> dict[int | None, Quality]:
     batches = short_text(source)
     device = torch.device("cpu")
-    model = FloatModel(source, plan, device)
-    lists = find_blocks(model.model)
-    model.load("", leave=tuple(blocks.path for blocks in lists))
-
-    def of_float(path: str) -> dict[str, Tensor]:
-        return model.read(path) if path else {}
-
+    model = BlockwiseModel(source, plan, device)
     reader = ModelReader(directory)
     students = {
-        bits: Student(model, lists, device, plan.quantized, {}, partial(matrices_at, reader, bits=bits))
+        bits: Student(
+            model.float_model, model.lists, device, plan.quantized, {}, partial(matrices_at, reader, bits=bits)
+        )
         for bits in precisions(reader, plan.quantized)
     }
     found = {bits: Comparison() for bits in students}
     with torch.no_grad():
         for batch in batches:
-            wanted: Any = run_whole(model.model, lists, batch, of_float)
+            wanted: Any = model.run(batch)
             for bits, student in students.items():
                 found[bits].add(student.output(batch), wanted, batch)
     return {bits: Quality(comparison, comparison) for bits, comparison in found.items()}

@@ -16,9 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..calibration.blocks import find_blocks
-from ..calibration.whole import run_whole
-from .float_model import FloatModel
+from .blockwise import BlockwiseModel
 from .plan import Plan, Step
 from .source import Source
 from .steps import load_step
@@ -42,27 +40,17 @@ def row_shares(
     Raises:
         CalibrationError: the model cannot be run block by block.
     """
-    model = FloatModel(source, plan, device)
-    lists = find_blocks(model.model)
-    model.load("", leave=tuple(blocks.path for blocks in lists))
-    steps = [s for s in plan.quantized if s.destination.kind in ("linear", "conv1d") and s.destination.target]
-    seen = _Squares()
-    hooks = [
-        model.model.get_submodule(s.destination.target.removesuffix(".weight")).register_forward_hook(seen.of(s.path))
-        for s in steps
-    ]
-    embeddings: nn.Module = model.model.get_input_embeddings()
+    model, seen = BlockwiseModel(source, plan, device), _Squares()
+    hooks = [module.register_forward_hook(seen.of(step.path)) for step, module in model.layers()]
+    embeddings: nn.Module = model.float_model.model.get_input_embeddings()
     hooks.append(embeddings.register_forward_hook(lambda module, args, out: out.detach().requires_grad_()))
-
-    def of_float(path: str) -> Mapping[str, Tensor]:
-        return model.read(path) if path else {}
 
     generator = torch.Generator(device).manual_seed(SEED)
     try:
         with torch.enable_grad():
             for batch in batches:
                 seen.is_forward = True
-                output: Any = run_whole(model.model, lists, {k: v.to(device) for k, v in batch.items()}, of_float)
+                output: Any = model.run({k: v.to(device) for k, v in batch.items()})
                 logits = output.logits.flatten(0, -2).float()
                 words = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
                 seen.is_forward = False  # on the way back blocks are computed once more
@@ -70,7 +58,7 @@ def row_shares(
     finally:
         for hook in hooks:
             hook.remove()
-    found = {step.path: _shares(source, step, seen) for step in steps if step.path in seen.outputs}
+    found = {step.path: _shares(source, step, seen) for step, _ in model.layers() if step.path in seen.outputs}
     return {path: shares for path, shares in found.items() if np.isfinite(shares).all()}
 
 

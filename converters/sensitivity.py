@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration.blocks import find_blocks
 from ..calibration.compare import Comparison
 from ..calibration.data import Data
-from ..calibration.whole import run_whole
 from ..matrix import StoredMatrix
 from ..quantize import Target, quantize
+from .blockwise import BlockwiseModel
 from .candidates import kind_of
 from .experts import KINDS
-from .float_model import FloatModel
 from .plan import Plan, Step
 from .source import Source
 from .steps import load_step
@@ -60,13 +58,7 @@ def divergences(
         In nats a token; of a model that predicts no next token, what the mean cosine of its outputs lacks of 1. Kinds
         for which it is not above 0 are absent.
     """
-    model = FloatModel(source, plan, device)
-    lists = find_blocks(model.model)
-    model.load("", leave=tuple(blocks.path for blocks in lists))
-
-    def of_float(path: str) -> dict[str, Tensor]:
-        return model.read(path) if path else {}
-
+    model = BlockwiseModel(source, plan, device)
     there = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
     kinds: dict[str, list[Step]] = {}
     for step in plan.quantized:
@@ -74,10 +66,10 @@ def divergences(
             kinds.setdefault(kind_of(step.path), []).append(step)
     found = {}
     with torch.no_grad():
-        wanted = [run_whole(model.model, lists, batch, of_float) for batch in there]
+        wanted = [model.run(batch) for batch in there]
         for kind, steps in kinds.items():
             of_kind = {step.path: _quantized(source, step, probes[step.path]) for step in steps}
-            student = Student(model, lists, device, steps, {}, of_kind.__getitem__)
+            student = Student(model.float_model, model.lists, device, steps, {}, of_kind.__getitem__)
             comparison = Comparison()
             for batch, output in zip(there, wanted, strict=True):
                 comparison.add(student.output(batch), output, batch)

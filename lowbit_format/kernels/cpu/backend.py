@@ -228,7 +228,7 @@ def _decode_grads_by_parts(w: PlaneMatrix, weight_grad: RowGrads, planes: int | 
     scales_grad = torch.zeros(wanted, w.rows, w.groups, dtype=torch.float32, device="cpu")
     shift_grad = None if w.shift is None else torch.empty(w.shift.shape, dtype=torch.float32, device="cpu")
     for part in tiles.parts(w):
-        own, first = grad[part.rows], None if planes is None else min(planes, part.matrix.bits)
+        own, first = grad[part.rows], None if planes is None else min(planes, part.bits)
         found, found_shift = decode_grads(part.matrix, lambda start, stop, own=own: own[start:stop], first)  # type: ignore[misc]
         scales_grad[: len(found), part.rows] = found
         if shift_grad is not None and found_shift is not None:
