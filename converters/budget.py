@@ -80,7 +80,7 @@ def allocate(items: Sequence[Sequence[Option]], budget: int, *, units: int = UNI
     starts = [_read(taken, above, unit, min(size - 1, (budget - base) // unit))]
     if unit > common:
         starts.append(_by_hulls(items, budget))
-    found = [_improved(items, chosen, budget) for chosen in starts]
+    found = [improved(items, chosen, budget) for chosen in starts]
     chosen = min(found, key=lambda chosen: sum(o[i].damage for o, i in zip(items, chosen, strict=True)))
     picked = [options[i] for options, i in zip(items, chosen, strict=True)]
     damage = float(sum(option.damage for option in picked))
@@ -160,7 +160,7 @@ def _by_hulls(items: Sequence[Sequence[Option]], budget: int) -> list[int]:
     return [list(options).index(hull[k]) for options, hull, k in zip(items, hulls, at, strict=True)]
 
 
-def _improved(items: Sequence[Sequence[Option]], chosen: list[int], budget: int) -> list[int]:
+def improved(items: Sequence[Sequence[Option]], chosen: list[int], budget: int) -> list[int]:
     """Spend what rounding has left over: again and again the change of one item that gains most for its cost."""
     left = budget - sum(options[i].cost for options, i in zip(items, chosen, strict=True))
     while True:

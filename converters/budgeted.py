@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,19 +15,18 @@ from numpy.typing import NDArray
 from ..errors import BudgetError
 from ..matrix import F32
 from ..quantize import Target
-from .budget import Allocation, Option, allocate
+from .budget import Allocation
 from .candidates import MOST_BITS, PROBE, Candidate, by_rows, candidates, kind_of, targets
+from .finalists import Finalist, best_first
+from .items import Items
 from .plan import Plan, Step, unsaid_words
 from .recipe import Recipe, Rule
 from .source import Source
 
-# Layers that kernels and servers such as vLLM make one of: names of the last part of their paths.
-FUSED = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-)
+if TYPE_CHECKING:
+    from .sensitivity import Divergences  # imports torch
+
+MOST_MEASURED = 1.0  # nats: a choice of more would have to be calibrated before its predictions tell anything
 WORDS_LEAST = 4  # bits of embeddings and output heads, where the effect on predictions was not measured
 DIVERGENCE, WEIGHTS, OUTPUTS = "divergence", "error of weights", "error of outputs"
 
@@ -70,7 +70,7 @@ class Choice:
         weights: of the model, in all tensors.
         fixed: bytes of what is not open.
         budget: in bytes, of all tensors.
-        allocation: of the bytes beyond `fixed`.
+        finalists: allocations of the bytes beyond `fixed`, of which the first was chosen.
         measure: what damage is: DIVERGENCE, or the relative squared error of WEIGHTS or OUTPUTS, summed over modules.
     """
 
@@ -79,8 +79,13 @@ class Choice:
     weights: int
     fixed: int
     budget: int
-    allocation: Allocation
+    finalists: tuple[Finalist, ...]
     measure: str
+
+    @property
+    def allocation(self) -> Allocation:
+        """The one that was chosen."""
+        return self.finalists[0].allocation
 
     @property
     def nbytes(self) -> int:
@@ -104,6 +109,7 @@ class Choice:
             "damage": self.allocation.damage,
             "lower_bound": self.allocation.bound,
             "measure": self.measure,
+            "finalists": [[one.allocation.damage, one.measured] for one in self.finalists],
             "curve": [list(point) for point in self.curve],
         }
 
@@ -122,14 +128,14 @@ def choose_bits(
     recipe: Recipe,
     budget: Budget,
     importances: Mapping[str, F32] | None = None,
-    probe: Callable[[Mapping[str, Target]], Mapping[str, float]] | None = None,
+    divergences: Divergences | None = None,
     report: Callable[[Step, int], None] = lambda step, total: None,
     shares: Mapping[str, NDArray[np.float64]] | None = None,
 ) -> Choice:
     """Choose the bits of all modules that a recipe leaves open.
 
-    Without `probe`, embeddings and output heads get at least WORDS_LEAST bits, where no rule says otherwise: their
-    error counts as that of any matrix then, and a large table of few bits would seem a good choice.
+    Without `divergences`, embeddings and output heads get at least WORDS_LEAST bits, where no rule says otherwise:
+    their error counts as that of any matrix then, and a large table of few bits would seem a good choice.
 
     Open is what neither a rule nor a target for ``embeddings`` or ``lm_head`` decides, and what a rule with
     ``at_least`` or ``at_most`` is for. A codebook has the bits of its table.
@@ -140,8 +146,7 @@ def choose_bits(
         recipe: the codec and all else but the bits; the modules to keep.
         budget: the size.
         importances: of columns by path, with data; see :mod:`.importance`.
-        probe: gives the divergence of the model by the kind of modules that have the targets of their paths, see
-            :func:`.sensitivity.divergences`; None: all modules count the same.
+        divergences: of the model with some of its modules quantized; None: all modules count the same.
         report: called after the candidates of each open module with its step and the number of all.
         shares: of rows in the damage of their module, by path, see :mod:`.row_shares`: these rows may differ.
 
@@ -150,7 +155,7 @@ def choose_bits(
     """
     weights = sum(s.tensor.numel for s in plan.steps)
     wanted = budget.of(weights)
-    words_least = 1 if probe is not None else WORDS_LEAST
+    words_least = 1 if divergences is not None else WORDS_LEAST
     found = [one for step in plan.quantized if (one := _open(step, plan, recipe, words_least)) is not None]
     if not found:
         raise BudgetError(
@@ -163,28 +168,37 @@ def choose_bits(
         weighed = None if importances is None else importances.get(one.step.path)
         options[one.step.path] = candidates(source, one.step, one.targets, weighed)
         report(one.step, len(found))
-    measured = {} if probe is None else probe(_probes(options))
+    measured = {} if divergences is None else divergences.by_kind(_probes(options))
     options = _in_nats(options, measured)
     for one in found:
         if shares is not None and (own := shares.get(one.step.path)) is not None:
             options[one.step.path] += by_rows(one.step, options[one.step.path], own)
-    groups = _groups(list(options)) if budget.fused_equal else [[path] for path in options]
-    items = [_together(group, options) for group in groups]
-    least = sum(min(option.cost for option, _ in item) for item in items)
-    if wanted < fixed + least:
-        raise BudgetError(_too_small(weights, wanted, fixed, least, plan))
-    allocation = allocate([[option for option, _ in item] for item in items], wanted - fixed)
-    chosen: dict[str, Target] = {}
-    for group, item, i in zip(groups, items, allocation.chosen, strict=True):
-        chosen |= zip(group, item[i][1], strict=True)
+    items = Items(options, fused_equal=budget.fused_equal)
+    if wanted < fixed + items.least:
+        raise BudgetError(_too_small(weights, wanted, fixed, items.least, plan))
+    exact = {(path, c.target) for path, own in options.items() for c in own if c.damage == 0}  # on a grid already
+
+    def measure_whole(allocation: Allocation) -> float:
+        targets = items.targets(allocation)
+        inexact = {path: target for path, target in targets.items() if (path, target) not in exact}
+        return divergences.with_targets(inexact) if divergences is not None else math.nan
+
+    allocations = items.finalists(wanted - fixed)
+    asked = bool(measured) and allocations[0].damage <= MOST_MEASURED
+    ranked = best_first(allocations, measure_whole if asked else None)
+    chosen = items.targets(ranked[0].allocation)
     bits = {path: target.bits for path, target in chosen.items()}
     measure = DIVERGENCE if measured else WEIGHTS if importances is None else OUTPUTS
-    return Choice(_filled_in(recipe, plan, chosen), bits, weights, fixed, wanted, allocation, measure)
+    return Choice(_filled_in(recipe, plan, chosen), bits, weights, fixed, wanted, tuple(ranked), measure)
 
 
 def _probes(options: Mapping[str, Sequence[Candidate]]) -> dict[str, Target]:
-    """The target of each module with which the divergence is measured: of PROBE bits, or near that."""
-    return {path: _probe(found).target for path, found in options.items()}
+    """The target of each module with which the divergence is measured: of PROBE bits, or near that.
+
+    Modules that are stored without loss are not there.
+    """
+    probes = {path: _probe(found) for path, found in options.items()}
+    return {path: probe.target for path, probe in probes.items() if probe.damage > 0}
 
 
 def _probe(found: Sequence[Candidate]) -> Candidate:
@@ -245,37 +259,6 @@ def _is_said(step: Step, target: Target, recipe: Recipe) -> bool:
 
 def _places(step: Step, plan: Plan) -> list[str]:
     return [step.path, *(place for place, owner in plan.tied.items() if owner == step.path)]
-
-
-def _groups(paths: Sequence[str]) -> list[list[str]]:
-    """Paths in their order, those of layers that others fuse together."""
-    found: dict[tuple[str, int], list[str]] = {}
-    for n, path in enumerate(paths):
-        parent, _, name = path.rpartition(".")
-        kind = next((i for i, names in enumerate(FUSED) if name in names), None)
-        found.setdefault((path, n) if kind is None else (parent, -1 - kind), []).append(path)
-    return list(found.values())
-
-
-def _together(
-    group: Sequence[str], options: Mapping[str, Sequence[Candidate]]
-) -> list[tuple[Option, tuple[Target, ...]]]:
-    """The options of modules that have the same bits, and what each of them is then."""
-    if len(group) == 1:
-        return [(Option(c.nbytes, c.damage), (c.target,)) for c in options[group[0]]]
-    by_bits = [{c.target.bits: c for c in options[path]} for path in group]
-    common = sorted(set.intersection(*(set(each) for each in by_bits)), reverse=True)
-    if not common:
-        raise BudgetError(
-            f"{', '.join(group)}: are to have the same bits, and the limits that rules set them have no number in "
-            "common; leave --fused-equal out, or change these rules"
-        )
-    found = []
-    for bits in common:
-        own = [each[bits] for each in by_bits]
-        option = Option(sum(c.nbytes for c in own), sum(c.damage for c in own))
-        found.append((option, tuple(c.target for c in own)))
-    return found
 
 
 def _too_small(weights: int, wanted: int, fixed: int, least: int, plan: Plan) -> str:

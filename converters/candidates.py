@@ -72,17 +72,20 @@ def candidates(source: Source, step: Step, choices: Sequence[Target], importance
     Args:
         source: the checkpoint.
         step: of the plan; the module that it makes.
-        choices: the targets. A weight that lies on a grid already is stored on that, whatever the target.
+        choices: the targets, of falling bits. A weight that lies on a grid already is stored on that with the first of
+            them; with the others it is quantized, if that takes less.
         importance: float32 ``[cols]``: mean square of what each column is multiplied with; None: all count the same.
     """
     sample = np.concatenate(list(_samples(source, step)))
     column_weights = np.ones(sample.shape[1]) if importance is None else importance.astype(np.float64)
     norm = float((sample.astype(np.float64) ** 2 @ column_weights).sum())
+    found = list[Candidate]()
     if choices[0].recognise and recognise(sample, choices[0], step.tensor.dtype) is not None:
         own = _recognised(source, step, choices[0])
         if own is not None:
-            return [Candidate(target, _nbytes(step, own), 0.0) for target in choices]
-    found = []
+            found.append(Candidate(choices[0], _nbytes(step, own), 0.0))
+            choices = [replace(target, recognise=False) for target in choices[1:]]
+            choices = [target for target in choices if _nbytes(step, target.scheme()) < found[0].nbytes]
     for target in choices:
         plain = replace(target, recognise=False, nested=())
         result = quantize(sample, plain, importance=importance, name=step.tensor.name)

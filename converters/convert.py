@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from ..container.writer import SHARD_BYTES
 from ..errors import BudgetError, CalibrationError, RecipeError, WorkerError
 from ..matrix import F32
-from ..quantize import Target
 from .budgeted import Budget, Choice, choose_bits
 from .calibration_data import Calibration, read_data
 from .card import model_card
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from ..calibration.ladder import BlockResult
     from ..remote import Traffic
     from .calibrated import Calibrated
+    from .sensitivity import Divergences
     from .student import Quality
 
 
@@ -120,22 +120,22 @@ def _fit(
     report: Callable[[Step, int], None] = lambda step, total: None,
 ) -> Choice:
     weighed: dict[str, F32] | None = None
-    probe: Callable[[Mapping[str, Target]], dict[str, float]] | None = None
+    divergences: Divergences | None = None
     shares: dict[str, NDArray[np.float64]] | None = None
     if budget.rows:
         shares = _shares(opened, plan, calibration)
     if calibration is not None:
         from .importance import importances  # a leaf that imports torch
-        from .sensitivity import divergences, probe_batches
+        from .sensitivity import Divergences, probe_batch
 
         data, device = read_data(calibration, opened.directory), torch_device(calibration)
         weighed = importances(opened, plan, data, device)
-        probe = partial(divergences, opened, plan, batches=probe_batches(data), device=device)
+        divergences = Divergences(opened, plan, probe_batch(data), device)
     elif not isinstance(opened, StreamedSource):
-        from .measure import probe_without_data
+        from .measure import divergences_without_data
 
-        probe = probe_without_data(opened, plan)
-    return choose_bits(opened, plan, recipe, budget, weighed, probe, report, shares)
+        divergences = divergences_without_data(opened, plan)
+    return choose_bits(opened, plan, recipe, budget, weighed, divergences, report, shares)
 
 
 def _shares(opened: Source, plan: Plan, calibration: Calibration | None) -> dict[str, NDArray[np.float64]]:

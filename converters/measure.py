@@ -5,7 +5,6 @@ Both run block by block, so that no more than one block of each is in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from ..calibration.compare import Comparison
 from ..calibration.data import causal_batches, is_causal, windows
 from ..container.reader import ModelReader
 from ..errors import CalibrationError, LowbitError
-from ..quantize import Target
 from .architecture import meta_model
 from .blockwise import BlockwiseModel
 from .calibration_data import SENTENCES, load_tokenizer
 from .plan import BASE_MEMORY, Plan
 from .row_shares import row_shares
-from .sensitivity import PROBED, divergences
+from .sensitivity import PROBED, Divergences
 from .source import Source
 from .student import Quality, Student, matrices_at, precisions
 
@@ -113,7 +111,9 @@ def measuring_memory(plan: Plan) -> int:
         outside += step.tensor.numel
         if step.destination.kind == "embedding":
             words = max(words, step.tensor.shape[0])
-    return BASE_MEMORY + 4 * outside + 8 * max(blocks.values(), default=0) + 8 * LENGTH * words + _WORKING
+    return (
+        BASE_MEMORY + 4 * outside + 8 * max(blocks.values(), default=0) + 4 * (PROBED + 1) * LENGTH * words + _WORKING
+    )
 
 
 def is_measured(plan: Plan, directory: Path) -> bool:
@@ -121,25 +121,15 @@ def is_measured(plan: Plan, directory: Path) -> bool:
     return is_causal(meta_model(directory)) and measuring_memory(plan) <= _allowed(plan)
 
 
-def probe_without_data(source: Source, plan: Plan) -> Callable[[Mapping[str, Target]], dict[str, float]] | None:
-    """What :func:`.sensitivity.divergences` gives on a text of our own, or nothing if the model's code cannot be run.
-
-    None where :func:`measure` would not try.
-    """
+def divergences_without_data(source: Source, plan: Plan) -> Divergences | None:
+    """:class:`.sensitivity.Divergences` on a text of our own; None where :func:`measure` would not try, or fails."""
     if not is_measured(plan, source.directory):
         return None
     try:
-        batches = short_text(source)[:PROBED]
-    except CalibrationError:  # no tokenizer, or one for something else than text
+        ids = torch.cat([batch["input_ids"] for batch in short_text(source)[:PROBED]])
+        return Divergences(source, plan, {"input_ids": ids}, torch.device("cpu"))
+    except Exception:  # no tokenizer, or whatever a model's own code needs: bits can be chosen without
         return None
-
-    def probe(probes: Mapping[str, Target]) -> dict[str, float]:
-        try:
-            return divergences(source, plan, probes, batches, torch.device("cpu"))
-        except Exception:  # whatever a model's own code needs: bits can be chosen without
-            return {}
-
-    return probe
 
 
 def shares_without_data(source: Source, plan: Plan) -> dict[str, NDArray[np.float64]]:
@@ -148,5 +138,5 @@ def shares_without_data(source: Source, plan: Plan) -> dict[str, NDArray[np.floa
         return {}
     try:
         return row_shares(source, plan, short_text(source), torch.device("cpu"))
-    except Exception:  # as in probe_without_data; the caller says that it needs them
+    except Exception:  # as in divergences_without_data; the caller says that it needs them
         return {}

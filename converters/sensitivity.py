@@ -1,14 +1,16 @@
-"""How much a model's predictions suffer from the damage of its modules, by their kind.
+"""How much a model's predictions suffer when modules of it are quantized.
 
 All modules of a kind (the last name of their path, such as ``v_proj``) are quantized to a few bits, the others stay in
 float, and the divergence of the predictions from the float model's is measured. By the linearity theorem (Malinovskii
-et al. 2024, arXiv:2411.17525) it grows as their damage does: so the damage of any choice comes in nats.
+et al. 2024, arXiv:2411.17525) it grows as their damage does: so the damage of any choice comes in nats. The theorem
+holds for small damage. What a choice of bits for all modules comes to is measured in the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from ..quantize import Target, quantize
 from .blockwise import BlockwiseModel
 from .candidates import kind_of
 from .experts import KINDS
-from .plan import Plan, Step
+from .plan import Plan
 from .source import Source
 from .steps import load_step
 from .student import Student
@@ -29,59 +31,66 @@ from .student import Student
 PROBED = 2  # samples of text
 
 
-def probe_batches(data: Data) -> list[dict[str, Any]]:
-    """A part of the data that is enough for :func:`divergences`: some samples of text, or one batch of other inputs."""
+def probe_batch(data: Data) -> dict[str, Any]:
+    """A part of the data that is enough for :class:`Divergences`: samples of text, or one batch of other inputs."""
     first = data.batches[0]
     ids = first.get("input_ids")
     if ids is None or any(not isinstance(v, Tensor) or v.shape[:1] != ids.shape[:1] for v in first.values()):
-        return [dict(first)]
-    return [{name: value[i : i + 1] for name, value in first.items()} for i in range(min(PROBED, len(ids)))]
+        return dict(first)
+    return {name: value[:PROBED] for name, value in first.items()}
 
 
-def divergences(
-    source: Source,
-    plan: Plan,
-    probes: Mapping[str, Target],
-    batches: Sequence[Mapping[str, Any]],
-    device: torch.device,
-) -> dict[str, float]:
-    """The divergence of the model from the float model, by the kind of the modules that are quantized.
+class Divergences:
+    """Measures how far predictions are from the float model's when modules are quantized, without data.
+
+    Float weights of one block, and one quantized block, are in memory at a time.
 
     Args:
         source: the checkpoint.
         plan: of its conversion.
-        probes: targets of modules, by path. Other modules stay in float.
-        batches: what goes into the model.
+        batch: what goes into the model.
         device: to compute on.
 
-    Returns:
-        In nats a token; of a model that predicts no next token, what the mean cosine of its outputs lacks of 1. Kinds
-        for which it is not above 0 are absent.
+    Raises:
+        CalibrationError: the model cannot be run block by block.
     """
-    model = BlockwiseModel(source, plan, device)
-    there = [{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()} for batch in batches]
-    kinds: dict[str, list[Step]] = {}
-    for step in plan.quantized:
-        if step.path in probes:
-            kinds.setdefault(kind_of(step.path), []).append(step)
-    found = {}
-    with torch.no_grad():
-        wanted = [model.run(batch) for batch in there]
-        for kind, steps in kinds.items():
-            of_kind = {step.path: _quantized(source, step, probes[step.path]) for step in steps}
-            student = Student(model.float_model, model.lists, device, steps, {}, of_kind.__getitem__)
-            comparison = Comparison()
-            for batch, output in zip(there, wanted, strict=True):
-                comparison.add(student.output(batch), output, batch)
-            if comparison.distance > 0:  # also not NaN
-                found[kind] = comparison.distance
-    return found
 
+    def __init__(self, source: Source, plan: Plan, batch: Mapping[str, Any], device: torch.device) -> None:
+        self._source, self._device = source, device
+        self._steps = {step.path: step for step in plan.quantized}
+        self._batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self._model = BlockwiseModel(source, plan, device)
+        with torch.no_grad():
+            self._wanted = self._model.run(self._batch)
 
-def _quantized(source: Source, step: Step, target: Target) -> list[StoredMatrix]:
-    """The matrix of a module, or those of its experts."""
-    plain = replace(target, recognise=False, nested=())
-    if step.destination.kind not in KINDS or step.stack is None:
-        return [quantize(load_step(source, step), plain, name=step.tensor.name).matrix]
-    experts = range(step.stack.shape[0])
-    return [quantize(step.stack.matrix(source, i), plain, name=step.tensor.name).matrix for i in experts]
+    def by_kind(self, targets: Mapping[str, Target]) -> dict[str, float]:
+        """:meth:`with_targets` for the modules of each kind alone; kinds for which it is not above 0 are absent."""
+        kinds: dict[str, dict[str, Target]] = {}
+        for path, target in targets.items():
+            kinds.setdefault(kind_of(path), {})[path] = target
+        found = {kind: self.with_targets(own) for kind, own in kinds.items()}
+        return {kind: value for kind, value in found.items() if value > 0}  # also not NaN
+
+    def with_targets(self, targets: Mapping[str, Target]) -> float:
+        """With modules that are quantized to the targets of their paths; the others stay in float.
+
+        Returns:
+            In nats a token; of a model that predicts no next token, what the mean cosine of its outputs lacks of 1.
+        """
+        steps = [self._steps[path] for path in targets]
+        fixed = partial(self._quantized, targets)
+        student = Student(self._model.float_model, self._model.lists, self._device, steps, {}, fixed)
+        comparison = Comparison()
+        with torch.no_grad():
+            comparison.add(student.output(self._batch), self._wanted, self._batch)
+        return comparison.distance
+
+    def _quantized(self, targets: Mapping[str, Target], path: str) -> list[StoredMatrix]:
+        """The matrix of a module, or those of its experts."""
+        step = self._steps[path]
+        plain = replace(targets[path], recognise=False, nested=())
+        if step.destination.kind not in KINDS or step.stack is None:
+            return [quantize(load_step(self._source, step), plain, name=step.tensor.name).matrix]
+        stack = step.stack
+        experts = (stack.matrix(self._source, i) for i in range(stack.shape[0]))
+        return [quantize(expert, plain, name=step.tensor.name).matrix for expert in experts]

@@ -130,6 +130,10 @@ def budget_tables(choice: Choice) -> list[Table]:
         ("expected damage", f"{found.damage:.4f}"),
         ("no choice has less than", f"{found.bound:.4f}"),
     ]
+    measured = [f"{one.measured:.4f}" for one in choice.finalists if one.measured is not None]
+    if measured:
+        others = f"; others: {', '.join(measured[1:])}" if measured[1:] else ""
+        rows.append(("measured, without calibration", f"{measured[0]}{others}"))
     if choice.measure != DIVERGENCE:
         rows.append(
             (
