@@ -57,6 +57,12 @@ def pairwise(*axes: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
             yield values
 
 
+def each_value(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """As many combinations as the longest axis has values, in which every value of every axis occurs."""
+    lists = [list(axis) for axis in axes]
+    return [tuple(axis[i % len(axis)] for axis in lists) for i in range(max(map(len, lists)))]
+
+
 class OperatorConformance:
     """Tests of a backend's operators; a subclass says which backend, and what it can do.
 
@@ -68,8 +74,8 @@ class OperatorConformance:
         group_sizes: to try.
         batches: numbers of rows of x to try; `many` is one for which no backend multiplies from planes.
         shape: rows and columns of most matrices. Large enough for two tiles of the backend is best.
-        combine: how kinds, dtypes and tasks are combined: ``itertools.product``, or :func:`pairwise` where one call
-            takes long.
+        combine: how kinds, dtypes and tasks are combined: ``itertools.product``; :func:`pairwise` or :func:`each_value`
+            where one call takes long.
         examples: random products to try.
         tolerance: error of a float32 sum, of the sum of its terms' absolute values.
         unknown: what a row or a task that does not exist gives: IndexError, or NaN in the rows of the result.
@@ -456,7 +462,7 @@ class OperatorConformance:
         rows, cols = self.shape
         places = zip((32, 64, 0), (0, cols - 1, cols // 2), ("mul", None, "add"), strict=True)
         for i, (group, column, tasks) in enumerate(places):
-            if self.combine is pairwise and i != self.kinds.index(kind) % 3:
+            if self.combine is not itertools.product and i != self.kinds.index(kind) % 3:
                 continue
             call = random_call(drawn(kind, 2, group, rows, cols), 4, dtype=self.dtypes[i % 2], tasks=tasks)
             before = self.linear(call)

@@ -23,7 +23,7 @@ from lowbit_format.matrix import StoredMatrix
 from lowbit_format.schema import SCALE_DTYPES, Scheme
 from lowbit_format.testing import products as truth
 from lowbit_format.testing.decoding import F32, DecoderConformance
-from lowbit_format.testing.operators import OperatorConformance, pairwise
+from lowbit_format.testing.operators import OperatorConformance, each_value, pairwise
 from lowbit_format.testing.products import (
     KINDS,
     ROUNDINGS,
@@ -93,7 +93,7 @@ def error_from_planes(call: Call, want: Tensor) -> Tensor:
 
 
 class GpuOperators(OperatorConformance):
-    """Interpreted, one product takes a second: pairs of kinds, dtypes and tasks are tried, on one tile of rows."""
+    """Interpreted, one product takes a second: each kind, dtype and way of tasks is tried, on one tile of rows."""
 
     backend = backend
     device = DEVICE
@@ -102,7 +102,7 @@ class GpuOperators(OperatorConformance):
     group_sizes = (*GROUPS, 24)
     batches = (1, 4, 5, 17) if INTERPRETED else (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 40)
     shape = (5, 70) if INTERPRETED else (37, 100)
-    combine = staticmethod(pairwise if INTERPRETED else itertools.product)
+    combine = staticmethod(each_value if INTERPRETED else itertools.product)
     many = 500
     examples = 4 if INTERPRETED else 50
     unknown = "nan"
@@ -128,10 +128,7 @@ def assert_product(found: Tensor, call: Call) -> None:
 
 def some_of(*axes: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Combinations to try: all on a GPU; interpreted, each value as often as the longest axis is long."""
-    lists = [list(axis) for axis in axes]
-    if not INTERPRETED:
-        return list(itertools.product(*lists))
-    return [tuple(axis[i % len(axis)] for axis in lists) for i in range(max(map(len, lists)))]
+    return each_value(*axes) if INTERPRETED else list(itertools.product(*axes))
 
 
 def multiply(call: Call, config: Config = PLANES) -> Tensor:
@@ -145,6 +142,15 @@ def multiply(call: Call, config: Config = PLANES) -> Tensor:
 
 class TestOperators(GpuOperators):
     """What every backend must do."""
+
+
+if INTERPRETED:
+
+    @pytest.mark.exhaustive
+    class TestPairs(GpuOperators):
+        """The same for every pair of a kind, a dtype and a way of tasks."""
+
+        combine = staticmethod(pairwise)
 
 
 class TestDecoding(DecoderConformance):
