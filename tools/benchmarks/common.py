@@ -1,6 +1,6 @@
 """What the benchmarks share: spreads of samples, tables, memory of a process, and parts that run in new processes.
 
-Standard library only: an interpreter that has llama.cpp instead of this package imports it too.
+Standard library only, so that a part says itself what its imports take.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def memory() -> dict[str, int]:
     return {words[0][:-1]: int(words[1]) * 1024 for words in lines if words and words[0] in wanted}
 
 
-def module_command(module: str, *arguments: str, python: str = sys.executable) -> list[str]:
+def module_command(module: str, *arguments: str) -> list[str]:
     """The command that runs a module of ``tools.benchmarks``; its environment has to be that of :func:`environment`."""
-    return [python, "-m", f"tools.benchmarks.{module}", *arguments]
+    return [sys.executable, "-m", f"tools.benchmarks.{module}", *arguments]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -70,14 +70,13 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT), **more}
 
 
-def run_part(module: str, job: Facts, threads: int, *, python: str = sys.executable, **variables: str) -> Facts:
+def run_part(module: str, job: Facts, threads: int, **variables: str) -> Facts:
     """Run a module of ``tools.benchmarks`` in a new process, and read the JSON that it prints last.
 
     Args:
         module: such as ``"cpu.model"``.
         job: what it gets as JSON, with ``threads``, and ``began``: the time at which the process was started.
         threads: for all libraries.
-        python: another interpreter.
         variables: further variables of the environment.
 
     Returns:
@@ -87,15 +86,12 @@ def run_part(module: str, job: Facts, threads: int, *, python: str = sys.executa
     variables = {**dict.fromkeys(names, str(threads)), **variables}
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     job = {**job, "threads": threads, "began": time.time()}
-    try:
-        done = subprocess.run(
-            module_command(module, json.dumps(job), python=python),
-            capture_output=True,
-            text=True,
-            env=environment(**{**quiet, **variables}),
-        )
-    except OSError as e:
-        return {"failed": f"{python}: {e.strerror}"}
+    done = subprocess.run(
+        module_command(module, json.dumps(job)),
+        capture_output=True,
+        text=True,
+        env=environment(**{**quiet, **variables}),
+    )
     try:
         facts: Facts = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

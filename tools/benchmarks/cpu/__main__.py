@@ -1,10 +1,11 @@
 """CPU inference beside its peers, in one run: a 1.1B llama shape, single products, mixed tasks, and the start.
 
-    python -m tools.benchmarks.cpu [--only model,peers,…] [--cache DIR] [--llama-python PYTHON] [--out FILE]
+    python -m tools.benchmarks.cpu [--only model,peers,…] [--cache DIR] [--llama-cpp FOLDER] [--out FILE]
 
-`model` and `peers` share tables: this package at several bits, llama.cpp (where `--llama-python` has the package
-``llama_cpp``) and eager transformers on random weights of one shape, each in a process of its own, in turns. Every
-figure is a median with minimum and maximum of samples taken in this run. Models are made once and kept in `--cache`.
+`model` and `peers` share tables: this package at several bits, llama.cpp (of which `--llama-cpp` has the programs
+`llama-quantize` and `llama-bench`, compiled on the machine; ``gguf`` makes their file) and eager transformers on random
+weights of one shape, each in a process of its own, in turns. Every figure is a median with minimum and maximum of
+samples taken in this run. Models are made once and kept in `--cache`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3, help="turns: processes for each model, rounds of each product")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--cache", type=Path, help="keep the models here between runs")
-    parser.add_argument("--llama-python", default=sys.executable, help="interpreter that has llama_cpp")
+    parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's programs")
     parser.add_argument("--generate", type=json.loads, default={}, help="more options of generate(), as JSON")
     parser.add_argument("--out", type=Path, help="write the tables here as well")
     options = parser.parse_args()
@@ -114,7 +115,6 @@ class Contender:
 
     name: str
     module: str
-    python: str
     job: Facts
 
 
@@ -124,7 +124,8 @@ def models(options: argparse.Namespace) -> Iterator[str]:
     failed: dict[str, str] = {}
     contenders: list[Contender] = []
     if "model" in options.only:
-        contenders += [lowbit(options, folder, bits, failed) for bits in options.bits]
+        ways = ((default, bits) for default in (False, True) for bits in options.bits)
+        contenders += [lowbit(options, folder, bits, failed, default=default) for default, bits in ways]
     if "peers" in options.only:
         contenders += list(llama(options, folder, failed))
         contenders += [eager(options, folder, dtype, failed) for dtype in FLOATS]
@@ -136,7 +137,7 @@ def models(options: argparse.Namespace) -> Iterator[str]:
                 continue
             job = {**c.job, "do": "measure", "prompt": PROMPT, "prefill": PREFILL, "generate": options.generate}
             job |= {"new": NEW, "inner": 2} if turn else {"new": 8, "inner": 1}
-            facts = run_part(c.module, job, options.threads, python=c.python)
+            facts = run_part(c.module, job, options.threads)
             if "failed" in facts:
                 failed[c.name] = facts["failed"]
             elif turn:
@@ -161,8 +162,9 @@ def models(options: argparse.Namespace) -> Iterator[str]:
     yield (
         f"## A llama of {options.layers} layers ({shape})\n\n"
         f"Decoding: greedy, batch 1, {NEW} tokens after a prompt of {PROMPT}, tokens per second after the first one "
-        f"(`generate` of transformers; `llama_decode` of llama.cpp). Matrices alone: all linear modules once on one "
-        f"token. Prefill: one pass of {PREFILL} tokens, logits of the last one. Lowbit computes in float32.\n\n"
+        f"(`generate` of transformers; `llama-bench` of llama.cpp). Matrices alone: all linear modules once on one "
+        f"token. Prefill: one pass of {PREFILL} tokens, logits of the last one. Lowbit computes in float32 unless the "
+        "name says otherwise.\n\n"
         + table(["model", "file, MB", "decoding, tok/s", "matrices alone, tok/s", "prefill, tok/s"], speeds)
     )
     yield (
@@ -189,35 +191,34 @@ def memory_cells(found: list[Facts]) -> list[str]:
     return [*(spread(cell, 0) for cell in cells), spread(ratio, 2)]
 
 
-def lowbit(options: argparse.Namespace, folder: Path, bits: int, failed: dict[str, str]) -> Contender:
-    """This package; converts the model if the cache does not have it."""
-    name = f"lowbit BCQ {bits} bits"
-    job = {"do": "convert", "folder": str(folder), "layers": options.layers, "bits": bits}
+def lowbit(options: argparse.Namespace, folder: Path, bits: int, failed: dict[str, str], *, default: bool) -> Contender:
+    """This package; converts the model if the cache does not have it.
+
+    With `default` as the command converts and loads it: the head in 8 bits, bfloat16.
+    """
+    name, path = f"lowbit BCQ {bits} bits", folder / f"bcq-{bits}"
+    if default:
+        name, path = f"lowbit by default, {bits} bits, bfloat16", folder / f"default-{bits}"
+    job = {"do": "convert", "folder": str(folder), "layers": options.layers, "bits": bits, "default": default}
     note(failed, name, run_part("cpu.model", job, options.threads))
-    job = {"path": str(folder / f"bcq-{bits}"), "dtype": None}
-    return Contender(name, "cpu.model", sys.executable, job)
+    dtype = "bfloat16" if default else "float32"
+    return Contender(name, "cpu.model", {"path": str(path), "lowbit": True, "dtype": dtype})
 
 
 def llama(options: argparse.Namespace, folder: Path, failed: dict[str, str]) -> Iterator[Contender]:
     """llama.cpp; makes the files if the cache does not have them."""
-    for kind in LLAMA_TYPES:
-        job, version = {"path": str(folder / f"{kind}.gguf"), "layers": options.layers}, ""
-        if "llama.cpp" not in failed:
-            made = run_part("cpu.llama", {"do": "make", **job}, options.threads, python=options.llama_python)
-            version = f" ({made.get('package', '')})"
-            note(failed, "llama.cpp" if made.get("missing") else f"llama.cpp {kind}{version}", made)
-        if "llama.cpp" in failed:
-            yield Contender("llama.cpp", "cpu.llama", options.llama_python, job)
-            return
-        yield Contender(f"llama.cpp {kind}{version}", "cpu.llama", options.llama_python, job)
+    for kind in LLAMA_TYPES if options.llama_cpp else ():
+        job = {"path": str(folder / f"{kind}.gguf"), "layers": options.layers, "binaries": str(options.llama_cpp)}
+        note(failed, f"llama.cpp {kind}", run_part("cpu.llama", {"do": "make", **job}, options.threads))
+        yield Contender(f"llama.cpp {kind}", "cpu.llama", job)
 
 
 def eager(options: argparse.Namespace, folder: Path, dtype: str, failed: dict[str, str]) -> Contender:
     """The float model in transformers."""
     name = f"transformers {dtype}"
-    job = {"do": "convert", "folder": str(folder), "layers": options.layers, "bits": None}
+    job = {"do": "convert", "folder": str(folder), "layers": options.layers, "bits": None, "default": False}
     note(failed, name, run_part("cpu.model", job, options.threads))
-    return Contender(name, "cpu.model", sys.executable, {"path": str(folder / "float"), "dtype": dtype})
+    return Contender(name, "cpu.model", {"path": str(folder / "float"), "lowbit": False, "dtype": dtype})
 
 
 def note(failed: dict[str, str], name: str, facts: Facts) -> None:

@@ -1,41 +1,27 @@
-"""A part of the CPU benchmark: llama.cpp on the same shape, through the Python package ``llama_cpp``.
-
-It runs in the interpreter that has the package (``--llama-python``); making the files needs ``gguf`` there too.
-"""
+"""A part of the CPU benchmark: llama.cpp on the same shape, by its programs `llama-quantize` and `llama-bench`."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import time
+import subprocess
 from pathlib import Path
 from typing import Any
 
-from ..common import SHAPE, Facts, job_of_this_process, memory, seconds
-
-TYPES = {"f16": None, "Q4_0": "Q4_0", "Q4_K_M": "Q4_K_M", "Q3_K_M": "Q3_K_M", "Q2_K": "Q2_K"}  # name of the file type
+from ..common import SHAPE, Facts, job_of_this_process
 
 
 def main() -> None:
     job = job_of_this_process()
-    try:
-        import llama_cpp
-    except ImportError:
-        print(json.dumps({"failed": "llama_cpp is not installed", "missing": True}))
-        return
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    bench, quantize = (Path(job["binaries"], name) for name in ("llama-bench", "llama-quantize"))
     if job["do"] == "make":
-        make(Path(job["path"]), job["layers"], job["threads"])
-        print(json.dumps({"package": f"llama_cpp {llama_cpp.__version__}"}))
+        make(quantize, Path(job["path"]), job["layers"], job["threads"])
+        print(json.dumps({}))
         return
-    print(json.dumps(measure(job)))
+    print(json.dumps(measure(bench, job)))
 
 
-def make(path: Path, layers: int, threads: int) -> None:
-    """Make ``NAME.gguf`` beside ``f16.gguf``, and that one first, where they do not exist."""
-    import llama_cpp
-
+def make(quantize: Path, path: Path, layers: int, threads: int) -> None:
+    """Make ``TYPE.gguf`` beside ``f16.gguf``, and that one first, where they do not exist."""
     source = path.with_name("f16.gguf")
     if not source.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,12 +29,8 @@ def make(path: Path, layers: int, threads: int) -> None:
         source.with_suffix(".part").rename(source)
     if path.exists():
         return
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.nthread = threads
-    params.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{TYPES[path.stem]}")
     part = path.with_suffix(".part")
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(part).encode(), ctypes.byref(params)):
-        raise RuntimeError(f"llama.cpp could not make {path.name}")
+    run(quantize, source, part, path.stem, threads)
     part.rename(path)
 
 
@@ -112,68 +94,31 @@ def write_f16(path: Path, layers: int) -> None:
     writer.close()
 
 
-def measure(job: Facts) -> Facts:
+def measure(bench: Path, job: Facts) -> Facts:
     """The same work as that of ``model.py``: one file, one process."""
-    import llama_cpp
-    import numpy as np
-
-    imported, import_end = memory(), time.time()
-    llama_cpp.llama_backend_init()
-    model = llama_cpp.llama_model_load_from_file(job["path"].encode(), llama_cpp.llama_model_default_params())
-    if not model:
-        raise RuntimeError(f"llama.cpp could not load {job['path']}")
-    params = llama_cpp.llama_context_default_params()
-    params.n_ctx = params.n_batch = params.n_ubatch = 512
-    params.n_threads = params.n_threads_batch = job["threads"]
-    context = llama_cpp.llama_init_from_model(model, params)
-    vocabulary = SHAPE["vocabulary"]
-
-    def evaluate(tokens: Any) -> int:
-        """Append tokens; the most likely next one."""
-        array = (llama_cpp.llama_token * len(tokens))(*tokens)
-        if llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(array, len(tokens))):
-            raise RuntimeError("llama.cpp could not evaluate")
-        logits = llama_cpp.llama_get_logits_ith(context, -1)  # waits for the result
-        return int(np.ctypeslib.as_array(logits, shape=(vocabulary,)).argmax())
-
-    def clear() -> None:
-        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(context), True)
-
-    def generate(new: int) -> list[float]:
-        """When each token came out."""
-        clear()
-        token, times = evaluate(range(3, 3 + job["prompt"])), [time.perf_counter()]
-        for _ in range(new - 1):
-            token = evaluate([token])
-            times.append(time.perf_counter())
-        return times
-
-    def prefill() -> None:
-        evaluate(range(3, 3 + job["prefill"]))
-
-    loaded = time.time()
-    generate(1)
-    first_token, after = time.time(), memory()
-    generate(4)
-    decode, filled = [], []
-    for _ in range(job["inner"]):
-        times = generate(job["new"])
-        decode.append((job["new"] - 1) / (times[-1] - times[0]))
-    clear()
-    prefill()
-    for _ in range(job["inner"]):
-        clear()
-        filled.append(job["prefill"] / seconds(prefill))
+    options = {"-m": job["path"], "-t": job["threads"], "-p": job["prefill"], "-n": job["new"], "-r": job["inner"]}
+    printed = run(bench, "-o", "json", *(word for option in options.items() for word in option))
+    decode, prefill = (
+        next(row["samples_ts"] for row in json.loads(printed) if row[key] > 0) for key in ("n_gen", "n_prompt")
+    )
     return {
-        "start": [first_token - job["began"]],
-        "imports": [import_end - job["began"]],
-        "load": [loaded - import_end],
         "decode": decode,
+        "prefill": prefill,
         "matrices": [],
-        "prefill": filled,
         "bytes": Path(job["path"]).stat().st_size,
-        "memory": {"imported": imported, "after": after, "end": memory()},
+        "start": [],
+        "imports": [],
+        "load": [],
+        "memory": {"imported": {}},
     }
+
+
+def run(program: Path, *arguments: Any) -> str:
+    """What a program prints; its messages are in the error if it fails."""
+    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{program.name} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
+    return done.stdout
 
 
 if __name__ == "__main__":

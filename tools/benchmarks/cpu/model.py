@@ -16,14 +16,17 @@ from ..common import Facts, import_package, job_of_this_process, memory, seconds
 def main() -> None:
     job = job_of_this_process()
     if job["do"] == "convert":
-        convert(Path(job["folder"]), job["layers"], job["bits"])
+        convert(Path(job["folder"]), job["layers"], job["bits"], job["default"])
         print("{}")
         return
     print(json.dumps(measure(job)))
 
 
-def convert(folder: Path, layers: int, bits: int | None) -> None:
-    """Make ``folder/float`` and, unless `bits` is None, ``folder/bcq-BITS`` of it, where they do not exist."""
+def convert(folder: Path, layers: int, bits: int | None, default: bool) -> None:
+    """Make ``folder/float`` and, unless `bits` is None, a lowbit model of it, where they do not exist.
+
+    It is ``folder/default-BITS``, as the command makes it, or ``folder/bcq-BITS``, whose head has these bits too.
+    """
     from ..convert import make_checkpoint
 
     source = folder / "float"
@@ -31,12 +34,13 @@ def convert(folder: Path, layers: int, bits: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         make_checkpoint(folder / "float.part", layers)
         (folder / "float.part").rename(source)
-    if bits is None or (folder / f"bcq-{bits}").exists():
+    out = folder / f"{'default' if default else 'bcq'}-{bits}"
+    if bits is None or out.exists():
         return
     from lowbit_format.converters import Recipe, convert_hf_to_lowbit
     from lowbit_format.quantize import Target
 
-    convert_hf_to_lowbit(source, folder / f"bcq-{bits}", Recipe(Target(bits=bits), lm_head=True))
+    convert_hf_to_lowbit(source, out, Recipe(Target(bits=bits), lm_head=None if default else True))
 
 
 def measure(job: Facts) -> Facts:
@@ -46,7 +50,7 @@ def measure(job: Facts) -> Facts:
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401
     from transformers.generation.streamers import BaseStreamer
 
-    lowbit = job["dtype"] is None
+    lowbit = job["lowbit"]
     if lowbit:
         import lowbit_format as lb
 
@@ -82,11 +86,11 @@ def measure(job: Facts) -> Facts:
         assert len(clock.times) == new + 1
         return clock.times
 
+    dtype = getattr(torch, job["dtype"])
     with torch.inference_mode():
         if lowbit:
-            model = lb.from_pretrained(job["path"], dtype=torch.float32).eval()
+            model = lb.from_pretrained(job["path"], dtype=dtype).eval()
         else:
-            dtype = getattr(torch, job["dtype"])
             model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype, attn_implementation="sdpa").eval()
         model.generation_config.eos_token_id = None  # random weights may choose any token
         loaded = time.time()
@@ -94,7 +98,6 @@ def measure(job: Facts) -> Facts:
         first_token, after = time.time(), memory()
 
         products = [m for m in model.modules() if getattr(m, "kind", None) == "linear" or type(m) is torch.nn.Linear]
-        dtype = torch.float32 if lowbit else dtype
         inputs = {m.in_features: torch.randn(1, 1, m.in_features, dtype=dtype) for m in products}
 
         def matrices() -> None:
