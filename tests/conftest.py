@@ -25,6 +25,14 @@ settings.load_profile("ci")
 os.environ.setdefault("TRITON_INTERPRET", str(int(not torch.cuda.is_available())))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Workers begin with runs of tests in their order, not with every other one: a module's fixtures are made once."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_collection_finish() -> None:
     """Thousands of tests stay to the end, with what they import: the garbage collector need not look at them again."""
     gc.collect()
