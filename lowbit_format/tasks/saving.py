@@ -12,7 +12,7 @@ from ..container.reader import CONFIG_FILE
 from ..dtypes import BY_NAME, DTYPES
 from ..errors import TaskError
 from ..runtime.active_tasks import Name
-from ..runtime.stored_tensors import from_torch
+from ..runtime.stored_tensors import from_torch, whole
 from .bundle import CARD_FILE, SCALES_FILE, TaskBundle, rounding_loss, write_bundle
 from .bundle_config import TASK_CONFIG_FILE, described
 from .models import loaded_tasks, model_path, named_modules, state_of, unwrapped
@@ -37,7 +37,8 @@ def save_task(
     that one's bundle said.
 
     Args:
-        model: a lowbit model, also inside of DDP or ``torch.compile``.
+        model: a lowbit model, also inside of DDP or ``torch.compile``. After ``fully_shard`` every process has to call
+            this, each with a directory of its own: they gather what was trained.
         directory: made if it does not exist. A bundle in it is replaced; a ``README.md`` that is no task's card stays.
         name: which task; by default the active one.
         dtype: of the deltas in the file. ``"float32"`` keeps them exactly; ``"float16"`` and ``"bfloat16"`` halve the
@@ -72,7 +73,8 @@ def write_task(model: Any, bundle: TaskBundle, directory: Path, dtype: str, **ca
         raise TaskError(f"{directory}: holds a model; give the task a directory of its own")
     if bundle.config.modules_to_save:
         inner = unwrapped(model)
-        card = {"model_class": type(inner).__name__, "num_labels": _labels(inner), **card}
+        name = type(inner).__name__.removeprefix("FSDP")  # which fully_shard puts in front
+        card = {"model_class": name, "num_labels": _labels(inner), **card}
     nbytes = bundle.nbytes - (DTYPES["F32"].nbytes - DTYPES[stored].nbytes) * bundle.delta_values
     text = task_card(bundle, nbytes=nbytes, **card)
     foreign = (directory / CARD_FILE).exists() and not (directory / TASK_CONFIG_FILE).exists()
@@ -107,7 +109,7 @@ def bundle_of(
         delta = module.delta_of(name)
         for field, tensor in (delta._asdict() if delta is not None else {}).items():
             if tensor is not None:
-                values = tensor.detach().cpu().float().contiguous().numpy().copy()
+                values = whole(tensor).cpu().float().contiguous().numpy().copy()
                 axes = values.ndim - (module.experts is not None)
                 deltas[delta_name(module_name, field, axes, module.scheme.shift)] = values
     saved = []
