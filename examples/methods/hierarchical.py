@@ -13,6 +13,7 @@ The tokens of the meta-register are trained. Since they go through the backbone,
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,7 +53,7 @@ class HierarchicalSideTuning(nn.Module):
             nn.init.xavier_uniform_(self.register)
         narrow = nn.Conv2d(3, stages[0], 3, stride=2, padding=1, bias=False)
         stem = nn.Sequential(narrow, nn.BatchNorm2d(stages[0]), nn.ReLU(), nn.Conv2d(stages[0], stages[0], 2, stride=2))
-        steps = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(stages, stages[1:], strict=False)]
+        steps = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(stages)]
         self.steps, self.step_norms = nn.ModuleList([stem, *steps]), nn.ModuleList(nn.LayerNorm(d) for d in stages)
         self.bridges = nn.ModuleList(nn.Linear(width, d) for d in stages)
         self.side = nn.ModuleList(nn.ModuleList(_Block(d, heads) for _ in range(self.per_stage)) for d in stages)

@@ -41,7 +41,7 @@ class Ladder(nn.Module):
         self.norm, self.last = nn.LayerNorm(small), nn.Linear(small, width)
 
     def forward(self, hidden: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-        """Hidden states ``[batch, tokens, width]``, the embeddings first, to one of that shape; `mask`: 1 for tokens."""
+        """Hidden states ``[batch, tokens, width]``, the embeddings first, to one of them; `mask`: 1 for tokens."""
         side, tokens = self.first(hidden[0]), hidden[0].shape[1]
         later = torch.ones(tokens, tokens, dtype=torch.bool, device=side.device).triu(1) if self.causal else None
         padding = None if mask is None else mask == 0

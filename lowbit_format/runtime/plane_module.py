@@ -152,7 +152,7 @@ class PlaneModule(nn.Module):
         if self.is_shared_out:
             raise UnsupportedOperationError(
                 f"{_name_of(self)}: fully_shard gave each process a part of its tensors, and the whole is needed here; "
-                "do this before fully_shard, as load_task, merge_task and dequantize"
+                "call load_task, merge_task, dequantize and save_pretrained before fully_shard"
             )
 
     # --- layout ---

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..container.reader import CONFIG_FILE
 from ..dtypes import BY_NAME, DTYPES
 from ..errors import TaskError
@@ -90,7 +92,7 @@ def bundle_of(
     revision: str | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> TaskBundle:
-    """A task of `model` as a bundle in memory; arguments as for :func:`save_task`."""
+    """A task of `model` as a bundle in memory, with tensors of its own; arguments as for :func:`save_task`."""
     model = unwrapped(model)
     state = state_of(model)
     name = state.active if name is None else name
@@ -109,14 +111,14 @@ def bundle_of(
         delta = module.delta_of(name)
         for field, tensor in (delta._asdict() if delta is not None else {}).items():
             if tensor is not None:
-                values = whole(tensor).cpu().float().contiguous().numpy().copy()
+                values = whole(tensor).cpu().float().clone(memory_format=torch.contiguous_format).numpy()
                 axes = values.ndim - (module.experts is not None)
                 deltas[delta_name(module_name, field, axes, module.scheme.shift)] = values
     saved = []
     for listed in config.modules_to_save:
         path = model_path(model, listed)
         head = model.get_submodule(path).module_of(name)
-        saved += [from_torch(f"{listed}.{key}", tensor) for key, tensor in head.state_dict().items()]
+        saved += [from_torch(f"{listed}.{key}", whole(t).clone()) for key, t in head.state_dict().items()]
     return TaskBundle(config, deltas, tuple(saved))
 
 

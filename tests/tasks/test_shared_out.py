@@ -5,6 +5,7 @@ Two processes are in test_tuning_loops.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,9 @@ def test_a_task_that_is_loaded_before_serves_after(bases: Bases, tmp_path: Path)
     shared_out(model)
     set_task(model, "task")
     assert torch.equal(logits_of(model), logits_of(tuned))
+    ids = torch.tensor([[3, 9, 4], [5, 6, 7]])
+    words = [m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (model, tuned)]
+    assert torch.equal(*words)
     set_task(model, None)
     assert torch.equal(logits_of(model), base)
 
@@ -77,6 +81,9 @@ def test_what_wants_the_whole_matrix_is_refused(bases: Bases, tmp_path: Path) ->
     model = shared_out(bases.load("llama"))
     with pytest.raises(TuningError, match="call prepare_scale_tuning first, and fully_shard after it"):
         prepare_scale_tuning(model)
-    for call in (lambda: load_task(model, tmp_path / "task"), model.dequantize):
-        with pytest.raises(UnsupportedOperationError, match=r"LowbitLinear.*do this before fully_shard"):
+    save = functools.partial(model.save_pretrained, tmp_path / "base")
+    for call in (lambda: load_task(model, tmp_path / "task"), save, model.dequantize):
+        with pytest.raises(
+            UnsupportedOperationError, match=r"fully_shard gave each process a part.*call load_task.* before"
+        ):
             call()

@@ -34,7 +34,7 @@ from torch.utils.data import Dataset
 from lowbit_format import TaskCallback, load_task, prepare_scale_tuning, save_task, set_task, unload_task
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import TaskError, TuningError
-from lowbit_format.tasks.bundle import SCALES_FILE, read_bundle
+from lowbit_format.tasks.bundle import SCALES_FILE, TaskBundle, read_bundle
 from lowbit_format.tasks.saving import bundle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -381,6 +381,12 @@ def test_whole_state_dicts_of_tied_models_load(bases: Bases, tmp_path: Path) -> 
 # --- distributed -----------------------------------------------------------------------------------
 
 
+def numbers_of(bundle: TaskBundle) -> dict[str, Any]:
+    """All numbers of a task, deltas and head, by name, as copies."""
+    heads = {t.name: t.data.view(np.float32) for t in bundle.saved}
+    return {key: values.flatten() for key, values in {**bundle.deltas, **heads}.items()}
+
+
 @pytest.mark.slow
 def test_two_processes_do_as_one(bases: Bases, tmp_path: Path) -> None:
     """Each has one half of every batch; afterwards both have what one process has that got it whole.
@@ -389,23 +395,20 @@ def test_two_processes_do_as_one(bases: Bases, tmp_path: Path) -> None:
     """
     alone = bases.load("bert")
     prepare_scale_tuning(alone)
-    before = bundle_of(alone)
-    base = bases.path("bert")
+    start, base = numbers_of(bundle_of(alone)), bases.path("bert")
     torch.multiprocessing.spawn(worker, (2, str(base), str(tmp_path / "meeting"), str(tmp_path), 5), nprocs=2)
     sgd_steps(alone, alone, 5, slice(None))
-    want = bundle_of(alone)
-    start, end = ({**b.deltas, **{t.name: t.data.view(np.float32) for t in b.saved}} for b in (before, want))
+    end = numbers_of(bundle_of(alone))
     for way in WAYS:
         files = [(tmp_path / f"{way}-{rank}" / SCALES_FILE).read_bytes() for rank in range(2)]
         assert files[0] == files[1]
-        bundle = read_bundle(tmp_path / f"{way}-0")
         assert "FSDP" not in (tmp_path / f"{way}-0" / "README.md").read_text("utf-8")
-        found = {**bundle.deltas, **{t.name: t.data.view(np.float32) for t in bundle.saved}}
+        found = numbers_of(read_bundle(tmp_path / f"{way}-0"))
         assert found.keys() == end.keys()
         for key, numbers in found.items():
             moved = float(np.abs(end[key] - start[key]).max())
             assert moved > 0
-            np.testing.assert_allclose(numbers.flat, end[key].flat, rtol=0, atol=max(1e-4 * moved, 1e-8))
+            np.testing.assert_allclose(numbers, end[key], rtol=0, atol=max(1e-4 * moved, 1e-8))
     for rank in range(2):
         here, in_all = map(int, (tmp_path / f"bytes-{rank}").read_text().split())
         assert here < 0.7 * in_all  # a plane cannot be halved: of three, one process has two
