@@ -56,7 +56,9 @@ class HierarchicalSideTuning(nn.Module):
         steps = [nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(stages)]
         self.steps, self.step_norms = nn.ModuleList([stem, *steps]), nn.ModuleList(nn.LayerNorm(d) for d in stages)
         self.bridges = nn.ModuleList(nn.Linear(width, d) for d in stages)
-        self.side = nn.ModuleList(nn.ModuleList(_Block(d, heads) for _ in range(self.per_stage)) for d in stages)
+        self.side = nn.ModuleList(
+            nn.ModuleList(_Block(d, heads, register) for _ in range(self.per_stage)) for d in stages
+        )
         self.norms = nn.ModuleList(nn.LayerNorm(d) for d in stages)
         self.head_norm, self.head = nn.BatchNorm1d(stages[-1], affine=False), nn.Linear(stages[-1], labels)
 
@@ -91,9 +93,10 @@ class HierarchicalSideTuning(nn.Module):
 class _Block(nn.Module):
     """A block of the side network, of width `d`."""
 
-    def __init__(self, d: int, heads: int) -> None:
+    def __init__(self, d: int, heads: int, register: int) -> None:
         super().__init__()
-        self.norm1, self.meta_norm, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
+        self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.meta_norm = nn.LayerNorm(d) if register else nn.Identity()
         self.attention = nn.MultiheadAttention(d, heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 

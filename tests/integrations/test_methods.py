@@ -209,14 +209,11 @@ def test_as_over_the_float_model(name: str, bases: dict[str, tuple[Any, Any]]) -
         with torch.no_grad():
             torch.testing.assert_close(logits(over[0]), logits(bases[case.base][0]), rtol=0, atol=1e-5)
 
-    start = {key: p.detach().clone() for key, p in over[0].named_parameters()}
+    start = {key: t.clone() for key, t in over[0].state_dict().items()}
     losses = steps(case, over[0])
-    assert losses[-1] < 0.95 * losses[0]
-    changed = {key for key, p in over[0].named_parameters() if not torch.equal(p, start[key])}
-    assert changed == set(own[0])
-
-    saved = {key: t for key, t in over[0].state_dict().items() if key in own[0]}
-    saved.update({key: t for key, t in over[0].named_buffers() if "norm.running" in key})  # of batches
+    assert losses[-1] < 0.98 * losses[0]
+    saved = {key: t for key, t in over[0].state_dict().items() if not torch.equal(t, start[key])}
+    assert saved.keys() - dict(over[0].named_buffers()) == own[0].keys()  # norms of batches have buffers
     again = made(case, bases[case.base][0])
     for other in (again, over[1]):
         assert not other.load_state_dict(saved, strict=False).unexpected_keys
