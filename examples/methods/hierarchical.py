@@ -7,7 +7,8 @@ image tokens. Then it adds these image tokens, brought to the stage's resolution
 brings what the backbone gives to the stage's width (the transformation bridge).
 
 The tokens of the meta-register are trained. Since they go through the backbone, gradients have to as well. With
-``register=0`` there are none, and the backbone runs without a backward pass.
+``register=0`` there are none, and the backbone runs without a backward pass. (The authors train the norms of the
+backbone as well.)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """HUT (Zhang et al. 2024, arXiv:2409.13501): the weight is multiplied, entry by entry, by what two thin matrices make.
 
-``W * (1 + left right)``, so that the change of an entry is in proportion to it. The weight itself is read at every
-call. With zeros in `left` it starts as the layer alone.
+Here as ``W * (1 + left right)``: the change of an entry is in proportion to it, and with zeros in `left` it starts as
+the layer alone. The weight itself is read at every call.
 """
 
 from __future__ import annotations
