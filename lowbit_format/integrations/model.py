@@ -121,16 +121,18 @@ class LowbitModel(Mixin):
         """
         total, seen = 0, set[int]()
         for module in self.modules():  # type: ignore[attr-defined]
+            # Not ``parameters``: the Trainer counts at every step, and that would undo the layout of the planes.
+            own = [p for p in module._parameters.values() if p is not None]
             if isinstance(module, TunedDelta) and not only_trainable:
                 continue
             if exclude_embeddings and isinstance(module, nn.Embedding):
-                seen.update(id(p) for p in module.parameters(recurse=False))
+                seen.update(map(id, own))
                 continue
             matrix = module.matrix_parameters().values() if isinstance(module, LowbitModule) else ()
             if matrix and not only_trainable and module.matrix_id not in seen:
                 total += math.prod(module.shape)
                 seen.update(id(p) for p in matrix)
-            for p in module.parameters(recurse=False):
+            for p in own:
                 if id(p) not in seen and (p.requires_grad or not only_trainable):
                     total += p.numel()
                     seen.add(id(p))

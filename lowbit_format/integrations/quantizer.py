@@ -182,6 +182,8 @@ class LowbitQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
         base, twice = base_state_dict(model), model.all_tied_weights_keys
+        for _, module in lowbit_modules(model):
+            module.refuse_shared_out()
         tensors = {name: t for name, t in base.items() if name not in twice}
         plain = {name: t for name, t in tensors.items() if type(t) is Tensor and not t.is_meta}
         return base, file_metadata({name: digest(t) for name, t in plain.items()})

@@ -57,6 +57,7 @@ class LowbitModule(PlaneModule):
 
     def _dequantize(self, delta: Delta | None, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight with `delta`, oriented as in the float module."""
+        self.refuse_shared_out()
         return self._with_delta(
             delta, lambda w, deltas: operators.dequantize(w, deltas, dtype=dtype or self.compute_dtype)
         )
@@ -100,6 +101,7 @@ class LowbitModule(PlaneModule):
 
     def parameters_with(self, delta: Delta) -> dict[str, Tensor]:
         """Scales and shift with `delta`, by role, as the task computes with them (TSK-8)."""
+        self.refuse_shared_out()
         w = shifted(self.plane_matrix, delta)
         w = w if delta.scales is None else with_delta(w, delta.scales)
         values = {"scales": w.scales, "offsets": w.offsets, "zeros": w.zeros}

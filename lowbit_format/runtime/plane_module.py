@@ -142,6 +142,19 @@ class PlaneModule(nn.Module):
         device: torch.device = planes.device
         return device
 
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether processes have a part each of the tensors now (``fully_shard``; not while the module computes)."""
+        return hasattr(self._parameters["planes"], "full_tensor")  # a DTensor has it
+
+    def refuse_shared_out(self) -> None:
+        """Raise UnsupportedOperationError where the whole matrix is wanted and processes have a part each."""
+        if self.is_shared_out:
+            raise UnsupportedOperationError(
+                f"{_name_of(self)}: fully_shard gave each process a part of its tensors, and the whole is needed here; "
+                "call load_task, merge_task, dequantize and save_pretrained before fully_shard"
+            )
+
     # --- layout ---
 
     @property
@@ -164,7 +177,7 @@ class PlaneModule(nn.Module):
         The same tensors hold it, in place of the file's layout: nothing is in memory twice. Reading or moving them
         (``planes``, ``state_dict``, ``to``, pickling) restores the file's layout, and the next call tiles again.
         """
-        if not operators.can_tile(self.plane_matrix) or _is_offloaded(self) or is_capturing(self.device):
+        if _comes_for_each_call(self) or not operators.can_tile(self.plane_matrix) or is_capturing(self.device):
             return
         with _changing_layout, torch.inference_mode(False):  # parameters made in that mode could never be trained
             if not self.is_tiled:
@@ -301,6 +314,14 @@ class PlaneModule(nn.Module):
             self.tiled = TiledPlanes() if param is None else _layouts.setdefault(param, TiledPlanes())
         super().register_parameter(name, param)
 
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``nn.Module``, in the file's layout: who asks this module itself may take its parameters over.
+
+        ``fully_shard`` of torch does. Parameters of a whole model are listed without a call to this.
+        """
+        self.untile()
+        return super().named_parameters(*args, **kwargs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves reach every tensor; changes of dtype reach the bias and the compute dtype only."""
         was_tiled = self.is_tiled
@@ -355,10 +376,14 @@ class PlaneModule(nn.Module):
         return text + f", bias={self.bias is not None}, dtype={self.compute_dtype}"
 
 
-def _is_offloaded(module: nn.Module) -> bool:
-    """Whether a hook of accelerate brings tensors from elsewhere for every call, by their names and shapes."""
+def _comes_for_each_call(module: nn.Module) -> bool:
+    """Whether the tensors lie elsewhere and are brought for every call, by their names and shapes.
+
+    By a hook of accelerate, from memory or disk; or by ``fully_shard``, from other processes.
+    """
     hook: Any = getattr(module, "_hf_hook", None)
-    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+    offloaded = any(getattr(h, "offload", False) for h in getattr(hook, "hooks", (hook,)))
+    return offloaded or getattr(module, "_is_fsdp_managed_module", False)
 
 
 def _no_weight(module: nn.Module) -> UnsupportedOperationError:

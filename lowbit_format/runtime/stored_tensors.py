@@ -21,7 +21,14 @@ def to_torch(tensor: StoredTensor) -> Tensor:
     return torch.from_numpy(raw).view(TORCH_DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor` without its graph; one that processes share is gathered, for which all of them have to call this."""
+    full_tensor = getattr(tensor, "full_tensor", None)  # of a DTensor, as fully_shard makes them
+    gathered: Tensor = tensor if full_tensor is None else full_tensor()
+    return gathered.detach()
+
+
 def from_torch(name: str, tensor: Tensor) -> StoredTensor:
-    """What a file holds of `tensor`; KeyError for a dtype that this package does not carry."""
-    raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    """What a file holds of `tensor`, see :func:`whole`; KeyError for a dtype that this package does not carry."""
+    raw = whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return StoredTensor(name, _NAMES[tensor.dtype], tuple(tensor.shape), raw)

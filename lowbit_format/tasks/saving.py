@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..container.reader import CONFIG_FILE
 from ..dtypes import BY_NAME, DTYPES
 from ..errors import TaskError
 from ..runtime.active_tasks import Name
-from ..runtime.stored_tensors import from_torch
+from ..runtime.stored_tensors import from_torch, whole
 from .bundle import CARD_FILE, SCALES_FILE, TaskBundle, rounding_loss, write_bundle
 from .bundle_config import TASK_CONFIG_FILE, described
 from .models import loaded_tasks, model_path, named_modules, state_of, unwrapped
@@ -37,7 +39,8 @@ def save_task(
     that one's bundle said.
 
     Args:
-        model: a lowbit model, also inside of DDP or ``torch.compile``.
+        model: a lowbit model, also inside of DDP or ``torch.compile``. After ``fully_shard`` every process has to call
+            this, each with a directory of its own: they gather what was trained.
         directory: made if it does not exist. A bundle in it is replaced; a ``README.md`` that is no task's card stays.
         name: which task; by default the active one.
         dtype: of the deltas in the file. ``"float32"`` keeps them exactly; ``"float16"`` and ``"bfloat16"`` halve the
@@ -72,7 +75,8 @@ def write_task(model: Any, bundle: TaskBundle, directory: Path, dtype: str, **ca
         raise TaskError(f"{directory}: holds a model; give the task a directory of its own")
     if bundle.config.modules_to_save:
         inner = unwrapped(model)
-        card = {"model_class": type(inner).__name__, "num_labels": _labels(inner), **card}
+        name = type(inner).__name__.removeprefix("FSDP")  # which fully_shard puts in front
+        card = {"model_class": name, "num_labels": _labels(inner), **card}
     nbytes = bundle.nbytes - (DTYPES["F32"].nbytes - DTYPES[stored].nbytes) * bundle.delta_values
     text = task_card(bundle, nbytes=nbytes, **card)
     foreign = (directory / CARD_FILE).exists() and not (directory / TASK_CONFIG_FILE).exists()
@@ -88,7 +92,7 @@ def bundle_of(
     revision: str | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> TaskBundle:
-    """A task of `model` as a bundle in memory; arguments as for :func:`save_task`."""
+    """A task of `model` as a bundle in memory, with tensors of its own; arguments as for :func:`save_task`."""
     model = unwrapped(model)
     state = state_of(model)
     name = state.active if name is None else name
@@ -107,14 +111,14 @@ def bundle_of(
         delta = module.delta_of(name)
         for field, tensor in (delta._asdict() if delta is not None else {}).items():
             if tensor is not None:
-                values = tensor.detach().cpu().float().contiguous().numpy().copy()
+                values = whole(tensor).cpu().float().clone(memory_format=torch.contiguous_format).numpy()
                 axes = values.ndim - (module.experts is not None)
                 deltas[delta_name(module_name, field, axes, module.scheme.shift)] = values
     saved = []
     for listed in config.modules_to_save:
         path = model_path(model, listed)
         head = model.get_submodule(path).module_of(name)
-        saved += [from_torch(f"{listed}.{key}", tensor) for key, tensor in head.state_dict().items()]
+        saved += [from_torch(f"{listed}.{key}", whole(t).clone()) for key, t in head.state_dict().items()]
     return TaskBundle(config, deltas, tuple(saved))
 
 

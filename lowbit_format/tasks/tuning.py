@@ -175,6 +175,11 @@ def _check(model: Any, name: str, method: str, kind: str) -> None:
     if kind not in KINDS:
         raise TuningError(f"unknown kind {kind!r} of delta: choose one of {', '.join(KINDS)}")
     refuse_tuned(model)
+    if any(module.is_shared_out for _, module in lowbit_modules(model)):
+        raise TuningError(
+            "the model is shared out by fully_shard, which would not know what is added now: call prepare_scale_tuning "
+            "first, and fully_shard after it"
+        )
     if not name or name in state.loaded:
         taken = f"the name {name!r} is taken" if name else "a task needs a name"
         raise TaskError(f"{taken}: choose another, or unload_task it first")

@@ -67,3 +67,10 @@ def test_convert_tune_and_serve(
     assert "task films: " in out
     assert "films: 1: warm and clever\nquestions: 1: what time is it now\nbase: " in out
     assert "films: 0: a waste of time\n" in out
+
+    monkeypatch.syspath_prepend(str(EXAMPLES))  # as of a program that runs there
+    example("side_tuning").main(["base", "--tokens", "16", "--batch-size", "4"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "kept for the backward pass" in line]
+    kept = {line.split(":")[0]: float(line.split()[-7]) for line in lines}
+    assert list(kept) == ["LoRA", "ladder", "UniPT"]
+    assert max(kept["ladder"], kept["UniPT"]) < kept["LoRA"] / 3

@@ -294,10 +294,13 @@ def test_config_round_trip(directory: Callable[..., Path]) -> None:
 
 def test_casts_and_sizes(directory: Callable[..., Path]) -> None:
     model, plain = AutoModelForCausalLM.from_pretrained(directory("llama-tied")), MODELS["llama-tied"]()
+    lowbit = [m for m in model.modules() if isinstance(m, LowbitModule)]
+    tiled = [m.is_tiled for m in lowbit]
     assert model.num_parameters() == plain.num_parameters()
     assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
     assert model.num_parameters(only_trainable=True) == 5 * 32  # the norms
-    lowbit = [m for m in model.modules() if isinstance(m, LowbitModule)]
+    assert [m.is_tiled for m in lowbit] == tiled  # the Trainer counts at every step
+    assert any(tiled)
     before = [p.clone() for m in lowbit for p in m.matrix_parameters().values()]
     for cast, dtype in ((model.half, torch.float16), (model.bfloat16, torch.bfloat16), (model.float, torch.float32)):
         assert cast().dtype == dtype

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from lowbit_format import prepare_scale_tuning
+from lowbit_format import prepare_scale_tuning, save_task
 from lowbit_format.runtime.deltas import Delta
 from lowbit_format.runtime.modules import LowbitConv1D, LowbitModule
 from lowbit_format.schema import Scheme
@@ -90,8 +90,9 @@ class Bases:
 
     def load(self, model: str, scheme: str = "bcq", *, embeddings: bool = True, **kwargs: Any) -> Any:
         """The model, in ``eval`` mode, as every process would get it."""
+        path = self.path(model, scheme, embeddings=embeddings)
         torch.manual_seed(1)
-        return CLASSES[model].from_pretrained(self.path(model, scheme, embeddings=embeddings), **kwargs)
+        return CLASSES[model].from_pretrained(path, **kwargs)
 
 
 def batch(model: Any, rows: int = 4, seed: int = 0) -> dict[str, Tensor]:
@@ -178,18 +179,34 @@ def plain_weights(model: nn.Module, deltas: Mapping[str, Tensor]) -> dict[str, T
     return weights
 
 
-def ddp_worker(rank: int, world: int, base: str, meeting: str, out: str, steps: int) -> None:
-    """One of `world` processes: trains on its part of each batch and saves what it has then."""
-    from torch.nn.parallel import DistributedDataParallel
+def shared_out(model: Any) -> Any:
+    """The model after ``fully_shard`` of each block, and then of the rest, over all processes of the group."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    inner = model.base_model
+    for block in inner.encoder.layer if hasattr(inner, "encoder") else getattr(inner, "layers", None) or inner.h:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+WAYS: dict[str, Callable[[Any], Any]] = {"ddp": nn.parallel.DistributedDataParallel, "fsdp": shared_out}
+
+
+def worker(rank: int, world: int, base: str, meeting: str, out: str, steps: int) -> None:
+    """One of `world` processes: trains on its part of each batch, in each of :data:`WAYS`, and saves the task."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(base)
-    prepare_scale_tuning(model)
-    wrapped = DistributedDataParallel(model)
-    sgd_steps(wrapped, model, steps, slice(rank, None, world))
-    torch.save(values(trained(model)), f"{out}/{rank}.pt")
+    for way, wrap in WAYS.items():
+        torch.manual_seed(1)
+        model = AutoModelForSequenceClassification.from_pretrained(base)
+        prepare_scale_tuning(model)
+        sgd_steps(wrap(model), model, steps, slice(rank, None, world))
+        save_task(model, f"{out}/{way}-{rank}")
+        if way == "fsdp":  # of the planes each process has a part
+            here = sum(p.to_local().nbytes for p in model.parameters())
+            Path(out, f"bytes-{rank}").write_text(f"{here} {sum(p.nbytes for p in model.parameters())}")
     torch.distributed.destroy_process_group()
 
 

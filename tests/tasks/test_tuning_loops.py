@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -14,9 +15,9 @@ from safetensors.torch import load_file, load_model, save_model
 from support.tuning_models import (
     LENGTH,
     MODELS,
+    WAYS,
     Bases,
     batch,
-    ddp_worker,
     gradients,
     logits_of,
     loss_of,
@@ -25,6 +26,7 @@ from support.tuning_models import (
     sgd_steps,
     trained,
     values,
+    worker,
 )
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -32,7 +34,7 @@ from torch.utils.data import Dataset
 from lowbit_format import TaskCallback, load_task, prepare_scale_tuning, save_task, set_task, unload_task
 from lowbit_format.container.reader import ModelReader
 from lowbit_format.errors import TaskError, TuningError
-from lowbit_format.tasks.bundle import SCALES_FILE, read_bundle
+from lowbit_format.tasks.bundle import SCALES_FILE, TaskBundle, read_bundle
 from lowbit_format.tasks.saving import bundle_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -379,18 +381,34 @@ def test_whole_state_dicts_of_tied_models_load(bases: Bases, tmp_path: Path) -> 
 # --- distributed -----------------------------------------------------------------------------------
 
 
+def numbers_of(bundle: TaskBundle) -> dict[str, Any]:
+    """All numbers of a task, deltas and head, by name, as copies."""
+    heads = {t.name: t.data.view(np.float32) for t in bundle.saved}
+    return {key: values.flatten() for key, values in {**bundle.deltas, **heads}.items()}
+
+
 @pytest.mark.slow
 def test_two_processes_do_as_one(bases: Bases, tmp_path: Path) -> None:
-    """Each has one half of every batch; afterwards both have what one process has that got it whole."""
+    """Each has one half of every batch; afterwards both have what one process has that got it whole.
+
+    With DDP, and with FSDP2, where each has one half of the model too.
+    """
     alone = bases.load("bert")
     prepare_scale_tuning(alone)
-    before = values(trained(alone))
-    base = bases.path("bert")
-    torch.multiprocessing.spawn(ddp_worker, (2, str(base), str(tmp_path / "meeting"), str(tmp_path), 5), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    assert same(found[0], found[1])
+    start, base = numbers_of(bundle_of(alone)), bases.path("bert")
+    torch.multiprocessing.spawn(worker, (2, str(base), str(tmp_path / "meeting"), str(tmp_path), 5), nprocs=2)
     sgd_steps(alone, alone, 5, slice(None))
-    for key, p in trained(alone).items():
-        moved = float((p - before[key]).abs().max())
-        assert moved > 0
-        torch.testing.assert_close(found[0][key], p.detach(), rtol=0, atol=max(1e-4 * moved, 1e-8))
+    end = numbers_of(bundle_of(alone))
+    for way in WAYS:
+        files = [(tmp_path / f"{way}-{rank}" / SCALES_FILE).read_bytes() for rank in range(2)]
+        assert files[0] == files[1]
+        assert "FSDP" not in (tmp_path / f"{way}-0" / "README.md").read_text("utf-8")
+        found = numbers_of(read_bundle(tmp_path / f"{way}-0"))
+        assert found.keys() == end.keys()
+        for key, numbers in found.items():
+            moved = float(np.abs(end[key] - start[key]).max())
+            assert moved > 0
+            np.testing.assert_allclose(numbers, end[key], rtol=0, atol=max(1e-4 * moved, 1e-8))
+    for rank in range(2):
+        here, in_all = map(int, (tmp_path / f"bytes-{rank}").read_text().split())
+        assert here < 0.7 * in_all  # a plane cannot be halved: of three, one process has two

@@ -72,8 +72,8 @@ def decode(w: PlaneMatrix) -> Tensor:
 
 
 def _decode_from_file_layout(w: PlaneMatrix) -> Tensor:
-    planes = w.planes.detach().contiguous().numpy()
-    row_bits = None if w.row_bits is None else w.row_bits.detach().contiguous().numpy()
+    planes = tiles.array_of(w.planes)
+    row_bits = None if w.row_bits is None else tiles.array_of(w.row_bits)
     if row_bits is not None and planes.ndim == 3:  # selected rows of ragged planes come with all planes
         planes = to_ragged(planes[: w.bits], row_bits)
     weight = np.empty((w.rows, w.cols), np.float32)
@@ -216,7 +216,7 @@ def decode_grads(w: PlaneMatrix, weight_grad: RowGrads, planes: int | None = Non
             mine = tiles.untile(w, torch.arange(start, stop, device="cpu"), wanted).planes
         else:
             mine = w.planes[:wanted, start:stop]
-        signs = mine.detach().contiguous().numpy()
+        signs = tiles.array_of(mine)
         parallel_rows(_signed_sums, len(grad), sums, totals, grad, signs, SIGNS, start, size)
     return grads_of_sums(w, torch.from_numpy(sums), torch.from_numpy(totals))
 
@@ -275,8 +275,7 @@ def _signed_sums(start, stop, sums, totals, grads, planes, signs, first, group):
 
 
 def _floats(values: Tensor) -> NDArray[np.float32]:
-    array: NDArray[np.float32] = values.detach().float().contiguous().numpy()
-    return array
+    return tiles.array_of(values.float())
 
 
 dequantize = partial(by_decoding.dequantize, decode=decode)

@@ -410,7 +410,7 @@ def _identity(w: PlaneMatrix) -> tuple[int | bytes, ...]:
     planes, scales, offsets, zeros, codebook, row_bits, _, bits, *_ = w
     if codebook is None and row_bits is None:
         return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), bits
-    levels = b"" if codebook is None else codebook.detach().numpy().tobytes()
+    levels = b"" if codebook is None else tiles.array_of(codebook).tobytes()
     changes = () if row_bits is None else tuple(ragged.changes(t) for t in (*w[1:4], row_bits))
     return planes.data_ptr(), scales.data_ptr(), _address(offsets), _address(zeros), levels, *changes, bits
 

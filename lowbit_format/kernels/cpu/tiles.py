@@ -16,10 +16,12 @@ of the file back.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numba
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ...bits import plane_rows
@@ -72,11 +74,16 @@ def shape(w: PlaneMatrix, rows: int, bits: int) -> tuple[int, int, int, int]:
     return -(-rows // LANES), words(w) * bits, LANES, 4
 
 
+def array_of(values: Tensor) -> NDArray[Any]:
+    """The tensor's memory. ``values.numpy()`` would forbid its owner to give that back, as ``fully_shard`` does."""
+    return np.from_dlpack(values.detach().contiguous())
+
+
 def tile(w: PlaneMatrix) -> PlaneMatrix:
     """`w` in the tiled layout, its planes in new memory. Parameters stay as they are."""
     if w.row_bits is not None:
         return ragged.tile(w, tile, MARGIN)
-    planes, size = w.planes.detach()[: w.bits].contiguous().numpy(), shape(w, w.rows, w.bits)
+    planes, size = array_of(w.planes[: w.bits]), shape(w, w.rows, w.bits)
     source = planes.view("<u4")
     room = np.empty(math.prod(size) + MARGIN, np.uint8)
     out = room[:-MARGIN].view(np.uint32).reshape(size[0], size[1], LANES)
