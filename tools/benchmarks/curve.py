@@ -34,6 +34,7 @@ def main() -> None:
     from matplotlib import pyplot
 
     matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lowbit"})  # equal numbers make equal files
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     for text in args.series:
@@ -46,7 +47,6 @@ def main() -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(which="both", alpha=0.3)
     axes.legend()
-    pyplot.rcParams["svg.hashsalt"] = "lowbit"  # the same numbers make the same file
     figure.savefig(args.out, metadata={"Date": None})
 
 
