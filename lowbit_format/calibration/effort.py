@@ -11,12 +11,14 @@ class Effort:
 
     Attributes:
         sweeps: of descent in every layer, see :mod:`lowbit_format.quantize.calibrated`.
-        steps: of training the scales and offsets of a whole block; 0 leaves this out.
-        learning_rate: of these, relative to the mean size of a layer's scales.
+        steps: of training the scales, offsets and codes of a whole block; 0 leaves this out.
+        learning_rate: of scales and offsets, relative to the mean size of a layer's scales.
         drift: layers are fitted to what they give in the float model, and so make up for the errors of those before.
         samples: that are used unless the caller says another number.
         passes: over the samples in which the scales of all layers are trained together; 0 leaves this out.
         end_rate: the learning rate of that, relative to the mean size of a layer's scales.
+        code_rate: of codes, in gaps between levels: a typical weight that is always drawn the same way goes half as far
+            in all steps together; 0 leaves codes as they are. See :mod:`.code_choice`.
     """
 
     sweeps: int
@@ -26,6 +28,7 @@ class Effort:
     samples: int
     passes: int = 0
     end_rate: float = 0.0
+    code_rate: float = 0.0
 
 
 EFFORTS = {

@@ -1,4 +1,4 @@
-"""A matrix whose scales and offsets are trained by gradients, while its codes stay."""
+"""A matrix whose scales and offsets are trained by gradients, and perhaps its codes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..kernels import operators
 from ..matrix import Params, StoredMatrix
 from ..quantize.solve import rounded
+from .code_choice import CodeChoice, can_choose
 from .decoded import plane_matrix
 
 
@@ -22,12 +23,17 @@ class TrainedMatrix:
     Args:
         matrix: to begin with.
         device: to compute on.
+        original: the float weight ``[rows, cols]``, with which codes may change; None: they stay.
 
     Attributes:
-        tensors: what is trained, float32.
+        tensors: scales and offsets in training, float32.
+        choice: of codes; None where they stay.
     """
 
-    def __init__(self, matrix: StoredMatrix, device: torch.device) -> None:
+    def __init__(self, matrix: StoredMatrix, device: torch.device, original: Tensor | None = None) -> None:
+        self.choice = None
+        if original is not None and can_choose(matrix):
+            self.choice = CodeChoice(matrix, original, device)
         w = plane_matrix(matrix, device)
         self._matrix, self._unit = matrix, float(w.scales.abs().mean()) or 1.0
         w = w._replace(scales=(w.scales / self._unit).requires_grad_())
@@ -39,18 +45,25 @@ class TrainedMatrix:
         self._w = w
 
     def weight(self) -> Tensor:
-        """The decoded weight ``[rows, cols]``, float32; through it gradients reach :attr:`tensors`."""
+        """The decoded weight ``[rows, cols]``, float32; through it gradients reach :attr:`tensors` and the choice."""
         scales, shift = self._parameters()
         w = self._w._replace(scales=scales)
-        return operators.dequantize(w if shift is None else w.with_shift(shift))
+        if shift is not None:
+            w = w.with_shift(shift)
+        if self.choice is None:
+            return operators.dequantize(w)
+        return self.choice.through(operators.dequantize(w._replace(planes=self.choice.planes())))
 
     def stored(self) -> StoredMatrix:
-        """The matrix with the parameters so far, rounded to its dtype; as it was, if that is not finite."""
+        """The matrix so far, with parameters rounded to its dtype; as it was, if these are not finite."""
         scales, shift = self._parameters()
         exact = Params(scales.detach().cpu().numpy(), None if shift is None else shift.detach().cpu().numpy())
         params = rounded(exact, self._matrix.scheme.scale_dtype)
         finite = np.isfinite(params.scales).all() and (params.shift is None or np.isfinite(params.shift).all())
-        return replace(self._matrix, params=params) if finite else self._matrix
+        if not finite:
+            return self._matrix
+        planes = self._matrix.planes if self.choice is None else self.choice.planes().cpu().numpy()
+        return replace(self._matrix, planes=planes, params=params)
 
     def round(self) -> None:
         """Go on from the parameters as they are stored."""

@@ -1,8 +1,8 @@
-"""Training of the scales and offsets of a block, all together, by gradients of the error of what the block gives."""
+"""Training of the scales, offsets and codes of a block, all together, by gradients of the error of what it gives."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.func import functional_call
 from ..matrix import StoredMatrix
 from .blocks import first_output, replaced_forward
 from .effort import Effort
-from .experts import StackResult, computing_with, own_matrices
-from .hessians import Inputs, is_transposed, weight_of
+from .experts import StackResult, computing_with, matrices_of, own_matrices
+from .hessians import Inputs, as_rows, is_transposed, weight_of
 from .trained_matrix import TrainedMatrix
 
 
@@ -23,38 +23,36 @@ def train(
     block: nn.Module,
     matrices: Mapping[str, StoredMatrix],
     stacks: Mapping[str, StackResult],
+    originals: MutableMapping[str, Tensor],
     inputs: Inputs,
     effort: Effort,
     seed: int,
 ) -> tuple[dict[str, StoredMatrix], dict[str, StackResult]]:
-    """The matrices of a block with scales and offsets that are trained together; the block stays as it is.
+    """The matrices of a block with parameters and codes that are trained together; the block stays as it is.
 
     Args:
         block: with decoded weights.
         matrices: of layers, by name within the block.
         stacks: of experts, by name of the parameter within the block. Experts that saw too little data are not trained.
+        originals: the float parameters of the block, by name within it. They are taken out one by one.
         inputs: the block's calls.
         effort: how much work to do.
         seed: of the order of batches.
     """
     random = np.random.default_rng(seed)
-    layers = {name: TrainedMatrix(m, weight_of(block.get_submodule(name)).device) for name, m in matrices.items()}
-    experts = {
-        name: {
-            expert: TrainedMatrix(matrix, block.get_parameter(name).device)
-            for expert, matrix in enumerate(stack.matrices)
-            if expert not in stack.unseen
-        }
-        for name, stack in stacks.items()
-    }
-    trained = [t for one in (*layers.values(), *(e for s in experts.values() for e in s.values())) for t in one.tensors]
+    if not effort.code_rate:
+        originals.clear()
+    layers, experts = _layers(block, matrices, originals), _experts(block, stacks, originals)
+    originals.clear()
+    trained = [*layers.values(), *(one for stack in experts.values() for one in stack.values())]
     if not trained:
         return dict(matrices), dict(stacks)
     forwards = _forwards(block, experts)
-    optimizer = torch.optim.Adam(trained, lr=effort.learning_rate)
+    optimizer = torch.optim.Adam([t for one in trained for t in one.tensors], lr=effort.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / effort.steps)
+    choices = [one.choice for one in trained if one.choice is not None]
     order = np.concatenate([random.permutation(inputs.batches) for _ in range(effort.steps)])[: effort.steps]
-    for i in map(int, order):
+    for step, i in enumerate(map(int, order)):
         new = {name: one.weight() for name, one in layers.items()}
         new = {f"{n}.weight": w.T if is_transposed(block.get_submodule(n)) else w for n, w in new.items()}
         args, kwargs = inputs.arguments(i)
@@ -68,8 +66,36 @@ def train(
             (away.square().mean() / size).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
+        for choice in choices:
+            choice.step(effort.code_rate / effort.steps * (1 - step / effort.steps))
     results = {name: one.stored() for name, one in layers.items()}
     return results, {name: _trained_stack(stack, experts[name]) for name, stack in stacks.items()}
+
+
+def _layers(
+    block: nn.Module, matrices: Mapping[str, StoredMatrix], originals: MutableMapping[str, Tensor]
+) -> dict[str, TrainedMatrix]:
+    found = {}
+    for name, matrix in matrices.items():
+        layer, original = block.get_submodule(name), originals.pop(f"{name}.weight", None)
+        rows = None if original is None else as_rows(layer, original)
+        found[name] = TrainedMatrix(matrix, weight_of(layer).device, rows)
+    return found
+
+
+def _experts(
+    block: nn.Module, stacks: Mapping[str, StackResult], originals: MutableMapping[str, Tensor]
+) -> dict[str, dict[int, TrainedMatrix]]:
+    found: dict[str, dict[int, TrainedMatrix]] = {}
+    for name, stack in stacks.items():
+        device, original = block.get_parameter(name).device, originals.pop(name, None)
+        rows = [None] * len(stack.matrices) if original is None else matrices_of(block, name, original)
+        found[name] = {
+            expert: TrainedMatrix(matrix, device, rows[expert])
+            for expert, matrix in enumerate(stack.matrices)
+            if expert not in stack.unseen
+        }
+    return found
 
 
 def _forwards(block: nn.Module, experts: Mapping[str, Mapping[int, TrainedMatrix]]) -> dict[nn.Module, Any]:
