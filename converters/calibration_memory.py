@@ -61,7 +61,7 @@ def peak_memory(
         + values
     )
     training = _of_a_block(layers, places, effort) + values
-    if effort.code_rate:
+    if effort.codes:
         training += _PER_MOVED * largest
     tokens, logits = max(each), 0
     if causal:  # one sample goes through the model at a time
@@ -86,7 +86,7 @@ def _of_a_block(layers: Iterable[Step], places: Mapping[int, str | None], effort
     for step in layers:
         if (path := places[id(step)]) is not None:
             found.setdefault(path, []).append(step.module())
-    chosen = code_choice.BYTES if effort.code_rate else 0
+    chosen = code_choice.BYTES if effort.codes else 0
     return max((_trained(m) + chosen * sum(one.numel for one in m) for m in found.values()), default=0)
 
 

@@ -1,14 +1,15 @@
 """Codes in training: each may become that of the next level of its group, above or below.
 
-A weight has a *place*, in gaps between levels: 0 is the level of the code that the solver chose, and beyond half a gap
-the neighbour's code takes over. Decoding rounds the place; its gradient passes straight through (SignRound, Cheng et
-al. 2023, arXiv:2309.05516). Two things differ from there, both measured (tools/benchmarks/README.md):
+A code changes where that alone would lower the block's error well: with the gradient g of the error by a weight, its
+curvature h and the gap to the next level, the error changes by ``g * gap + h * gap**2 / 2``. Codes change by the
+hundred in one step, and what they change adds up; so the gain has to be there with :data:`CAUTION` times the curvature
+too, and those whose gain is largest go first. Gradients pass straight through decoding, and are means over steps.
 
-- A place begins where the float weight lies, but within the reach of the solver's code: error feedback has put many
-  weights on another level than the nearest. So nothing changes at first, and codes change one after the other rather
-  than all at the same step.
-- A step is the gradient in units of its root mean square over the matrix, in place of its sign: weights that matter
-  move first.
+The curvature is that of Gauss and Newton: random signs at the block's outputs, taken back through it, have squares
+whose mean is the diagonal (Hutchinson 1989); of them a mean for each row and each column is kept (as Adafactor does,
+Shazeer and Stern 2018, arXiv:1804.04235). SignRound (Cheng et al. 2023, arXiv:2309.05516), whose steps are signs
+of gradients and know no curvature, makes blocks worse that the solver left near an optimum; figures of both are in
+tools/benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -19,14 +20,13 @@ import torch
 from torch import Tensor
 
 from ..kernels import operators
+from ..kernels.matrix import PlaneMatrix
 from ..matrix import StoredMatrix
-from .decoded import plane_matrix
-from .neighbours import Neighbours, neighbours, planes_of
+from .neighbours import neighbours, planes_of
 
-BYTES = 13  # for each weight: three codes, a place and its gradient, and for the way back its planes and a truth value
-_EDGE = 0.49  # a place begins no further out than this
-_MEMORY = 0.95  # of the mean square, from step to step
-_FASTEST = 3.0  # of a weight, in root mean squares
+BYTES = 14  # for each weight: four codes, a gradient and its mean; on the way back, its planes and a truth value
+CAUTION = 3.0
+_MEMORY = 0.5  # of the mean gradient, from step to step
 
 
 def can_choose(matrix: StoredMatrix) -> bool:
@@ -42,78 +42,89 @@ class CodeChoice:
 
     Args:
         matrix: see :func:`can_choose`.
-        original: the float weight ``[rows, cols]``.
         device: to compute on.
 
     Attributes:
-        place: of each weight, float32 ``[rows, cols]``, in [-1, 1]; see the top of this file.
+        codes: so far, uint8 ``[rows, 8 * row_bytes(cols)]``: those of the matrix, or neighbours of these.
     """
 
-    def __init__(self, matrix: StoredMatrix, original: Tensor, device: torch.device) -> None:
+    def __init__(self, matrix: StoredMatrix, device: torch.device) -> None:
         self._bits, self._cols = matrix.scheme.bits, matrix.cols
         self._near = neighbours(matrix, device)
-        self.place = _first_place(matrix, self._near, original.to(device)).requires_grad_()
-        self._square = self._weight = 0.0  # of the gradient: running mean over steps, and the sum of their weights
-
-    def codes(self) -> Tensor:
-        """The codes so far, uint8 ``[rows, 8 * row_bytes(cols)]``."""
-        found = self._near.codes.clone()
-        place, inner = self.place.detach(), found[:, : self._cols]
-        for out, near in ((place > 0.5, self._near.above), (place < -0.5, self._near.below)):
-            inner.copy_(torch.where(out, near[:, : self._cols], inner))
-        return found
+        self.codes = self._near.codes.clone()
+        self._mean = torch.zeros(matrix.rows, matrix.cols, device=device, requires_grad=True)  # gradients come to it
+        self._steps = self._probes = 0
+        self._rows, self._columns = (
+            torch.zeros(matrix.rows, 1, device=device),
+            torch.zeros(1, matrix.cols, device=device),
+        )
 
     def planes(self) -> Tensor:
-        """The planes of :meth:`codes`, uint8 ``[bits, rows, bytes]``."""
-        return planes_of(self.codes(), self._bits)
+        """The planes of :attr:`codes`, uint8 ``[bits, rows, bytes]``."""
+        return planes_of(self.codes, self._bits)
 
     def through(self, weight: Tensor) -> Tensor:
-        """A decoded weight ``[rows, cols]`` as it is; its gradient reaches :attr:`place` too, where a code has a
-        neighbour."""
-        found: Tensor = _Through.apply(weight, self.place, self._has(self._near.below) | self._has(self._near.above))
+        """A decoded weight ``[rows, cols]`` as it is; its gradient is seen where a code has a neighbour."""
+        where = self._is_other(self._near.below) | self._is_other(self._near.above)
+        found: Tensor = _Through.apply(weight, self._mean, where)  # type: ignore[no-untyped-call]
         return found
 
-    def step(self, rate: float) -> None:
-        """Move all places along their gradients.
+    def gradient(self) -> Tensor:
+        """What :meth:`through` has seen since the last call, float32 ``[rows, cols]``."""
+        found, self._mean.grad = self._mean.grad, None
+        return torch.zeros_like(self._mean) if found is None else found  # no token was for this expert
+
+    def probe(self) -> None:
+        """Learn of the curvature: what :meth:`through` has seen is the gradient of outputs with random signs."""
+        square = self.gradient().square()
+        self._rows += square.mean(1, keepdim=True)
+        self._columns += square.mean(0, keepdim=True)
+        self._probes += 1
+
+    def step(self, w: PlaneMatrix) -> None:
+        """Change the codes that the gradients speak against.
 
         Args:
-            rate: gaps that a weight moves whose gradient is as large as the root mean square.
+            w: the matrix with the present parameters; its planes do not matter.
         """
-        gradient = self.place.grad
-        if gradient is None:  # an expert that no token of the batch was for
-            return
         with torch.no_grad():
-            self._square = _MEMORY * self._square + (1 - _MEMORY) * float(gradient.square().mean())
-            self._weight = _MEMORY * self._weight + (1 - _MEMORY)
-            size = (self._square / self._weight) ** 0.5
-            if size > 0:
-                self.place.sub_((gradient / size).clamp_(-_FASTEST, _FASTEST), alpha=rate)
-                self.place.clamp_(-self._has(self._near.below).float(), self._has(self._near.above).float())
-        self.place.grad = None
+            self._mean.mul_(_MEMORY).add_(self.gradient(), alpha=1 - _MEMORY)
+            self._steps += 1
+            share = 1 - _MEMORY**self._steps
+            for near, back in ((self._near.above, self._near.below), (self._near.below, self._near.above)):
+                # From the code of the solver to its neighbour, or from the neighbour on the other side back to it.
+                at_own, at_back = self.codes == self._near.codes, (self.codes == back) & (back != self._near.codes)
+                wanted = torch.where(at_own, near, torch.where(at_back, self._near.codes, self.codes))
+                gap = self._decoded(w, wanted).sub_(self._decoded(w, self.codes))
+                slope = self._curvature().mul_(gap)  # of the gradient, on the way
+                gain = (self._mean / share).mul_(gap.sign()).add_(slope.abs(), alpha=CAUTION / 2)
+                change = (gain < 0) & (slope != 0)
+                self._mean.add_(torch.where(change, slope, 0.0), alpha=share)
+                inner = self.codes[:, : self._cols]
+                inner.copy_(torch.where(change, wanted[:, : self._cols], inner))
 
-    def _has(self, near: Tensor) -> Tensor:
+    def _curvature(self) -> Tensor:
+        """Of the error by each weight, float32 ``[rows, cols]``; 0 where no probe has come."""
+        mean = self._rows.mean() * max(1, self._probes)
+        return self._rows * self._columns / torch.where(mean > 0, mean, 1.0)
+
+    def _decoded(self, w: PlaneMatrix, codes: Tensor) -> Tensor:
+        return operators.dequantize(w._replace(planes=planes_of(codes, self._bits)))
+
+    def _is_other(self, near: Tensor) -> Tensor:
         """Where a neighbour is another code, bool ``[rows, cols]``."""
         return (near != self._near.codes)[:, : self._cols]
-
-
-def _first_place(matrix: StoredMatrix, near: Neighbours, original: Tensor) -> Tensor:
-    """Where the float weight lies between the levels around its code's own, within the reach of that code."""
-    w = plane_matrix(matrix, original.device)
-    own, below, above = (operators.dequantize(w._replace(planes=planes_of(codes, w.bits))) for codes in near)
-    away = original - own
-    gap = torch.where(away > 0, above.sub_(own), own.sub_(below))
-    return torch.where(gap > 0, away / gap, 0.0).clamp_(-_EDGE, _EDGE)
 
 
 class _Through(torch.autograd.Function):
     """The first argument; gradients reach the second, of the same shape, where the third says so."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, place: Tensor, where: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, seen: Tensor, where: Tensor) -> Tensor:
         ctx.save_for_backward(where)
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         (where,) = ctx.saved_tensors
         return gradient, gradient * where, None

@@ -17,8 +17,7 @@ class Effort:
         samples: that are used unless the caller says another number.
         passes: over the samples in which the scales of all layers are trained together; 0 leaves this out.
         end_rate: the learning rate of that, relative to the mean size of a layer's scales.
-        code_rate: of codes, in gaps between levels: a typical weight that is always drawn the same way goes half as far
-            in all steps together; 0 leaves codes as they are. See :mod:`.code_choice`.
+        codes: those of a block are trained with its scales, see :mod:`.code_choice`.
     """
 
     sweeps: int
@@ -28,11 +27,15 @@ class Effort:
     samples: int
     passes: int = 0
     end_rate: float = 0.0
-    code_rate: float = 0.0
+    codes: bool = False
 
 
 EFFORTS = {
     "fast": Effort(sweeps=2, steps=0, learning_rate=0.0, drift=True, samples=32),
-    "default": Effort(sweeps=4, steps=48, learning_rate=0.01, drift=True, samples=64, passes=1, end_rate=0.001),
-    "high": Effort(sweeps=6, steps=200, learning_rate=0.01, drift=True, samples=128, passes=2, end_rate=0.001),
+    "default": Effort(
+        sweeps=4, steps=48, learning_rate=0.01, drift=True, samples=64, passes=1, end_rate=0.001, codes=True
+    ),
+    "high": Effort(
+        sweeps=6, steps=200, learning_rate=0.01, drift=True, samples=128, passes=2, end_rate=0.001, codes=True
+    ),
 }

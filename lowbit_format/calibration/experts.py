@@ -195,13 +195,6 @@ def own_matrices(module: nn.Module) -> Callable[[str, int], Tensor]:
     return lambda name, expert: parameters[name].original(expert)
 
 
-def matrices_of(block: nn.Module, name: str, stack: Tensor) -> list[Tensor]:
-    """The matrices ``[rows, cols]`` of experts in values for a block's parameter of stacked experts."""
-    path, _, leaf = name.rpartition(".")
-    transposed = expert_parameters(block.get_submodule(path))[leaf] == "experts_transposed"
-    return list(stack.detach().mT if transposed else stack.detach())
-
-
 def computing_with(module: Any, weight: Callable[[str, int], Tensor]) -> Callable[..., Any]:
     """A ``forward`` for a module of experts, with other matrices than its own.
 

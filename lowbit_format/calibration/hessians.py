@@ -186,9 +186,4 @@ def weight_of(layer: nn.Module) -> Tensor:
     """The weight of a layer as ``[rows, cols]``."""
     weight = layer.weight
     assert isinstance(weight, Tensor)  # noqa: S101 - a layer has one; tells the type checker
-    return as_rows(layer, weight)
-
-
-def as_rows(layer: nn.Module, weight: Tensor) -> Tensor:
-    """A weight that has the shape of the layer's, as ``[rows, cols]``."""
     return weight.detach().T if is_transposed(layer) else weight.detach()

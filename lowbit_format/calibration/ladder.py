@@ -108,11 +108,12 @@ def quantize_block(
         if not effort.steps or not (found or stacks):
             return BlockResult(found, "layer by layer", stacks=stacks)
         before = _error(quantized, inputs)
-    weights.clear()  # memory: training takes the float weights out of the other one
+    originals.clear()  # memory: the float weights have done their work
+    weights.clear()
     untrained = {name: one.matrix for name, one in found.items()}
     step = ""
     for step, work in _trainings(effort).items():
-        matrices, trained = train(block, untrained, stacks, originals, inputs, work, seed)
+        matrices, trained = train(block, untrained, stacks, inputs, work, seed)
         with torch.no_grad():
             _put_in(block, matrices, trained)
             if _error(quantized, inputs) < before:
@@ -125,8 +126,8 @@ def quantize_block(
 
 def _trainings(effort: Effort) -> dict[str, Effort]:
     """Trainings of a block by their names, each to be tried if the one before it made the block worse."""
-    scales = {"scales together": replace(effort, code_rate=0.0)}
-    return {"scales and codes together": effort, **scales} if effort.code_rate else scales
+    scales = {"scales together": replace(effort, codes=False)}
+    return {"scales and codes together": effort, **scales} if effort.codes else scales
 
 
 def _error(quantized: Callable[[int], Any], inputs: Inputs) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import operators
+from ..kernels.matrix import PlaneMatrix
 from ..matrix import Params, StoredMatrix
 from ..quantize.solve import rounded
 from .code_choice import CodeChoice, can_choose
@@ -23,17 +24,15 @@ class TrainedMatrix:
     Args:
         matrix: to begin with.
         device: to compute on.
-        original: the float weight ``[rows, cols]``, with which codes may change; None: they stay.
+        codes: may change too, if they can.
 
     Attributes:
         tensors: scales and offsets in training, float32.
         choice: of codes; None where they stay.
     """
 
-    def __init__(self, matrix: StoredMatrix, device: torch.device, original: Tensor | None = None) -> None:
-        self.choice = None
-        if original is not None and can_choose(matrix):
-            self.choice = CodeChoice(matrix, original, device)
+    def __init__(self, matrix: StoredMatrix, device: torch.device, *, codes: bool = False) -> None:
+        self.choice = CodeChoice(matrix, device) if codes and can_choose(matrix) else None
         w = plane_matrix(matrix, device)
         self._matrix, self._unit = matrix, float(w.scales.abs().mean()) or 1.0
         w = w._replace(scales=(w.scales / self._unit).requires_grad_())
@@ -46,13 +45,15 @@ class TrainedMatrix:
 
     def weight(self) -> Tensor:
         """The decoded weight ``[rows, cols]``, float32; through it gradients reach :attr:`tensors` and the choice."""
-        scales, shift = self._parameters()
-        w = self._w._replace(scales=scales)
-        if shift is not None:
-            w = w.with_shift(shift)
+        w = self._present()
         if self.choice is None:
             return operators.dequantize(w)
         return self.choice.through(operators.dequantize(w._replace(planes=self.choice.planes())))
+
+    def change_codes(self) -> None:
+        """Change the codes that the gradients speak against, if they are trained."""
+        if self.choice is not None:
+            self.choice.step(self._present())
 
     def stored(self) -> StoredMatrix:
         """The matrix so far, with parameters rounded to its dtype; as it was, if these are not finite."""
@@ -73,6 +74,12 @@ class TrainedMatrix:
             if params.shift is not None:
                 unit = self._unit if self._w.has_offsets else 1.0
                 self.tensors[1].copy_(torch.from_numpy(params.shift) / unit)
+
+    def _present(self) -> PlaneMatrix:
+        """The matrix with the parameters so far and the codes that it began with."""
+        scales, shift = self._parameters()
+        w = self._w._replace(scales=scales)
+        return w if shift is None else w.with_shift(shift)
 
     def _parameters(self) -> tuple[Tensor, Tensor | None]:
         shift = self._w.shift

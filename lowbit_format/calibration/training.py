@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,17 @@ from torch.func import functional_call
 from ..matrix import StoredMatrix
 from .blocks import first_output, replaced_forward
 from .effort import Effort
-from .experts import StackResult, computing_with, matrices_of, own_matrices
-from .hessians import Inputs, as_rows, is_transposed, weight_of
+from .experts import StackResult, computing_with, own_matrices
+from .hessians import Inputs, is_transposed, weight_of
 from .trained_matrix import TrainedMatrix
+
+_PROBES = 4  # batches from which the curvature is measured
 
 
 def train(
     block: nn.Module,
     matrices: Mapping[str, StoredMatrix],
     stacks: Mapping[str, StackResult],
-    originals: MutableMapping[str, Tensor],
     inputs: Inputs,
     effort: Effort,
     seed: int,
@@ -34,68 +35,85 @@ def train(
         block: with decoded weights.
         matrices: of layers, by name within the block.
         stacks: of experts, by name of the parameter within the block. Experts that saw too little data are not trained.
-        originals: the float parameters of the block, by name within it. They are taken out one by one.
         inputs: the block's calls.
         effort: how much work to do.
         seed: of the order of batches.
     """
     random = np.random.default_rng(seed)
-    if not effort.code_rate:
-        originals.clear()
-    layers, experts = _layers(block, matrices, originals), _experts(block, stacks, originals)
-    originals.clear()
+    codes = effort.codes
+    layers = {
+        name: TrainedMatrix(matrix, weight_of(block.get_submodule(name)).device, codes=codes)
+        for name, matrix in matrices.items()
+    }
+    experts = {
+        name: {
+            expert: TrainedMatrix(matrix, block.get_parameter(name).device, codes=codes)
+            for expert, matrix in enumerate(stack.matrices)
+            if expert not in stack.unseen
+        }
+        for name, stack in stacks.items()
+    }
     trained = [*layers.values(), *(one for stack in experts.values() for one in stack.values())]
     if not trained:
         return dict(matrices), dict(stacks)
-    forwards = _forwards(block, experts)
+    run = _Run(block, layers, _forwards(block, experts), inputs)
+    choices = [one.choice for one in trained if one.choice is not None]
+    if choices:
+        for i in range(0, inputs.batches, -(-inputs.batches // _PROBES)):
+            run.probe(i, seed)
+            for choice in choices:
+                choice.probe()
     optimizer = torch.optim.Adam([t for one in trained for t in one.tensors], lr=effort.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / effort.steps)
-    choices = [one.choice for one in trained if one.choice is not None]
     order = np.concatenate([random.permutation(inputs.batches) for _ in range(effort.steps)])[: effort.steps]
-    for step, i in enumerate(map(int, order)):
-        new = {name: one.weight() for name, one in layers.items()}
-        new = {f"{n}.weight": w.T if is_transposed(block.get_submodule(n)) else w for n, w in new.items()}
-        args, kwargs = inputs.arguments(i)
-        wanted, mask = inputs.wanted(i), inputs.mask(i)
-        with replaced_forward(forwards):
-            away = first_output(functional_call(block, new, args, kwargs)) - wanted
-            size = (wanted - wanted.mean()).square().mean()
-            if mask is not None and away.shape[:2] == mask.shape:
-                away = away[mask != 0]
-            optimizer.zero_grad()
-            (away.square().mean() / size).backward()  # type: ignore[no-untyped-call]
+    for i in map(int, order):
+        optimizer.zero_grad()
+        run.error(i).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        for choice in choices:
-            choice.step(effort.code_rate / effort.steps * (1 - step / effort.steps))
+        for one in trained:
+            one.change_codes()
     results = {name: one.stored() for name, one in layers.items()}
     return results, {name: _trained_stack(stack, experts[name]) for name, stack in stacks.items()}
 
 
-def _layers(
-    block: nn.Module, matrices: Mapping[str, StoredMatrix], originals: MutableMapping[str, Tensor]
-) -> dict[str, TrainedMatrix]:
-    found = {}
-    for name, matrix in matrices.items():
-        layer, original = block.get_submodule(name), originals.pop(f"{name}.weight", None)
-        rows = None if original is None else as_rows(layer, original)
-        found[name] = TrainedMatrix(matrix, weight_of(layer).device, rows)
-    return found
+class _Run:
+    """Runs a block with the matrices in training."""
 
+    def __init__(
+        self,
+        block: nn.Module,
+        layers: Mapping[str, TrainedMatrix],
+        forwards: Mapping[nn.Module, Any],
+        inputs: Inputs,
+    ) -> None:
+        self._block, self._layers, self._forwards, self._inputs = block, layers, forwards, inputs
 
-def _experts(
-    block: nn.Module, stacks: Mapping[str, StackResult], originals: MutableMapping[str, Tensor]
-) -> dict[str, dict[int, TrainedMatrix]]:
-    found: dict[str, dict[int, TrainedMatrix]] = {}
-    for name, stack in stacks.items():
-        device, original = block.get_parameter(name).device, originals.pop(name, None)
-        rows = [None] * len(stack.matrices) if original is None else matrices_of(block, name, original)
-        found[name] = {
-            expert: TrainedMatrix(matrix, device, rows[expert])
-            for expert, matrix in enumerate(stack.matrices)
-            if expert not in stack.unseen
-        }
-    return found
+    def error(self, batch: int) -> Tensor:
+        """The mean squared error of what the block gives for a batch, relative to its variance."""
+        found, wanted, size = self._outputs(batch)
+        error: Tensor = (found - wanted).square().mean() / size
+        return error
+
+    def probe(self, batch: int, seed: int) -> None:
+        """Take random signs back through the block: in the mean, squares of gradients are the error's curvature."""
+        found, _, size = self._outputs(batch)
+        generator = torch.Generator().manual_seed(seed + batch)
+        signs = torch.randint(0, 2, found.shape, generator=generator).to(found) * 2 - 1
+        ((found * signs).sum() * (2 / (found.numel() * size)) ** 0.5).backward()  # type: ignore[no-untyped-call]
+
+    def _outputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What the block gives and what it should give, of tokens that count; and the variance of the latter."""
+        new = {name: one.weight() for name, one in self._layers.items()}
+        new = {f"{n}.weight": w.T if is_transposed(self._block.get_submodule(n)) else w for n, w in new.items()}
+        args, kwargs = self._inputs.arguments(batch)
+        wanted, mask = self._inputs.wanted(batch), self._inputs.mask(batch)
+        with replaced_forward(self._forwards):
+            found = first_output(functional_call(self._block, new, args, kwargs))
+        size = (wanted - wanted.mean()).square().mean()
+        if mask is not None and found.shape[:2] == mask.shape:
+            found, wanted = found[mask != 0], wanted[mask != 0]
+        return found, wanted, size
 
 
 def _forwards(block: nn.Module, experts: Mapping[str, Mapping[int, TrainedMatrix]]) -> dict[nn.Module, Any]:

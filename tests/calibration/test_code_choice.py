@@ -1,4 +1,4 @@
-"""Codes in training: their neighbours, what a place decodes to, what gradients reach, and blocks that come nearer."""
+"""Codes in training: their neighbours, when they change, what gradients reach, and blocks that come nearer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowbit_format.bits import pack_codes, unpack_codes
-from lowbit_format.calibration.code_choice import CodeChoice, can_choose
+from lowbit_format.calibration.code_choice import CAUTION, CodeChoice, can_choose
 from lowbit_format.calibration.effort import Effort
 from lowbit_format.calibration.ladder import BlockResult, quantize_block
 from lowbit_format.calibration.neighbours import levels, neighbours
@@ -71,57 +71,72 @@ def test_neighbours_are_the_next_levels_of_the_group(data: st.DataObject) -> Non
     assert np.array_equal(first, all_levels[:, :, 0])
 
 
-@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_a_place_decides_between_the_code_and_its_neighbours(target: Target) -> None:
-    weight, matrix = random_matrix(target)
-    near = neighbours(matrix, CPU)
-    for original in (weight, 3 * torch.randn_like(weight), decoded(matrix)):
-        choice = CodeChoice(matrix, original, CPU)
-        assert torch.equal(choice.codes(), near.codes)
-        assert torch.equal(choice.planes(), torch.from_numpy(matrix.planes))
-        assert choice.place.abs().max() < 0.5
-    assert not choice.place.any()  # the weight is where its code is
-    for place, expected in ((0.499, near.codes), (0.501, near.above), (-0.501, near.below), (-0.499, near.codes)):
-        with torch.no_grad():
-            choice.place.fill_(place)
-        assert torch.equal(choice.codes(), expected)
-        assert np.array_equal(choice.planes(), pack_codes(expected[:, : matrix.cols].numpy(), target.bits))
-
-
 def decoded(matrix: StoredMatrix) -> Tensor:
     return torch.from_numpy(decode_numpy(matrix))
 
 
+def see(trained: TrainedMatrix, gradient: Tensor) -> None:
+    """Give the decoded weight a gradient."""
+    (trained.weight() * gradient).sum().backward()
+
+
+CURVATURE = 0.25
+
+
+def probed(matrix: StoredMatrix) -> tuple[TrainedMatrix, CodeChoice]:
+    """A matrix in training, with the same curvature everywhere."""
+    trained = TrainedMatrix(matrix, CPU, codes=True)
+    assert trained.choice is not None
+    signs = torch.randint(0, 2, (matrix.rows, matrix.cols)) * 2 - 1
+    see(trained, signs * CURVATURE**0.5)
+    trained.choice.probe()
+    return trained, trained.choice
+
+
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
-def test_gradients_reach_places_where_there_is_a_neighbour(target: Target) -> None:
+def test_a_code_changes_where_the_gain_is_large_enough(target: Target) -> None:
+    _, matrix = random_matrix(target)
+    near = neighbours(matrix, CPU)
+    own, below, above = (decoded(with_codes(matrix, codes)) for codes in near)
+    enough = CAUTION / 2 * CURVATURE
+    for gap, codes in ((above - own, near.above), (below - own, near.below)):
+        for part, expected in ((0.0, near.codes), (0.9, near.codes), (1.1, codes)):
+            trained, choice = probed(matrix)
+            assert torch.equal(choice.planes(), torch.from_numpy(matrix.planes))
+            see(trained, -part * enough * gap)
+            trained.change_codes()
+            assert torch.equal(choice.codes, expected)
+            assert np.array_equal(trained.stored().planes, pack_codes(expected[:, : matrix.cols].numpy(), target.bits))
+    trained, choice = probed(matrix)
+    for direction, expected in ((-1e3, near.above), (1e6, near.codes), (1e6, near.below), (1e6, near.below)):
+        see(trained, torch.full_like(own, direction))  # one level at a time, and no further than the next
+        trained.change_codes()
+        there = torch.where(expected == near.codes, choice.codes, expected)  # at an end, a code went on the other way
+        assert torch.equal(choice.codes, expected if direction < 0 or expected is near.below else there)
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_gradients_are_seen_where_there_is_a_neighbour(target: Target) -> None:
     weight, matrix = random_matrix(target)
     flat = replace(matrix.params, scales=matrix.params.scales.copy())
     flat.scales[:, 0] = 0  # a row of which all levels are one
-    matrix = replace(matrix, params=flat)
-    trained = TrainedMatrix(matrix, CPU, weight)
+    trained = TrainedMatrix(replace(matrix, params=flat), CPU, codes=True)
     assert trained.choice is not None
-    wanted = torch.randn_like(weight)
-    (trained.weight() * wanted).sum().backward()
-    gradient = trained.choice.place.grad
-    assert gradient is not None
-    assert not gradient[0].any()
-    assert torch.equal(gradient[1:], wanted[1:])
+    see(trained, weight)
     assert all(t.grad is not None and t.grad.any() for t in trained.tensors)
-    ends = levels(matrix, CPU)
-    for _ in range(40):  # to the end, and no further
-        trained.choice.place.grad = torch.ones_like(weight)
-        trained.choice.step(0.2)
-    lowest = ends.min(-1).values.repeat_interleave(matrix.scheme.group_columns(21), 1)[:, :21]
-    own = decoded(matrix)
-    place = trained.choice.place.detach()
-    assert torch.equal(place, torch.where(own > lowest, -1.0, 0.0))
-    assert torch.equal(decoded(trained.stored()), decoded(with_codes(matrix, neighbours(matrix, CPU).below)))
+    gradient = trained.choice.gradient()
+    assert not gradient[0].any()
+    assert torch.equal(gradient[1:], weight[1:])
+    assert not trained.choice.gradient().any()  # each is seen once
+    see(trained, 1e6 * weight)
+    trained.change_codes()
+    assert torch.equal(trained.choice.planes(), torch.from_numpy(matrix.planes))  # without a curvature
 
 
 def test_codes_that_precisions_share_stay() -> None:
-    weight, matrix = random_matrix(Target(bits=3, group_size=8, nested=(2,)))
+    _, matrix = random_matrix(Target(bits=3, group_size=8, nested=(2,)))
     assert not can_choose(matrix)
-    assert TrainedMatrix(matrix, CPU, weight).choice is None
+    assert TrainedMatrix(matrix, CPU, codes=True).choice is None
 
 
 # --- blocks -----------------------------------------------------------------------------------------
@@ -190,7 +205,7 @@ def trained(target: Target, moved: float = 0.1, **effort: float) -> BlockResult:
 )
 def test_codes_bring_a_block_nearer_than_scales_alone(target: Target) -> None:
     before = trained(target, steps=0)
-    scales, both = trained(target), trained(target, code_rate=1.0)
+    scales, both = trained(target), trained(target, codes=True)
     assert both.errors["layer by layer"] == scales.errors["layer by layer"]
     assert np.array_equal(scales.layers["up"].matrix.planes, before.layers["up"].matrix.planes)
     assert not np.array_equal(both.layers["up"].matrix.planes, before.layers["up"].matrix.planes)
@@ -198,7 +213,7 @@ def test_codes_bring_a_block_nearer_than_scales_alone(target: Target) -> None:
     assert errors[1] < errors[0]
     assert errors[2] < 0.8 * errors[1]
     assert both.last == "scales and codes together"
-    again = trained(target, code_rate=1.0)
+    again = trained(target, codes=True)
     for name, found in both.layers.items():
         assert np.array_equal(found.matrix.planes, again.layers[name].matrix.planes)
         assert np.array_equal(found.matrix.params.scales, again.layers[name].matrix.params.scales)
@@ -218,11 +233,12 @@ def measured(result: BlockResult) -> float:
     return total
 
 
-def test_where_other_codes_make_a_block_worse_they_stay() -> None:
+def test_where_other_codes_make_a_block_worse_they_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     target = Target(bits=3, group_size=8)
-    before, scales, wild = (trained(target, moved=0, **e) for e in ({"steps": 0}, {}, {"code_rate": 1000.0}))
+    monkeypatch.setattr("lowbit_format.calibration.code_choice.CAUTION", 0.0)  # too many change together
+    wild, worse = trained(target, moved=0, codes=True), trained(target, moved=0, codes=True, learning_rate=100.0)
+    before, scales = trained(target, moved=0, steps=0), trained(target, moved=0)
     assert (scales.last, wild.last) == ("scales together", "scales together")
-    worse = trained(target, moved=0, code_rate=1000.0, learning_rate=100.0)
     for name, found in wild.layers.items():
         assert np.array_equal(found.matrix.planes, before.layers[name].matrix.planes)
         assert np.array_equal(found.matrix.params.scales, scales.layers[name].matrix.params.scales)

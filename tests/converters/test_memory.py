@@ -141,7 +141,7 @@ def measure(directory, hidden, vocab, length):
                             vocab_size=vocab, tie_word_embeddings=True)
     hf.LlamaForCausalLM(config).save_pretrained(directory / "model")
     data = Data.of([{"input_ids": torch.randint(4, vocab, (1, length))} for _ in range(3)], held_out=1)
-    effort = Effort(sweeps=1, steps=2, learning_rate=0.01, drift=True, samples=2, passes=1, end_rate=0.001, code_rate=1)
+    effort = Effort(sweeps=1, steps=2, learning_rate=0.01, drift=True, samples=2, passes=1, end_rate=0.001, codes=True)
     how = Calibration(data, effort)
     recipe = Recipe(Target(bits=2, group_size=128), embeddings=False, lm_head=False)
     opened, plan, _ = plan_conversion(str(directory / "model"), recipe)
