@@ -1,9 +1,9 @@
 """Codes in training: each may become that of the next level of its group, above or below.
 
 A code changes where that alone would lower the block's error well: with the gradient g of the error by a weight, its
-curvature h and the gap to the next level, the error changes by ``g * gap + h * gap**2 / 2``. Codes change by the
-hundred in one step, and what they change adds up; so the gain has to be there with :data:`CAUTION` times the curvature
-too, and those whose gain is largest go first. Gradients pass straight through decoding, and are means over steps.
+curvature h and the gap to the next level, the error changes by ``g * gap + h * gap**2 / 2``. What several codes change
+adds up; so one code of a group changes at a time (up, and one down), that with the largest gain, and the gain has to be
+there with :data:`CAUTION` times the curvature too. Gradients pass straight through decoding, and are means over steps.
 
 The curvature is that of Gauss and Newton: random signs at the block's outputs, taken back through it, have squares
 whose mean is the diagonal (Hutchinson 1989); of them a mean for each row and each column is kept (as Adafactor does,
@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import operators
@@ -50,6 +51,7 @@ class CodeChoice:
 
     def __init__(self, matrix: StoredMatrix, device: torch.device) -> None:
         self._bits, self._cols = matrix.scheme.bits, matrix.cols
+        self._size = matrix.scheme.group_columns(matrix.cols)
         self._near = neighbours(matrix, device)
         self.codes = self._near.codes.clone()
         self._mean = torch.zeros(matrix.rows, matrix.cols, device=device, requires_grad=True)  # gradients come to it
@@ -98,10 +100,16 @@ class CodeChoice:
                 gap = self._decoded(w, wanted).sub_(self._decoded(w, self.codes))
                 slope = self._curvature().mul_(gap)  # of the gradient, on the way
                 gain = (self._mean / share).mul_(gap.sign()).add_(slope.abs(), alpha=CAUTION / 2)
-                change = (gain < 0) & (slope != 0)
+                change = (gain < 0) & (slope != 0) & self._is_least(gain)
                 self._mean.add_(torch.where(change, slope, 0.0), alpha=share)
                 inner = self.codes[:, : self._cols]
                 inner.copy_(torch.where(change, wanted[:, : self._cols], inner))
+
+    def _is_least(self, gain: Tensor) -> Tensor:
+        """Where a value ``[rows, cols]`` is the least of its group."""
+        short = -self._cols % self._size
+        groups = F.pad(gain, (0, short), value=torch.inf).unflatten(1, (-1, self._size))
+        return (groups == groups.amin(-1, keepdim=True)).flatten(1)[:, : self._cols]
 
     def _curvature(self) -> Tensor:
         """Of the error by each weight, float32 ``[rows, cols]``; 0 where no probe has come."""
