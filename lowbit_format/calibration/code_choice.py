@@ -106,10 +106,11 @@ class CodeChoice:
                 inner.copy_(torch.where(change, wanted[:, : self._cols], inner))
 
     def _is_least(self, gain: Tensor) -> Tensor:
-        """Where a value ``[rows, cols]`` is the least of its group."""
+        """Where a value ``[rows, cols]`` is the least of its group: one in each."""
         short = -self._cols % self._size
-        groups = F.pad(gain, (0, short), value=torch.inf).unflatten(1, (-1, self._size))
-        return (groups == groups.amin(-1, keepdim=True)).flatten(1)[:, : self._cols]
+        groups = F.pad(gain, (0, short), value=torch.inf).reshape(len(gain), -1, self._size)
+        least = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, groups.argmin(-1, keepdim=True), True)
+        return least.flatten(1)[:, : self._cols]
 
     def _curvature(self) -> Tensor:
         """Of the error by each weight, float32 ``[rows, cols]``; 0 where no probe has come."""
