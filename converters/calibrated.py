@@ -9,7 +9,6 @@ batch; what blocks give lies in files of the work directory, from which an inter
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -38,11 +37,11 @@ from ..quantize.recognise import recognise
 from ..quantize.solve import measured
 from ..reference import decode
 from ..runtime.known_experts import is_grouped
-from ..tensors import stored_bits, tensor_specs
-from .experts import KINDS, recognised_stack, store_stack
+from .calibration_memory import needs_data, peak_memory
+from .experts import recognised_stack, store_stack
 from .float_model import FloatModel
 from .journal import Outcome
-from .plan import BASE_MEMORY, Plan, Step
+from .plan import Plan, Step
 from .quantizer import WithoutData
 from .source import Source
 from .steps import load_step
@@ -51,12 +50,6 @@ from .together import FULL, train_together
 
 ACTIVATIONS = "activations"  # in the work directory
 _ERRORS = ".errors.json"  # after the position of a block, beside what it gave
-# Bytes of memory for each: weight of a block, float and decoded, and where it has experts, what they become; of the
-# largest matrix, with its codes and all that a solver makes of it; of its Hessian's elements; of a value between two
-# layers of a block, of which a batch has some dozens for each token and column; of what is trained, with gradient and
-# two moments; of a prediction, of which there are six for each word and token.
-_PER_INSIDE, _PER_INSIDE_EXPERTS, _PER_WEIGHT, _PER_HESSIAN, _PER_VALUE = 8, 10, 64, 20, 4 * 48
-_PER_TRAINED, _PER_LOGIT = 20, 4 * 6
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class Calibrated:
         device: torch.device,
         report: Callable[[str, BlockResult], None] = lambda path, result: None,
     ) -> None:
-        if not any(_needs_data(step) for step in plan.steps):
+        if not any(needs_data(step) for step in plan.steps):
             raise CalibrationError(
                 f"{plan.architecture}: no layer is fitted to data: what is quantized are embeddings, or is rounded "
                 "by default; convert it without --calibrate, or quantize layers"
@@ -124,7 +117,7 @@ class Calibrated:
         self.steps = tuple(sorted(plan.steps, key=lambda step: key[id(step)]))
         last = {place.position: id(s) for s in self.steps if (place := self._place[id(s)]) is not None}
         self._last = set(last.values())  # ids of the last step of each block
-        self._found: dict[str, Quantized] = {}
+        self._found: dict[str, Quantized | StoredMatrix] = {}
         self._stacks: dict[str, Matrices] = {}
         self._reached = -1  # position of the block that was quantized last
         self._outside: dict[str, Collector] | None = None
@@ -138,40 +131,9 @@ class Calibrated:
 
     def peak_memory(self) -> int:
         """Expected peak of resident memory in bytes."""
-        outside = sum(s.tensor.numel for s in self.steps if self._place[id(s)] is None)
-        inside: dict[str, int] = {}
-        for step in self.steps:
-            if (place := self._place[id(step)]) is not None:
-                inside[place.path] = inside.get(place.path, 0) + step.tensor.numel
-        layers = [s for s in self.steps if _needs_data(s)]
-        largest = max((s.module().rows * s.module().cols for s in layers), default=0)
-        widest = max((s.module().cols for s in layers), default=0)
-        each = [next(iter(batch.values())).numel() for batch in self._data.batches]
-        tokens = max(each)
-        stacks = [s for s in layers if s.stack is not None]
-        routed = (2 if self._effort.drift else 1) * sum(each) if stacks else 0
-        block = (_PER_INSIDE_EXPERTS if stacks else _PER_INSIDE) * max(inside.values(), default=0)
-        by_layer = (
-            4 * routed * max((s.module().cols for s in stacks), default=0)
-            + _PER_WEIGHT * largest
-            + _PER_HESSIAN * widest**2
-            + _PER_VALUE * tokens * widest
-        )
-        return BASE_MEMORY + 4 * outside + block + max(by_layer, self._together_memory(tokens, widest))
-
-    def _together_memory(self, tokens: int, widest: int) -> int:
-        """Bytes, beside a block and what is outside of blocks, while scales are trained together and it is measured."""
-        modules = [s.module() for s in self.steps if s.to_fit is not None]
-        packed = sum(-(-stored_bits(m) // 8) for m in modules)
-        specs = [spec for m in modules for spec in tensor_specs(m) if spec.dtype != "U8"]
-        parameters = sum(math.prod(spec.shape) for spec in specs)
-        logits = 0
-        if is_causal(self._float.model):  # which takes one sample at a time
-            tokens = max(batch["input_ids"].shape[1] for batch in self._data.batches)
-            words = max((s.tensor.shape[0] for s in self.steps if s.destination.kind == "embedding"), default=0)
-            logits = _PER_LOGIT * tokens * words
-        places = len(places_of(self._lists))
-        return packed + _PER_TRAINED * parameters + logits + _PER_VALUE * tokens * widest + 4 * places * tokens * widest
+        places = {step: None if place is None else place.path for step, place in self._place.items()}
+        causal, blocks = is_causal(self._float.model), len(places_of(self._lists))
+        return peak_memory(self.steps, places, self._data.batches, self._effort, causal=causal, blocks=blocks)
 
     # --- the protocol of a quantizer ---
 
@@ -203,14 +165,17 @@ class Calibrated:
 
     def _quantize(self, step: Step, weight: F32) -> Quantized:
         assert step.to_fit is not None  # noqa: S101 - the driver quantizes only what has a target
-        if not _needs_data(step):
+        if not needs_data(step):
             return self._without.quantize(step, weight)
         place = self._place[id(step)]
         if place is None:
             return _recognised(step, weight) or self._quantize_outside(step, weight)
         if place.position != self._reached:
             self._quantize_block(place)
-        return self._found.pop(step.path, None) or self._unseen(step, weight)
+        found = self._found.pop(step.path, None)
+        if found is None:
+            return self._unseen(step, weight)
+        return measured(weight, found) if isinstance(found, StoredMatrix) else found
 
     def quantize_stack(self, source: Source, step: Step) -> tuple[list[StoredTensor], Outcome]:
         place = self._place[id(step)]
@@ -250,12 +215,12 @@ class Calibrated:
     # --- its parts ---
 
     def _quantize_block(self, place: Place) -> None:
-        everything = {s.path: s for s in self.steps if self._place[id(s)] is place and _needs_data(s)}
+        everything = {s.path: s for s in self.steps if self._place[id(s)] is place and needs_data(s)}
         steps = {path: step for path, step in everything.items() if step.stack is None}
         exact = {path: _recognised_stack(self._source, step) for path, step in everything.items()}
         self._stacks = {path: matrices for path, matrices in exact.items() if matrices is not None}
-        weights = {path: load_step(self._source, step) for path, step in steps.items()}
-        lossless = {path: found for path, step in steps.items() if (found := _recognised(step, weights[path]))}
+        recognised = {path: _recognised(step, load_step(self._source, step)) for path, step in steps.items()}
+        lossless = {path: found for path, found in recognised.items() if found is not None}
         targets = {
             path.removeprefix(f"{place.path}."): step.to_fit
             for path, step in everything.items()
@@ -264,8 +229,7 @@ class Calibrated:
         self._float.load(place.path)
         result = self._walk.quantize(place, targets, self._effort)
         self._float.release(place.path)
-        paths = {f"{place.path}.{name}": found.matrix for name, found in result.layers.items()}
-        self._found = lossless | {path: measured(weights[path], matrix) for path, matrix in paths.items()}
+        self._found = lossless | {f"{place.path}.{name}": found.matrix for name, found in result.layers.items()}
         made = {f"{place.path}.{name}": stack for name, stack in result.stacks.items()}
         self._stacks |= {path: Matrices(stack.matrices) for path, stack in made.items()}
         few = {path.rpartition(".")[0]: f"{len(s.unseen)} of {len(s.matrices)}" for path, s in made.items() if s.unseen}
@@ -306,7 +270,7 @@ class Calibrated:
         mask: Tensor | None = None
         hooks = []
         for step in self.steps:
-            if not _needs_data(step) or step.stack is not None or self._place[id(step)] is not None:
+            if not needs_data(step) or step.stack is not None or self._place[id(step)] is not None:
                 continue
             layer = self._float.model.get_submodule(step.path)
             seen = Collector(layer.weight.shape[0 if is_transposed(layer) else 1], self._device)
@@ -333,7 +297,7 @@ class Calibrated:
 def _rank(step: Step, place: Place | None, places: int) -> int:
     if place is not None:
         return place.position
-    return places if _needs_data(step) else -1
+    return places if needs_data(step) else -1
 
 
 def _recognised(step: Step, weight: F32) -> Quantized | None:
@@ -350,7 +314,3 @@ def _recognised_stack(source: Source, step: Step) -> Matrices | None:
         return None
     found = recognised_stack(source, step.stack, step.to_fit)
     return None if found is None else Matrices(found, lossless=True)
-
-
-def _needs_data(step: Step) -> bool:
-    return step.to_fit is not None and not step.rounded and step.destination.kind in ("linear", "conv1d", *KINDS)

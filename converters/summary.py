@@ -153,7 +153,7 @@ def block_table(blocks: Sequence[tuple[str, BlockResult]]) -> Table:
     """The error of what each block gives, after each step of its calibration."""
     from rich.table import Column, Table
 
-    steps = list(blocks[0][1].errors)
+    steps = list(dict.fromkeys(step for _, result in blocks for step in result.errors))
     table = Table(Column("block", no_wrap=True), *steps, title="Squared error of outputs, relative to their variance")
     for path, result in blocks:
         table.add_row(path, *(f"{result.errors[step]:.4f}" if step in result.errors else "" for step in steps))

@@ -111,15 +111,23 @@ def quantize_block(
     originals.clear()  # memory: the float weights have done their work
     weights.clear()
     untrained = {name: one.matrix for name, one in found.items()}
-    matrices, trained = train(block, untrained, stacks, inputs, effort, seed)
-    with torch.no_grad():
-        _put_in(block, matrices, trained)
-        if _error(quantized, inputs) < before:
-            found = {name: replace(found[name], matrix=matrix) for name, matrix in matrices.items()}
-            stacks = trained
-        else:  # a router is no smooth function of the scales before it
-            _put_in(block, untrained, stacks)
-    return BlockResult(found, "scales together", {"layer by layer": before}, stacks)
+    step = ""
+    for step, work in _trainings(effort).items():
+        matrices, trained = train(block, untrained, stacks, inputs, work, seed)
+        with torch.no_grad():
+            _put_in(block, matrices, trained)
+            if _error(quantized, inputs) < before:
+                found = {name: replace(found[name], matrix=matrix) for name, matrix in matrices.items()}
+                return BlockResult(found, step, {"layer by layer": before}, trained)
+    with torch.no_grad():  # a router is no smooth function of the scales before it
+        _put_in(block, untrained, stacks)
+    return BlockResult(found, step, {"layer by layer": before}, stacks)
+
+
+def _trainings(effort: Effort) -> dict[str, Effort]:
+    """Trainings of a block by their names, each to be tried if the one before it made the block worse."""
+    scales = {"scales together": replace(effort, codes=False)}
+    return {"scales and codes together": effort, **scales} if effort.codes else scales
 
 
 def _error(quantized: Callable[[int], Any], inputs: Inputs) -> float:

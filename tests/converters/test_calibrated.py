@@ -237,7 +237,7 @@ def same_files(one: Path, other: Path) -> bool:
     )
 
 
-TRAINED = Effort(sweeps=1, steps=4, learning_rate=0.01, drift=False, samples=8)
+TRAINED = Effort(sweeps=1, steps=4, learning_rate=0.01, drift=False, samples=8, codes=True)
 
 
 @pytest.mark.parametrize(
