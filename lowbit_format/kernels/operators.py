@@ -252,7 +252,7 @@ def untile(w: PlaneMatrix) -> PlaneMatrix:
 
 MATRIX_SCHEMA = "Tensor planes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? codebook, Tensor? row_bits"
 _TASKS = "Tensor? deltas, Tensor? task_ids"
-SCHEME_SCHEMA = "str codec, int bits, int group_size, int cols, str layout"
+SCHEME_SCHEMA = "str codec, int bits, int group_size, int cols, str layout, str activations"
 _GRADS = "(Tensor, Tensor, Tensor, Tensor)"  # of scales, offsets, zeros, deltas; an empty tensor means None
 
 

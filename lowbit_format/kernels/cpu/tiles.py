@@ -30,6 +30,7 @@ from ..matrix import FILE, TILED, PlaneMatrix
 from ..parameter_order import is_group_major
 
 WORD = 32  # columns
+BLOCK = 8  # words whose tables are made, or share a step, at a time: floats of a row of x take 4 KiB, in the nearest cache
 MOST_PLANES = 8  # of a matrix
 MARGIN = 64  # bytes of memory behind the planes: see has_margin
 STRIP = 4  # tiles that are multiplied together, so that a table in a register serves four vectors of words

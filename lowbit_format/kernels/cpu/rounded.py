@@ -1,0 +1,112 @@
+"""8-bit activations of a product: its tables, made once for all matrices that the same x is multiplied with.
+
+What is rounded, and how: :mod:`..rounded_sums`. The layout of the tables: :mod:`.byte_tables`. The float tables of an
+exact product are made anew by every chunk, in its cache; a byte's are a quarter of their size, and take more
+instructions than the lookups of a small chunk, which is why they are made before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import parallel
+from .byte_tables import MARGIN, WORD_TABLES, set_byte_tables
+from .intrinsics import WORD_X
+from .parallel import Job, job, kernel, take
+from .tiles import BLOCK
+
+ONE_THREAD_BELOW = 1 << 15  # activations: the tables of fewer take less time than waking other threads
+
+
+@job
+class RoundingJob(Job):
+    """The tables of all rows of x, row by row. Addresses and strides as in :class:`.products.ProductJob`."""
+
+    rows: int  # of x
+    words: int  # of a row of x
+    group_words: int
+    groups: int
+    groups_in_word: int
+    x: int
+    x_stride: int
+    tables: int
+    table_stride: int
+    steps: int
+    totals: int
+    step_stride: int
+
+
+class Groups(NamedTuple):
+    """How the columns of a matrix are grouped; all matrices with the same share the tables of x."""
+
+    group_words: int  # in a whole group, or the one that groups share
+    groups: int  # in a row
+    groups_in_word: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a group."""
+        return -(-self.group_words // BLOCK)
+
+
+class Rounded(NamedTuple):
+    """x, rounded. All tensors must live as long as the products with it."""
+
+    tables: Tensor  # int8 [rows (words * WORD_TABLES), and MARGIN bytes more]
+    steps: Tensor  # float32 [2, rows, groups * blocks]: steps, and sums of x
+    table_stride: int
+
+    def give(self, job: Any, first: int) -> None:
+        """Tell a product's job where they are, from row `first` of x on."""
+        one, rows, count = self.steps, self.steps.shape[1], self.steps.shape[2]
+        job.tables, job.table_stride = self.tables.data_ptr() + first * self.table_stride, self.table_stride
+        job.steps, job.step_stride = one.data_ptr() + 4 * count * first, 4 * count
+        job.totals = job.steps + 4 * count * rows
+
+
+def rounded(x: Tensor, groups: Groups) -> Rounded:
+    """`x` rounded for matrices that are grouped so.
+
+    Args:
+        x: float32 ``[n, columns padded to whole words]``, contiguous.
+    """
+    rows, columns = x.shape
+    words, count = 4 * columns // WORD_X, groups.groups * groups.blocks
+    tables = torch.empty(rows * words * WORD_TABLES + MARGIN, dtype=torch.int8, device="cpu")
+    steps = torch.empty(2, rows, count, dtype=torch.float32, device="cpu")
+    made = Rounded(tables, steps, words * WORD_TABLES)
+    work = RoundingJob(
+        rows=rows,
+        words=words,
+        group_words=groups.group_words,
+        groups=groups.groups,
+        groups_in_word=groups.groups_in_word,
+        x=x.data_ptr(),
+        x_stride=4 * columns,
+    )
+    made.give(work, 0)
+    _round(work, parallel.num_threads() if x.numel() >= ONE_THREAD_BELOW else 1)
+    return made
+
+
+@kernel(RoundingJob)
+def _round(job):
+    """Take one row of x after another."""
+    whole, in_word = job.group_words, job.groups_in_word
+    while True:
+        row: int = take(job)
+        if row >= job.rows:
+            break
+        x, tables = job.x + row * job.x_stride, job.tables + row * job.table_stride
+        place = row * job.step_stride
+        for g in range(job.groups):
+            word, half = g // in_word * whole, g % in_word
+            here = min(whole, job.words - word)
+            for b in range(0, whole, BLOCK):
+                if b < here:
+                    count = min(BLOCK, here - b) * 2 // in_word
+                    set_byte_tables(x, tables, 2 * (word + b) + half, count, job.steps + place, job.totals + place)
+                place += 4
