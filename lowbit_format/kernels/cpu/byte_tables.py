@@ -42,6 +42,7 @@ from ...machine.llvm import (
     splat,
     store,
 )
+from ..rounded_sums import LARGEST, SMALLEST
 from .intrinsics import VECTOR
 from .tiles import STRIP, WORD
 
@@ -49,8 +50,6 @@ TABLE = 16  # bytes: the signed sums of four columns
 HALF_TABLES = 4 * TABLE  # of a word's low nibbles, or of its high ones
 WORD_TABLES = 2 * HALF_TABLES
 MARGIN = HALF_TABLES  # bytes behind the tables that may be read
-LARGEST = 127  # what an entry may be
-SMALLEST = 1e-30  # sum of four activations; where all are smaller, entries are 0, since a float has no 127 / sum
 
 _VBMI = {"avx512f", "avx512bw", "avx512vbmi", "avx512vnni"}
 _LOOKUPS = {  # instruction set -> bytes of a register, and the function of LLVM that looks up its bytes in 16 entries

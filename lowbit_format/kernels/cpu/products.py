@@ -440,8 +440,10 @@ def most_rows(bits: int, dtype: torch.dtype, mixed: bool, rounds: bool = False) 
 
     The lookups for a row grow with `bits`; a row of ``torch.mm`` always takes as long: in bfloat16 half of what it
     takes in float32, where the machine has instructions for it. Rows of several tasks (`mixed`) take more than one
-    product then. The measurements are in tools/benchmarks/README.md.
+    product then. Lookups of bytes take half as long (`rounds`). The measurements are in tools/benchmarks/README.md.
     """
+    if rounds:
+        return 2 * most_rows(bits, dtype, mixed)
     if "avx512f" not in features():
         return (104 if "avx2" in features() else 14) // bits
     if dtype == torch.bfloat16 and "avx512bf16" in features():

@@ -7,6 +7,7 @@ instructions than the lookups of a small chunk, which is why they are made befor
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -53,18 +54,20 @@ class Groups(NamedTuple):
 
 
 class Rounded(NamedTuple):
-    """x, rounded. All tensors must live as long as the products with it."""
+    """x, rounded: addresses and strides as in :class:`.products.ProductJob`, in one piece of memory."""
 
-    tables: Tensor  # int8 [rows (words * WORD_TABLES), and MARGIN bytes more]
-    steps: Tensor  # float32 [2, rows, groups * blocks]: steps, and sums of x
+    memory: Tensor  # must live as long as the products with it
+    tables: int
     table_stride: int
+    steps: int
+    totals: int
+    step_stride: int
 
     def give(self, job: Any, first: int) -> None:
         """Tell a product's job where they are, from row `first` of x on."""
-        one, rows, count = self.steps, self.steps.shape[1], self.steps.shape[2]
-        job.tables, job.table_stride = self.tables.data_ptr() + first * self.table_stride, self.table_stride
-        job.steps, job.step_stride = one.data_ptr() + 4 * count * first, 4 * count
-        job.totals = job.steps + 4 * count * rows
+        job.table_stride, job.step_stride = self.table_stride, self.step_stride
+        job.tables = self.tables + first * self.table_stride
+        job.steps, job.totals = self.steps + first * self.step_stride, self.totals + first * self.step_stride
 
 
 def rounded(x: Tensor, groups: Groups) -> Rounded:
@@ -74,22 +77,31 @@ def rounded(x: Tensor, groups: Groups) -> Rounded:
         x: float32 ``[n, columns padded to whole words]``, contiguous.
     """
     rows, columns = x.shape
-    words, count = 4 * columns // WORD_X, groups.groups * groups.blocks
-    tables = torch.empty(rows * words * WORD_TABLES + MARGIN, dtype=torch.int8, device="cpu")
-    steps = torch.empty(2, rows, count, dtype=torch.float32, device="cpu")
-    made = Rounded(tables, steps, words * WORD_TABLES)
-    work = RoundingJob(
-        rows=rows,
+    work = RoundingJob.from_buffer_copy(_template(groups, columns))
+    of_tables, of_steps = work.table_stride, work.step_stride
+    memory = torch.empty(rows * (of_tables + 2 * of_steps) + MARGIN, dtype=torch.int8, device="cpu")
+    tables = memory.data_ptr()
+    steps = tables + rows * of_tables
+    made = Rounded(memory, tables, of_tables, steps, steps + rows * of_steps, of_steps)
+    work.rows, work.x = rows, x.data_ptr()
+    work.tables, work.steps, work.totals = tables, steps, made.totals
+    _round(work, parallel.num_threads() if rows * columns >= ONE_THREAD_BELOW else 1)
+    return made
+
+
+@functools.lru_cache(maxsize=1024)
+def _template(groups: Groups, columns: int) -> RoundingJob:
+    """What is the same for all x of so many columns."""
+    words = 4 * columns // WORD_X
+    return RoundingJob(
         words=words,
         group_words=groups.group_words,
         groups=groups.groups,
         groups_in_word=groups.groups_in_word,
-        x=x.data_ptr(),
         x_stride=4 * columns,
+        table_stride=words * WORD_TABLES,
+        step_stride=4 * groups.groups * groups.blocks,
     )
-    made.give(work, 0)
-    _round(work, parallel.num_threads() if x.numel() >= ONE_THREAD_BELOW else 1)
-    return made
 
 
 @kernel(RoundingJob)

@@ -26,6 +26,7 @@ from ..common import MB, SHAPE, Facts, run_part, spread, table
 PARTS = ("model", "peers", "kernel", "tasks", "start")
 LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q2_K")
 FLOATS = ("bfloat16", "float32")
+ACTIVATIONS = ("exact", "int8")
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 PROMPT, NEW, PREFILL = 8, 48, 128  # tokens
 
@@ -124,7 +125,7 @@ def models(options: argparse.Namespace) -> Iterator[str]:
     failed: dict[str, str] = {}
     contenders: list[Contender] = []
     if "model" in options.only:
-        contenders += [lowbit(options, folder, bits, failed) for bits in options.bits]
+        contenders += [lowbit(options, folder, bits, how, failed) for bits in options.bits for how in ACTIVATIONS]
     if "peers" in options.only:
         contenders += list(llama(options, folder, failed))
         contenders += [eager(options, folder, dtype, failed) for dtype in FLOATS]
@@ -189,12 +190,12 @@ def memory_cells(found: list[Facts]) -> list[str]:
     return [*(spread(cell, 0) for cell in cells), spread(ratio, 2)]
 
 
-def lowbit(options: argparse.Namespace, folder: Path, bits: int, failed: dict[str, str]) -> Contender:
+def lowbit(options: argparse.Namespace, folder: Path, bits: int, activations: str, failed: dict[str, str]) -> Contender:
     """This package; converts the model if the cache does not have it."""
-    name = f"lowbit BCQ {bits} bits"
+    name = f"lowbit BCQ {bits} bits, {activations}"
     job = {"do": "convert", "folder": str(folder), "layers": options.layers, "bits": bits}
     note(failed, name, run_part("cpu.model", job, options.threads))
-    job = {"path": str(folder / f"bcq-{bits}"), "dtype": None}
+    job = {"path": str(folder / f"bcq-{bits}"), "dtype": None, "activations": activations}
     return Contender(name, "cpu.model", sys.executable, job)
 
 

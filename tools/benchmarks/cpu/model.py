@@ -84,7 +84,7 @@ def measure(job: Facts) -> Facts:
 
     with torch.inference_mode():
         if lowbit:
-            model = lb.from_pretrained(job["path"], dtype=torch.float32).eval()
+            model = lb.from_pretrained(job["path"], dtype=torch.float32, activations=job["activations"]).eval()
         else:
             dtype = getattr(torch, job["dtype"])
             model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype, attn_implementation="sdpa").eval()
