@@ -69,7 +69,10 @@ class Backend(Protocol):
     def linear(
         self, x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None
     ) -> Tensor:
-        """``x @ weight.T + bias`` in the dtype of `x`, float ``[..., cols]`` to ``[..., rows]``; `bias`: ``[rows]``."""
+        """``x @ weight.T + bias`` in the dtype of `x`, float ``[..., cols]`` to ``[..., rows]``; `bias`: ``[rows]``.
+
+        Where ``w.activations`` is ``"int8"``, sums may be rounded as :mod:`.rounded_sums` says; they need not.
+        """
         ...
 
     def linear_each(self, x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> Tensor:

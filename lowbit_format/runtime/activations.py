@@ -34,7 +34,9 @@ def set_activations(model: nn.Module, activations: str) -> None:
     check_activations(activations)
     modules = [module for module in model.modules() if isinstance(module, LowbitModule)]
     if not modules:
-        raise UnsupportedOperationError(f"this {type(model).__name__} has no quantized matrix whose products could change")
+        raise UnsupportedOperationError(
+            f"this {type(model).__name__} has no quantized matrix: its products cannot change"
+        )
     elsewhere = [m for m in modules if m.device.type not in ("cpu", "meta")]
     if activations == INT8 and elsewhere:
         raise UnsupportedOperationError(

@@ -38,6 +38,15 @@ def rounding(w: PlaneMatrix) -> PlaneMatrix:
     return backend.tile(w._replace(activations=INT8))
 
 
+def product(x: Tensor, w: PlaneMatrix) -> Tensor:
+    return backend.linear(x, w, None, None, None)
+
+
+def defined(x: Tensor, w: PlaneMatrix) -> Tensor:
+    """What a product with 8-bit activations is."""
+    return naive.linear(x, w._replace(activations=INT8), None, None, None)
+
+
 # --- the kernel beside the truth -------------------------------------------------------------------
 
 
@@ -75,30 +84,32 @@ def test_tasks(kind: Scheme, tasks: str) -> None:
 def test_rows_do_not_depend_on_each_other_or_on_threads(kind: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     w = rounding(drawn(kind, 4, 64, 300, 200))
     x = random_call(w, 11).x
-    together = backend.linear(x, w, None, None, None)
+    together = product(x, w)
     for i in range(len(x)):
-        assert same_bits(together[i], backend.linear(x[i], w, None, None, None))
+        assert same_bits(together[i], product(x[i], w))
     monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
     monkeypatch.setattr(rounded, "ONE_THREAD_BELOW", 0)
     for threads in ("1", "3"):
         monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
-        assert same_bits(together, backend.linear(x, w, None, None, None))
+        assert same_bits(together, product(x, w))
 
 
 def test_several_matrices_in_one_call() -> None:
     """Matrices that are grouped alike share the tables of x; others, codebooks and exact ones have their own way."""
-    ws = [drawn(kind, 3, group, 50, 128, seed=i) for i, (kind, group) in enumerate(zip(KINDS, WHOLE + [64], strict=True))]
+    groups = [*WHOLE, 64]
+    ws = [drawn(kind, 3, groups[i], 50, 128, seed=i) for i, kind in enumerate(KINDS)]
     ws = [w._replace(activations=EXACT if i == 1 else INT8) for i, w in enumerate(ws)]
     x = random_call(ws[0], 5).x
     for found, w in zip(backend.linear_together(x, [Factor(backend.tile(w)) for w in ws]), ws, strict=True):
-        assert same_bits(found, backend.linear(x, backend.tile(w), None, None, None))
+        assert same_bits(found, product(x, backend.tile(w)))
     begin, shares = 0, []
     for w, count in zip(ws, (2, 0, 1, 0, 1, 1, 0), strict=True):
         shares.append(Share(backend.tile(w), begin, begin + count))
         begin += count
     found = backend.linear_each(x, shares, None)
     for share in shares:
-        assert same_bits(found[share.begin : share.end], backend.linear(x[share.begin : share.end], share.w, None, None, None))
+        rows = slice(share.begin, share.end)
+        assert same_bits(found[rows], product(x[rows], share.w))
 
 
 @needs_lookup
@@ -108,7 +119,7 @@ def test_activations_that_are_not_finite(value: float) -> None:
     w = rounding(drawn(Scheme("bcq"), 3, 32, 40, 100))
     x = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
     x[1, 70] = value
-    found = backend.linear(x, w, None, None, None)
+    found = product(x, w)
     assert found[1].isnan().all()
     assert found[[0, 2]].isfinite().all()
 
@@ -116,7 +127,7 @@ def test_activations_that_are_not_finite(value: float) -> None:
 def test_many_rows_stay_exact() -> None:
     w = drawn(Scheme("bcq", offset=True), 4, 64, 40, 100)
     x = random_call(w, 400).x
-    assert same_bits(backend.linear(x, rounding(w), None, None, None), backend.linear(x, backend.tile(w), None, None, None))
+    assert same_bits(product(x, rounding(w)), product(x, backend.tile(w)))
 
 
 # --- how far from exact ----------------------------------------------------------------------------
@@ -140,7 +151,7 @@ def test_error(kind: Scheme, bits: int, group: int, rows: int, cols: int, outlie
     x = random_call(w, 3, seed=seed).x
     x[:, 0] *= outlier
     want, terms = true_product(x.double(), exact(w)), true_product(x.double().abs(), absolute(w))
-    for found in (backend.linear(x, rounding(w), None, None, None), naive.linear(x, w._replace(activations=INT8), None, None, None)):
+    for found in (product(x, rounding(w)), defined(x, w)):
         assert_within(found, want, 1.0001 * most_off(x, w) + 3e-6 * terms)
 
 
@@ -152,8 +163,8 @@ def test_error_of_gaussian_activations() -> None:
         for outlier in (1.0, 100.0):
             x = random_call(w, 4, seed=bits).x
             x[:, ::128] *= outlier
-            want = backend.linear(x, backend.tile(w), None, None, None)
-            off = float((backend.linear(x, rounding(w), None, None, None) - want).norm() / want.norm())
+            want = product(x, backend.tile(w))
+            off = float((product(x, rounding(w)) - want).norm() / want.norm())
             assert 1e-4 < off < 0.01
 
 
@@ -164,7 +175,7 @@ def test_sums_that_need_no_rounding_are_exact() -> None:
     for block in range(0, 192, 64):
         x[:, block : block + 4] = torch.tensor([100.0, -27.0, 0.0, 0.0])
     want, terms = true_product(x.double(), exact(w)), true_product(x.double().abs(), absolute(w))
-    for found in (backend.linear(x, rounding(w), None, None, None), naive.linear(x, w._replace(activations=INT8), None, None, None)):
+    for found in (product(x, rounding(w)), defined(x, w)):
         assert_within(found, want, 2e-6 * terms)
 
 
