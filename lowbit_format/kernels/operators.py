@@ -400,7 +400,7 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = _param_grads(
         ctx, 0, 6, lambda: torch.ops.lowbit.dequantize_param_grads(grad, *ctx.saved_tensors, *ctx.scheme)
     )
-    return tuple(found.get(i) for i in range(13))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -420,7 +420,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found[0] = torch.ops.lowbit.linear_input_grad(grad, *rest, *ctx.scheme)
     if ctx.needs_input_grad[7]:
         found[7] = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return tuple(found.get(i) for i in range(15))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -432,7 +432,7 @@ def _embedding_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = _param_grads(
         ctx, 1, 7, lambda: torch.ops.lowbit.embedding_param_grads(grad, *ctx.saved_tensors, *ctx.scheme)
     )
-    return tuple(found.get(i) for i in range(15))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 _dequantize.register_autograd(_dequantize_backward, setup_context=_dequantize_setup)

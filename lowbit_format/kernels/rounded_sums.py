@@ -1,14 +1,14 @@
 """Products with 8-bit activations: what is rounded, and to what. In plain torch, the truth that kernels are held to.
 
 A plane adds ``+x`` where its bit is 1 and ``-x`` where it is 0. Of every four columns that is one of 16 sums
-``±x0 ±x1 ±x2 ±x3``, and such sums are what is stored in eight bits: as an integer from -127 to 127 times a *step*. All
-columns of a group of the matrix share a step, or at most :data:`COLUMNS` of them; it is the largest
-``|x0| + |x1| + |x2| + |x3|`` among them, divided by 127. Integers are added exactly. Scales, and the sum of x that
+``±x0 ±x1 ±x2 ±x3``, and such sums are what is stored in eight bits: as an integer from -127 to 127 times a *step*. Each
+four columns (a *quad*) have a step of their own, ``(|x0| + |x1| + |x2| + |x3|) / 127`` rounded up to 1 to 64 times a
+*unit*, which all columns of a group of the matrix share, or at most :data:`COLUMNS` of them: the largest such step
+among them is 64 units. So all integers can be added exactly, each times its multiplier. Scales, and the sum of x that
 meets offsets and zeros, are not rounded.
 
-To round sums of four is as good as to round each x to eight bits, and better where few activations are large: a sum of
-four has four times the range but one error instead of four. It is what lookups need (T-MAC: Wei et al. 2024,
-arXiv:2407.00088, section 3.3, tables in 8 bits).
+To round sums of four is what lookups need (T-MAC: Wei et al. 2024, arXiv:2407.00088, has tables in 8 bits, one scale
+for each group of activations). With steps of their own a large activation costs the quad that it is in, and no other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from .matrix import PlaneMatrix, present_rows
 
 COLUMNS = 256  # that share a step, at most
 LARGEST = 127  # integer
-SMALLEST = 1e-30  # sum of absolute values for which there is a step; where all are smaller, sums are 0
+UNITS = 64  # of the largest step; the sums of eight quads, 127 * 64 each, fit in two numbers of 16 bits
+SMALLEST = 1e-30  # sum of absolute values for which there is a unit; where all are smaller, sums are 0
 
 
 def product(x: Tensor, w: PlaneMatrix, bits: Iterable[Tensor]) -> Tensor:
@@ -39,19 +40,31 @@ def product(x: Tensor, w: PlaneMatrix, bits: Iterable[Tensor]) -> Tensor:
     """
     grouped = _grouped(x.float(), w)
     quads = _quads(grouped)
-    sizes = quads.abs()
-    most = ((sizes[..., 0] + sizes[..., 1]) + (sizes[..., 2] + sizes[..., 3])).amax(-1)
-    by = torch.where(most > SMALLEST, torch.full_like(most, LARGEST) / most, 0)[..., None]
+    by, multipliers, unit = _steps(quads)
     totals = grouped.double().sum(-1)
-    steps = (most / LARGEST).double() + (totals - totals)[..., None]  # NaN where x is not finite
+    unit = unit + (totals - totals)[..., None]  # NaN where x is not finite
     shift, scales = _as_bcq(w)
     out = torch.einsum("ng,rg->nr", totals, shift)
     for bit, scale in zip(bits, scales, strict=True):
         signed = quads[:, None] * _quads(bit.float() * 2 - 1)  # [n, rows, groups, blocks, quads, 4]
         sums = ((signed[..., 0] + signed[..., 1]) + signed[..., 2]) + signed[..., 3]
-        integers = torch.round(sums * by[:, None]).double().sum(-1)
-        out += torch.einsum("nrgb,ngb,rg->nr", integers, steps, scale)
+        integers = (torch.round(sums * by[:, None]) * multipliers[:, None]).double().sum(-1)
+        out += torch.einsum("nrgb,ngb,rg->nr", integers, unit, scale)
     return out
+
+
+def _steps(quads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From x ``[..., blocks, quads, 4]`` for each quad one over its step, and the step in units, float32; and the unit
+    of each block, float64. Every operation is a float32 one that kernels repeat.
+    """
+    sizes = quads.abs()
+    size = (sizes[..., 0] + sizes[..., 1]) + (sizes[..., 2] + sizes[..., 3])
+    most = size.amax(-1, keepdim=True)
+    is_some = most > SMALLEST
+    share = torch.where(is_some, torch.full_like(most, UNITS) / most, 0)
+    multipliers = torch.round(size * share + 0.5).clamp(min=1)  # never below size * share
+    by = torch.where(is_some, torch.full_like(most, UNITS * LARGEST) / most, 0) / multipliers
+    return by, multipliers, (most / (UNITS * LARGEST)).double().squeeze(-1)
 
 
 def _grouped(x: Tensor, w: PlaneMatrix) -> Tensor:

@@ -86,8 +86,11 @@ def check_everything() -> None:
 
 def rounds(call: Call) -> bool:
     """Whether the product is computed with 8-bit activations, if they are asked for."""
-    plan = products.plan(call.w)
-    return plan is not None and plan.can_round and from_planes(call)
+    x, w, mixed = call.x, call.w, call.task_ids is not None
+    plan = products.plan(w)
+    if plan is None or not plan.can_round:
+        return False
+    return x.numel() // w.cols <= products.most_rows(plan.bits, x.dtype, mixed, rounds=True)
 
 
 def check_rounded(call: Call) -> Tensor:

@@ -1,16 +1,18 @@
 """The innermost loops for 8-bit activations, in LLVM: tables whose entries are bytes, and their sums.
 
-A table has the 16 signed sums of four activations, as in :mod:`.intrinsics`, each rounded to a multiple of a *step*
-(:mod:`..rounded_sums`). A byte is a quarter of a float, so one instruction looks up four times as many. Sums of bytes
-are integers, exact, and one step and one scale turn them into floats. For a word of 32 columns there are eight tables,
-in the order in which registers take them::
+A table has the 16 signed sums of four activations, as in :mod:`.intrinsics`, each rounded to a multiple of a *step*,
+which is a multiple of a *unit* (:mod:`..rounded_sums`). A byte is a quarter of a float, so one instruction looks up
+four times as many. Sums of bytes times multipliers are integers, exact, and one unit and one scale turn them into
+floats. For a word of 32 columns there are eight tables and multipliers, in the order in which registers take them::
 
-    tables[n, b, i]   n: low or high nibble, b: byte of the word, i: entry of the table of columns 8 b + 4 n and on
+    tables[n, b, i], multipliers[n, b]
+        n: low or high nibble, b: byte of the word, i: entry of the table of columns 8 b + 4 n and on
 
 There are two ways to look up. With AVX-512 VBMI a permutation has 64 entries: the four tables of a word's low
-nibbles at once. So words stay as they are, and ``vpdpbusd`` adds up the four bytes that each row has. Everywhere else
-an instruction has 16 entries, one table (``pshufb``, NEON's ``tbl``): the bytes of four tiles are brought into an
-order in which a register has one byte of many rows.
+nibbles at once. So words stay as they are, and ``vpdpbusd`` multiplies and adds up the four bytes that each row has.
+Everywhere else an instruction has 16 entries, one table (``pshufb``, NEON's ``tbl``): the bytes of four tiles are
+brought into an order in which a register has one byte of many rows, and ``pmaddubsw`` multiplies and adds up the two
+nibbles.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
@@ -42,13 +45,14 @@ from ...machine.llvm import (
     splat,
     store,
 )
-from ..rounded_sums import LARGEST, SMALLEST
+from ..rounded_sums import LARGEST, SMALLEST, UNITS
 from .intrinsics import VECTOR
 from .tiles import STRIP, WORD
 
 TABLE = 16  # bytes: the signed sums of four columns
 HALF_TABLES = 4 * TABLE  # of a word's low nibbles, or of its high ones
 WORD_TABLES = 2 * HALF_TABLES
+WORD_MULTIPLIERS = 8
 MARGIN = HALF_TABLES  # bytes behind the tables that may be read
 
 _VBMI = {"avx512f", "avx512bw", "avx512vbmi", "avx512vnni"}
@@ -57,6 +61,11 @@ _LOOKUPS = {  # instruction set -> bytes of a register, and the function of LLVM
     "avx2": (32, "llvm.x86.avx2.pshuf.b"),
     "ssse3": (16, "llvm.x86.ssse3.pshuf.b.128"),
     "neon": (16, "llvm.aarch64.neon.tbl1.v16i8"),
+}
+_MULTIPLICATIONS = {  # of bytes to 16 bits (pmaddubsw), and of those to 32 (pmaddwd)
+    "avx512bw": ("llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"),
+    "avx2": ("llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"),
+    "ssse3": ("llvm.x86.ssse3.pmadd.ub.sw.128", "llvm.x86.sse2.pmadd.wd"),
 }
 _BYTES = ir.VectorType(I8, VECTOR)
 # LLVM 22 counts the operands of vpdpbusd in bytes, those before it in words.
@@ -75,62 +84,72 @@ def looks_up_64(instruction_sets: frozenset[str]) -> bool:
 
 
 @intrinsic
-def set_byte_tables(typingctx, x, tables, first, count, step, total):
-    """Fill tables with the signed sums of every four activations, rounded to multiples of one step.
+def set_byte_tables(typingctx, x, tables, multipliers, first, count, unit, total):
+    """Fill tables with the signed sums of every four activations, rounded to multiples of their steps.
 
     Args:
         x: float32, the activations of a row of x from half word 0 on; a half word is 16 columns.
-        tables: int8 ``[half words / 2, 2, 4, 16]``, those of the row. Where sixteen entries are looked up at once,
-            each has 128 more, as a uint8.
-        first, count: the half words to fill, which share the step.
-        step, total: float32, addresses to write the step and the sum of the activations to. The step is NaN if an
+        tables: int8 ``[half words / 2, 2, 4, 16]``, those of the row.
+        multipliers: uint8 ``[half words / 2, 2, 4]``: the step of each table, in units.
+        first, count: the half words to fill, which share the unit.
+        unit, total: float32, addresses to write the unit and the sum of the activations to. The unit is NaN if an
             activation is not finite.
     """
-    signature = types.void(*[types.int64] * 6)
+    signature = types.void(*[types.int64] * 7)
     signs = [ir.Constant(VECTOR_F32, [1.0 if c >> j & 1 else -1.0 for c in range(16)]) for j in range(4)]
 
     def codegen(context, builder, signature, args):
-        x, tables, first, count, step, total = args
-        bias = 0 if looks_up_64(features(context)) else 128
+        x, tables, multipliers, first, count, unit, total = args
         half_columns = WORD // 2
 
-        def largest(i, carried):
-            most, added = carried
-            value = load(builder, at(builder, x, (builder.add(first, i), 4 * half_columns)), VECTOR_F32)
+        def sizes(number):
+            """Activations of a half word; and of each quad, in its four lanes, the sum of absolute values."""
+            value = load(builder, at(builder, x, (number, 4 * half_columns)), VECTOR_F32)
             size = builder.bitcast(builder.and_(builder.bitcast(value, VECTOR_I32), ints(0x7FFFFFFF)), VECTOR_F32)
             for distance in (1, 2):  # (|x0| + |x1|) + (|x2| + |x3|)
                 size = builder.fadd(size, _exchanged(builder, size, distance))
-            is_more = builder.fcmp_ordered(">", size, most)
-            return [builder.select(is_more, size, most), builder.fadd(added, value)]
+            return value, size
+
+        def largest(i, carried):
+            value, size = sizes(builder.add(first, i))
+            return [_larger(builder, size, carried[0]), builder.fadd(carried[1], value)]
 
         most, added = loop(builder, count, largest, [ZERO, ZERO])
         for distance in (4, 8):
-            other = _exchanged(builder, most, distance)
-            most = builder.select(builder.fcmp_ordered(">", other, most), other, most)
+            most = _larger(builder, _exchanged(builder, most, distance), most)
         for distance in (1, 2, 4, 8):
             added = builder.fadd(added, _exchanged(builder, added, distance))
-        limit, smallest = ir.Constant(F32, float(LARGEST)), ir.Constant(VECTOR_F32, [_float32(SMALLEST)] * LANES)
-        limits = splat(builder, limit)
-        by = builder.select(builder.fcmp_ordered(">", most, smallest), builder.fdiv(limits, most), ZERO)
+        is_some = builder.fcmp_ordered(">", most, _floats(SMALLEST))
+        share = builder.select(is_some, builder.fdiv(_floats(UNITS), most), ZERO)
+        by = builder.select(is_some, builder.fdiv(_floats(UNITS * LARGEST), most), ZERO)
         nothing = builder.fsub(added, added)  # NaN if an activation is not finite
-        of_one = builder.fadd(builder.fdiv(most, limits), nothing)
-        store(builder, builder.extract_element(of_one, I32(0)), step)
+        of_one = builder.fadd(builder.fdiv(most, _floats(UNITS * LARGEST)), nothing)
+        store(builder, builder.extract_element(of_one, I32(0)), unit)
         store(builder, builder.extract_element(added, I32(0)), total)
 
         def half(i, _):
             number = builder.add(first, i)
             word, odd = builder.lshr(number, number.type(1)), builder.and_(number, number.type(1))
-            to = at(builder, tables, (word, WORD_TABLES), (odd, 2 * TABLE))
+            to_tables = at(builder, tables, (word, WORD_TABLES), (odd, 2 * TABLE))
+            to_multipliers = at(builder, multipliers, (word, WORD_MULTIPLIERS), (odd, 2))
+            _, size = sizes(number)
+            wanted = builder.fadd(builder.fmul(size, share), _floats(0.5))
+            multiplier = builder.fsub(builder.fadd(wanted, _floats(_ROUND)), _floats(_ROUND))
+            multiplier = _larger(builder, multiplier, _floats(1.0))
+            as_bytes = _lowest_bytes(builder, multiplier)
+            factors = builder.fdiv(by, multiplier)
             for quad in range(4):
+                place = quad % 2, quad // 2  # nibble, byte
+                one = builder.extract_element(as_bytes, I32(4 * quad))
+                store(builder, one, at(builder, to_multipliers, (place[0], 4), (place[1], 1)), align=1)
                 entries = None
                 for j in range(4):
-                    place = at(builder, x, (number, 4 * half_columns), (4 * quad + j, 4))
-                    value = splat(builder, load(builder, place, F32))
+                    address = at(builder, x, (number, 4 * half_columns), (4 * quad + j, 4))
+                    value = splat(builder, load(builder, address, F32))
                     entries = fma(builder, value, signs[j], entries) if j else builder.fmul(value, signs[j])
-                shifted = builder.fadd(builder.fmul(entries, by), ir.Constant(VECTOR_F32, [_ROUND] * LANES))
-                entry = builder.add(builder.bitcast(shifted, VECTOR_I32), ints(bias))
-                place = at(builder, to, (quad % 2, HALF_TABLES), (quad // 2, TABLE))
-                store(builder, builder.trunc(entry, ir.VectorType(I8, LANES)), place, align=1)
+                factor = builder.shuffle_vector(factors, factors, _mask([4 * quad] * LANES))
+                rounded = _lowest_bytes(builder, builder.fmul(entries, factor))
+                store(builder, rounded, at(builder, to_tables, (place[0], HALF_TABLES), (place[1], TABLE)), align=1)
             return []
 
         loop(builder, count, half, [])
@@ -139,16 +158,25 @@ def set_byte_tables(typingctx, x, tables, first, count, step, total):
     return signature, codegen
 
 
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    """The larger one of each lane; `b` where `a` is NaN."""
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)
+
+
+def _lowest_bytes(builder: Any, value: Any) -> Any:
+    """The lowest byte of each float, rounded to an integer."""
+    shifted = builder.bitcast(builder.fadd(value, _floats(_ROUND)), VECTOR_I32)
+    return builder.trunc(shifted, ir.VectorType(I8, LANES))
+
+
+def _floats(value: float) -> Any:
+    """A constant float32 vector with `value` in every lane."""
+    return ir.Constant(VECTOR_F32, [float(np.float32(value))] * LANES)
+
+
 def _exchanged(builder: Any, vector: Any, distance: int) -> Any:
     """`vector` with lanes i and i ^ `distance` exchanged."""
     return builder.shuffle_vector(vector, vector, ir.Constant(VECTOR_I32, [i ^ distance for i in range(LANES)]))
-
-
-def _float32(value: float) -> float:
-    """A float that LLVM's text form has as a float32."""
-    import numpy as np
-
-    return float(np.float32(value))
 
 
 @intrinsic(prefer_literal=True)
@@ -157,7 +185,8 @@ def add_planes_of_bytes(
     # addresses
     words,
     tables,
-    steps,
+    multipliers,
+    units,
     scales,
     y,
     # sizes
@@ -167,7 +196,8 @@ def add_planes_of_bytes(
     tile_stride,
     plane_stride,
     table_stride,
-    step_stride,
+    multiplier_stride,
+    unit_stride,
     y_stride,
     ahead,
     # constants
@@ -175,28 +205,30 @@ def add_planes_of_bytes(
     ROWS,
     BYTES,
 ):
-    """``y += step * sum over planes of scale * (sum of the entries that the plane's bits look up)``, over one block.
+    """``y += unit * sum over planes of scale * (sum of multiplier * entry)`` over one block, looked up by bits.
 
     Args:
         words, scales, y, count, planes, tile_stride, plane_stride, y_stride, ahead: as in
             :func:`.intrinsics.add_planes`.
         tables: int8 ``[ROWS (table_stride), count, 2, 4, 16]`` of :func:`set_byte_tables`; from the first byte on that
             is read of a word. `MARGIN` bytes more may be read.
-        steps: float32 ``[ROWS (step_stride)]``.
+        multipliers: uint8 ``[ROWS (multiplier_stride), count, 2, 4]``, likewise from that byte on; two bytes more may
+            be read.
+        units: float32 ``[ROWS (unit_stride)]``.
         TILES, ROWS: numbers of tiles, up to four, and of rows of x.
         BYTES: of each word, 4; or 2 of one word, where the group is half of it.
     """
     tiles, rows, size = TILES.literal_value, ROWS.literal_value, BYTES.literal_value
-    signature = types.void(*[types.int64] * 13, TILES, ROWS, BYTES)
+    signature = types.void(*[types.int64] * 15, TILES, ROWS, BYTES)
 
     def codegen(context, builder, signature, args):
-        words, tables, steps, scales, y, count, planes = args[:7]
-        tile_stride, plane_stride, table_stride, step_stride, y_stride, ahead = args[7:13]
+        words, tables, multipliers, units, scales, y, count, planes = args[:8]
+        tile_stride, plane_stride, table_stride, multiplier_stride, unit_stride, y_stride, ahead = args[8:15]
         machine = features(context)
         if not has_byte_lookup(machine):
             return context.get_dummy_value()
         by_64 = looks_up_64(machine)
-        width, lookup = next(found for name, found in _LOOKUPS.items() if name in machine)
+        width, _ = _lookup(machine)
         for part in range(VECTOR // width):  # bytes part * width and on of every vector of words
             kind = ir.VectorType(F32, width // 4)
             places = [(r, t) for r in range(rows) for t in range(tiles)]
@@ -205,11 +237,14 @@ def add_planes_of_bytes(
                 at_words = [
                     at(builder, words, (plane_stride, p), (tile_stride, t), (part, width)) for t in range(tiles)
                 ]
-                at_tables = [at(builder, tables, (table_stride, r)) for r in range(rows)]
+                of_x = [
+                    (at(builder, tables, (table_stride, r)), at(builder, multipliers, (multiplier_stride, r)))
+                    for r in range(rows)
+                ]
                 sums = (
-                    _sums_by_64(builder, at_words, at_tables, count, ahead, size)
+                    _sums_by_64(builder, at_words, of_x, count, ahead, size)
                     if by_64
-                    else _sums_by_16(builder, at_words, at_tables, count, ahead, size, width, lookup)
+                    else _sums_by_16(builder, at_words, of_x, count, ahead, size, machine)
                 )
                 following = []
                 for (r, t), total in zip(places, totals, strict=True):
@@ -220,9 +255,9 @@ def add_planes_of_bytes(
 
             totals = loop(builder, planes, plane, [ir.Constant(kind, [0.0] * (width // 4))] * len(places))
             for (r, t), total in zip(places, totals, strict=True):
-                step = splat(builder, load(builder, at(builder, steps, (step_stride, r)), F32))
+                unit = splat(builder, load(builder, at(builder, units, (unit_stride, r)), F32))
                 to = at(builder, y, (y_stride, r), (t, VECTOR), (part, width))
-                store(builder, _fma(builder, total, _first(builder, step, kind), load(builder, to, kind)), to)
+                store(builder, _fma(builder, total, _first(builder, unit, kind), load(builder, to, kind)), to)
         return context.get_dummy_value()
 
     return signature, codegen
@@ -237,16 +272,19 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
 
 
-def _sums_by_64(builder, words, tables, count, ahead, size):
+def _sums_by_64(builder, words, of_x, count, ahead, size):
     """``vpermb`` looks up the nibbles of all four bytes of a word, each in the table of its own: mask and number the
-    tables in one instruction, permute, and add the bytes of a row.
+    tables in one instruction, permute, multiply and add the bytes of a row.
+
+    Args:
+        words: addresses, of the words of each tile.
+        of_x: addresses of tables and multipliers, for each row of x.
 
     Returns:
         int32 ``[LANES]`` for each row of x and tile.
     """
-    places = [(r, t) for r in range(len(tables)) for t in range(len(words))]
+    places = [(r, t) for r in range(len(of_x)) for t in range(len(words))]
     nibbles, numbers = ints(0x0F0F0F0F), ints(0x30201000)
-    ones = builder.bitcast(ints((1 << 8 * size) // 255), _DOT_OPERAND)  # 1 for each byte of the group, else 0
 
     def word(i, sums):
         at_words = [at(builder, a, (i, VECTOR)) for a in words]
@@ -259,13 +297,17 @@ def _sums_by_64(builder, words, tables, count, ahead, size):
                 builder.bitcast(builder.or_(builder.and_(builder.lshr(w, ints(4 * n)), nibbles), numbers), _BYTES)
                 for w in loaded
             ]
-            for r, a in enumerate(tables):
-                table = load(builder, at(builder, a, (i, WORD_TABLES), (n, HALF_TABLES)), _BYTES, 1)
+            for r, (tables, multipliers) in enumerate(of_x):
+                table = load(builder, at(builder, tables, (i, WORD_TABLES), (n, HALF_TABLES)), _BYTES, 1)
+                four = load(builder, at(builder, multipliers, (i, WORD_MULTIPLIERS), (n, 4)), I32, 1)
+                if size < 4:  # other bytes are of another group
+                    four = builder.and_(four, I32((1 << 8 * size) - 1))
+                factors = builder.bitcast(splat(builder, four), _DOT_OPERAND)
                 for t, mine in enumerate(index):
                     entries = call(builder, "llvm.x86.avx512.permvar.qi.512", _BYTES, table, mine)
                     sums[r, t] = call(
                         builder, "llvm.x86.avx512.vpdpbusd.512", VECTOR_I32,
-                        sums[r, t], ones, builder.bitcast(entries, _DOT_OPERAND),
+                        sums[r, t], factors, builder.bitcast(entries, _DOT_OPERAND),
                     )  # fmt: skip
         return [sums[place] for place in places]
 
@@ -273,18 +315,18 @@ def _sums_by_64(builder, words, tables, count, ahead, size):
     return dict(zip(places, found, strict=True))
 
 
-def _sums_by_16(builder, words, tables, count, ahead, size, width, lookup):
-    """Lookups in one table at a time, for `width` bytes of the words of four tiles.
+def _sums_by_16(builder, words, of_x, count, ahead, size, machine):
+    """Lookups in one table at a time, for as many bytes of the words of four tiles as a register has.
 
-    Sixteen bytes of a vector are four words: their bytes b of four tiles become sixteen of a vector of their own. Pairs
-    of entries are added as one 16-bit number, and the higher ones once more by themselves: what is left of the first
-    sum is that of the lower ones. In a block they fit.
+    Sixteen bytes of a vector are four words: their bytes b of four tiles become sixteen of a vector of their own. The
+    entries of both nibbles, side by side, are multiplied and added to numbers of 16 bits. Those of the first half of a
+    word's bytes and those of the second, side by side, are added to sums of 32 bits.
 
-    Returns:
-        int32 ``[width / 4]`` for each row of x and tile.
+    Arguments and result as of :func:`_sums_by_64`, with a quarter of the register's bytes for ``LANES``.
     """
+    width, _ = _lookup(machine)
     kind, pairs, fours = (ir.VectorType(t, width // n) for t, n in ((I8, 1), (I16, 2), (I32, 4)))
-    nibbles, eight = _of(kind, 0x0F), _of(pairs, 8)
+    nibbles, tiles = _of(kind, 0x0F), range(len(words))
 
     def word(i, sums):
         at_words = [at(builder, a, (i, VECTOR)) for a in words]
@@ -292,39 +334,81 @@ def _sums_by_16(builder, words, tables, count, ahead, size, width, lookup):
             prefetch(builder, builder.add(address, ahead))
         loaded = [load(builder, a, kind, 1) for a in at_words]
         loaded += [_of(kind, 0)] * (STRIP - len(loaded))
-        sums = list(sums)
+        index = {}
         for b, of_byte in enumerate(_by_byte(builder, loaded, width)[:size]):
             for n in range(2):
                 shifted = builder.bitcast(builder.lshr(builder.bitcast(of_byte, pairs), _of(pairs, 4 * n)), kind)
-                index = builder.and_(shifted, nibbles)
-                for r, a in enumerate(tables):
-                    place = at(builder, a, (i, WORD_TABLES), (n, HALF_TABLES), (b, TABLE))
-                    entries = builder.bitcast(_look_up(builder, place, index, lookup), pairs)
-                    sums[2 * r] = builder.add(sums[2 * r], entries)
-                    sums[2 * r + 1] = builder.add(sums[2 * r + 1], builder.lshr(entries, eight))
+                index[b, n] = builder.and_(shifted, nibbles)
+        sums = list(sums)
+        for r, (tables, multipliers) in enumerate(of_x):
+            halves: list[list[Any]] = [[], []]  # of the bytes: sums of tiles 0 and 1, and of 2 and 3
+            for b in range(size):
+                factors = _two_factors(builder, at(builder, multipliers, (i, WORD_MULTIPLIERS), (b, 1)), kind)
+                of_byte = at(builder, tables, (i, WORD_TABLES), (b, TABLE))
+                found = [
+                    _look_up(builder, at(builder, of_byte, (n, HALF_TABLES)), index[b, n], machine) for n in range(2)
+                ]
+                both = [_interleaved(builder, *found, h) for h in range(2)]
+                products = [_multiply_pairs(builder, factors, one, machine) for one in both]
+                half = halves[2 * b // size]
+                half[:] = [builder.add(*two) for two in zip(half, products, strict=True)] if half else products
+            for t in tiles:
+                side_by_side = _interleaved(builder, halves[0][t // 2], halves[1][t // 2], t % 2)
+                at_sum = r * len(words) + t
+                sums[at_sum] = builder.add(sums[at_sum], _add_pairs(builder, side_by_side, machine))
         return sums
 
-    found = loop(builder, count, word, [_of(pairs, 0)] * (2 * len(tables)))
-    lookups = builder.trunc(builder.mul(count, count.type(128 * 2 * size)), I32)
-    bias = builder.insert_element(ir.Constant(fours, ir.Undefined), lookups, I32(0))
-    bias = builder.shuffle_vector(bias, bias, _mask([0] * (width // 4)))
-    sums = {}
-    for r in range(len(tables)):
-        both, high = found[2 * r : 2 * r + 2]
-        low = builder.sub(both, builder.shl(high, eight))
-        two = [_interleaved(builder, low, high, half) for half in range(2)]  # tiles 0 and 1, and 2 and 3
-        for t in range(len(words)):
-            numbers = builder.bitcast(_interleaved(builder, two[t // 2], _of(pairs, 0), t % 2), fours)
-            sums[r, t] = builder.sub(numbers, bias)
-    return sums
+    found = loop(builder, count, word, [_of(fours, 0)] * (len(of_x) * len(words)))
+    return {(r, t): found[r * len(words) + t] for r in range(len(of_x)) for t in tiles}
 
 
-def _look_up(builder, table, index, lookup):
-    """Entries `index` of the 16 at address `table`, by the function of LLVM called `lookup`."""
+def _two_factors(builder, address, kind):
+    """The multipliers of the two nibbles of a byte, in turn in all lanes of `kind`; `address` is that of the first."""
+    low, high = (builder.zext(load(builder, at(builder, address, (n, 4)), I8, 1), I16) for n in range(2))
+    two = builder.or_(low, builder.shl(high, I16(8)))
+    pairs = ir.VectorType(I16, kind.count // 2)
+    one = builder.insert_element(ir.Constant(pairs, ir.Undefined), two, I32(0))
+    return builder.bitcast(builder.shuffle_vector(one, one, _mask([0] * pairs.count)), kind)
+
+
+def _multiply_pairs(builder, factors, entries, machine):
+    """Sums of two products of bytes, the factors unsigned, as numbers of 16 bits, which they fit in."""
+    pairs = ir.VectorType(I16, entries.type.count // 2)
+    name = _multiplications(machine)[0]
+    if name:
+        return call(builder, name, pairs, factors, entries)
+    wide = ir.VectorType(I16, entries.type.count)
+    products = builder.mul(builder.zext(factors, wide), builder.sext(entries, wide))
+    even, odd = (builder.shuffle_vector(products, products, _mask(range(h, wide.count, 2))) for h in range(2))
+    return builder.add(even, odd)
+
+
+def _add_pairs(builder, numbers, machine):
+    """Sums of two numbers of 16 bits, as numbers of 32 bits."""
+    fours = ir.VectorType(I32, numbers.type.count // 2)
+    name = _multiplications(machine)[1]
+    if name:
+        return call(builder, name, fours, numbers, _of(numbers.type, 1))
+    low = builder.ashr(builder.shl(builder.bitcast(numbers, fours), _of(fours, 16)), _of(fours, 16))
+    return builder.add(low, builder.ashr(builder.bitcast(numbers, fours), _of(fours, 16)))
+
+
+def _lookup(machine: frozenset[str]) -> tuple[int, str]:
+    """Bytes of a register, and the function of LLVM that looks them up."""
+    return next(found for name, found in _LOOKUPS.items() if name in machine)
+
+
+def _multiplications(machine: frozenset[str]) -> tuple[str, str]:
+    """The functions of LLVM that multiply bytes and numbers of 16 bits, and add pairs of products; or none."""
+    return next((found for name, found in _MULTIPLICATIONS.items() if name in machine), ("", ""))
+
+
+def _look_up(builder, table, index, machine):
+    """Entries `index` of the 16 at address `table`."""
     kind = ir.VectorType(I8, 16)
     loaded = load(builder, table, kind, 1)
     whole = builder.shuffle_vector(loaded, loaded, _mask(list(range(16)) * (index.type.count // 16)))
-    return call(builder, lookup, index.type, whole, index)
+    return call(builder, _lookup(machine)[1], index.type, whole, index)
 
 
 def _by_byte(builder, tiles, width):

@@ -42,8 +42,8 @@ from ..matrix import EXACT, INT8, PlaneMatrix
 from ..parameter_order import group_major
 from . import parallel, tiles
 from .byte_tables import TABLE as BYTE_TABLE
+from .byte_tables import WORD_MULTIPLIERS, add_planes_of_bytes, has_byte_lookup
 from .byte_tables import WORD_TABLES as WORD_BYTE_TABLES
-from .byte_tables import add_planes_of_bytes, has_byte_lookup
 from .intrinsics import (
     AFFINE,
     BCQ,
@@ -111,9 +111,11 @@ class ProductJob(Job):
     batch: int  # rows of x
     tables: int  # address, with 8-bit activations: int8 [batch (table_stride), words, WORD_BYTE_TABLES]
     table_stride: int
-    steps: int  # address, float32 [batch (step_stride), groups, blocks of a group]: of the tables' entries
+    multipliers: int  # address, uint8 [batch (multiplier_stride), words, WORD_MULTIPLIERS]
+    multiplier_stride: int
+    units: int  # address, float32 [batch (unit_stride), groups, blocks of a group]: of the tables' entries
     totals: int  # address, likewise: sums of x
-    step_stride: int
+    unit_stride: int
     parts: int  # sums that are kept apart: one for each tuned plane, and one for the others
     bias: int  # address, float32 [all_rows]
     out: int  # address, float32 [batch, all_rows]
@@ -440,7 +442,8 @@ def most_rows(bits: int, dtype: torch.dtype, mixed: bool, rounds: bool = False) 
 
     The lookups for a row grow with `bits`; a row of ``torch.mm`` always takes as long: in bfloat16 half of what it
     takes in float32, where the machine has instructions for it. Rows of several tasks (`mixed`) take more than one
-    product then. Lookups of bytes take half as long (`rounds`). The measurements are in tools/benchmarks/README.md.
+    product then. Lookups of bytes take less than half as long (`rounds`). The measurements are in
+    tools/benchmarks/README.md.
     """
     if rounds:
         return 2 * most_rows(bits, dtype, mixed)
@@ -606,9 +609,9 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS, ROUNDED):
         ahead = next_group if block.group + 1 < job.groups else 0
     sums, sum_stride = scratch.sums + r * 4, 4
     if ROUNDED:
-        step = (block.group * ((job.group_words + BLOCK - 1) // BLOCK) + block.first // BLOCK) * 4
-        step += r * job.step_stride
-        sums, sum_stride = job.totals + step, job.step_stride
+        unit = (block.group * ((job.group_words + BLOCK - 1) // BLOCK) + block.first // BLOCK) * 4
+        unit += r * job.unit_stride
+        sums, sum_stride = job.totals + unit, job.unit_stride
     if job.codec == CODEBOOK and not ROUNDED:
         if job.groups_in_word == 1:
             add_levels(
@@ -630,7 +633,7 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS, ROUNDED):
         left = bits - done
         planes = left if part == job.parts - 1 else min(1, left)
         if planes > 0 and ROUNDED:
-            _add_rounded(job, block, scratch, words, done, planes, r, job.steps + step, to, ahead, TILES, ROWS)
+            _add_rounded(job, block, scratch, words, done, planes, r, job.units + unit, to, ahead, TILES, ROWS)
         elif planes > 0 and job.groups_in_word == 1:
             add_planes(
                 words + done * plane_stride, tables, x, scratch.scales + done * TILES * VECTOR, to,
@@ -653,26 +656,28 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS, ROUNDED):
 
 
 @numba.njit(forceinline=True)
-def _add_rounded(job, block, scratch, words, done, planes, r, steps, to, ahead, TILES, ROWS):
+def _add_rounded(job, block, scratch, words, done, planes, r, units, to, ahead, TILES, ROWS):
     """Of :func:`_add_rows` what `planes` planes from `done` on add at address `to`, with 8-bit activations."""
     literally(TILES)
     literally(ROWS)
     tile_stride, plane_stride = job.words * job.bits * VECTOR, block.group_words * VECTOR
     tables = job.tables + r * job.table_stride
     tables += (block.word + block.first) * WORD_BYTE_TABLES + block.byte * BYTE_TABLE
+    multipliers = job.multipliers + r * job.multiplier_stride
+    multipliers += (block.word + block.first) * WORD_MULTIPLIERS + block.byte
     words, scales = words + done * plane_stride, scratch.scales + done * TILES * VECTOR
     if job.groups_in_word == 1:
         add_planes_of_bytes(
-            words, tables, steps, scales, to,
+            words, tables, multipliers, units, scales, to,
             block.words, planes,
-            tile_stride, plane_stride, job.table_stride, job.step_stride, scratch.stride, ahead,
+            tile_stride, plane_stride, job.table_stride, job.multiplier_stride, job.unit_stride, scratch.stride, ahead,
             TILES, ROWS, WHOLE_WORD,
         )  # fmt: skip
     else:
         add_planes_of_bytes(
-            words, tables, steps, scales, to,
+            words, tables, multipliers, units, scales, to,
             block.words, planes,
-            tile_stride, plane_stride, job.table_stride, job.step_stride, scratch.stride, ahead,
+            tile_stride, plane_stride, job.table_stride, job.multiplier_stride, job.unit_stride, scratch.stride, ahead,
             TILES, ROWS, HALF_WORD,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import parallel
-from .byte_tables import MARGIN, WORD_TABLES, set_byte_tables
+from .byte_tables import MARGIN, WORD_MULTIPLIERS, WORD_TABLES, set_byte_tables
 from .intrinsics import WORD_X
 from .parallel import Job, job, kernel, take
 from .tiles import BLOCK
@@ -35,9 +35,11 @@ class RoundingJob(Job):
     x_stride: int
     tables: int
     table_stride: int
-    steps: int
+    multipliers: int
+    multiplier_stride: int
+    units: int
     totals: int
-    step_stride: int
+    unit_stride: int
 
 
 class Groups(NamedTuple):
@@ -59,15 +61,19 @@ class Rounded(NamedTuple):
     memory: Tensor  # must live as long as the products with it
     tables: int
     table_stride: int
-    steps: int
+    multipliers: int
+    multiplier_stride: int
+    units: int
     totals: int
-    step_stride: int
+    unit_stride: int
 
     def give(self, job: Any, first: int) -> None:
         """Tell a product's job where they are, from row `first` of x on."""
-        job.table_stride, job.step_stride = self.table_stride, self.step_stride
+        job.table_stride, job.multiplier_stride = self.table_stride, self.multiplier_stride
+        job.unit_stride = self.unit_stride
         job.tables = self.tables + first * self.table_stride
-        job.steps, job.totals = self.steps + first * self.step_stride, self.totals + first * self.step_stride
+        job.multipliers = self.multipliers + first * self.multiplier_stride
+        job.units, job.totals = self.units + first * self.unit_stride, self.totals + first * self.unit_stride
 
 
 def rounded(x: Tensor, groups: Groups) -> Rounded:
@@ -78,13 +84,16 @@ def rounded(x: Tensor, groups: Groups) -> Rounded:
     """
     rows, columns = x.shape
     work = RoundingJob.from_buffer_copy(_template(groups, columns))
-    of_tables, of_steps = work.table_stride, work.step_stride
-    memory = torch.empty(rows * (of_tables + 2 * of_steps) + MARGIN, dtype=torch.int8, device="cpu")
+    of_tables, of_multipliers, of_units = work.table_stride, work.multiplier_stride, work.unit_stride
+    size = rows * (of_tables + of_multipliers + 2 * of_units) + MARGIN
+    memory = torch.empty(size, dtype=torch.int8, device="cpu")
     tables = memory.data_ptr()
-    steps = tables + rows * of_tables
-    made = Rounded(memory, tables, of_tables, steps, steps + rows * of_steps, of_steps)
+    units = tables + rows * of_tables
+    totals = units + rows * of_units
+    multipliers = totals + rows * of_units
+    made = Rounded(memory, tables, of_tables, multipliers, of_multipliers, units, totals, of_units)
     work.rows, work.x = rows, x.data_ptr()
-    work.tables, work.steps, work.totals = tables, steps, made.totals
+    work.tables, work.multipliers, work.units, work.totals = tables, multipliers, units, totals
     _round(work, parallel.num_threads() if rows * columns >= ONE_THREAD_BELOW else 1)
     return made
 
@@ -100,7 +109,8 @@ def _template(groups: Groups, columns: int) -> RoundingJob:
         groups_in_word=groups.groups_in_word,
         x_stride=4 * columns,
         table_stride=words * WORD_TABLES,
-        step_stride=4 * groups.groups * groups.blocks,
+        multiplier_stride=words * WORD_MULTIPLIERS,
+        unit_stride=4 * groups.groups * groups.blocks,
     )
 
 
@@ -113,12 +123,14 @@ def _round(job):
         if row >= job.rows:
             break
         x, tables = job.x + row * job.x_stride, job.tables + row * job.table_stride
-        place = row * job.step_stride
+        multipliers = job.multipliers + row * job.multiplier_stride
+        place = row * job.unit_stride
         for g in range(job.groups):
             word, half = g // in_word * whole, g % in_word
             here = min(whole, job.words - word)
             for b in range(0, whole, BLOCK):
                 if b < here:
                     count = min(BLOCK, here - b) * 2 // in_word
-                    set_byte_tables(x, tables, 2 * (word + b) + half, count, job.steps + place, job.totals + place)
+                    first, unit, total = 2 * (word + b) + half, job.units + place, job.totals + place
+                    set_byte_tables(x, tables, multipliers, first, count, unit, total)
                 place += 4

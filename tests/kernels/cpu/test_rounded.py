@@ -135,8 +135,8 @@ def test_many_rows_stay_exact() -> None:
 
 def most_off(x: Tensor, w: PlaneMatrix) -> Tensor:
     """What rounding may do: half a step for each four columns and plane, times the scale. float64 ``[n, rows]``."""
-    sizes = rounded_sums._quads(rounded_sums._grouped(x.float().abs(), w)).sum(-1)
-    half_steps = (sizes.amax(-1, keepdim=True) / rounded_sums.LARGEST / 2).double().expand_as(sizes).sum((-1, -2))
+    _, multipliers, unit = rounded_sums._steps(rounded_sums._quads(rounded_sums._grouped(x.float(), w)))
+    half_steps = (multipliers.double() * unit[..., None] / 2).sum((-1, -2))
     scales = rounded_sums._as_bcq(w)[1]
     return torch.einsum("ng,rg->nr", half_steps, sum(scale.abs() for scale in scales))  # type: ignore[arg-type, misc]
 
@@ -169,11 +169,11 @@ def test_error_of_gaussian_activations() -> None:
 
 
 def test_sums_that_need_no_rounding_are_exact() -> None:
-    """Integers whose largest sum of four is 127: the step is 1."""
+    """Integers in quads of absolute sum 127: all steps are 1."""
     w = drawn(Scheme("bcq", offset=True), 4, 64, 50, 192)
-    x = torch.randint(-20, 21, (3, 192), generator=torch.Generator().manual_seed(0)).float()
-    for block in range(0, 192, 64):
-        x[:, block : block + 4] = torch.tensor([100.0, -27.0, 0.0, 0.0])
+    parts = torch.randint(1, 40, (3, 48, 3), generator=torch.Generator().manual_seed(0))
+    x = torch.cat([parts, 127 - parts.sum(-1, keepdim=True)], -1).reshape(3, 192).float()
+    x *= torch.randint(0, 2, x.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     want, terms = true_product(x.double(), exact(w)), true_product(x.double().abs(), absolute(w))
     for found in (product(x, rounding(w)), defined(x, w)):
         assert_within(found, want, 2e-6 * terms)
@@ -210,11 +210,10 @@ def test_code_for_neon() -> None:
         pytest.skip("this LLVM knows no aarch64")
     module = ir.Module()
     module.triple = "aarch64-unknown-linux-gnu"
-    function = ir.Function(module, ir.FunctionType(ir.VectorType(ir.IntType(32), 4), [I64] * 7), "sums")
+    function = ir.Function(module, ir.FunctionType(ir.VectorType(ir.IntType(32), 4), [I64] * 8), "sums")
     builder = ir.IRBuilder(function.append_basic_block())
-    *words, tables, count, ahead = function.args
-    width, lookup = byte_tables._LOOKUPS["neon"]
-    sums = byte_tables._sums_by_16(builder, words, [tables], count, ahead, 4, width, lookup)
+    *words, tables, multipliers, count, ahead = function.args
+    sums = byte_tables._sums_by_16(builder, words, [(tables, multipliers)], count, ahead, 4, frozenset({"neon"}))
     total = builder.add(builder.add(sums[0, 0], sums[0, 1]), builder.add(sums[0, 2], sums[0, 3]))
     builder.ret(total)
     parsed = llvmlite.binding.parse_assembly(str(module))
