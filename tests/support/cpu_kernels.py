@@ -119,6 +119,7 @@ def check_rounded_everything() -> None:
             w = drawn(kind, bits, rng.choice(WHOLE), rng.randint(1, 90), rng.randint(1, 300), bits, "F16")
             for batch, tasks in ((1, None), (rng.randint(2, 16), rng.choice(["mul", "add"]))):
                 calls.append(random_call(w, batch, dtype=rng.choice(CpuOperators.dtypes), tasks=tasks, seed=bits))
-    assert any(rounds(call) for call in calls)
-    for call in calls:
+    rounding = [call for call in calls if rounds(call)]
+    assert len(rounding) > len(calls) / 2
+    for call in rounding:
         check_rounded(call)

@@ -40,7 +40,7 @@ from .. import ragged
 from ..batch import Share, check_task_ids
 from ..matrix import EXACT, INT8, PlaneMatrix
 from ..parameter_order import group_major
-from . import parallel, tiles
+from . import levels, parallel, tiles
 from .byte_tables import TABLE as BYTE_TABLE
 from .byte_tables import WORD_MULTIPLIERS, add_planes_of_bytes, has_byte_lookup
 from .byte_tables import WORD_TABLES as WORD_BYTE_TABLES
@@ -446,10 +446,12 @@ def most_rows(bits: int, dtype: torch.dtype, mixed: bool, rounds: bool = False) 
     tools/benchmarks/README.md.
     """
     if rounds:
-        return 2 * most_rows(bits, dtype, mixed)
+        return 2.5 * most_rows(bits, dtype, mixed)
     if "avx512f" not in features():
         return (104 if "avx2" in features() else 14) // bits
     if dtype == torch.bfloat16 and "avx512bf16" in features():
+        if bits <= levels.MOST_BITS and not mixed:  # weights are looked up, in a sixth of the time of a full decoding
+            return 60 // bits
         return float("inf") if bits == 1 else (128 if mixed else 64) // (bits - 1)
     return float("inf") if bits <= 3 else 192 // bits
 
