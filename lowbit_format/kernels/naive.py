@@ -72,8 +72,8 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     flat = x.reshape(-1, w.cols)
     out = torch.empty(len(flat), w.rows, dtype=torch.float64, device=x.device)
     for rows, mine in each_task(w, deltas, task_ids):  # row by row: each takes as much memory as the weight
-        given = flat[rows].split(1)
-        out[rows] = torch.cat([rounded_sums.product(one, mine, _bits(mine)) for one in given or [flat[:0]]])
+        for i in torch.arange(len(flat), device=x.device)[rows].tolist():
+            out[i] = rounded_sums.product(flat[i : i + 1], mine, _bits(mine))[0]
     out = out if bias is None else out + bias.double()
     return out.to(x.dtype).reshape(*x.shape[:-1], w.rows)
 

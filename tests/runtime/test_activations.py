@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.building import write_model
+from support.experts import FAMILIES
 from support.models import llama_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -19,6 +20,7 @@ from lowbit_format.errors import UnsupportedOperationError
 from lowbit_format.kernels.cpu.byte_tables import has_byte_lookup
 from lowbit_format.machine.llvm import features
 from lowbit_format.runtime.decoder_layer import DecoderLayer
+from lowbit_format.runtime.experts import LowbitExperts
 from lowbit_format.runtime.modules import LowbitLinear, LowbitModule
 from lowbit_format.schema import Scheme
 
@@ -116,3 +118,21 @@ def test_a_model_on_a_gpu(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedOperationError, match=r"q_proj is on cuda:0, and activations='int8' is for a CPU"):
         lb.set_activations(model, "int8")
     lb.set_activations(model, "exact")
+
+
+@needs_lookup
+def test_experts(tmp_path: Path) -> None:
+    """Also those whose matrices are tiled already."""
+    torch.manual_seed(0)
+    FAMILIES["qwen3-moe"]().save_pretrained(tmp_path / "source")
+    lb.convert_hf_to_lowbit(tmp_path / "source", tmp_path / "model", lb.Recipe(lb.Target(bits=4, group_size=16)))
+    model = load(tmp_path / "model")
+    exact = logits(model)
+    stacks = [m for m in model.modules() if isinstance(m, LowbitExperts)]
+    assert stacks
+    assert all(m.is_tiled for m in stacks)
+    lb.set_activations(model, "int8")
+    assert all(m.matrix_of(0).activations == "int8" for m in stacks)
+    assert 1e-6 < off(logits(model), exact) < 0.1
+    lb.set_activations(model, "exact")
+    assert torch.equal(logits(model), exact)

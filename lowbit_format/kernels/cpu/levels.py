@@ -75,7 +75,7 @@ def decode(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor) -> 
         levels = torch.zeros(LEVELS, dtype=torch.float32, device="cpu")
         levels[: len(w.codebook)] = w.codebook
         work.codebook = levels.data_ptr()
-        work.alive = work.alive, levels  # type: ignore[attr-defined]
+        work.alive = work.alive, levels
     _decode_levels(work, 1 if out.numel() < ONE_THREAD_BELOW else threads)
 
 
