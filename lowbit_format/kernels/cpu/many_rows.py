@@ -156,7 +156,8 @@ def _chunks(
     kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     looks_up = kind == torch.bfloat16 and deltas is None and count == 1 and levels.can_look_up(w)
     w, padded = w._replace(scales=group_major(w.scales)), -(-w.cols // WORD) * WORD
-    step = min(rows, max(LANES, CHUNK // (padded * count) // LANES * LANES))
+    most = 2 * CHUNK if looks_up else CHUNK  # where decoding takes little, calls of the library count
+    step = min(rows, max(LANES, most // (padded * count) // LANES * LANES))
     size = count * step * padded * kind.itemsize
     if _kept.memory.numel() < size:
         _kept.memory = torch.empty(size, dtype=torch.uint8, device="cpu")

@@ -450,7 +450,7 @@ def most_rows(bits: int, dtype: torch.dtype, mixed: bool, rounds: bool = False) 
     if "avx512f" not in features():
         return (104 if "avx2" in features() else 14) // bits
     if dtype == torch.bfloat16 and "avx512bf16" in features():
-        if bits <= levels.MOST_BITS and not mixed:  # weights are looked up, in a sixth of the time of a full decoding
+        if bits <= levels.MOST_BITS and not mixed:  # weights are looked up, in a quarter of the time of full decoding
             return 60 // bits
         return float("inf") if bits == 1 else (128 if mixed else 64) // (bits - 1)
     return float("inf") if bits <= 3 else 192 // bits
