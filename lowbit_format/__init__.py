@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .partial_download import fetch_precision
     from .quantize import Target
     from .report.write import write_report
+    from .runtime.activations import set_activations
     from .runtime.autotune import autotune
     from .tasks.merging import merge_task
     from .tasks.saving import save_task
@@ -71,6 +72,7 @@ __all__ = [
     "prepare_scale_tuning",
     "push_task_to_hub",
     "save_task",
+    "set_activations",
     "set_task",
     "tune",
     "unload_task",
@@ -104,6 +106,7 @@ _LAZY = {  # public name -> module that defines it
     "prepare_scale_tuning": "lowbit_format.tasks.tuning",
     "push_task_to_hub": "lowbit_format.tasks.sharing",
     "save_task": "lowbit_format.tasks.saving",
+    "set_activations": "lowbit_format.runtime.activations",
     "set_task": "lowbit_format.tasks.serving",
     "tune": "lowbit_format.tuning.tune",
     "unload_task": "lowbit_format.tasks.serving",

@@ -26,6 +26,7 @@ def from_pretrained(
     revision: str | None = None,
     model_class: Any = None,
     task: str | os.PathLike[str] | None = None,
+    activations: str = "exact",
     **kwargs: Any,
 ) -> Any:
     """Load a lowbit model from a directory or the Hub.
@@ -41,19 +42,24 @@ def from_pretrained(
         task: a task bundle, as a directory or Hub id, to load and to compute with. `bits` is then the precision that
             it was tuned at, and the names of its labels are those of ``model.config``. (More options:
             :func:`lowbit_format.load_task`.)
+        activations: ``"int8"`` rounds what products are made of, for speed on a CPU, see
+            :func:`lowbit_format.set_activations`.
         **kwargs: to the class's ``from_pretrained``: ``dtype``, ``device_map``, ``token``, …
 
     Raises:
         LoadError: not a lowbit model, or one that does not fit the class.
         FormatError: the directory breaks a rule of the format; PrecisionError: it has no parameters for `bits`.
         BundleError, FingerprintError, HubError: the task cannot be had, or belongs to another base.
+        UnsupportedOperationError: `activations` is unknown, or not for the device.
     """
     import transformers
 
     from .integrations.quantizer import LoadOptions, load_options
+    from .runtime.activations import check_activations, set_activations
     from .tasks.finding import find_bundle
     from .tasks.serving import load_task, set_task
 
+    check_activations(activations)
     where = ("cache_dir", "token", "local_files_only", "force_download", "subfolder")
     hub = {key: kwargs[key] for key in where if key in kwargs}
     config, _ = transformers.PreTrainedConfig.get_config_dict(path_or_repo, revision=revision, **hub)
@@ -80,6 +86,8 @@ def from_pretrained(
         model.name_or_path = model.config._name_or_path = part.repo_id  # for cards, and for tasks that are saved
     if bundle is not None:
         set_task(model, load_task(model, bundle, name=Path(str(task)).name))
+    if activations != "exact":
+        set_activations(model, activations)
     return model
 
 

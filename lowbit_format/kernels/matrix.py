@@ -10,6 +10,7 @@ from torch import Tensor
 from ..codecs import CODECS
 
 FILE, TILED = "file", "tiled"  # layouts: that of spec section 4, and the one that a backend's kernels read
+EXACT, INT8 = "exact", "int8"  # activations: as they are, or rounded (see rounded_sums)
 
 
 class PlaneMatrix(NamedTuple):
@@ -27,6 +28,7 @@ class PlaneMatrix(NamedTuple):
         bits: the precision.
         cols: columns; the planes of the file's layout are padded to whole 64-bit words.
         layout: :data:`FILE` or :data:`TILED`.
+        activations: :data:`EXACT` or :data:`INT8`: what a product may do with x.
     """
 
     planes: Tensor
@@ -40,6 +42,7 @@ class PlaneMatrix(NamedTuple):
     group_size: int
     cols: int
     layout: str = FILE
+    activations: str = EXACT
 
     @property
     def rows(self) -> int:
@@ -91,7 +94,7 @@ class PlaneMatrix(NamedTuple):
         return torch.promote_types(self.scales.dtype, torch.float32)
 
 
-TENSORS, SCHEME = 6, 5  # numbers of fields of a PlaneMatrix: its tensors come first, then the scheme's values
+TENSORS, SCHEME = 6, 6  # numbers of fields of a PlaneMatrix: its tensors come first, then the scheme's values
 
 
 def with_delta(w: PlaneMatrix, delta: Tensor) -> PlaneMatrix:

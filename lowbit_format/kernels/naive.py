@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import by_decoding
-from .batch import factor_by_factor, one_by_one
+from . import by_decoding, rounded_sums
+from .batch import check_linear, each_task, factor_by_factor, one_by_one
 from .by_decoding import RowGrads
-from .matrix import PlaneMatrix, full_planes, present_rows
+from .matrix import EXACT, PlaneMatrix, full_planes, present_rows
 
 
 def decode(w: PlaneMatrix) -> Tensor:
@@ -63,9 +63,23 @@ def decode_grads(w: PlaneMatrix, weight_grad: RowGrads, planes: int | None = Non
 
 # --- the backend -----------------------------------------------------------------------------------
 
+
+def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    """As :meth:`..operators.Backend.linear`; with 8-bit activations as :mod:`.rounded_sums` says, summed in float64."""
+    if w.activations == EXACT or w.codebook is not None:
+        return by_decoding.linear(x, w, bias, deltas, task_ids, decode=decode)
+    check_linear(x, w, bias, deltas, task_ids)
+    flat = x.reshape(-1, w.cols)
+    out = torch.empty(len(flat), w.rows, dtype=torch.float64, device=x.device)
+    for rows, mine in each_task(w, deltas, task_ids):  # row by row: each takes as much memory as the weight
+        for i in torch.arange(len(flat), device=x.device)[rows].tolist():
+            out[i] = rounded_sums.product(flat[i : i + 1], mine, _bits(mine))[0]
+    out = out if bias is None else out + bias.double()
+    return out.to(x.dtype).reshape(*x.shape[:-1], w.rows)
+
+
 dequantize = partial(by_decoding.dequantize, decode=decode)
 dequantize_param_grads = partial(by_decoding.dequantize_param_grads, decode_grads=decode_grads)
-linear = partial(by_decoding.linear, decode=decode)
 linear_each = partial(one_by_one, linear=linear)
 linear_together = partial(factor_by_factor, linear=linear)
 linear_input_grad = partial(by_decoding.linear_input_grad, decode=decode)

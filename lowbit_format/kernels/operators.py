@@ -69,7 +69,10 @@ class Backend(Protocol):
     def linear(
         self, x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None
     ) -> Tensor:
-        """``x @ weight.T + bias`` in the dtype of `x`, float ``[..., cols]`` to ``[..., rows]``; `bias`: ``[rows]``."""
+        """``x @ weight.T + bias`` in the dtype of `x`, float ``[..., cols]`` to ``[..., rows]``; `bias`: ``[rows]``.
+
+        Where ``w.activations`` is ``"int8"``, sums may be rounded as :mod:`.rounded_sums` says; they need not.
+        """
         ...
 
     def linear_each(self, x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> Tensor:
@@ -252,7 +255,7 @@ def untile(w: PlaneMatrix) -> PlaneMatrix:
 
 MATRIX_SCHEMA = "Tensor planes, Tensor scales, Tensor? offsets, Tensor? zeros, Tensor? codebook, Tensor? row_bits"
 _TASKS = "Tensor? deltas, Tensor? task_ids"
-SCHEME_SCHEMA = "str codec, int bits, int group_size, int cols, str layout"
+SCHEME_SCHEMA = "str codec, int bits, int group_size, int cols, str layout, str activations"
 _GRADS = "(Tensor, Tensor, Tensor, Tensor)"  # of scales, offsets, zeros, deltas; an empty tensor means None
 
 
@@ -397,7 +400,7 @@ def _dequantize_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = _param_grads(
         ctx, 0, 6, lambda: torch.ops.lowbit.dequantize_param_grads(grad, *ctx.saved_tensors, *ctx.scheme)
     )
-    return tuple(found.get(i) for i in range(13))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -417,7 +420,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found[0] = torch.ops.lowbit.linear_input_grad(grad, *rest, *ctx.scheme)
     if ctx.needs_input_grad[7]:
         found[7] = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return tuple(found.get(i) for i in range(15))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -429,7 +432,7 @@ def _embedding_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     found = _param_grads(
         ctx, 1, 7, lambda: torch.ops.lowbit.embedding_param_grads(grad, *ctx.saved_tensors, *ctx.scheme)
     )
-    return tuple(found.get(i) for i in range(15))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 _dequantize.register_autograd(_dequantize_backward, setup_context=_dequantize_setup)

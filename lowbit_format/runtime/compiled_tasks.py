@@ -246,7 +246,7 @@ def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found[0] = torch.ops.lowbit.linear_by_task_input_grad(grad, *ctx.saved_tensors, *ctx.scheme)
     if ctx.needs_input_grad[7]:
         found[7] = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return tuple(found.get(i) for i in range(15))
+    return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 _linear.register_autograd(_linear_backward, setup_context=_linear_setup)
@@ -277,7 +277,7 @@ def _embedding_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _refuse_training(ctx.needs_input_grad[1:7])
 
 
-_embedding.register_autograd(lambda ctx, grad: (None,) * 15, setup_context=_embedding_setup)
+_embedding.register_autograd(lambda ctx, grad: (None,) * len(ctx.needs_input_grad), setup_context=_embedding_setup)
 
 
 def _refuse_training(needed: Sequence[bool]) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from ..kernels import operators
+from .activations import exactly
 from .class_mixin import Mixin, mix_in, restore_class
 from .modules import LowbitLinear
 
@@ -67,8 +68,10 @@ class DecoderLayer(Mixin):
         """
         if not is_built_so(self) or not bool(x.isfinite().all()):  # type: ignore[arg-type]
             return None
+        products = [part for part in _parts(self) if isinstance(part, LowbitLinear)]
         try:
-            off = self._difference(x, kwargs)
+            with exactly(products):  # rounding would make much of the order of sums
+                off = self._difference(x, kwargs)
         except Exception:  # a class that wants something else behind the same parts
             log.debug("%s is computed as its class does", type(self).__name__, exc_info=True)
             return False

@@ -66,8 +66,13 @@ class LowbitExperts(LowbitModule):
         offsets, zeros = (None if own[role] is None else own[role][expert] for role in _TRAINABLE[1:])
         return PlaneMatrix(
             planes[expert], own["scales"][expert], offsets, zeros, own["codebook"], None,
-            s.codec, s.bits, s.group_size, self.cols, FILE if tiled is None else TILED,
+            s.codec, s.bits, s.group_size, self.cols, FILE if tiled is None else TILED, self.activations,
         )  # fmt: skip
+
+    def set_activations(self, activations: str) -> None:
+        super().set_activations(activations)
+        if self.tiled.experts is not None:
+            self.tiled.experts = tuple(w._replace(activations=activations) for w in self.tiled.experts)
 
     # --- layout ---
 

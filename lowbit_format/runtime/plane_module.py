@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..errors import LoadError, TensorError, UnsupportedOperationError
 from ..kernels import operators
 from ..kernels.batch import is_capturing
-from ..kernels.matrix import FILE, TILED, PlaneMatrix
+from ..kernels.matrix import EXACT, FILE, TILED, PlaneMatrix
 from ..schema import ModuleEntry, Scheme
 from ..tensors import tensor_specs
 from .deltas import keeping_dtype
@@ -65,6 +65,7 @@ class PlaneModule(nn.Module):
         compute_dtype: changed by ``.to(dtype)``.
         tiled: the planes in the tiled layout, shared by tied modules.
         path: of the module in its model, for messages.
+        activations: what products may do with x (:mod:`.activations`).
     """
 
     kind: ClassVar[str]
@@ -75,6 +76,7 @@ class PlaneModule(nn.Module):
     row_bits: nn.Parameter | None
     bias: nn.Parameter | None
     tiled: TiledPlanes
+    activations: str = EXACT
 
     def __init__(
         self,
@@ -123,8 +125,12 @@ class PlaneModule(nn.Module):
         return PlaneMatrix(
             own["planes"].detach() if tiled is None else tiled,
             own["scales"], own["offsets"], own["zeros"], own["codebook"], own["row_bits"],
-            s.codec, s.bits, s.group_size, self.cols, FILE if tiled is None else TILED,
+            s.codec, s.bits, s.group_size, self.cols, FILE if tiled is None else TILED, self.activations,
         )  # fmt: skip
+
+    def set_activations(self, activations: str) -> None:
+        """See :func:`.activations.set_activations`."""
+        self.activations = activations
 
     def matrix_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the matrix by role, in their present layout: all but the bias."""

@@ -7,11 +7,23 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from lowbit_format.kernels import naive
 from lowbit_format.kernels.cpu import backend, products
+from lowbit_format.kernels.matrix import INT8
 from lowbit_format.schema import SCALE_DTYPES
 from lowbit_format.testing import products as truth
 from lowbit_format.testing.operators import OperatorConformance
-from lowbit_format.testing.products import KINDS, Call, drawn, random_call, rounding_error, same_bits
+from lowbit_format.testing.products import (
+    KINDS,
+    Call,
+    absolute,
+    assert_within,
+    drawn,
+    magnitude,
+    random_call,
+    rounding_error,
+    same_bits,
+)
 
 WHOLE, ODD = [0, 16, 32, 64, 96, 128], [5, 24, 100]  # group sizes that have a tiled layout, and that have none
 
@@ -67,3 +79,47 @@ def check_everything() -> None:
                 check_linear(random_call(w, batch, dtype=rng.choice(CpuOperators.dtypes), tasks=tasks, seed=bits))
     for call in fixed_calls():
         check_linear(call)
+
+
+# --- 8-bit activations -----------------------------------------------------------------------------
+
+
+def rounds(call: Call) -> bool:
+    """Whether the product is computed with 8-bit activations, if they are asked for."""
+    x, w, mixed = call.x, call.w, call.task_ids is not None
+    plan = products.plan(w)
+    if plan is None or not plan.can_round:
+        return False
+    return x.numel() // w.cols <= products.most_rows(plan.bits, x.dtype, mixed, rounds=True)
+
+
+def check_rounded(call: Call) -> Tensor:
+    """A product with 8-bit activations, which must be that of :mod:`.kernels.rounded_sums`, but for float32 sums."""
+    given = call._replace(w=call.w._replace(activations=INT8))
+    found = backend.linear(given.x, backend.tile(given.w), *given[2:])
+    plain = backend.linear(*given)
+    assert same_bits(found, plain)
+    if not rounds(call):
+        assert same_bits(found, CpuOperators().linear(call))
+        return found
+    want = naive.linear(*given._replace(x=given.x.float())).double()
+    x, w = call.x.double().abs(), absolute(call.w)
+    terms = truth.linear(x, w, magnitude(call.bias), magnitude(call.deltas), call.task_ids)
+    assert found.dtype == call.x.dtype
+    # Rounded sums may be larger than those of x: by a step for each four.
+    assert_within(found, want, rounding_error(want, 2 * terms, call.x.dtype, one_rounding=True))
+    return found
+
+
+def check_rounded_everything() -> None:
+    """A compact set of checks of products with 8-bit activations."""
+    rng, calls = random.Random(0), list(fixed_calls())
+    for kind in KINDS:
+        for bits in range(1, 9):
+            w = drawn(kind, bits, rng.choice(WHOLE), rng.randint(1, 90), rng.randint(1, 300), bits, "F16")
+            for batch, tasks in ((1, None), (rng.randint(2, 16), rng.choice(["mul", "add"]))):
+                calls.append(random_call(w, batch, dtype=rng.choice(CpuOperators.dtypes), tasks=tasks, seed=bits))
+    rounding = [call for call in calls if rounds(call)]
+    assert len(rounding) > len(calls) / 2
+    for call in rounding:
+        check_rounded(call)

@@ -33,7 +33,7 @@ from ..batch import (
     one_by_one,
 )
 from ..by_decoding import RowGrads
-from ..matrix import PlaneMatrix, select_rows
+from ..matrix import INT8, PlaneMatrix, select_rows
 from ..parameter_order import group_major, map_parameters
 from . import decoding, many_rows, parallel, products, tiles
 
@@ -98,8 +98,8 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     """As :func:`..naive.linear`. Few rows are multiplied in float32, whatever the dtype of `x`, and rounded once."""
     check_linear(x, w, bias, deltas, task_ids)
     plan, rows = products.plan(w) if x.dtype in _DTYPES else None, x.numel() // w.cols
-    if plan is not None and 0 < rows <= products.most_rows(plan.bits, x.dtype, task_ids is not None):
-        return _few(x, plan, bias, deltas, task_ids)
+    if plan is not None and 0 < rows <= _most_rows(plan, w, x, task_ids):
+        return _few(x, plan, bias, deltas, task_ids, w.activations)
     with torch.no_grad(), no_autocast(x):
         if not can_tile(w) or x.dtype not in _DTYPES:
             return by_decoding.linear(x, untile(w), bias, deltas, task_ids, decode=decode)
@@ -108,17 +108,30 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 
-def _few(x: Tensor, plan: products.Plan, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+def _most_rows(plan: products.Plan, w: PlaneMatrix, x: Tensor, task_ids: Tensor | None) -> float:
+    """Rows of `x` up to which they are multiplied straight from planes."""
+    rounds = w.activations == INT8 and plan.can_round
+    return products.most_rows(plan.bits, x.dtype, task_ids is not None, rounds)
+
+
+def _few(
+    x: Tensor,
+    plan: products.Plan,
+    bias: Tensor | None,
+    deltas: Tensor | None,
+    task_ids: Tensor | None,
+    activations: str,
+) -> Tensor:
     bias = _readable(bias)
     flat = x.reshape(-1, plan.cols)
     if len(flat) <= products.ROWS_AT_ONCE:
-        out = plan.multiply(flat, bias, deltas, task_ids)
+        out = plan.multiply(flat, bias, deltas, task_ids, activations)
     else:
         out = torch.empty(len(flat), plan.rows, dtype=torch.float32, device="cpu")
         for start in range(0, len(flat), products.ROWS_AT_ONCE):
             rows = slice(start, start + products.ROWS_AT_ONCE)
             ids = None if task_ids is None else task_ids[rows]
-            out[rows] = plan.multiply(flat[rows], bias, deltas, ids)
+            out[rows] = plan.multiply(flat[rows], bias, deltas, ids, activations)
     out = out.view(*x.shape[:-1], plan.rows)
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
@@ -137,11 +150,9 @@ def linear_together(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
     for w, bias, deltas, task_ids in factors:
         check_linear(x, w, bias, deltas, task_ids)
         plan = products.plan(w) if x.dtype in _DTYPES else None
-        if plan is None or not 0 < rows <= min(
-            products.most_rows(plan.bits, x.dtype, task_ids is not None), products.ROWS_AT_ONCE
-        ):
+        if plan is None or not 0 < rows <= min(_most_rows(plan, w, x, task_ids), products.ROWS_AT_ONCE):
             return factor_by_factor(x, factors, linear=linear)
-        few.append((plan, _readable(bias), deltas, task_ids))
+        few.append((plan, _readable(bias), deltas, task_ids, w.activations))
     found = products.multiply_together(x if x.dim() == 2 else x.reshape(rows, -1), few)
     if x.dim() == 2 and x.dtype == torch.float32:
         return found
@@ -159,9 +170,7 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> 
         check_linear(x, w, None, deltas, task_ids)
         plan = products.plan(w)
         ids = ids_of(share, task_ids)
-        if plan is None or end - begin > min(
-            products.most_rows(plan.bits, x.dtype, ids is not None), products.ROWS_AT_ONCE
-        ):
+        if plan is None or end - begin > min(_most_rows(plan, w, x, ids), products.ROWS_AT_ONCE):
             out[begin:end] = linear(x[begin:end], w, None, deltas, ids)
         elif begin < end:
             few.append((plan, share))

@@ -91,7 +91,7 @@ def decode_rows(w: PlaneMatrix, first: int, stop: int, threads: int, out: Tensor
         out: contiguous memory to write to.
     """
     out = torch.empty(stop - first, w.cols, dtype=torch.float32, device="cpu") if out is None else out
-    work = _job(w, first, stop, out)
+    work = job_for(w, first, stop, out)
     _decode(work, 1 if out.numel() < ONE_THREAD_BELOW else threads)
     return out
 
@@ -109,7 +109,7 @@ def decode_for_tasks(
         tasks: int64 ``[weights]``: a task, :data:`BASE`, or what one of the first p planes adds (:data:`PLANE`).
         out: to fill, float32 or bfloat16 ``[weights, stop - first, columns padded to whole words]``, contiguous.
     """
-    work = _job(w, first, stop, out)
+    work = job_for(w, first, stop, out)
     work.weights, work.out_dtype = len(tasks), DTYPE_NUMBERS[out.dtype]
     work.out_row, work.out_weight = (stride * out.element_size() for stride in (out.stride(1), out.stride(0)))
     tasks = tasks.contiguous()
@@ -120,7 +120,8 @@ def decode_for_tasks(
     _decode(work, 1 if out[0].numel() < ONE_THREAD_BELOW else threads)
 
 
-def _job(w: PlaneMatrix, first: int, stop: int, out: Tensor) -> DecodeJob:
+def job_for(w: PlaneMatrix, first: int, stop: int, out: Tensor) -> DecodeJob:
+    """The job that decodes rows `first` to `stop` to `out`; arguments as in :func:`decode_rows`."""
     scales, shift, codebook = group_major(w.scales), w.shift, w.codebook
     work = DecodeJob(
         first_tile=first // LANES,

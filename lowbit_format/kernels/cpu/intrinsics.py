@@ -308,22 +308,22 @@ def add_levels(
 
 
 @intrinsic(prefer_literal=True)
-def add_shift(typingctx, sums, shift, y, y_stride, TILES, ROWS):
+def add_shift(typingctx, sums, shift, y, sum_stride, y_stride, TILES, ROWS):
     """``y += sum * shift``.
 
     Args:
-        sums: float32 ``[ROWS]``, sums of x over the columns.
+        sums: float32 ``[ROWS (sum_stride)]``, sums of x over the columns.
         shift: float32 ``[TILES, LANES]``.
         y: float32 ``[ROWS (y_stride), TILES, LANES]``.
         TILES, ROWS: numbers of tiles and of rows of x.
     """
     tiles, rows = TILES.literal_value, ROWS.literal_value
-    signature = types.void(*[types.int64] * 4, TILES, ROWS)
+    signature = types.void(*[types.int64] * 5, TILES, ROWS)
 
     def codegen(context, builder, signature, args):
-        sums, shift, y, y_stride = args[:4]
+        sums, shift, y, sum_stride, y_stride = args[:5]
         for r in range(rows):
-            number = splat(builder, load(builder, at(builder, sums, (r, 4)), F32))
+            number = splat(builder, load(builder, at(builder, sums, (sum_stride, r)), F32))
             for t in range(tiles):
                 to = at(builder, y, (y_stride, r), (t, VECTOR))
                 value = load(builder, at(builder, shift, (t, VECTOR)), VECTOR_F32)

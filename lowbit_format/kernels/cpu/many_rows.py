@@ -24,7 +24,7 @@ from ..batch import check_task_ids
 from ..matrix import PlaneMatrix
 from ..parameter_order import group_major
 from ..ragged import Part
-from . import decoding, parallel, products, tiles
+from . import decoding, levels, parallel, products, tiles
 from .decoding import BASE, PLANE
 from .tiles import WORD
 
@@ -154,8 +154,10 @@ def _chunks(
     """
     rows, threads, count = w.rows, parallel.num_threads(), len(tasks)
     kind = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    looks_up = kind == torch.bfloat16 and deltas is None and count == 1 and levels.can_look_up(w)
     w, padded = w._replace(scales=group_major(w.scales)), -(-w.cols // WORD) * WORD
-    step = min(rows, max(LANES, CHUNK // (padded * count) // LANES * LANES))
+    most = 2 * CHUNK if looks_up else CHUNK  # where decoding takes little, calls of the library count
+    step = min(rows, max(LANES, most // (padded * count) // LANES * LANES))
     size = count * step * padded * kind.itemsize
     if _kept.memory.numel() < size:
         _kept.memory = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -163,5 +165,8 @@ def _chunks(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         out = room[: count * (stop - start) * padded].view(count, stop - start, padded)
-        decoding.decode_for_tasks(w, start, stop, threads, deltas, tasks, out)
+        if looks_up:
+            levels.decode(w, start, stop, threads, out[0])
+        else:
+            decoding.decode_for_tasks(w, start, stop, threads, deltas, tasks, out)
         yield start, stop, out[..., : w.cols].to(dtype)

@@ -38,9 +38,12 @@ from torch import Tensor
 from ...machine.llvm import LANES, features
 from .. import ragged
 from ..batch import Share, check_task_ids
-from ..matrix import PlaneMatrix
+from ..matrix import EXACT, INT8, PlaneMatrix
 from ..parameter_order import group_major
-from . import parallel, tiles
+from . import levels, parallel, tiles
+from .byte_tables import TABLE as BYTE_TABLE
+from .byte_tables import WORD_MULTIPLIERS, add_planes_of_bytes, has_byte_lookup
+from .byte_tables import WORD_TABLES as WORD_BYTE_TABLES
 from .intrinsics import (
     AFFINE,
     BCQ,
@@ -61,9 +64,9 @@ from .intrinsics import (
     set_tables,
 )
 from .parallel import Job, job, job_at, keep, kernel, take
-from .tiles import MOST_PLANES, STRIP, WORD
+from .rounded import Groups, Rounded, rounded
+from .tiles import BLOCK, MOST_PLANES, STRIP, WORD
 
-BLOCK = 8  # words whose tables are made at a time: 4 KiB for a row of x, in the nearest cache
 ROWS_AT_ONCE = 64  # of x in one product: the tables of more rows (4 KiB each) leave the cache
 CHANGES_AT_ONCE = 32  # of x where only what tasks change is computed, so that tables serve more rows of the matrix
 SCRATCH = 1 << 14  # floats of results that a chunk keeps: 64 KiB, of the second-level cache
@@ -106,6 +109,13 @@ class ProductJob(Job):
     x: int  # address, float32 [batch (x_stride), columns padded to whole words]
     x_stride: int
     batch: int  # rows of x
+    tables: int  # address, with 8-bit activations: int8 [batch (table_stride), words, WORD_BYTE_TABLES]
+    table_stride: int
+    multipliers: int  # address, uint8 [batch (multiplier_stride), words, WORD_MULTIPLIERS]
+    multiplier_stride: int
+    units: int  # address, float32 [batch (unit_stride), groups, blocks of a group]: of the tables' entries
+    totals: int  # address, likewise: sums of x
+    unit_stride: int
     parts: int  # sums that are kept apart: one for each tuned plane, and one for the others
     bias: int  # address, float32 [all_rows]
     out: int  # address, float32 [batch, all_rows]
@@ -127,12 +137,16 @@ class Plan:
 
     Attributes:
         bits: of a row, on average, rounded up.
+        groups: how columns are grouped.
+        can_round: whether there is a product with 8-bit activations.
     """
 
     def __init__(self, w: PlaneMatrix) -> None:
         self.of = _identity(w)
         self.rows, self.cols, self.planes = w.rows, w.cols, w.bits
         self.one_part, self.is_affine = not w.scale_per_plane, w.codec == "affine"
+        self.groups = Groups(tiles.group_words(w), w.groups, tiles.groups_in_word(w))
+        self.can_round = (w.codebook is None or zero_of(w) is not None) and has_byte_lookup(features())
         if not tiles.has_margin(w.planes):
             w = w._replace(planes=_with_margin(w.planes.detach()))
         if w.row_bits is None:
@@ -146,7 +160,14 @@ class Plan:
         # The jobs of a ragged matrix have copies: while they do, the memory of its parameters is not to be another's.
         self.alive = [t.detach() for t in w[1:4] if t is not None]
 
-    def multiply(self, x: Tensor, bias: Tensor | None, deltas: Tensor | None, task_ids: Tensor | None) -> Tensor:
+    def multiply(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        deltas: Tensor | None,
+        task_ids: Tensor | None,
+        activations: str = EXACT,
+    ) -> Tensor:
         """``x @ weight.T + bias``, float32 ``[batch, rows]``; tasks as in :func:`..naive.linear`.
 
         The kernel checks no bounds: shapes are checked before (:func:`..batch.check_linear`), task ids here.
@@ -154,13 +175,15 @@ class Plan:
         Args:
             x: ``[batch, cols]``, of any dtype.
             bias: float32 ``[rows]``, contiguous.
+            activations: INT8 rounds them, if :attr:`can_round`.
 
         Raises:
             IndexError: a task does not exist.
         """
         x, out = padded(x), torch.empty(len(x), self.rows, dtype=torch.float32, device="cpu")
         threads = _threads(self.lookups * len(x))
-        jobs = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD)
+        tables = rounded(x, self.groups) if activations == INT8 and self.can_round else None
+        jobs = self.prepare(x, out, 0, len(x), deltas, task_ids, threads * CHUNKS_PER_THREAD, tables)
         for one in jobs:
             one.bias = _address(bias)
         _run(jobs, threads)
@@ -190,6 +213,7 @@ class Plan:
         deltas: Tensor | None,
         task_ids: Tensor | None,
         chunks: int,
+        tables: Rounded | None = None,
     ) -> list[ProductJob]:
         """The jobs of a product. `x` and `out` must live as long as they; other tensors they keep alive.
 
@@ -198,6 +222,7 @@ class Plan:
             begin, end: the rows of both that the product is for.
             deltas, task_ids: as in :meth:`multiply`, the ids of all n rows.
             chunks: to cut the rows of the matrix into, more or less.
+            tables: of all n rows of x, if it is rounded; must live as long as `x`.
         """
         batch, parts, by_group = end - begin, 1, False
         if deltas is not None:
@@ -229,6 +254,8 @@ class Plan:
             job.x_stride = 4 * x.shape[1]
             job.x, job.out = x.data_ptr() + begin * job.x_stride, out.data_ptr() + 4 * begin * self.rows
             job.batch, job.parts = batch, parts
+            if tables is not None:
+                tables.give(job, begin)
             job.alive = deltas, task_ids  # the fields know only their addresses
             jobs.append(job)
         return jobs
@@ -281,10 +308,29 @@ def _with_margin(planes: Tensor) -> Tensor:
 
 
 def _run(jobs: Sequence[ProductJob], threads: int) -> None:
-    """All `jobs` as one piece of work for the threads."""
-    for one, after in itertools.pairwise(jobs):
-        one.next = ctypes.addressof(after)
-    _multiply(jobs[0], threads)
+    """All `jobs` as one piece of work for the threads; as two, if only some have 8-bit activations."""
+    exact, others = [one for one in jobs if one.tables == 0], [one for one in jobs if one.tables != 0]
+    for work, some in ((_multiply, exact), (_multiply_rounded, others)):
+        if some:
+            for one, after in itertools.pairwise(some):
+                one.next = ctypes.addressof(after)
+            work(some[0], threads)
+
+
+class _Tables:
+    """The tables of `x`, made once for all plans whose columns are grouped alike."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.made = x, dict[Groups, Rounded]()
+
+    def of(self, plan: Plan, activations: str) -> Rounded | None:
+        """Those for `plan`; None for an exact product."""
+        if activations == EXACT or not plan.can_round:
+            return None
+        found = self.made.get(plan.groups)
+        if found is None:
+            found = self.made[plan.groups] = rounded(self.x, plan.groups)
+        return found
 
 
 def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Tensor | None, out: Tensor) -> None:
@@ -301,20 +347,21 @@ def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Ten
     """
     x = padded(x)
     threads = _threads(sum(plan.lookups * (share.end - share.begin) for plan, share in shares))
-    chunks = -(-threads * CHUNKS_PER_THREAD // len(shares))
-    _run(
-        [job for plan, s in shares for job in plan.prepare(x, out, s.begin, s.end, s.deltas, task_ids, chunks)], threads
-    )
+    chunks, tables, jobs = -(-threads * CHUNKS_PER_THREAD // len(shares)), _Tables(x), list[ProductJob]()
+    for plan, s in shares:
+        own = tables.of(plan, s.w.activations)
+        jobs += plan.prepare(x, out, s.begin, s.end, s.deltas, task_ids, chunks, own)
+    _run(jobs, threads)
 
 
 def multiply_together(
-    x: Tensor, factors: Sequence[tuple[Plan, Tensor | None, Tensor | None, Tensor | None]]
+    x: Tensor, factors: Sequence[tuple[Plan, Tensor | None, Tensor | None, Tensor | None, str]]
 ) -> list[Tensor]:
     """The product of the same rows of x with several matrices, as one piece of work for the threads.
 
     Args:
         x: ``[batch, cols]``, of any dtype.
-        factors: plan, bias, deltas and task ids of each, as in :meth:`Plan.multiply`; at least one.
+        factors: plan, bias, deltas, task ids and activations of each, as in :meth:`Plan.multiply`; at least one.
 
     Returns:
         For each float32 ``[batch, rows]``.
@@ -325,10 +372,11 @@ def multiply_together(
     x, jobs, found = padded(x), list[ProductJob](), list[Tensor]()
     batch = x.shape[0]  # len(x) takes longer
     threads = _threads(sum([plan.lookups for plan, *_ in factors]) * batch)
-    chunks = -(-threads * CHUNKS_PER_THREAD // len(factors))
-    for plan, bias, deltas, task_ids in factors:
+    chunks, tables = -(-threads * CHUNKS_PER_THREAD // len(factors)), _Tables(x)
+    for plan, bias, deltas, task_ids, activations in factors:
         out = torch.empty(batch, plan.rows, dtype=torch.float32, device="cpu")
-        for one in plan.prepare(x, out, 0, batch, deltas, task_ids, chunks):
+        own = tables.of(plan, activations)
+        for one in plan.prepare(x, out, 0, batch, deltas, task_ids, chunks, own):
             one.bias = _address(bias)
             jobs.append(one)
         found.append(out)
@@ -389,16 +437,21 @@ def zero_of(w: PlaneMatrix) -> float | None:
 
 
 @functools.cache
-def most_rows(bits: int, dtype: torch.dtype, mixed: bool) -> float:
+def most_rows(bits: int, dtype: torch.dtype, mixed: bool, rounds: bool = False) -> float:
     """Rows of x up to which lookups are faster than decoding the weight for ``torch.mm``.
 
     The lookups for a row grow with `bits`; a row of ``torch.mm`` always takes as long: in bfloat16 half of what it
     takes in float32, where the machine has instructions for it. Rows of several tasks (`mixed`) take more than one
-    product then. The measurements are in tools/benchmarks/README.md.
+    product then. Lookups of bytes take less than half as long (`rounds`). The measurements are in
+    tools/benchmarks/README.md.
     """
+    if rounds:
+        return 2.5 * most_rows(bits, dtype, mixed)
     if "avx512f" not in features():
         return (104 if "avx2" in features() else 14) // bits
     if dtype == torch.bfloat16 and "avx512bf16" in features():
+        if bits <= levels.MOST_BITS and not mixed:  # weights are looked up, in a quarter of the time of full decoding
+            return 60 // bits
         return float("inf") if bits == 1 else (128 if mixed else 64) // (bits - 1)
     return float("inf") if bits <= 3 else 192 // bits
 
@@ -423,7 +476,7 @@ class Scratch(NamedTuple):
     """Memory of one thread, by address."""
 
     tables: int  # float32 [batch, block, 8, 16]: signed sums of x, block being min(BLOCK, words in a group)
-    sums: int  # float32 [batch]: sums of x
+    sums: int  # float32 [batch]: sums of x; both only where x is not rounded
     scales: int  # float32 [MOST_PLANES, TILES * LANES]
     shift: int  # float32 [TILES * LANES]
     parts: int  # float32 [parts, batch (stride), rows of a chunk]: the results
@@ -444,13 +497,25 @@ class Block(NamedTuple):
 @kernel(ProductJob)
 def _multiply(job):
     """Take one chunk after another of `job`, see the head of this file; then go on with the next job."""
+    _work(job, 0)
+
+
+@kernel(ProductJob)
+def _multiply_rounded(job):
+    """The same for jobs that have tables: with 8-bit activations."""
+    _work(job, 1)
+
+
+@numba.njit(forceinline=True)
+def _work(job, ROUNDED):
+    literally(ROUNDED)
     while True:
         all_tiles = job.padded_rows // LANES
         x_words = (job.x_stride + WORD_X - 1) // WORD_X  # the file may pad rows to one word more
         whole, most = job.group_words, job.strips * STRIP
         block = min(whole, BLOCK)
         parts = np.empty(job.parts * job.batch * most * LANES, np.float32)
-        tables = np.empty(job.batch * block * (WORD_TABLES // 4), np.float32)
+        tables = np.empty(0 if ROUNDED else job.batch * block * (WORD_TABLES // 4), np.float32)
         room = np.empty((MOST_PLANES + 1) * STRIP * LANES + job.batch, np.float32)
         scales = room.ctypes.data
         shift = scales + MOST_PLANES * STRIP * VECTOR
@@ -467,14 +532,15 @@ def _multiply(job):
                 here, stored = min(whole, x_words - word), min(whole, job.words - word)
                 for b in range(0, here, block):
                     words = Block(g, word, byte, b, min(block, here - b), stored)
-                    _make_tables(job, words, scratch)
+                    if not ROUNDED:
+                        _make_tables(job, words, scratch)
                     t = 0
                     while t < count:
                         if count - t < STRIP:
-                            _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, 1)
+                            _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, 1, ROUNDED)
                             t += 1
                         else:
-                            _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, STRIP)
+                            _add_block(job, words, scratch, first + t, scratch.parts + t * VECTOR, STRIP, ROUNDED)
                             t += STRIP
             _finish(job, scratch, first * LANES, min(count * LANES, job.rows - first * LANES))
         keep((parts, tables, room))
@@ -499,12 +565,13 @@ def _x_of(job, block):
 
 
 @numba.njit(forceinline=True)
-def _add_block(job, block, scratch, tile, y, TILES):
+def _add_block(job, block, scratch, tile, y, TILES, ROUNDED):
     """Add the product over `block` of TILES tiles from `tile` on to their results at address `y`.
 
     For every codec but the codebook, a product is planes times scales, plus the sum of x times a shift.
     """
     literally(TILES)
+    literally(ROUNDED)
     batch, bits = job.batch, job.bits
     words = job.planes + ((tile * job.words + block.word) * bits + block.first) * VECTOR + block.byte
     if job.terms == 0 and job.row_factors == 0:
@@ -512,26 +579,27 @@ def _add_block(job, block, scratch, tile, y, TILES):
         r = np.int64(0)  # a literal 0 would be a type, and the functions compiled for it once more
         while r < batch:
             if batch - r >= 4:
-                _add_rows(job, block, scratch, words, bits, r, y, TILES, 4)
+                _add_rows(job, block, scratch, words, bits, r, y, TILES, 4, ROUNDED)
                 r += 4
             elif batch - r >= 2:
-                _add_rows(job, block, scratch, words, bits, r, y, TILES, 2)
+                _add_rows(job, block, scratch, words, bits, r, y, TILES, 2, ROUNDED)
                 r += 2
             else:
-                _add_rows(job, block, scratch, words, bits, r, y, TILES, 1)
+                _add_rows(job, block, scratch, words, bits, r, y, TILES, 1, ROUNDED)
                 r += 1
     else:
         task_ids = longs_at(job.task_ids)
         for r in range(batch):
             _set_parameters(job, block.group, scratch, tile, bits, task_ids[r], TILES)
-            _add_rows(job, block, scratch, words, bits, r, y, TILES, 1)
+            _add_rows(job, block, scratch, words, bits, r, y, TILES, 1, ROUNDED)
 
 
 @numba.njit(forceinline=True)
-def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
+def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS, ROUNDED):
     """The same for ROWS rows of x from `r` on; `words` is the address of the first word, `bits` the planes to read."""
     literally(TILES)
     literally(ROWS)
+    literally(ROUNDED)
     tile_stride = job.words * job.bits * VECTOR
     plane_stride, table_stride = block.group_words * VECTOR, min(job.group_words, BLOCK) * WORD_TABLES
     x = _x_of(job, block) + r * job.x_stride
@@ -541,7 +609,12 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
     if block.first + block.words == block.group_words:
         next_group = job.group_words * bits * VECTOR - block.first * VECTOR
         ahead = next_group if block.group + 1 < job.groups else 0
-    if job.codec == CODEBOOK:
+    sums, sum_stride = scratch.sums + r * 4, 4
+    if ROUNDED:
+        unit = (block.group * ((job.group_words + BLOCK - 1) // BLOCK) + block.first // BLOCK) * 4
+        unit += r * job.unit_stride
+        sums, sum_stride = job.totals + unit, job.unit_stride
+    if job.codec == CODEBOOK and not ROUNDED:
         if job.groups_in_word == 1:
             add_levels(
                 words, x, job.codebook, scratch.scales, to,
@@ -561,7 +634,9 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
     for part in range(job.parts - job.changes_only):  # each tuned plane alone, then all others
         left = bits - done
         planes = left if part == job.parts - 1 else min(1, left)
-        if planes > 0 and job.groups_in_word == 1:
+        if planes > 0 and ROUNDED:
+            _add_rounded(job, block, scratch, words, done, planes, r, job.units + unit, to, ahead, TILES, ROWS)
+        elif planes > 0 and job.groups_in_word == 1:
             add_planes(
                 words + done * plane_stride, tables, x, scratch.scales + done * TILES * VECTOR, to,
                 block.words, planes,
@@ -579,7 +654,34 @@ def _add_rows(job, block, scratch, words, bits, r, y, TILES, ROWS):
         if part < job.parts - 1:
             to += job.batch * scratch.stride
     if job.shift != 0:
-        add_shift(scratch.sums + r * 4, scratch.shift, to, scratch.stride, TILES, ROWS)
+        add_shift(sums, scratch.shift, to, sum_stride, scratch.stride, TILES, ROWS)
+
+
+@numba.njit(forceinline=True)
+def _add_rounded(job, block, scratch, words, done, planes, r, units, to, ahead, TILES, ROWS):
+    """Of :func:`_add_rows` what `planes` planes from `done` on add at address `to`, with 8-bit activations."""
+    literally(TILES)
+    literally(ROWS)
+    tile_stride, plane_stride = job.words * job.bits * VECTOR, block.group_words * VECTOR
+    tables = job.tables + r * job.table_stride
+    tables += (block.word + block.first) * WORD_BYTE_TABLES + block.byte * BYTE_TABLE
+    multipliers = job.multipliers + r * job.multiplier_stride
+    multipliers += (block.word + block.first) * WORD_MULTIPLIERS + block.byte
+    words, scales = words + done * plane_stride, scratch.scales + done * TILES * VECTOR
+    if job.groups_in_word == 1:
+        add_planes_of_bytes(
+            words, tables, multipliers, units, scales, to,
+            block.words, planes,
+            tile_stride, plane_stride, job.table_stride, job.multiplier_stride, job.unit_stride, scratch.stride, ahead,
+            TILES, ROWS, WHOLE_WORD,
+        )  # fmt: skip
+    else:
+        add_planes_of_bytes(
+            words, tables, multipliers, units, scales, to,
+            block.words, planes,
+            tile_stride, plane_stride, job.table_stride, job.multiplier_stride, job.unit_stride, scratch.stride, ahead,
+            TILES, ROWS, HALF_WORD,
+        )  # fmt: skip
 
 
 @numba.njit(forceinline=True)

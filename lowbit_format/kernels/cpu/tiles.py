@@ -30,8 +30,10 @@ from ...machine.threads import parallel_rows
 from .. import ragged
 from ..matrix import FILE, TILED, PlaneMatrix
 from ..parameter_order import is_group_major
+from ..rounded_sums import COLUMNS
 
 WORD = 32  # columns
+BLOCK = COLUMNS // WORD  # words whose tables are made at a time: 4 KiB of floats for a row of x, in the nearest cache
 MOST_PLANES = 8  # of a matrix
 MARGIN = 64  # bytes of memory behind the planes: see has_margin
 STRIP = 4  # tiles that are multiplied together, so that a table in a register serves four vectors of words

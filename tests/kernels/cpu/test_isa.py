@@ -24,7 +24,14 @@ pytestmark = [
 ]
 AVX2 = "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "popcnt", "sse3", "sse4.1", "sse4.2", "ssse3"
 AVX512 = *AVX2, "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl"
-MACHINES = {"haswell": AVX2, "x86-64": (), "skylake-avx512": AVX512}  # LLVM's names; instruction sets above SSE2
+VBMI = *AVX512, "avx512vbmi", "avx512vnni"
+MACHINES = {  # LLVM's names; instruction sets above SSE2
+    "haswell": AVX2,
+    "icelake-server": VBMI,
+    "nehalem": ("sse3", "sse4.1", "sse4.2", "ssse3"),
+    "skylake-avx512": AVX512,
+    "x86-64": (),
+}
 # Registers of vpermps, if it is there; of the twins vpermps and vpermd, LLVM chooses by what stands around it.
 PERMUTES = {"haswell": "ymm", "x86-64": None, "skylake-avx512": "zmm"}
 
@@ -44,9 +51,29 @@ print(json.dumps({
 }))
 """
 
+# Instructions that look up bytes, and their registers.
+BYTE_LOOKUPS = {
+    "haswell": ("vpshufb", "ymm"),
+    "icelake-server": ("vpermb", "zmm"),
+    "nehalem": ("pshufb", "xmm"),
+    "skylake-avx512": ("vpshufb", "zmm"),
+}
 
-def run_on(machine: str, cache: Path) -> dict[str, Any]:
-    """Check all kernels as made for `machine`, and say what they consist of."""
+ROUNDED_SCRIPT = """
+import json, re
+from lowbit_format.kernels.cpu import products
+from lowbit_format.machine.llvm import features
+from support.cpu_kernels import check_rounded_everything
+
+check_rounded_everything()
+text = products._multiply_rounded.compiled._library.get_asm_str()
+found = re.findall(r"\\b(vpermb|v?pshufb|vpdpbusd|v?pmaddubsw)\\s.*%([xyz]mm)", text)
+print(json.dumps({"features": sorted(features()), "instructions": sorted(set(found))}))
+"""
+
+
+def run_on(machine: str, cache: Path, script: str = SCRIPT) -> dict[str, Any]:
+    """Check kernels as made for `machine`, and say what they consist of."""
     here = Path(__file__).parents[3]
     environment = {
         **os.environ,
@@ -55,7 +82,7 @@ def run_on(machine: str, cache: Path) -> dict[str, Any]:
         "NUMBA_CACHE_DIR": str(cache),
         "PYTHONPATH": os.pathsep.join(filter(None, [str(here), str(here / "tests"), os.environ.get("PYTHONPATH")])),
     }
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -79,3 +106,24 @@ def test_kernels_as_made_for_a_machine(machine: str, tmp_path: Path) -> None:
     assert {kind for kind, count in found["permutes"].items() if count} == {PERMUTES[machine]} - {None}
     assert (found["wide"] > 0) == (PERMUTES[machine] == "zmm")
     assert (found["fused"] > 0) == ("fma" in MACHINES[machine])
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        pytest.param("icelake-server", marks=pytest.mark.exhaustive),
+        pytest.param("skylake-avx512", marks=pytest.mark.exhaustive),
+        "haswell",
+        pytest.param("nehalem", marks=pytest.mark.exhaustive),
+    ],
+)
+def test_8_bit_activations_as_made_for_a_machine(machine: str, tmp_path: Path) -> None:
+    if missing := set(MACHINES[machine]) - features():
+        pytest.skip(f"this machine has no {', '.join(sorted(missing))}")
+    found = run_on(machine, tmp_path, ROUNDED_SCRIPT)
+    assert set(found["features"]) == set(MACHINES[machine])
+    lookup, register = BYTE_LOOKUPS[machine]
+    others = {"vpermb"} if lookup != "vpermb" else {"vpmaddubsw", "pmaddubsw"}
+    instructions = [tuple(one) for one in found["instructions"]]
+    assert (lookup, register) in instructions
+    assert others.isdisjoint(name for name, _ in instructions)

@@ -27,6 +27,7 @@ from ..common import MB, SHAPE, Facts, run_part, spread, table
 PARTS = ("model", "peers", "kernel", "tasks", "start")
 LLAMA_TYPES = ("Q4_0", "Q4_K_M", "Q2_K")
 FLOATS = ("bfloat16", "float32")
+ACTIVATIONS = ("exact", "int8")
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 PROMPT, NEW, PREFILL = 8, 48, 128  # tokens
 
@@ -124,8 +125,8 @@ def models(options: argparse.Namespace) -> Iterator[str]:
     failed: dict[str, str] = {}
     contenders: list[Contender] = []
     if "model" in options.only:
-        ways = ((default, bits) for default in (False, True) for bits in options.bits)
-        contenders += [lowbit(options, folder, bits, failed, default=default) for default, bits in ways]
+        ways = ((bits, default, how) for bits in options.bits for default in (False, True) for how in ACTIVATIONS)
+        contenders += [lowbit(options, folder, failed, *way) for way in ways]
     if "peers" in options.only:
         contenders += list(llama(options, folder, failed))
         contenders += [eager(options, folder, dtype, failed) for dtype in FLOATS]
@@ -191,18 +192,20 @@ def memory_cells(found: list[Facts]) -> list[str]:
     return [*(spread(cell, 0) for cell in cells), spread(ratio, 2)]
 
 
-def lowbit(options: argparse.Namespace, folder: Path, bits: int, failed: dict[str, str], *, default: bool) -> Contender:
+def lowbit(
+    options: argparse.Namespace, folder: Path, failed: dict[str, str], bits: int, default: bool, activations: str
+) -> Contender:
     """This package; converts the model if the cache does not have it.
 
     With `default` as the command converts and loads it: the head in 8 bits, bfloat16.
     """
-    name, path = f"lowbit BCQ {bits} bits", folder / f"bcq-{bits}"
+    name, path = f"lowbit BCQ {bits} bits, {activations}", folder / f"bcq-{bits}"
     if default:
-        name, path = f"lowbit by default, {bits} bits, bfloat16", folder / f"default-{bits}"
+        name, path = f"lowbit by default, {bits} bits, bfloat16, {activations}", folder / f"default-{bits}"
     job = {"do": "convert", "folder": str(folder), "layers": options.layers, "bits": bits, "default": default}
     note(failed, name, run_part("cpu.model", job, options.threads))
     dtype = "bfloat16" if default else "float32"
-    return Contender(name, "cpu.model", {"path": str(path), "lowbit": True, "dtype": dtype})
+    return Contender(name, "cpu.model", {"path": str(path), "lowbit": True, "dtype": dtype, "activations": activations})
 
 
 def llama(options: argparse.Namespace, folder: Path, failed: dict[str, str]) -> Iterator[Contender]:

@@ -146,11 +146,13 @@ def ours(rows: int, cols: int, batch: int) -> Iterator[Product]:
             "lowbit uniform 4 bits": Scheme("uniform", 4, GROUP),
             "lowbit NF4": Scheme("codebook", 4, GROUP),
         }
-    for name, scheme in schemes.items():
-        one = random_module(scheme, rows, cols)
+    named = [(name, scheme, "exact") for name, scheme in schemes.items()]
+    named += [(f"{name}, int8", scheme, "int8") for name, scheme in schemes.items() if scheme.codec != "codebook"]
+    for name, scheme, activations in named:
+        one = random_module(scheme, rows, cols, activations)
         nbytes = sum(p.nbytes for p in one.matrix_parameters().values())
         product = Product(name, nbytes, one.planes.nbytes, None, None)  # type: ignore[arg-type]
-        modules = [one, *(random_module(scheme, rows, cols) for _ in range(product.copies - 1))]
+        modules = [one, *(random_module(scheme, rows, cols, activations) for _ in range(product.copies - 1))]
         yield Product(
             name,
             nbytes,
@@ -160,7 +162,7 @@ def ours(rows: int, cols: int, batch: int) -> Iterator[Product]:
         )
 
 
-def random_module(scheme: Any, rows: int, cols: int) -> Any:
+def random_module(scheme: Any, rows: int, cols: int, activations: str = "exact") -> Any:
     """A ``LowbitLinear`` with random planes and parameters; `cols` is a multiple of 8."""
     import torch
 
@@ -178,6 +180,7 @@ def random_module(scheme: Any, rows: int, cols: int) -> Any:
         else:
             p.data = torch.full(p.shape, 2 ** (scheme.bits - 1) if role == "zeros" else 0.01).to(p.dtype)
     module.finish_loading("random")
+    module.set_activations(activations)
     return module.eval()
 
 

@@ -89,7 +89,7 @@ def measure(job: Facts) -> Facts:
     dtype = getattr(torch, job["dtype"])
     with torch.inference_mode():
         if lowbit:
-            model = lb.from_pretrained(job["path"], dtype=dtype).eval()
+            model = lb.from_pretrained(job["path"], dtype=dtype, activations=job["activations"]).eval()
         else:
             model = AutoModelForCausalLM.from_pretrained(job["path"], dtype=dtype, attn_implementation="sdpa").eval()
         model.generation_config.eos_token_id = None  # random weights may choose any token
