@@ -63,7 +63,8 @@ def peak_memory(
     training = _of_a_block(layers, places, effort) + values
     if effort.codes:
         training += _PER_MOVED * largest
-    tokens, logits = max(each), 0
+    tokens: int = max(each)
+    logits = 0
     if causal:  # one sample goes through the model at a time
         tokens = max(batch["input_ids"].shape[1] for batch in batches)
         words = max((s.tensor.shape[0] for s in steps if s.destination.kind == "embedding"), default=0)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+import runpy
 
-from tools.benchmarks.curve import Point, read
+import pytest
+from support.tools import ROOT
+
+MODULE = runpy.run_path(str(ROOT / "tools" / "benchmarks" / "curve.py"))
+Point, read = MODULE["Point"], MODULE["read"]
 
 TABLE = """Loading…
 | type | importance matrix | bits a weight, whole file | perplexity | seconds |
