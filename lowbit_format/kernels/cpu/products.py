@@ -446,6 +446,8 @@ def most_rows(bits: int, dtype: torch.dtype, mixed: bool, rounds: bool = False) 
     tools/benchmarks/README.md.
     """
     if rounds:
+        if bits <= 4 and dtype != torch.bfloat16 and "avx512vbmi" in features():
+            return float("inf")
         return 2.5 * most_rows(bits, dtype, mixed)
     if "avx512f" not in features():
         return (104 if "avx2" in features() else 14) // bits
