@@ -124,8 +124,8 @@ def test_activations_that_are_not_finite(value: float) -> None:
     assert found[[0, 2]].isfinite().all()
 
 
-def test_many_rows_stay_exact() -> None:
-    w = drawn(Scheme("bcq", offset=True), 4, 64, 40, 100)
+def test_rows_for_which_the_weight_is_decoded_stay_exact() -> None:
+    w = drawn(Scheme("bcq", offset=True), 8, 64, 40, 100)
     x = random_call(w, 400).x
     assert same_bits(product(x, rounding(w)), product(x, backend.tile(w)))
 
