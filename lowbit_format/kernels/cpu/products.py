@@ -446,7 +446,7 @@ def most_rows(bits: int, dtype: torch.dtype, mixed: bool, rounds: bool = False) 
     tools/benchmarks/README.md.
     """
     if rounds:
-        if bits <= 4 and dtype != torch.bfloat16 and "avx512vbmi" in features():
+        if bits <= 6 and dtype != torch.bfloat16 and "avx512vbmi" in features():
             return float("inf")
         return 2.5 * most_rows(bits, dtype, mixed)
     if "avx512f" not in features():
