@@ -169,6 +169,8 @@ def choose_bits(
         options[one.step.path] = candidates(source, one.step, one.targets, weighed)
         report(one.step, len(found))
     measured = {} if divergences is None else divergences.by_kind(_probes(options))
+    if divergences is not None and not measured:  # then words need their least
+        return choose_bits(source, plan, recipe, budget, importances, None, report, shares)
     options = _in_nats(options, measured)
     for one in found:
         if shares is not None and (own := shares.get(one.step.path)) is not None:
@@ -176,20 +178,19 @@ def choose_bits(
     items = Items(options, fused_equal=budget.fused_equal)
     if wanted < fixed + items.least:
         raise BudgetError(_too_small(weights, wanted, fixed, items.least, plan))
-    exact = {(path, c.target) for path, own in options.items() for c in own if c.damage == 0}  # on a grid already
 
     def measure_whole(allocation: Allocation) -> float:
-        targets = items.targets(allocation)
-        inexact = {path: target for path, target in targets.items() if (path, target) not in exact}
-        return divergences.with_targets(inexact) if divergences is not None else math.nan
+        lossy = {path: c.target for path, c in items.chosen(allocation).items() if c.damage > 0}
+        return divergences.with_targets(lossy) if divergences is not None else math.nan
 
-    allocations = items.finalists(wanted - fixed)
+    allocations = items.allocations(wanted - fixed)
     asked = bool(measured) and allocations[0].damage <= MOST_MEASURED
     ranked = best_first(allocations, measure_whole if asked else None)
-    chosen = items.targets(ranked[0].allocation)
-    bits = {path: target.bits for path, target in chosen.items()}
+    chosen = items.chosen(ranked[0].allocation)
+    targets_of = {path: c.target for path, c in chosen.items()}
+    bits = {path: c.bits for path, c in chosen.items()}
     measure = DIVERGENCE if measured else WEIGHTS if importances is None else OUTPUTS
-    return Choice(_filled_in(recipe, plan, chosen), bits, weights, fixed, wanted, tuple(ranked), measure)
+    return Choice(_filled_in(recipe, plan, targets_of), bits, weights, fixed, wanted, tuple(ranked), measure)
 
 
 def _probes(options: Mapping[str, Sequence[Candidate]]) -> dict[str, Target]:
@@ -202,7 +203,7 @@ def _probes(options: Mapping[str, Sequence[Candidate]]) -> dict[str, Target]:
 
 
 def _probe(found: Sequence[Candidate]) -> Candidate:
-    return min(found, key=lambda c: (abs(c.target.bits - PROBE), c.target.bits))
+    return min(found, key=lambda c: (c.damage == 0, abs(c.bits - PROBE), c.bits))
 
 
 def _in_nats(options: Mapping[str, Sequence[Candidate]], measured: Mapping[str, float]) -> dict[str, list[Candidate]]:
@@ -241,7 +242,8 @@ def _open(step: Step, plan: Plan, recipe: Recipe, words_least: int) -> _Open | N
         return _Open(step, targets(unsaid_words(recipe), least, MOST_BITS, words=True))
     if _is_said(step, target, recipe):
         return None
-    return _Open(step, targets(target, least, MOST_BITS)) if target == recipe.default else None
+    is_default = replace(target, recognise=recipe.default.recognise) == recipe.default  # --requantize sets that
+    return _Open(step, targets(target, least, MOST_BITS)) if is_default else None
 
 
 def _is_words(step: Step) -> bool:
@@ -254,7 +256,8 @@ def _is_said(step: Step, target: Target, recipe: Recipe) -> bool:
     if not _is_words(step):
         return False
     said = [value for value in (recipe.embeddings, recipe.lm_head) if value is not None]
-    return target in said and True not in said
+    is_there = any(isinstance(s, Target) and replace(target, recognise=s.recognise) == s for s in said)
+    return is_there and True not in said
 
 
 def _places(step: Step, plan: Plan) -> list[str]:

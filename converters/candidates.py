@@ -43,11 +43,13 @@ class Candidate:
 
     Attributes:
         target: how.
+        bits: that are stored: the target's, or those of the grid that the weight lies on.
         nbytes: of its tensors.
         damage: see above.
     """
 
     target: Target
+    bits: int
     nbytes: int
     damage: float
 
@@ -73,7 +75,7 @@ def candidates(source: Source, step: Step, choices: Sequence[Target], importance
         source: the checkpoint.
         step: of the plan; the module that it makes.
         choices: the targets, of falling bits. A weight that lies on a grid already is stored on that with the first of
-            them; with the others it is quantized, if that takes less.
+            them; with the others it is quantized.
         importance: float32 ``[cols]``: mean square of what each column is multiplied with; None: all count the same.
     """
     sample = np.concatenate(list(_samples(source, step)))
@@ -83,15 +85,14 @@ def candidates(source: Source, step: Step, choices: Sequence[Target], importance
     if choices[0].recognise and recognise(sample, choices[0], step.tensor.dtype) is not None:
         own = _recognised(source, step, choices[0])
         if own is not None:
-            found.append(Candidate(choices[0], _nbytes(step, own), 0.0))
-            choices = [replace(target, recognise=False) for target in choices[1:]]
-            choices = [target for target in choices if _nbytes(step, target.scheme()) < found[0].nbytes]
+            found.append(Candidate(choices[0], own.bits, _nbytes(step, own), 0.0))
+            choices = [replace(target, recognise=False) for target in choices]
     for target in choices:
         plain = replace(target, recognise=False, nested=())
         result = quantize(sample, plain, importance=importance, name=step.tensor.name)
         error = (decode(result.matrix).astype(np.float64) - sample) ** 2 @ column_weights
         damage = float(error.sum()) / norm if norm > 0 else 0.0
-        found.append(Candidate(target, _nbytes(step, target.scheme()), damage))
+        found.append(Candidate(target, target.bits, _nbytes(step, target.scheme()), damage))
     return found
 
 
@@ -118,7 +119,7 @@ def by_rows(step: Step, found: Sequence[Candidate], shares: NDArray[np.float64])
                 continue
             target = replace(by_bits[top].target, row_bits=rows, recognise=False)
             damage = float(shares @ damages[bits[0] - np.array(rows)])
-            more[rows] = Candidate(target, _nbytes(step, target.scheme(), sum(rows)), damage)
+            more[rows] = Candidate(target, top, _nbytes(step, target.scheme(), sum(rows)), damage)
     ways = [Option(c.nbytes, c.damage) for c in (*found, *more.values())]
     best = set(lower_hull(ways))
     return [c for c in more.values() if Option(c.nbytes, c.damage) in best]

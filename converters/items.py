@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..errors import BudgetError
-from ..quantize import Target
 from .budget import Allocation, Option
 from .candidates import Candidate
 from .finalists import finalists
@@ -35,17 +34,17 @@ class Items:
 
     def __init__(self, options: Mapping[str, Sequence[Candidate]], *, fused_equal: bool) -> None:
         self._groups = _groups(list(options)) if fused_equal else [[path] for path in options]
-        self._ways = [_together(group, options) for group in self._groups]
+        self._ways = [_ways(group, options) for group in self._groups]
         self.least = sum(min(option.cost for option, _ in ways) for ways in self._ways)
 
-    def finalists(self, budget: int) -> list[Allocation]:
+    def allocations(self, budget: int) -> list[Allocation]:
         """Allocations of at most so many bytes, that of the least damage first; see :func:`.finalists.finalists`."""
-        bits = [[max(target.bits for target in own) for _, own in ways] for ways in self._ways]
+        bits = [[own[0].bits for _, own in ways] for ways in self._ways]
         return finalists([[option for option, _ in ways] for ways in self._ways], bits, budget)
 
-    def targets(self, allocation: Allocation) -> dict[str, Target]:
+    def chosen(self, allocation: Allocation) -> dict[str, Candidate]:
         """What an allocation makes of each module, by path."""
-        found: dict[str, Target] = {}
+        found: dict[str, Candidate] = {}
         for group, ways, i in zip(self._groups, self._ways, allocation.chosen, strict=True):
             found |= zip(group, ways[i][1], strict=True)
         return found
@@ -61,13 +60,13 @@ def _groups(paths: Sequence[str]) -> list[list[str]]:
     return list(found.values())
 
 
-def _together(
+def _ways(
     group: Sequence[str], options: Mapping[str, Sequence[Candidate]]
-) -> list[tuple[Option, tuple[Target, ...]]]:
+) -> list[tuple[Option, tuple[Candidate, ...]]]:
     """The options of modules that have the same bits, and what each of them is then."""
     if len(group) == 1:
-        return [(Option(c.nbytes, c.damage), (c.target,)) for c in options[group[0]]]
-    by_bits = [{c.target.bits: c for c in options[path]} for path in group]
+        return [(Option(c.nbytes, c.damage), (c,)) for c in options[group[0]]]
+    by_bits = [{c.bits: c for c in sorted(options[path], key=lambda c: -c.damage)} for path in group]
     common = sorted(set.intersection(*(set(each) for each in by_bits)), reverse=True)
     if not common:
         raise BudgetError(
@@ -76,7 +75,6 @@ def _together(
         )
     found = []
     for bits in common:
-        own = [each[bits] for each in by_bits]
-        option = Option(sum(c.nbytes for c in own), sum(c.damage for c in own))
-        found.append((option, tuple(c.target for c in own)))
+        own = tuple(each[bits] for each in by_bits)
+        found.append((Option(sum(c.nbytes for c in own), sum(c.damage for c in own)), own))
     return found

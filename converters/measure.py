@@ -5,6 +5,8 @@ Both run block by block, so that no more than one block of each is in memory.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from ..calibration.compare import Comparison
 from ..calibration.data import causal_batches, is_causal, windows
 from ..container.reader import ModelReader
 from ..errors import CalibrationError, LowbitError
+from ..quantize import Target
 from .architecture import meta_model
 from .blockwise import BlockwiseModel
 from .calibration_data import SENTENCES, load_tokenizer
@@ -111,9 +114,8 @@ def measuring_memory(plan: Plan) -> int:
         outside += step.tensor.numel
         if step.destination.kind == "embedding":
             words = max(words, step.tensor.shape[0])
-    return (
-        BASE_MEMORY + 4 * outside + 8 * max(blocks.values(), default=0) + 4 * (PROBED + 1) * LENGTH * words + _WORKING
-    )
+    logits = 8 * PROBED * LENGTH * words  # of both models, in float32
+    return BASE_MEMORY + 4 * outside + 8 * max(blocks.values(), default=0) + logits + _WORKING
 
 
 def is_measured(plan: Plan, directory: Path) -> bool:
@@ -127,9 +129,19 @@ def divergences_without_data(source: Source, plan: Plan) -> Divergences | None:
         return None
     try:
         ids = torch.cat([batch["input_ids"] for batch in short_text(source)[:PROBED]])
-        return Divergences(source, plan, {"input_ids": ids}, torch.device("cpu"))
+        return _OwnText(source, plan, {"input_ids": ids}, torch.device("cpu"))
     except Exception:  # no tokenizer, or whatever a model's own code needs: bits can be chosen without
         return None
+
+
+class _OwnText(Divergences):
+    """Of which nobody asked for a measurement: what fails counts as not measured."""
+
+    def with_targets(self, targets: Mapping[str, Target]) -> float:
+        try:
+            return super().with_targets(targets)
+        except Exception:  # as above
+            return math.nan
 
 
 def shares_without_data(source: Source, plan: Plan) -> dict[str, NDArray[np.float64]]:

@@ -20,9 +20,15 @@ def wrap_linears(model: nn.Module, names: Collection[str], make: Callable[[nn.Li
 
     Returns:
         What `make` gave, in the model's order.
+
+    Raises:
+        ValueError: no linear layer has one of these names.
     """
-    model.requires_grad_(False)
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    there = {path.rpartition(".")[2] for path, _ in found}
+    if not there & set(names):
+        raise ValueError(f"no linear layer is called {' or '.join(names)}; there are {', '.join(sorted(there))}")
+    model.requires_grad_(False)
     layers = []
     for path, linear in found:
         parent, _, name = path.rpartition(".")

@@ -2,8 +2,9 @@
 
 A code changes where that alone would lower the block's error well: with the gradient g of the error by a weight, its
 curvature h and the gap to the next level, the error changes by ``g * gap + h * gap**2 / 2``. What several codes change
-adds up; so one code of a group changes at a time (up, and one down), that with the largest gain, and the gain has to be
-there with :data:`CAUTION` times the curvature too. Gradients pass straight through decoding, and are means over steps.
+adds up; so one code of a group changes at a time (up, and one down), that with the largest gain for its gap (by the
+gain alone blocks came out slightly worse), and the gain has to be there with :data:`CAUTION` times the curvature too.
+Gradients pass straight through decoding, and are means over steps.
 
 The curvature is that of Gauss and Newton: random signs at the block's outputs, taken back through it, have squares
 whose mean is the diagonal (Hutchinson 1989); of them a mean for each row and each column is kept (as Adafactor does,
@@ -100,7 +101,8 @@ class CodeChoice:
                 gap = self._decoded(w, wanted).sub_(self._decoded(w, self.codes))
                 slope = self._curvature().mul_(gap)  # of the gradient, on the way
                 gain = (self._mean / share).mul_(gap.sign()).add_(slope.abs(), alpha=CAUTION / 2)
-                change = (gain < 0) & (slope != 0) & self._is_least(gain)
+                gain.masked_fill_(slope == 0, 0.0)  # no curvature was seen, or there is no neighbour
+                change = (gain < 0) & self._is_least(gain)
                 self._mean.add_(torch.where(change, slope, 0.0), alpha=share)
                 inner = self.codes[:, : self._cols]
                 inner.copy_(torch.where(change, wanted[:, : self._cols], inner))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 
 from torch import nn
@@ -12,6 +13,8 @@ from ..kernels.matrix import EXACT, INT8
 from .modules import LowbitModule
 
 CHOICES = (EXACT, INT8)
+
+_one_choice = threading.RLock()  # at a time: the layers' self-test changes modules for a moment
 
 
 def set_activations(model: nn.Module, activations: str) -> None:
@@ -44,8 +47,9 @@ def set_activations(model: nn.Module, activations: str) -> None:
             "product is the fast one: it takes each activation in two or more parts of 8 bits. Leave it 'exact' there, "
             "or move the model with model.to('cpu') first"
         )
-    for module in modules:
-        module.set_activations(activations)
+    with _one_choice:
+        for module in modules:
+            module.set_activations(activations)
 
 
 def check_activations(activations: str) -> None:
@@ -57,12 +61,13 @@ def check_activations(activations: str) -> None:
 
 @contextlib.contextmanager
 def exactly(modules: Iterable[LowbitModule]) -> Iterator[None]:
-    """Inside the block the products of `modules` are exact."""
-    before = [(module, module.activations) for module in modules]
-    for module, _ in before:
-        module.set_activations(EXACT)
-    try:
-        yield
-    finally:
-        for module, activations in before:
-            module.set_activations(activations)
+    """Inside the block the products of `modules` are exact; another thread's choice waits for its end."""
+    with _one_choice:
+        before = [(module, module.activations) for module in modules]
+        for module, _ in before:
+            module.set_activations(EXACT)
+        try:
+            yield
+        finally:
+            for module, activations in before:
+                module.set_activations(activations)

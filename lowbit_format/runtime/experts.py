@@ -119,6 +119,7 @@ class LowbitExperts(LowbitModule):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weights with the active task, ``[experts, rows, cols]``."""
+        self.refuse_shared_out()
         dtype, delta = dtype or self.compute_dtype, self._own_delta()
         out: Tensor | None = None
         for expert in range(self.experts):
@@ -199,6 +200,7 @@ class LowbitExperts(LowbitModule):
         return shifted(w, delta), None if delta.scales is None else delta.scales[None]
 
     def parameters_with(self, delta: Delta) -> dict[str, Tensor]:
+        self.refuse_shared_out()
         found: dict[str, list[Tensor]] = {}
         for expert in range(self.experts):
             mine = _of_expert(delta, expert)

@@ -13,6 +13,7 @@ import torch
 import transformers
 from support.checkpoints import edit_weights, with_tokenizer
 from support.conversions import content
+from support.quantized_releases import gptq, write_release
 from typer.testing import CliRunner
 
 from lowbit_format.calibration.compare import Comparison
@@ -172,23 +173,72 @@ def test_the_model_chooses_among_the_finalists(own_checkpoint: Checkpoint, monke
     assert len(choice.to_dict()["finalists"]) == len(asked)
 
 
+def on_grid(tensor: torch.Tensor, steps: int) -> torch.Tensor:
+    return (tensor * steps / tensor.abs().max()).round() / 128
+
+
 def test_a_matrix_on_a_grid_may_have_fewer_bits(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """Without loss as long as the budget allows it; then it is quantized, as any other."""
+    """Without loss as long as the budget allows it; then it is quantized, as any other. The recipe says which."""
 
     def rounded(tensors: dict[str, torch.Tensor]) -> None:
-        words = tensors["model.embed_tokens.weight"]
-        tensors["model.embed_tokens.weight"] = (words * 127 / words.abs().max()).round() / 128
+        tensors["model.embed_tokens.weight"] = on_grid(tensors["model.embed_tokens.weight"], 127)
 
     source, path = str(edit_weights(own_checkpoint("llama-tied"), rounded)), "model.embed_tokens"
     recipe = replace(RECIPE, rules=(LAYERS,), embeddings=True)
     reached = {}
     for bits in (6.5, 5.55):
-        done = convert_hf_to_lowbit(source, tmp_path / f"{bits}", recipe, budget=Budget(bits), measured=False)
+        out = tmp_path / f"{bits}"
+        done = convert_hf_to_lowbit(source, out, recipe, budget=Budget(bits), measured=False)
         assert done.choice is not None
-        assert tensor_bytes(tmp_path / f"{bits}") == done.choice.nbytes
+        assert tensor_bytes(out) == done.choice.nbytes
         assert done.choice.bits_per_weight(done.choice.nbytes) <= bits
+        assert done.choice.bits[path] == ModelReader(out).module(path).scheme.bits
         reached[bits] = done.outcomes[path].relative_error
+        write_recipe(tmp_path / f"{bits}.json", done.choice.recipe)
+        again = tmp_path / f"{bits} again"
+        convert_hf_to_lowbit(source, again, load_recipe(tmp_path / f"{bits}.json"), measured=False)
+        assert content(again)["model.safetensors"] == content(out)["model.safetensors"]
     assert reached[6.5] == 0 < reached[5.55]
+
+
+@pytest.mark.parametrize("bits", [4.0, 6.0, 8.0])
+def test_fused_layers_get_the_same_bits_also_where_some_lie_on_grids(bits: float, own_checkpoint: Checkpoint) -> None:
+    """Of which one has 3 bits, another 5, and the third none."""
+
+    def rounded(tensors: dict[str, torch.Tensor]) -> None:
+        for layer, (name, steps) in ((n, each) for n in "01" for each in (("q_proj", 3), ("k_proj", 15))):
+            key = f"model.layers.{layer}.self_attn.{name}.weight"
+            tensors[key] = on_grid(tensors[key], steps)
+
+    source = edit_weights(own_checkpoint("llama"), rounded)
+    choice = fit_budget(str(source), Budget(bits, fused_equal=True), RECIPE)
+    plan = plan_conversion(str(source), choice.recipe)[1]
+    for layer in "01":
+        paths = [f"model.layers.{layer}.self_attn.{name}_proj" for name in "qkv"]
+        assert len({choice.bits[path] for path in paths}) == 1
+        stored = {s.path: s.module().scheme.bits for s in plan.quantized if s.path in paths and not s.to_fit.recognise}
+        assert set(stored.values()) <= {choice.bits[paths[0]]}
+
+
+def test_what_fails_on_a_text_of_our_own_counts_as_not_measured(
+    own_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Words have their least then, as where nothing is tried."""
+    source = with_tokenizer(own_checkpoint("llama-tied"))
+
+    def fail(self: Divergences, targets: Mapping[str, Target]) -> float:
+        raise RuntimeError("the model's own code")
+
+    monkeypatch.setattr(Divergences, "with_targets", fail)
+    choice = fit_budget(str(source), Budget(6.0), replace(RECIPE, embeddings=True))
+    assert choice.measure == "error of weights"
+    assert choice.bits["model.embed_tokens"] >= 4
+
+
+def test_bits_are_open_where_a_release_is_requantized(tmp_path: Path) -> None:
+    """Its own grids are not looked for then, which makes no target of the recipe's."""
+    write_release(tmp_path / "release", *gptq(bits=4))
+    assert fit_budget(str(tmp_path / "release"), Budget(8.0), RECIPE, requantize=True).bits
 
 
 def test_less_than_the_least_is_refused_with_the_least(checkpoint: Checkpoint) -> None:

@@ -61,12 +61,12 @@ def main() -> None:
     def perplexity(model: Any) -> float:
         return lb.evaluate(model, tokenizer, args.text, samples=args.windows, length=args.length).perplexity
 
-    def line(name: str, recipe: lb.Recipe, budget: lb.Budget | None = None) -> int:
-        """Convert, measure and print; the bytes of all tensors."""
+    def line(name: str, recipe: lb.Recipe, budget: lb.Budget | None = None, *, words: bool = False) -> int:
+        """Convert, measure and print; the bytes of all tensors. Where `words` alone are quantized, without data."""
         with tempfile.TemporaryDirectory() as scratch:
             out, began = Path(scratch) / "out", time.perf_counter()
             lb.convert_hf_to_lowbit(
-                str(args.model), out, recipe, budget=budget, calibration=calibration, min_coverage=0
+                str(args.model), out, recipe, budget=budget, calibration=None if words else calibration, min_coverage=0
             )
             seconds = time.perf_counter() - began
             headers = ModelReader(out).headers.values()
@@ -97,11 +97,13 @@ def main() -> None:
             line(f"a budget of {size:g} with rows", lb.Recipe(target), lb.Budget(size, rows=True))
     for bits in args.embeddings:
         words = lb.Target("uniform", bits=bits, group_size=args.group_size)
-        line(f"embeddings: {bits}", replace(embeddings_alone(plain), embeddings=words))
+        line(f"embeddings: {bits}", replace(embeddings_alone(plain), embeddings=words), words=True)
     for text in args.words:
         words = lb.Target("uniform", group_size=args.group_size)
         by = lb.Words(args.frequencies, tuple(map(int, text.split(","))), args.ratio)
-        line(f"embeddings: {text} by frequency", replace(embeddings_alone(plain), embeddings=words, words=by))
+        line(
+            f"embeddings: {text} by frequency", replace(embeddings_alone(plain), embeddings=words, words=by), words=True
+        )
 
 
 def embeddings_alone(model: Any) -> lb.Recipe:
