@@ -49,7 +49,7 @@ def peak_memory(
     layers = [s for s in steps if needs_data(s)]
     largest = max((s.module().rows * s.module().cols for s in layers), default=0)
     widest = max((s.module().cols for s in layers), default=0)
-    each = [next(iter(batch.values())).numel() for batch in batches]
+    each: list[int] = [next(iter(batch.values())).numel() for batch in batches]
     stacks = [s for s in layers if s.stack is not None]
     routed = (2 if effort.drift else 1) * sum(each) if stacks else 0
     block = (_PER_INSIDE_EXPERTS if stacks else _PER_INSIDE) * max(inside.values(), default=0)
