@@ -134,6 +134,6 @@ def test_what_a_budget_of_rows_needs(checkpoint: Checkpoint, tmp_path: Path) -> 
 def test_rows_of_one_matrix_are_of_one_codec() -> None:
     """The open bits of an output head are bcq, and at 8 bits uniform: what rows do at both cannot be put together."""
     choices = targets(Target("bcq", group_size=32), 6, 8, words=True)
-    found = [Candidate(target, 10 * target.bits, 4.0**-target.bits) for target in choices]
+    found = [Candidate(target, target.bits, 10 * target.bits, 4.0**-target.bits) for target in choices]
     step: Any = None  # is not looked at
     assert by_rows(step, found, np.full(4, 0.25)) == []

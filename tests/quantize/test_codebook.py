@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.quantizing import assert_nearest, assert_padding_is_zero, spread_matrix
 
 from lowbit_format.bits import unpack_codes
+from lowbit_format.errors import QuantizationError
 from lowbit_format.matrix import Params
 from lowbit_format.quantize import Target, quantize
 from lowbit_format.quantize.codebook import TABLES, padded, sorted_table
@@ -21,7 +22,9 @@ from lowbit_format.reference import decode
 BOUNDS = {"nf4": 0.094, "fp4-e2m1": 0.107, "fp4-e3m0": 0.187, "fp4-e1m2": 0.114, "ternary": 0.44}
 NF4 = Target("codebook", group_size=32, recognise=False)
 
-tables = st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=20).filter(lambda t: len(set(t)) > 1)
+tables = st.lists(st.floats(-2, 2, width=32), min_size=2, max_size=20).filter(
+    lambda t: len(set(t)) > 1 and max(map(abs, t)) > 1e-30
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,12 @@ def test_any_table_and_shape_gets_nearest_codes(rows: int, cols: int, group: int
     assert len(matrix.codebook) == 2**matrix.scheme.bits
     assert_nearest(weight, matrix)
     assert_padding_is_zero(matrix)
+
+
+def test_a_table_of_numbers_too_small_to_scale_is_refused() -> None:
+    table = (0.0, float(np.nextafter(np.float32(0), np.float32(1))))
+    with pytest.raises(QuantizationError, match="its parameters overflow float32"):
+        quantize(np.full((1, 1), 0.01, np.float32), Target("codebook", group_size=0, table=table, recognise=False))
 
 
 @pytest.mark.parametrize(("value", "code"), [(-1.0, 2), (-0.5, 1), (0.5, 3), (0.25, 1), (2.0, 3)])
