@@ -26,7 +26,6 @@ from .source import Source
 if TYPE_CHECKING:
     from .sensitivity import Divergences  # imports torch
 
-MOST_MEASURED = 1.0  # nats: a choice of more would have to be calibrated before its predictions tell anything
 WORDS_LEAST = 4  # bits of embeddings and output heads, where the effect on predictions was not measured
 DIVERGENCE, WEIGHTS, OUTPUTS = "divergence", "error of weights", "error of outputs"
 
@@ -184,7 +183,7 @@ def choose_bits(
         return divergences.with_targets(lossy) if divergences is not None else math.nan
 
     allocations = items.allocations(wanted - fixed)
-    asked = bool(measured) and allocations[0].damage <= MOST_MEASURED
+    asked = divergences is not None and divergences.tells(allocations[0].damage)
     ranked = best_first(allocations, measure_whole if asked else None)
     chosen = items.chosen(ranked[0].allocation)
     targets_of = {path: c.target for path, c in chosen.items()}

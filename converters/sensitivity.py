@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.compare import Comparison
-from ..calibration.data import Data
+from ..calibration.data import Data, is_causal
 from ..matrix import StoredMatrix
 from ..quantize import Target, quantize
 from .blockwise import BlockwiseModel
@@ -26,9 +26,11 @@ from .experts import KINDS
 from .plan import Plan
 from .source import Source
 from .steps import load_step
+from .streamed import StreamedSource
 from .student import Student
 
 PROBED = 2  # samples of text
+MOST_NATS, MOST_COSINE = 1.0, 0.25  # expected damage of a choice that would have to be calibrated before it tells more
 
 
 def probe_batch(data: Data) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Divergences:
         self._model = BlockwiseModel(source, plan, device)
         with torch.no_grad():
             self._wanted = self._model.run(self._batch)
+        self._most = MOST_NATS if is_causal(self._model.float_model.model) else MOST_COSINE
 
     def by_kind(self, targets: Mapping[str, Target]) -> dict[str, float]:
         """:meth:`with_targets` for the modules of each kind alone; kinds for which it is not above 0 are absent."""
@@ -84,6 +87,13 @@ class Divergences:
         with torch.no_grad():
             comparison.add(student.output(self._batch), self._wanted, self._batch)
         return comparison.distance
+
+    def tells(self, expected: float) -> bool:
+        """Whether to measure whole choices of so much expected damage.
+
+        Not where it is so large that their order would be chance, nor where each would be streamed again.
+        """
+        return expected <= self._most and not isinstance(self._source, StreamedSource)
 
     def _quantized(self, targets: Mapping[str, Target], path: str) -> list[StoredMatrix]:
         """The matrix of a module, or those of its experts."""

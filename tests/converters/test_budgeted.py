@@ -177,6 +177,14 @@ def on_grid(tensor: torch.Tensor, steps: int) -> torch.Tensor:
     return (tensor * steps / tensor.abs().max()).round() / 128
 
 
+@pytest.mark.parametrize(("name", "most"), [("llama", 1.0), ("bert", 0.25)])
+def test_whole_choices_are_measured_where_that_tells_something(name: str, most: float, checkpoint: Checkpoint) -> None:
+    opened, plan, _ = plan_conversion(str(checkpoint(name)), RECIPE)
+    measure = Divergences(opened, plan, {"input_ids": torch.randint(4, 90, (2, 16))}, torch.device("cpu"))
+    assert measure.tells(0.99 * most)
+    assert not measure.tells(1.01 * most)
+
+
 def test_a_matrix_on_a_grid_may_have_fewer_bits(own_checkpoint: Checkpoint, tmp_path: Path) -> None:
     """Without loss as long as the budget allows it; then it is quantized, as any other. The recipe says which."""
 
