@@ -11,7 +11,6 @@ models, so what llama.cpp loses by rounding activations is not in the figures. B
 from __future__ import annotations
 
 import argparse
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 import lowbit_format as lb
+
+from .common import run_program
 
 
 def main() -> None:
@@ -45,13 +46,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         matrix = Path(scratch, "imatrix.gguf")
         began = time.perf_counter()
-        run(args.binaries / "llama-imatrix", "-m", args.gguf, "-f", args.calibration, "-o", matrix,
+        run_program(args.binaries / "llama-imatrix", "-m", args.gguf, "-f", args.calibration, "-o", matrix,
             "--chunks", args.samples, "-c", args.length)  # fmt: skip
         seen = time.perf_counter() - began
         for kind in args.types:
             for options in ([], ["--imatrix", matrix]):
                 out, began = Path(scratch, f"{kind}.gguf"), time.perf_counter()
-                run(args.binaries / "llama-quantize", *options, "--allow-requantize", args.gguf, out, kind)
+                run_program(args.binaries / "llama-quantize", *options, "--allow-requantize", args.gguf, out, kind)
                 seconds = time.perf_counter() - began + (seen if options else 0)
                 given = {"reference": plain, "samples": args.windows, "length": args.length}
                 found = lb.evaluate(decoded(out), tokenizer, args.text, **given)
@@ -69,13 +70,6 @@ def decoded(gguf: Path) -> Any:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     return model.eval()
-
-
-def run(*command: Any) -> None:
-    """Run a program; its messages are shown only if it fails."""
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(done.args)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
 
 
 if __name__ == "__main__":

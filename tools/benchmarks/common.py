@@ -101,6 +101,14 @@ def run_part(module: str, job: Facts, threads: int, **variables: str) -> Facts:
     return facts
 
 
+def run_program(*command: Any) -> str:
+    """What another program prints; its messages are shown only if it fails, which ends this process."""
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(done.args)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
 def job_of_this_process() -> Facts:
     """The job that :func:`run_part` gave."""
     job: Facts = json.loads(sys.argv[1])

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
-from typing import Any
 
-from ..common import SHAPE, Facts, job_of_this_process
+from ..common import SHAPE, Facts, job_of_this_process, run_program
 
 
 def main() -> None:
@@ -30,7 +28,7 @@ def make(quantize: Path, path: Path, layers: int, threads: int) -> None:
     if path.exists():
         return
     part = path.with_suffix(".part")
-    run(quantize, source, part, path.stem, threads)
+    run_program(quantize, source, part, path.stem, threads)
     part.rename(path)
 
 
@@ -97,7 +95,7 @@ def write_f16(path: Path, layers: int) -> None:
 def measure(bench: Path, job: Facts) -> Facts:
     """The same work as that of ``model.py``: one file, one process."""
     options = {"-m": job["path"], "-t": job["threads"], "-p": job["prefill"], "-n": job["new"], "-r": job["inner"]}
-    printed = run(bench, "-o", "json", *(word for option in options.items() for word in option))
+    printed = run_program(bench, "-o", "json", *(word for option in options.items() for word in option))
     decode, prefill = (
         next(row["samples_ts"] for row in json.loads(printed) if row[key] > 0) for key in ("n_gen", "n_prompt")
     )
@@ -111,14 +109,6 @@ def measure(bench: Path, job: Facts) -> Facts:
         "load": [],
         "memory": {"imported": {}},
     }
-
-
-def run(program: Path, *arguments: Any) -> str:
-    """What a program prints; its messages are in the error if it fails."""
-    done = subprocess.run([program, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{program.name} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
-    return done.stdout
 
 
 if __name__ == "__main__":
