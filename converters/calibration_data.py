@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 SELF = "self"
 SENTENCES = Path(__file__).parent / "sentences.txt"  # a text of our own, to measure on where there is no other
-HELD_OUT = 4  # batches that measure what came of it
+HELD_OUT, HELD_OUT_BATCHES = 16, 4  # samples of text, or batches of tensors, that measure what came of it
 
 
 @dataclass(frozen=True)
@@ -63,38 +64,45 @@ def read_data(calibration: Calibration, directory: Path) -> Data:
     path, model = Path(calibration.source), meta_model(directory)
     if path.suffix == ".safetensors":
         batches = data.tensor_batches(path)
-        return data.Data.of(batches, held_out=min(HELD_OUT, len(batches) // 4))
+        return data.Data.of(batches, held_out=min(HELD_OUT_BATCHES, len(batches) // 4))
     if model.main_input_name != "input_ids":
         raise CalibrationError(
             f"{type(model).__name__} takes {model.main_input_name}, not text; give --calibrate a safetensors file with "
             "the arguments of its forward, such as what its processor makes"
         )
-    held_out = HELD_OUT * data.BATCH
+    count = samples + HELD_OUT
     if calibration.source == SELF:
-        rows = _self_written(calibration, directory, model, samples + held_out)
-        return data.Data.of(data.causal_batches(rows), held_out=HELD_OUT)
+        return _causal_data(_self_written(calibration, directory, model, count), samples, model)
     tokenizer = load_tokenizer(directory)
     if path.is_file() or path.suffix in (".txt", ".jsonl", ".json"):
         texts = data.read_texts(path, tokenizer)
     else:
-        texts = data.hub_texts(calibration.source, (samples + held_out) * max(1, calibration.length // 16), tokenizer)
+        texts = data.hub_texts(calibration.source, count * max(1, calibration.length // 16), tokenizer)
     where = str(calibration.source)
-    options: dict[str, Any] = {"samples": samples + held_out, "length": calibration.length, "where": where}
+    options: dict[str, Any] = {"samples": count, "length": calibration.length, "where": where}
     if data.is_causal(model) or model.config.is_encoder_decoder:
-        batches = data.causal_batches(data.windows(texts, tokenizer, **options))
-        if model.config.is_encoder_decoder:
-            batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
-        held = HELD_OUT
+        found = _causal_data(data.windows(texts, tokenizer, **options), samples, model)
     else:
         texts = data.whole_texts(texts, tokenizer, **options)
-        cut = min(round(len(texts) * samples / (samples + held_out)), len(texts) - 1)
-        batches, measured = (
+        cut = min(round(len(texts) * samples / count), len(texts) - 1)
+        used, measured = (
             data.padded_batches(part, tokenizer, samples=len(part), length=calibration.length, where=where)
             for part in (texts[:cut], texts[cut:])
         )
-        held, batches = len(measured), batches + measured
-    _check_ids(batches, model, where)
-    return data.Data.of(batches, held_out=held)
+        found = data.Data.of(used + measured, held_out=len(measured))
+    _check_ids(found.batches, model, where)
+    return found
+
+
+def _causal_data(rows: list[Any], samples: int, model: Any) -> Data:
+    """Windows of text, of which those after `samples` are held out; the decoder of two halves gets them too."""
+    from ..calibration import data
+
+    used, measured = (data.causal_batches(part) for part in (rows[:samples], rows[samples:]))
+    batches = used + measured
+    if model.config.is_encoder_decoder:
+        batches = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in batches]
+    return data.Data.of(batches, held_out=len(measured))
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -122,7 +130,7 @@ def _self_written(calibration: Calibration, directory: Path, meta: Any, samples:
     return self_written(model, samples=samples, length=calibration.length, seed=calibration.seed)
 
 
-def _check_ids(batches: list[Any], model: Any, where: str) -> None:
+def _check_ids(batches: Sequence[Any], model: Any, where: str) -> None:
     known = model.get_input_embeddings().weight.shape[0]
     largest = max(int(batch["input_ids"].max()) for batch in batches)
     if largest >= known:

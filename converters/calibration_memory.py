@@ -65,8 +65,7 @@ def peak_memory(
         training += _PER_MOVED * largest
     tokens: int = max(each)
     logits = 0
-    if causal:  # one sample goes through the model at a time
-        tokens = max(batch["input_ids"].shape[1] for batch in batches)
+    if causal:
         words = max((s.tensor.shape[0] for s in steps if s.destination.kind == "embedding"), default=0)
         logits = _PER_LOGIT * tokens * words
     trained = _trained(s.module() for s in steps if s.to_fit is not None)

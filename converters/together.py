@@ -45,17 +45,14 @@ class _Samples:
         self._walk, self._student = walk, student
         self.batches = walk.samples
 
-    def pieces(self, batch: int) -> int:
-        return self._walk.pieces(batch)
+    def wanted(self, batch: int) -> Any:
+        return self._walk.output(batch, "float")
 
-    def wanted(self, batch: int, piece: int) -> Any:
-        return self._walk.output(batch, "float", piece)
+    def found(self, batch: int) -> Any:
+        return self._student.output(self._walk.batch(batch))
 
-    def found(self, batch: int, piece: int) -> Any:
-        return self._student.output(self._walk.piece(batch, piece))
-
-    def mask(self, batch: int, piece: int) -> Tensor | None:
-        return self._walk.mask(batch, piece)
+    def mask(self, batch: int) -> Tensor | None:
+        return self._walk.mask(batch)
 
 
 def compare(walk: Walk, student: Student) -> Comparison:
@@ -63,9 +60,8 @@ def compare(walk: Walk, student: Student) -> Comparison:
     comparison = Comparison()
     with torch.no_grad():
         for i in range(walk.samples, len(walk.batches)):
-            for piece in range(walk.pieces(i)):
-                batch = walk.piece(i, piece)
-                comparison.add(student.output(batch), walk.output(i, "float", piece), batch)
+            batch = walk.batch(i)
+            comparison.add(student.output(batch), walk.output(i, "float"), batch)
     return comparison
 
 

@@ -63,12 +63,6 @@ class Outputs:
             raise TypeError("a block's first output is no tensor")
         return first
 
-    def sample(self, i: int) -> Outputs:
-        """Those of one sample of the batch."""
-        samples = len(self.hidden)
-        cut = (v[i : i + 1] if v is not None and v.dim() > 0 and len(v) == samples else v for v in self.values)
-        return Outputs(tuple(cut), self.is_tuple)
-
     def given(self) -> Any:
         """As the block gave it."""
         return self.values if self.is_tuple else self.values[0]

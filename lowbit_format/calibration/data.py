@@ -14,7 +14,11 @@ from torch import Tensor
 
 from ..errors import CalibrationError
 
-BATCH = 4  # samples that go through a model together
+# What goes through a model together. Small batches train a block further with the same work: of SmolLM2-135M at 3 bits
+# 192 steps of 512 tokens took 10%, 6% and 5% of the error of the first three blocks, 48 steps of 2048 tokens 6%, 0, 0.
+TOKENS = 512  # of windows; at least one of them
+BATCH = 4  # samples of tensors
+TEXTS = 32  # of an encoder, which are short
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ def _chunks(texts: Sequence[str], size: int = 1 << 16) -> Iterator[str]:
 
 def causal_batches(samples: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """Batches of windows of one length, for a causal model."""
-    return [{"input_ids": torch.stack(list(samples[i : i + BATCH]))} for i in range(0, len(samples), BATCH)]
+    size = max(1, TOKENS // len(samples[0]))
+    return [{"input_ids": torch.stack(list(samples[i : i + size]))} for i in range(0, len(samples), size)]
 
 
 def whole_texts(texts: Sequence[str], tokenizer: Any, *, samples: int, length: int, where: str) -> list[str]:
@@ -163,9 +168,8 @@ def padded_batches(
     if len(texts) < samples:
         raise CalibrationError(f"{where}: has {len(texts)} texts, expected {samples}; give more, or lower --samples")
     chosen = sorted(texts[:samples], key=len)
-    size = 8 * BATCH
     options: dict[str, Any] = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
-    return [dict(tokenizer(list(chosen[i : i + size]), **options)) for i in range(0, samples, size)]
+    return [dict(tokenizer(list(chosen[i : i + TEXTS]), **options)) for i in range(0, samples, TEXTS)]
 
 
 def tensor_batches(path: Path) -> list[dict[str, Tensor]]:

@@ -22,27 +22,23 @@ _WARM_UP = 4  # steps in which the learning rate rises
 
 
 class Samples(Protocol):
-    """What goes into the model, piece by piece.
+    """What goes into the model, batch by batch.
 
     Attributes:
-        batches: number of optimizer steps in one pass.
+        batches: their number; each is an optimizer step.
     """
 
     batches: int
 
-    def pieces(self, batch: int) -> int:
-        """How many pieces a batch has, which go through the model one by one."""
-        ...
-
-    def wanted(self, batch: int, piece: int) -> Any:
+    def wanted(self, batch: int) -> Any:
         """The float model's output."""
         ...
 
-    def found(self, batch: int, piece: int) -> Any:
+    def found(self, batch: int) -> Any:
         """The quantized model's output with the matrices in training."""
         ...
 
-    def mask(self, batch: int, piece: int) -> Tensor | None:
+    def mask(self, batch: int) -> Tensor | None:
         """``[samples, tokens]``, 0 for tokens that do not count; None if all do."""
         ...
 
@@ -72,19 +68,16 @@ def tune(matrices: Collection[TrainedMatrix], samples: Samples, effort: Effort, 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     for batch in order:
         optimizer.zero_grad()
-        pieces, total = samples.pieces(batch), 0.0
-        for piece in range(pieces):
-            with torch.no_grad():
-                wanted = samples.wanted(batch, piece)
-            loss = divergence(samples.found(batch, piece), wanted, samples.mask(batch, piece)) / pieces
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        if not np.isfinite(total):
+        with torch.no_grad():
+            wanted = samples.wanted(batch)
+        loss = divergence(samples.found(batch), wanted, samples.mask(batch))
+        if not bool(loss.isfinite()):
             raise CalibrationError(
                 "the training of all scales together met a divergence that is not finite; take --effort fast, or "
                 "another text"
             )
-        losses.append(total)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(float(loss.detach()))
         optimizer.step()
         schedule.step()
     return losses

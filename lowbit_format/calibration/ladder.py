@@ -22,7 +22,7 @@ from .experts import StackResult, experts_of, quantize_experts, set_experts
 from .hessians import LEAST_ROWS, Call, Inputs, collect, find_stages, is_transposed, weight_of
 from .training import train
 
-_MEASURED = 4  # batches on which the error of a block is measured
+_MEASURED = 16  # batches on which the error of a block is measured
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from .experts import StackResult, computing_with, own_matrices
 from .hessians import Inputs, is_transposed, weight_of
 from .trained_matrix import TrainedMatrix
 
-_PROBES = 4  # batches from which the curvature is measured
+_PROBES = 16  # batches from which the curvature is measured
 
 
 def train(

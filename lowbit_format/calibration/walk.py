@@ -104,8 +104,8 @@ class Walk:
         """A batch on the device."""
         return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in self.batches[i].items()}
 
-    def mask(self, i: int, piece: int | None = None) -> Tensor | None:
-        mask = self.piece(i, piece).get("attention_mask")
+    def mask(self, i: int) -> Tensor | None:
+        mask = self.batch(i).get("attention_mask")
         return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def arguments(self, place: Place, kind: str, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -158,28 +158,11 @@ class Walk:
             if error is not None and i in error.batches:
                 error.add(outputs.hidden, self._load(place.position, "float", i).hidden, self.mask(i))
 
-    def output(self, batch: int, kind: str, piece: int | None = None) -> Any:
-        """The model's output for a batch (or a piece of it, see :meth:`pieces`), after float or quantized blocks."""
+    def output(self, batch: int, kind: str) -> Any:
+        """The model's output for a batch, after float or quantized blocks."""
         known = self.known(None, kind, batch)
-        if piece is not None and self.pieces(batch) > 1:
-            known = {block: outputs.sample(piece) for block, outputs in known.items()}
         with torch.no_grad():
-            return run(self.model, self.piece(batch, piece), known, self._weights(kind))
-
-    def pieces(self, batch: int) -> int:
-        """Into how many pieces a batch falls that can go through the model one by one: its samples, if it is text."""
-        values = self.batches[batch].values()
-        ids = self.batches[batch].get("input_ids")
-        if ids is None or any(not isinstance(v, Tensor) or v.shape[:1] != ids.shape[:1] for v in values):
-            return 1
-        return len(ids)
-
-    def piece(self, i: int, piece: int | None) -> dict[str, Any]:
-        """A piece of a batch on the device; None is all of it."""
-        batch = self.batch(i)
-        if piece is None or self.pieces(i) == 1:
-            return batch
-        return {name: value[piece : piece + 1] for name, value in batch.items()}
+            return run(self.model, self.batch(batch), known, self._weights(kind))
 
 
 class _Inputs:

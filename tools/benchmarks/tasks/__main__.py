@@ -10,9 +10,10 @@ causal language model adapted to another kind of text. It wants:
     --lm     a causal language model's directory, and
     --text   a text to adapt it to: the first 80% to train on, the rest to test on
 
-A task whose data is not given is left out. For every method a learning rate is searched by short runs, judged on
-examples held out of the training data; then it trains on all, once for each seed. Every run is a cell, kept as JSON
-under ``--cache``: an interrupted benchmark goes on where it stopped. ``--timing`` measures time per step and peak
+A task whose data is not given is left out. Every method trains at several learning rates, and examples held out of the
+training data judge them; with the best rate it trains once more for each further seed. Every run is a cell, kept as
+JSON under ``--cache``: an interrupted benchmark goes on where it stopped. ``--calibrate TEXT`` adds the methods whose
+base is calibrated, on that text. ``--timing`` measures time per step and peak
 memory instead, each method alone in a process of its own. The table and the plot are written to ``--out`` from the
 cells there are.
 """
@@ -64,6 +65,7 @@ class Method:
         bits, codec, group_size: of the base; 0 bits is the float model.
         head_of: take the head's learning rate from this method's search.
         dropout: train with the model's own dropout, which helps methods that train many numbers, and hurts others.
+        calibrated: the base is calibrated, on the text of ``--calibrate``.
     """
 
     name: str
@@ -75,10 +77,13 @@ class Method:
     group_size: int = 0
     head_of: str = ""
     dropout: bool = False
+    calibrated: bool = False
 
     @property
     def base(self) -> str:
-        return f"{self.codec}-{self.bits}-{self.group_size}" if self.bits else "float"
+        if not self.bits:
+            return "float"
+        return f"{self.codec}-{self.bits}-{self.group_size}{'-calibrated' if self.calibrated else ''}"
 
 
 FULL_RATES = {"sst2": (5e-5, 1e-4, 2e-4), "lm": (1e-3, 2e-3, 4e-3)}
@@ -87,9 +92,11 @@ PROBE_RATES = {"sst2": (1e-3, 3e-3, 1e-2)}
 SCALE_RATES = {"sst2": (1e-2, 2e-2, 4e-2), "lm": (1e-2, 2e-2, 4e-2)}
 
 
-def _scales(name: str, title: str, tune: str, bits: int, codec: str = "bcq", group_size: int = 0) -> Method:
+def _scales(
+    name: str, title: str, tune: str, bits: int, codec: str = "bcq", group_size: int = 0, *, calibrated: bool = False
+) -> Method:
     head_of = "" if name == "alphatuning-4" else "alphatuning-4"
-    return Method(name, title, tune, SCALE_RATES, bits, codec, group_size, head_of)
+    return Method(name, title, tune, SCALE_RATES, bits, codec, group_size, head_of, calibrated=calibrated)
 
 
 METHODS = {
@@ -106,6 +113,9 @@ METHODS = {
         _scales("scales-4", "all scales, 4 bits", "scales", 4),
         _scales("alphatuning-4-g128", "AlphaTuning, 4 bits, groups of 128", "alphatuning", 4, group_size=128),
         _scales("peqa-3", "PEQA, 3 bits", "peqa", 3, "uniform"),
+        _scales("alphatuning-4-calibrated", "AlphaTuning, 4 bits, calibrated", "alphatuning", 4, calibrated=True),
+        _scales("alphatuning-3-calibrated", "AlphaTuning, 3 bits, calibrated", "alphatuning", 3, calibrated=True),
+        _scales("alphatuning-2-calibrated", "AlphaTuning, 2 bits, calibrated", "alphatuning", 2, calibrated=True),
     )
 }
 
@@ -156,6 +166,7 @@ class Task:
     data: Callable[[], Data]
     lora_targets: str
     never_tuned: tuple[str, ...]
+    calibration: Path | None = None
 
 
 def sst2_task(model: Path, directory: Path, sizes: Sizes) -> Task:
@@ -237,7 +248,9 @@ def find_base(task: Task, method: Method, cache: Path) -> Path:
     if not out.exists():
         out.parent.mkdir(parents=True, exist_ok=True)
         target = Target(codec=method.codec, bits=method.bits, group_size=method.group_size)
-        convert_hf_to_lowbit(str(task.source), out, Recipe(target, embeddings=False, lm_head=False))
+        how = lb.Calibration(str(task.calibration)) if method.calibrated else None
+        recipe = Recipe(target, embeddings=False, lm_head=False)
+        convert_hf_to_lowbit(str(task.source), out, recipe, calibration=how)
     return out
 
 
@@ -286,7 +299,7 @@ def with_features(model: Classifier, data: Data) -> Data:
         return [{"features": model.features(b), "labels": b["labels"]} for b in batches]
 
     model.eval()
-    return Data(*(convert(part) for part in (data.train, data.search, data.held_out, data.test)))
+    return Data(*(convert(part) for part in (data.train, data.held_out, data.test)))
 
 
 # --- cells -----------------------------------------------------------------------------------------
@@ -309,13 +322,13 @@ class Bench:
         return self._data
 
     def search(self, method: Method) -> tuple[float, float]:
-        """The learning rates of body and head with the least loss on the held-out part, found by short runs."""
+        """The learning rates of body and head with the least loss on the held-out part."""
         head = HEAD_RATES[0]
         if method.head_of and self.task.name == "sst2":
             head = self.search(METHODS[method.head_of])[1]
 
         def loss(rate: float, head_rate: float) -> float:
-            found: float = self._cell(method, "search", 0, rate, head_rate)["held_out"]["loss"]
+            found: float = self._cell(method, 0, rate, head_rate)["held_out"]["loss"]
             return found
 
         rates = {r: loss(r, head) for r in method.rates[self.task.name]}
@@ -331,8 +344,8 @@ class Bench:
         return best, min(HEAD_RATES, key=lambda h: loss(best, h))
 
     def final(self, method: Method, seed: int) -> dict[str, Any]:
-        """Train on all examples with the rates found."""
-        return self._cell(method, "final", seed, *self.search(method))
+        """Train with the rates found."""
+        return self._cell(method, seed, *self.search(method))
 
     def before(self, method: Method) -> dict[str, Any]:
         """The base as it is, on the test data."""
@@ -343,15 +356,15 @@ class Bench:
 
         return self._cached(f"{method.base}-before", {"base": method.base}, run)
 
-    def _cell(self, method: Method, stage: str, seed: int, rate: float, head_rate: float) -> dict[str, Any]:
+    def _cell(self, method: Method, seed: int, rate: float, head_rate: float) -> dict[str, Any]:
         facts = {key: getattr(method, key) for key in ("name", "tune", "base")}
-        facts |= {"stage": stage, "seed": seed, "rate": rate, "head_rate": head_rate}
+        facts |= {"seed": seed, "rate": rate, "head_rate": head_rate}
         if method.dropout:
             facts["dropout"] = True
-        name = f"{method.name}-final-{seed}" if stage == "final" else f"{method.name}-search-{rate:g}-{head_rate:g}"
-        return self._cached(name, facts, lambda: self._run(method, stage, seed, rate, head_rate))
+        name = f"{method.name}-{seed}-{rate:g}-{head_rate:g}"
+        return self._cached(name, facts, lambda: self._run(method, seed, rate, head_rate))
 
-    def _run(self, method: Method, stage: str, seed: int, rate: float, head_rate: float) -> dict[str, Any]:
+    def _run(self, method: Method, seed: int, rate: float, head_rate: float) -> dict[str, Any]:
         base = find_base(self.task, method, self.cache)
         setup, data = set_up(self.task, method, base, seed), self.data
         if method.tune == "probe":
@@ -363,21 +376,19 @@ class Bench:
             model = Classifier(None, setup.model.head.in_features)
             setup = Setup(model, [], list(model.head.parameters()))
             rate, head_rate = head_rate, rate  # the one rate that is searched is the head's
-        seconds = train(setup, data.train if stage == "final" else data.search, rate, head_rate)
+        seconds = train(setup, data.train, rate, head_rate)
         trained = sum(p.numel() for p in setup.body)
         squares = sum(p.detach().square().sum().item() for p in setup.body)
-        cell: dict[str, Any] = {
+        return {
             "steps": len(seconds),
             "seconds_per_step": statistics.median(seconds),
             "trained": trained,
             "head": sum(p.numel() for p in setup.head),
             "rms": math.sqrt(squares / max(1, trained)),
+            "bundle_bytes": bundle_bytes(setup, method),
+            "held_out": measure(setup.model, data.held_out),
+            "test": measure(setup.model, data.test),
         }
-        if stage == "search":
-            return {**cell, "held_out": measure(setup.model, data.held_out)}
-        if method.tune != "probe":
-            cell["bundle_bytes"] = bundle_bytes(setup, method)
-        return {**cell, "test": measure(setup.model, data.test)}
 
     def _cached(self, name: str, facts: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         settings = {"task": self.task.name, "model": self.task.source.name, **asdict(self.sizes), **facts}
@@ -454,12 +465,12 @@ def time_all(bench: Bench, methods: list[Method]) -> None:
 # --- the command -----------------------------------------------------------------------------------
 
 SIZES = {
-    "sst2": Sizes(train=6000, epochs=2, search=2000, search_epochs=1, held_out=600, test=872, batch=32),
-    "lm": Sizes(train=2048, epochs=2, search=512, search_epochs=1, held_out=64, test=512, batch=16),
+    "sst2": Sizes(train=6000, epochs=2, held_out=600, test=872, batch=32),
+    "lm": Sizes(train=2048, epochs=2, held_out=64, test=512, batch=16),
 }
 QUICK = {
-    "sst2": Sizes(train=128, epochs=1, search=64, search_epochs=1, held_out=32, test=64, batch=32),
-    "lm": Sizes(train=32, epochs=1, search=16, search_epochs=1, held_out=16, test=16, batch=16),
+    "sst2": Sizes(train=128, epochs=1, held_out=32, test=64, batch=32),
+    "lm": Sizes(train=32, epochs=1, held_out=16, test=16, batch=16),
 }
 
 
@@ -470,13 +481,15 @@ def tasks(args: argparse.Namespace) -> Iterator[Bench]:
     if args.sst2:
         from lowbit_format.cli.demo import find_model
 
-        yield Bench(sst2_task(args.model or find_model(), args.sst2, sizes["sst2"]), cache, sizes["sst2"])
+        task = sst2_task(args.model or find_model(), args.sst2, sizes["sst2"])
+        yield Bench(replace(task, calibration=args.calibrate), cache, sizes["sst2"])
     if args.lm and args.text:
-        yield Bench(lm_task(args.lm, args.text, sizes["lm"]), cache, sizes["lm"])
+        task = lm_task(args.lm, args.text, sizes["lm"])
+        yield Bench(replace(task, calibration=args.calibrate), cache, sizes["lm"])
 
 
 def run_cells(bench: Bench, methods: list[Method], seeds: int) -> None:
-    """Search and first seed of every method, then the further seeds.
+    """The rates of every method, by its first seed, then the further seeds.
 
     A seed makes fresh parameters and dropout: the language model has none but LoRA's, and one seed is enough.
     """
@@ -495,6 +508,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the encoder; by default all-MiniLM-L6-v2")
     parser.add_argument("--lm", type=Path, help="a causal language model")
     parser.add_argument("--text", type=Path, help="the text to adapt it to")
+    parser.add_argument("--calibrate", type=Path, help="a text to calibrate bases with")
     parser.add_argument("--cache", type=Path, default=Path("bench_tasks_cache"), help="cells and converted bases")
     parser.add_argument("--out", type=Path, help="directory for the table and the plot")
     parser.add_argument("--only", default="*", help="cells to run, such as 'sst2/*' or 'lm/full,lm/peqa-*'")
@@ -515,7 +529,7 @@ def main() -> None:
     for bench in benches:
         wanted = [args.one] if args.one else args.only.split(",")
         methods = [
-            m for m in METHODS.values() if bench.task.name in m.rates
+            m for m in METHODS.values() if bench.task.name in m.rates and (args.calibrate or not m.calibrated)
             and any(fnmatch.fnmatchcase(f"{bench.task.name}/{m.name}", pattern) for pattern in wanted)
         ]  # fmt: skip
         if args.one:

@@ -25,14 +25,12 @@ class Data:
     """Lists of batches.
 
     Attributes:
-        train: for the runs that the table shows, all epochs one after another.
-        search: for the search of learning rates, the beginning of the same examples.
-        held_out: part of the training data that is in neither; judges the learning rates.
+        train: all epochs one after another.
+        held_out: part of the training data that is not in it; judges the learning rates.
         test: judges the result.
     """
 
     train: list[Batch]
-    search: list[Batch]
     held_out: list[Batch]
     test: list[Batch]
 
@@ -43,8 +41,6 @@ class Sizes:
 
     train: int
     epochs: int
-    search: int
-    search_epochs: int
     held_out: int
     test: int
     batch: int
@@ -84,7 +80,6 @@ def sst2_data(directory: Path, tokenizer: Any, sizes: Sizes) -> Data:
 
     return Data(
         train=batches(chosen, sizes.epochs),
-        search=batches(chosen[: sizes.search], sizes.search_epochs),
         held_out=batches(held_out),
         test=batches(dev),
     )
@@ -149,7 +144,6 @@ def text_data(path: Path, tokenizer: Any, sizes: Sizes, block: int = 128, fracti
 
     return Data(
         train=batches(pool[: sizes.train], sizes.epochs),
-        search=batches(pool[: sizes.search], sizes.search_epochs),
         held_out=batches(held_out),
         test=batches(test[: sizes.test]),
     )
