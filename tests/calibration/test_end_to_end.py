@@ -56,19 +56,16 @@ class Regression:
 
     def __init__(self, trained: TrainedMatrix, weight: torch.Tensor) -> None:
         self.trained, self.weight = trained, weight
-        self.x = torch.randn(self.batches, 2, 1, 7, weight.shape[1])
+        self.x = torch.randn(self.batches, 2, 7, weight.shape[1])
 
-    def pieces(self, batch: int) -> int:
-        return 2
+    def wanted(self, batch: int) -> Any:
+        return SimpleNamespace(logits=self.x[batch] @ self.weight.T)
 
-    def wanted(self, batch: int, piece: int) -> Any:
-        return SimpleNamespace(logits=self.x[batch, piece] @ self.weight.T)
+    def found(self, batch: int) -> Any:
+        return SimpleNamespace(logits=self.x[batch] @ self.trained.weight().T)
 
-    def found(self, batch: int, piece: int) -> Any:
-        return SimpleNamespace(logits=self.x[batch, piece] @ self.trained.weight().T)
-
-    def mask(self, batch: int, piece: int) -> torch.Tensor:
-        return torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    def mask(self, batch: int) -> torch.Tensor:
+        return torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1] * 7])
 
 
 @pytest.mark.parametrize(

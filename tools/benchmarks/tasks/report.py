@@ -97,8 +97,8 @@ def _sst2_table(rows: list[Row]) -> str:
         f"{sizes['train']:,} examples, {sizes['epochs']} epochs, batches of {sizes['batch']}, AdamW, linear decay; the "
         "same examples in the same order for all; the model's dropout with full fine-tuning and LoRA only. Accuracy on "
         "dev, in percent: mean, 95% interval of the mean, and every seed. Seeds differ in fresh parameters and "
-        f"dropout. Trained numbers and bundle without the head, which has {rows[0].cells[0]['head']} numbers. Learning rates of body and head "
-        f"were searched on {sizes['held_out']} sentences held out of train.\n",
+        f"dropout. Trained numbers and bundle without the head, which has {rows[0].cells[0]['head']} numbers. "
+        f"Learning rates of body and head were searched on {sizes['held_out']} sentences held out of train.\n",
         "| method | accuracy | 95% | to full | seeds | trained | fewer | bundle, bytes | ms/step | peak MB | rates |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -108,7 +108,8 @@ def _sst2_table(rows: list[Row]) -> str:
         mean = statistics.mean(found)
         lines.append(
             f"| {r.method.title} | {mean:.1f} | {_interval(found)} | {mean - full:+.1f} "
-            f"| {' '.join(f'{v:.1f}' for v in found)} | {r.numbers:,} | {_times(most, r.numbers)} | {_bytes(r)} | {_timing(r)} | {_rates(r)} |"
+            f"| {' '.join(f'{v:.1f}' for v in found)} | {r.numbers:,} | {_times(most, r.numbers)} | {_bytes(r)} "
+            f"| {_timing(r)} | {_rates(r)} |"
         )
     return "\n".join(lines) + "\n"
 
