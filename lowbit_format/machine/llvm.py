@@ -85,11 +85,12 @@ def prefetch(builder: Any, address: Any) -> None:
     builder.call(known, [pointer, I32(0), I32(2), I32(1)])
 
 
-def splat(builder: Any, value: Any) -> Any:
+def splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
     """A vector with `value` in every lane."""
-    kind = ir.VectorType(value.type, LANES)
+    kind = ir.VectorType(value.type, lanes)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ints(0))
+    first = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), first)
 
 
 def ints(value: int) -> Any:
@@ -134,8 +135,8 @@ def float_to_bfloat(builder: Any, value: Any, native: bool) -> Any:
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """``a * b + c``, with a single rounding on machines that have the instruction."""
-    return call(builder, "llvm.fmuladd.v16f32", VECTOR_F32, a, b, c)
+    """``a * b + c`` of float32 vectors, with a single rounding on machines that have the instruction."""
+    return call(builder, f"llvm.fmuladd.v{a.type.count}f32", a.type, a, b, c)
 
 
 def call(builder: Any, name: str, result: Any, *args: Any) -> Any:

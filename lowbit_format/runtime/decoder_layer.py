@@ -3,8 +3,8 @@
 Between its products a layer is some sixty operations of torch, and with one token each takes longer to begin than to
 compute. :class:`DecoderLayer` stands in front of the class of a layer that is built as Llama's is (Touvron et al. 2023,
 arXiv:2302.13971): norm, attention with rotary positions, residual; norm, gated MLP with SiLU, residual. On a CPU it
-computes a single token of a few rows itself: with one launch for the products of the same input, and float32 between
-them. Everything else is left to the class behind it: prompts, training, compiled graphs, hooks on parts, parts that
+computes a single token of a few rows itself: with one launch for all before attention and one for all behind it, in
+float32. Everything else is left to the class behind it: prompts, training, compiled graphs, hooks on parts, parts that
 something has replaced, other ways of attention.
 
 How a layer is built is known from its parts, and not from its name. What its code does with them is not: so before the
@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,9 @@ from ..kernels import operators
 from .activations import exactly
 from .class_mixin import Mixin, mix_in, restore_class
 from .modules import LowbitLinear
+
+if TYPE_CHECKING:
+    from ..kernels.cpu.layer_steps import LayerSteps, Norm, Parts
 
 log = logging.getLogger(__name__)
 
@@ -175,39 +181,69 @@ def _classes(layer: Any) -> tuple[type, ...]:
 
 def _next_token(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The layer's result for one token of each row, ``[batch, 1, columns]``; None where tasks need other calls."""
-    from ..kernels.cpu.between_products import rms_norm, rotate  # compilers load slowly
+    batch = hidden.shape[0]
+    attention = layer._modules["self_attn"]
+    parts, dim = _parts_now(layer, batch), attention.head_dim
+    angles = [t.reshape(-1, t.shape[-1]).float().contiguous() for t in kwargs["position_embeddings"]]
+    if parts is None or angles[0].shape[-1] != dim:
+        return None
+    with _steps(layer, parts, batch) as steps:
+        x = hidden.reshape(batch, -1).float().contiguous()
+        q, k, v = steps.before(x, parts, *angles)
+        heads = k.shape[1] // dim
+        keys, values = (t.view(batch, heads, 1, dim).to(hidden.dtype) for t in (k, v))
+        if (cache := kwargs.get("past_key_values")) is not None:
+            keys, values = cache.update(keys, values, attention.layer_idx)
+        # The heads that share keys are as good as several tokens of one head: so nothing is repeated.
+        q = q.view(batch, heads, -1, dim).to(keys.dtype)
+        seen = F.scaled_dot_product_attention(q, keys, values, kwargs.get("attention_mask"), scale=attention.scaling)
+        out = steps.after(x, seen.reshape(batch, -1).float(), parts)
+    return out.to(hidden.dtype).view(batch, 1, -1)
+
+
+def _parts_now(layer: Any, batch: int) -> Parts | None:
+    """What the layer computes with at this step; None where tasks need other calls."""
+    from ..kernels.cpu.layer_steps import Parts
 
     parts = layer._modules
-    attention, mlp = parts["self_attn"], parts["mlp"]
-    heads, gates = attention._modules, mlp._modules
-    batch, dim = hidden.shape[0], attention.head_dim
-    factors = {name: part.factor(batch) for of in (heads, gates) for name, part in of.items() if name.endswith("_proj")}
-    cos, sin = (t.reshape(-1, t.shape[-1]).float().contiguous() for t in kwargs["position_embeddings"])
-    if cos.shape[-1] != dim or None in factors.values():
-        return None
+    heads, gates = parts["self_attn"]._modules, parts["mlp"]._modules
+    factors = {}
+    for of in (heads, gates):
+        for name, part in of.items():
+            if name.endswith("_proj"):
+                if (factor := part.factor(batch)) is None:
+                    return None
+                factors[name] = factor
+    norms = _norm_of(parts["input_layernorm"]), _norm_of(parts["post_attention_layernorm"])
+    head_norms = (_norm_of(heads["q_norm"]), _norm_of(heads["k_norm"])) if "q_norm" in heads else ()
+    return Parts(factors, norms, head_norms, parts["self_attn"].head_dim)
 
-    linear_together = operators.backend_of(factors["q_proj"].w).linear_together
 
-    def norm(x: Tensor, part: Any) -> Tensor:
-        return rms_norm(x, part._parameters["weight"], part.variance_epsilon)
+def _norm_of(part: Any) -> Norm:
+    from ..kernels.cpu.layer_steps import Norm
 
-    def products(x: Tensor, *names: str) -> list[Tensor]:
-        return linear_together(x, [factors[name] for name in names])
+    return Norm(part._parameters["weight"], part.variance_epsilon)
 
-    x = hidden.reshape(batch, -1).float().contiguous()
-    q, k, v = products(norm(x, parts["input_layernorm"]), "q_proj", "k_proj", "v_proj")
-    if "q_norm" in heads:
-        q, k = (norm(t.view(-1, dim), heads[name]).view(batch, -1) for t, name in ((q, "q_norm"), (k, "k_norm")))
-    q_heads, kv_heads = q.shape[1] // dim, k.shape[1] // dim
-    rotate(q, cos, sin, q_heads)
-    rotate(k, cos, sin, kv_heads)
-    keys, values = (t.view(batch, kv_heads, 1, dim).to(hidden.dtype) for t in (k, v))
-    if (cache := kwargs.get("past_key_values")) is not None:
-        keys, values = cache.update(keys, values, attention.layer_idx)
-    # The heads that share keys are as good as several tokens of one head: so nothing is repeated.
-    q = q.view(batch, kv_heads, q_heads // kv_heads, dim).to(keys.dtype)
-    seen = F.scaled_dot_product_attention(q, keys, values, kwargs.get("attention_mask"), scale=attention.scaling)
-    x = x + products(seen.reshape(batch, -1).float(), "o_proj")[0]
-    gate, up = products(norm(x, parts["post_attention_layernorm"]), "gate_proj", "up_proj")
-    x += products(F.silu(gate, inplace=True).mul_(up), "down_proj")[0]
-    return x.to(hidden.dtype).view(batch, 1, -1)
+
+# Jobs know addresses, so copies of a layer must not have them: they are kept beside it. A call takes one and puts it
+# back, so that no two threads have the same.
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, ...], list[LayerSteps]]] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def _steps(layer: nn.Module, parts: Parts, batch: int) -> Iterator[LayerSteps]:
+    from ..kernels.cpu.layer_steps import LayerSteps  # compilers load slowly
+
+    shapes = (
+        batch,
+        parts.dim,
+        len(parts.head_norms),
+        *(n for f in parts.factors.values() for n in (f.w.rows, f.w.cols)),
+    )
+    known = _kept.setdefault(layer, {})
+    if shapes not in known:
+        known.clear()
+    free = known.setdefault(shapes, [])
+    steps = free.pop() if free else LayerSteps(parts, batch)
+    yield steps
+    free.append(steps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 
 import lowbit_format as lb
+from lowbit_format.kernels.cpu import products
 from lowbit_format.runtime.decoder_layer import DecoderLayer, shorten_layers
 from lowbit_format.schema import Scheme
 
@@ -332,3 +334,103 @@ def test_layers_of_other_structure_are_left_alone(tmp_path: Path) -> None:
     float_model = LlamaForCausalLM(llama_config(False))
     shorten_layers(float_model)
     assert layers(float_model) == []
+
+
+def in_the_short_way_and_by_the_class(model: Any) -> tuple[Tensor, Tensor]:
+    return steps(model), steps(left_to_the_class(model))
+
+
+def scale_norm(model: Any) -> None:
+    model.model.layers[0].input_layernorm.weight.mul_(1.5)
+
+
+def replace_norm(model: Any) -> None:
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.weight = nn.Parameter(norm.weight * 0.5)
+
+
+def add_to_bias(model: Any) -> None:
+    model.model.layers[0].self_attn.q_proj.bias.add_(0.3)
+
+
+def replace_bias(model: Any) -> None:
+    projection = model.model.layers[1].self_attn.k_proj
+    projection.bias = nn.Parameter(projection.bias + 0.2)
+
+
+def scale_scales(model: Any) -> None:
+    model.model.layers[0].mlp.down_proj.scales.mul_(1.25)
+
+
+def replace_scales(model: Any) -> None:
+    projection = model.model.layers[1].mlp.up_proj
+    projection.scales = nn.Parameter(projection.scales * 0.75)
+
+
+def round_activations(model: Any) -> None:
+    lb.set_activations(model, "int8")
+
+
+def loaded_again(model: Any) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["model.layers.0.mlp.gate_proj.scales"].mul_(0.5)
+    model.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        scale_norm,
+        replace_norm,
+        add_to_bias,
+        replace_bias,
+        scale_scales,
+        replace_scales,
+        round_activations,
+        loaded_again,
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_changes_between_tokens(change: Callable[[Any], None], dtype: torch.dtype, qwen2: Path) -> None:
+    """Addresses are kept from token to token: what they are of may change in any way."""
+    model = load(qwen2, dtype=dtype)
+    before = steps(model)
+    with torch.no_grad():
+        change(model)
+    found, want = in_the_short_way_and_by_the_class(model)
+    assert uses_the_short_way(model)
+    assert not torch.equal(found, before)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(found, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(FAMILIES["qwen2"], tmp_path_factory.mktemp("qwen2") / "model")
+
+
+def test_other_numbers_of_rows_in_turn(llama: Path) -> None:
+    model = load(llama)
+    twin = left_to_the_class(model)
+    for rows in (1, 2, 1, 8, 3, 2):
+        ids = (PROMPTS[:1] + torch.arange(rows)[:, None]) % 64
+        found, want = (m.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0) for m in (model, twin))
+        assert torch.equal(found, want)
+
+
+def test_threads_that_share_a_model(llama: Path) -> None:
+    model = load(llama)
+    want = generated(model, max_new_tokens=24)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: generated(model, max_new_tokens=24), range(8)))
+    assert all(torch.equal(one, want) for one in found)
+
+
+@pytest.mark.parametrize("threads", ["1", "3"])
+def test_several_threads_give_the_same(threads: str, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(llama)
+    want = steps(model)
+    monkeypatch.setattr(products, "ONE_THREAD_BELOW", 0)
+    monkeypatch.setenv("LOWBIT_NUM_THREADS", threads)
+    assert torch.equal(steps(load(llama)), want)
+    assert torch.equal(steps(model), want)

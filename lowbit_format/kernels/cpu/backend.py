@@ -98,7 +98,7 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     """As :func:`..naive.linear`. Few rows are multiplied in float32, whatever the dtype of `x`, and rounded once."""
     check_linear(x, w, bias, deltas, task_ids)
     plan, rows = products.plan(w) if x.dtype in _DTYPES else None, x.numel() // w.cols
-    if plan is not None and 0 < rows <= _most_rows(plan, w, x, task_ids):
+    if plan is not None and 0 < rows <= most_rows(plan, w, x.dtype, task_ids):
         return _few(x, plan, bias, deltas, task_ids, w.activations)
     with torch.no_grad(), no_autocast(x):
         if not can_tile(w) or x.dtype not in _DTYPES:
@@ -108,10 +108,10 @@ def linear(x: Tensor, w: PlaneMatrix, bias: Tensor | None, deltas: Tensor | None
     return out.reshape(*x.shape[:-1], out.shape[1])
 
 
-def _most_rows(plan: products.Plan, w: PlaneMatrix, x: Tensor, task_ids: Tensor | None) -> float:
-    """Rows of `x` up to which they are multiplied straight from planes."""
+def most_rows(plan: products.Plan, w: PlaneMatrix, dtype: torch.dtype, task_ids: Tensor | None) -> float:
+    """Rows of an x of this dtype up to which they are multiplied straight from planes."""
     rounds = w.activations == INT8 and plan.can_round
-    return products.most_rows(plan.bits, x.dtype, task_ids is not None, rounds)
+    return products.most_rows(plan.bits, dtype, task_ids is not None, rounds)
 
 
 def _few(
@@ -122,7 +122,7 @@ def _few(
     task_ids: Tensor | None,
     activations: str,
 ) -> Tensor:
-    bias = _readable(bias)
+    bias = readable(bias)
     flat = x.reshape(-1, plan.cols)
     if len(flat) <= products.ROWS_AT_ONCE:
         out = plan.multiply(flat, bias, deltas, task_ids, activations)
@@ -136,7 +136,7 @@ def _few(
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-def _readable(bias: Tensor | None) -> Tensor | None:
+def readable(bias: Tensor | None) -> Tensor | None:
     """`bias` as kernels read it: float32, contiguous."""
     if bias is None or (bias.dtype == torch.float32 and bias.is_contiguous()):
         return bias
@@ -150,9 +150,9 @@ def linear_together(x: Tensor, factors: Sequence[Factor]) -> list[Tensor]:
     for w, bias, deltas, task_ids in factors:
         check_linear(x, w, bias, deltas, task_ids)
         plan = products.plan(w) if x.dtype in _DTYPES else None
-        if plan is None or not 0 < rows <= min(_most_rows(plan, w, x, task_ids), products.ROWS_AT_ONCE):
+        if plan is None or not 0 < rows <= min(most_rows(plan, w, x.dtype, task_ids), products.ROWS_AT_ONCE):
             return factor_by_factor(x, factors, linear=linear)
-        few.append((plan, _readable(bias), deltas, task_ids, w.activations))
+        few.append(products.Product(plan, readable(bias), deltas, task_ids, w.activations))
     found = products.multiply_together(x if x.dim() == 2 else x.reshape(rows, -1), few)
     if x.dim() == 2 and x.dtype == torch.float32:
         return found
@@ -170,7 +170,7 @@ def linear_each(x: Tensor, shares: Sequence[Share], task_ids: Tensor | None) -> 
         check_linear(x, w, None, deltas, task_ids)
         plan = products.plan(w)
         ids = ids_of(share, task_ids)
-        if plan is None or end - begin > min(_most_rows(plan, w, x, ids), products.ROWS_AT_ONCE):
+        if plan is None or end - begin > min(most_rows(plan, w, x.dtype, ids), products.ROWS_AT_ONCE):
             out[begin:end] = linear(x[begin:end], w, None, deltas, ids)
         elif begin < end:
             few.append((plan, share))

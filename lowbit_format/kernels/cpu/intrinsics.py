@@ -48,6 +48,7 @@ from .tiles import WORD
 # Sizes in bytes.
 VECTOR = 4 * LANES  # a vector of words, or of floats
 TABLE = 4 * 16  # the signed sums of four columns
+TRIPLE, TRIPLE_TABLE = 3, 4 * 8  # columns of a table with AVX2, and its bytes
 WORD_TABLES = WORD // 4 * TABLE  # the tables of a word's columns
 WORD_X = 4 * WORD  # the activations of a word's columns
 CACHE_LINE = 64
@@ -173,28 +174,29 @@ def _permute(builder, table, index):
 
 
 def _lookup_256(builder, words, tables, x, sums, size):
-    """As with AVX-512, with the table in two halves. The highest bit of a nibble, moved to the sign, selects one."""
+    """``vpermps`` looks up eight indices of three bits in a table of 8: shift, permute, add for three columns.
+
+    Tables of four columns would be two vectors, of which a blend has to choose: six instructions for four columns, and
+    on Zen 3 permutations are the slowest of them.
+    """
     halves = {(p, h): builder.shuffle_vector(s, s, _half(h)) for p, s in sums.items() for h in range(2)}
-    zero = ir.Constant(_HALF_I32, [0] * _HALF)
-    for byte in range(size):
-        align = 1 if byte else size
-        w = {
-            (t, h): load(builder, at(builder, a, (h, VECTOR // 2), (byte, 1)), _HALF_I32, align)
+
+    def loaded(byte):
+        return {
+            (t, h): load(builder, at(builder, a, (h, VECTOR // 2), (byte, 1)), _HALF_I32, 1 if byte % size else size)
             for t, a in words.items()
             for h in range(2)
         }
-        for nibble in range(2):
-            for r, a in tables.items():
-                table = at(builder, a, (2 * byte + nibble, TABLE))
-                low, high = (load(builder, at(builder, table, (h, TABLE // 2)), _HALF_F32) for h in range(2))
-                for (t, h), v in w.items():
-                    index = builder.lshr(v, ir.Constant(_HALF_I32, [4 * nibble] * _HALF))
-                    sign = builder.shl(v, ir.Constant(_HALF_I32, [28 - 4 * nibble] * _HALF))
-                    below, above = (
-                        call(builder, "llvm.x86.avx2.permps", _HALF_F32, part, index) for part in (low, high)
-                    )
-                    found = builder.select(builder.icmp_signed("<", sign, zero), above, below)
-                    halves[(r, t), h] = builder.fadd(halves[(r, t), h], found)
+
+    w = loaded(0)
+    for number, column in enumerate(range(0, 8 * size, TRIPLE)):
+        here, shift = (loaded(column // 8), 0) if column % 8 == 0 else (w, column)
+        for r, a in tables.items():
+            table = load(builder, at(builder, a, (number, TRIPLE_TABLE)), _HALF_F32)
+            for (t, h), v in here.items():
+                index = builder.lshr(v, ir.Constant(_HALF_I32, [shift] * _HALF)) if shift else v
+                found = call(builder, "llvm.x86.avx2.permps", _HALF_F32, table, index)
+                halves[(r, t), h] = builder.fadd(halves[(r, t), h], found)
     both = ir.Constant(VECTOR_I32, list(range(LANES)))
     return {p: builder.shuffle_vector(halves[p, 0], halves[p, 1], both) for p in sums}
 
@@ -403,32 +405,43 @@ def _as_float(context, builder, source, tile, dtype):
     return builder.bitcast(builder.shl(builder.zext(raw, VECTOR_I32), ints(16)), VECTOR_F32)
 
 
-@intrinsic
-def set_tables(typingctx, x, tables, count):
-    """Fill `tables` with the 16 signed sums of every four activations; returns the sum of x.
+@intrinsic(prefer_literal=True)
+def set_tables(typingctx, x, tables, count, BYTES):
+    """Fill `tables` with the signed sums of every few activations; returns the sum of x.
 
     Entry i adds the activation of column j where bit j of i is 1 and subtracts it where the bit is 0.
 
     Args:
-        x: float32 ``[4 * count]``.
-        tables: float32 ``[count, 16]``.
+        x: float32 ``[count, 8 * BYTES]``.
+        tables: float32 ``[count, 2 * BYTES, 16]``: of four columns each. With AVX2 the room of a word has tables of
+            three columns, ``[8]``, the last of which are fewer and count as 0.
+        count: words, at least 1.
+        BYTES: as in :func:`add_planes`.
     """
-    signature = types.float32(types.int64, types.int64, types.int64)
-    signs = [ir.Constant(VECTOR_F32, [1.0 if c >> j & 1 else -1.0 for c in range(16)]) for j in range(4)]
+    size = BYTES.literal_value
+    signature = types.float32(types.int64, types.int64, types.int64, BYTES)
 
     def codegen(context, builder, signature, args):
-        x, tables, count = args
+        x, tables, count = args[:3]
+        by_three = _isa(context) == "avx2"
+        columns, lanes, kind = (TRIPLE, _HALF, _HALF_F32) if by_three else (4, LANES, VECTOR_F32)
+        signs = [ir.Constant(kind, [1.0 if i >> j & 1 else -1.0 for i in range(lanes)]) for j in range(columns)]
 
-        def four(i, total):
-            table = None
-            for j in range(4):
-                value = splat(builder, load(builder, at(builder, x, (i, 16), (j, 4)), F32))
-                table = fma(builder, value, signs[j], table) if j else builder.fmul(value, signs[j])
-            store(builder, table, at(builder, tables, (i, TABLE)))
-            return [builder.fadd(total[0], table)]
+        def word(i, total):
+            total = total[0]
+            for number, first in enumerate(range(0, 8 * size, columns)):
+                table = None
+                for j in range(min(columns, 8 * size - first)):
+                    value = load(builder, at(builder, x, (i, WORD_X * size // 4), (first + j, 4)), F32)
+                    value = splat(builder, value, lanes)
+                    table = builder.fmul(value, signs[j]) if table is None else fma(builder, value, signs[j], table)
+                to = at(builder, tables, (i, WORD_TABLES * size // 4), (number, TRIPLE_TABLE if by_three else TABLE))
+                store(builder, table, to)
+                total = builder.fadd(total, table)
+            return [total]
 
-        (total,) = loop(builder, count, four, [ZERO])
-        return builder.extract_element(total, I32(15))  # entry 15 adds all columns
+        (total,) = loop(builder, count, word, [ir.Constant(kind, [0.0] * lanes)])
+        return builder.extract_element(total, I32(lanes - 1))  # the last entry adds all columns
 
     return signature, codegen
 

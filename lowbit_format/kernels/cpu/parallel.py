@@ -9,6 +9,8 @@ afterwards, and a second pool would wait for their cores. So kernels enter the s
 compilers emit for parallel regions. Where OpenMP has no such function (macOS, Windows), and in a process made by
 ``fork``, in which the OpenMP threads are gone, the pool of Python threads of :mod:`lowbit_format.machine.threads`
 takes their place.
+
+Kernels that follow one another can be run by one call (:func:`run_in_turn`): threads go through all of them together.
 """
 
 from __future__ import annotations
@@ -16,21 +18,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import inspect
+import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numba
 import torch
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from ...machine import threads
-from ...machine.llvm import I64
+from ...machine.llvm import I32, I64, call
 
 log = logging.getLogger(__name__)
+
+PATIENCE = 1 << 10  # looks at a kernel that others are in, before they are given this thread's core
 
 _forked = False
 _compiling = threading.Lock()
@@ -58,10 +64,14 @@ def take(typingctx, job):
     """Number of the next piece of `job`: 0, 1, 2, …, to each thread another."""
 
     def codegen(context, builder, signature, args):
-        taken = builder.bitcast(args[0], I64.as_pointer())  # the first field
-        return builder.atomic_rmw("add", taken, I64(1), "monotonic")
+        return builder.atomic_rmw("add", _field(builder, args[0], 0), I64(1), "acq_rel")
 
     return types.int64(job), codegen
+
+
+def _field(builder: Any, job: Any, number: int) -> Any:
+    """Pointer to a field of a job."""
+    return builder.gep(builder.bitcast(job, I64.as_pointer()), [I64(number)])
 
 
 @intrinsic
@@ -136,6 +146,86 @@ class Kernel:
         self._alone(pointer)
         for other in others:
             other.result()
+
+
+@job
+class Step(Job):
+    """A kernel that is run in turn with others."""
+
+    inside: int  # threads that are in the kernel
+    kernel: int  # address of the C function
+    job: int  # address of its job
+    next: int  # address of the step after it
+
+
+@intrinsic
+def _enter(typingctx, step):
+    """Run the kernel of `step`, and be counted as long as it runs."""
+
+    def codegen(context, builder, signature, args):
+        inside, kernel, job = (_field(builder, args[0], number) for number in (1, 2, 3))
+        builder.atomic_rmw("add", inside, I64(1), "acq_rel")
+        function = ir.FunctionType(ir.VoidType(), [I64]).as_pointer()
+        builder.call(builder.inttoptr(builder.load(kernel), function), [builder.load(job)])
+        builder.atomic_rmw("sub", inside, I64(1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(step), codegen
+
+
+@intrinsic
+def _inside(typingctx, step):
+    """How many threads are in the kernel of `step`."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load_atomic(_field(builder, args[0], 1), "acquire", 8)
+
+    return types.int64(step), codegen
+
+
+@intrinsic
+def _give_way(typingctx):
+    """Let another thread have this one's core, if it waits for one."""
+
+    def codegen(context, builder, signature, args):
+        if os.name == "posix":
+            call(builder, "sched_yield", I32)
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@kernel(Step)
+def _in_turn(step):
+    """Run kernels one after another.
+
+    A thread leaves a kernel when no piece is left. All pieces are done when nobody is inside any more: who took one had
+    entered before. A thread that comes late finds nothing to do, so it does not matter how many there are.
+    """
+    while True:
+        _enter(step)
+        turns = 0
+        while _inside(step) != 0:
+            turns += 1
+            if turns % PATIENCE == 0:
+                _give_way()
+        if step.next == 0:
+            break
+        step = job_at(step, step.next)
+
+
+def steps_of(work: Sequence[tuple[Kernel, Job]]) -> list[Step]:
+    """Kernels with their jobs to be run in turn, at least one; each job has to live as long as its step."""
+    steps = [Step(kernel=kernel._address, job=ctypes.addressof(job)) for kernel, job in work]
+    for step, after in itertools.pairwise(steps):
+        step.next = ctypes.addressof(after)
+        step.alive = after
+    return steps
+
+
+def run_in_turn(first: Step, count: int) -> None:
+    """Run kernels one after another, see :func:`steps_of`, in one call on up to `count` threads."""
+    _in_turn(first, count)
 
 
 def num_threads() -> int:

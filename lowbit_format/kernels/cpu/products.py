@@ -63,8 +63,8 @@ from .intrinsics import (
     read_parameters,
     set_tables,
 )
-from .parallel import Job, job, job_at, keep, kernel, take
-from .rounded import Groups, Rounded, rounded
+from .parallel import Job, Kernel, job, job_at, keep, kernel, take
+from .rounded import Groups, Rounded, RoundingJob, round_rows, rounded, rounding
 from .tiles import BLOCK, MOST_PLANES, STRIP, WORD
 
 ROWS_AT_ONCE = 64  # of x in one product: the tables of more rows (4 KiB each) leave the cache
@@ -127,6 +127,16 @@ class ProductJob(Job):
     terms: int  # address, float32 [tasks, term_planes, groups, all rows padded]: deltas that add to scales
     term_planes: int
     changes_only: int  # 1: only what factors change, without the rest of the product
+
+
+class Product(NamedTuple):
+    """One of several products with the same x: arguments of :meth:`Plan.multiply`."""
+
+    plan: Plan
+    bias: Tensor | None
+    deltas: Tensor | None
+    task_ids: Tensor | None
+    activations: str
 
 
 class Plan:
@@ -309,27 +319,41 @@ def _with_margin(planes: Tensor) -> Tensor:
 
 def _run(jobs: Sequence[ProductJob], threads: int) -> None:
     """All `jobs` as one piece of work for the threads; as two, if only some have 8-bit activations."""
+    for work, first in _in_chains(jobs):
+        work(first, threads)
+
+
+def _in_chains(jobs: Sequence[ProductJob]) -> list[tuple[Kernel, Job]]:
+    """Jobs that go on with one another: the kernel and the first job of those that are exact, and of the others."""
     exact, others = [one for one in jobs if one.tables == 0], [one for one in jobs if one.tables != 0]
+    found: list[tuple[Kernel, Job]] = []
     for work, some in ((_multiply, exact), (_multiply_rounded, others)):
+        for one, after in itertools.pairwise(some):
+            one.next = ctypes.addressof(after)
         if some:
-            for one, after in itertools.pairwise(some):
-                one.next = ctypes.addressof(after)
-            work(some[0], threads)
+            found.append((work, some[0]))
+    return found
 
 
 class _Tables:
-    """The tables of `x`, made once for all plans whose columns are grouped alike."""
+    """The tables of `x`, made once for all plans whose columns are grouped alike.
+
+    Attributes:
+        jobs: of :func:`.rounded.round_rows`, that make them.
+    """
 
     def __init__(self, x: Tensor) -> None:
-        self.x, self.made = x, dict[Groups, Rounded]()
+        self.x, self.made, self.jobs = x, dict[Groups, Rounded](), list[RoundingJob]()
 
     def of(self, plan: Plan, activations: str) -> Rounded | None:
-        """Those for `plan`; None for an exact product."""
+        """Room for those for `plan`; None for an exact product."""
         if activations == EXACT or not plan.can_round:
             return None
         found = self.made.get(plan.groups)
         if found is None:
-            found = self.made[plan.groups] = rounded(self.x, plan.groups)
+            found, own = rounding(self.x, plan.groups)
+            self.made[plan.groups] = found
+            self.jobs.append(own)
         return found
 
 
@@ -351,17 +375,76 @@ def multiply_each(x: Tensor, shares: Sequence[tuple[Plan, Share]], task_ids: Ten
     for plan, s in shares:
         own = tables.of(plan, s.w.activations)
         jobs += plan.prepare(x, out, s.begin, s.end, s.deltas, task_ids, chunks, own)
+    for own_job in tables.jobs:
+        round_rows(own_job, threads)
     _run(jobs, threads)
 
 
-def multiply_together(
-    x: Tensor, factors: Sequence[tuple[Plan, Tensor | None, Tensor | None, Tensor | None, str]]
-) -> list[Tensor]:
+class Together:
+    """The products of the same rows of x with several matrices, ready to be computed as often as x changes.
+
+    Args:
+        x: float32 ``[batch, columns padded to whole words]``, contiguous; has to live as long.
+        factors: plan, bias, deltas, task ids and activations of each, as in :meth:`Plan.multiply`; at least one.
+        outs: float32 ``[batch, rows]`` for each, contiguous, to be filled; have to live as long.
+        threads: that will work.
+
+    Attributes:
+        work: kernels and jobs, to be run in turn.
+
+    Raises:
+        IndexError: a task does not exist.
+    """
+
+    def __init__(self, x: Tensor, factors: Sequence[Product], outs: Sequence[Tensor], threads: int) -> None:
+        self._tables = _Tables(x)
+        chunks = -(-threads * CHUNKS_PER_THREAD // len(factors))
+        self._jobs: list[list[ProductJob]] = []
+        for (plan, bias, deltas, task_ids, activations), out in zip(factors, outs, strict=True):
+            own = self._tables.of(plan, activations)
+            jobs = plan.prepare(x, out, 0, x.shape[0], deltas, task_ids, chunks, own)
+            for one in jobs:
+                one.bias = _address(bias)
+            self._jobs.append(jobs)
+        every = [one for jobs in self._jobs for one in jobs]
+        rounds: list[tuple[Kernel, Job]] = [(round_rows, one) for one in self._tables.jobs]
+        self.work = [*rounds, *_in_chains(every)]
+
+    def reset(self) -> None:
+        """Be ready to be computed again."""
+        for rounding_job in self._tables.jobs:
+            rounding_job.taken = 0
+        for jobs in self._jobs:
+            for one in jobs:
+                one.taken = 0
+
+    def read_from(self, x: Tensor) -> None:
+        """Another x of the same shape from now on."""
+        for rounding_job in self._tables.jobs:
+            rounding_job.x = x.data_ptr()
+        for jobs in self._jobs:
+            for one in jobs:
+                one.x = x.data_ptr()
+
+    def write_to(self, outs: Sequence[Tensor]) -> None:
+        """Other results of the same shapes from now on."""
+        for jobs, out in zip(self._jobs, outs, strict=True):
+            for one in jobs:
+                one.out = out.data_ptr()
+
+    def add(self, biases: Sequence[Tensor | None]) -> None:
+        """Other biases of the same shapes from now on."""
+        for jobs, bias in zip(self._jobs, biases, strict=True):
+            for one in jobs:
+                one.bias = _address(bias)
+
+
+def multiply_together(x: Tensor, factors: Sequence[Product]) -> list[Tensor]:
     """The product of the same rows of x with several matrices, as one piece of work for the threads.
 
     Args:
         x: ``[batch, cols]``, of any dtype.
-        factors: plan, bias, deltas, task ids and activations of each, as in :meth:`Plan.multiply`; at least one.
+        factors: as of :class:`Together`.
 
     Returns:
         For each float32 ``[batch, rows]``.
@@ -369,19 +452,18 @@ def multiply_together(
     Raises:
         IndexError: a task does not exist.
     """
-    x, jobs, found = padded(x), list[ProductJob](), list[Tensor]()
+    x = padded(x)
     batch = x.shape[0]  # len(x) takes longer
-    threads = _threads(sum([plan.lookups for plan, *_ in factors]) * batch)
-    chunks, tables = -(-threads * CHUNKS_PER_THREAD // len(factors)), _Tables(x)
-    for plan, bias, deltas, task_ids, activations in factors:
-        out = torch.empty(batch, plan.rows, dtype=torch.float32, device="cpu")
-        own = tables.of(plan, activations)
-        for one in plan.prepare(x, out, 0, batch, deltas, task_ids, chunks, own):
-            one.bias = _address(bias)
-            jobs.append(one)
-        found.append(out)
-    _run(jobs, threads)
+    found = [torch.empty(batch, plan.rows, dtype=torch.float32, device="cpu") for plan, *_ in factors]
+    threads = threads_for(factors, batch)
+    for work, one in Together(x, factors, found, threads).work:
+        work(one, threads)
     return found
+
+
+def threads_for(factors: Sequence[Product], batch: int) -> int:
+    """How many threads are worth waking for products with `batch` rows of x."""
+    return _threads(sum([plan.lookups for plan, *_ in factors]) * batch)
 
 
 def _threads(lookups: int) -> int:
@@ -555,9 +637,12 @@ def _work(job, ROUNDED):
 def _make_tables(job, block, scratch):
     """Tables of every row of x over `block`, and the sums of x."""
     sums, stride = floats_at(scratch.sums), min(job.group_words, BLOCK) * WORD_TABLES
-    x, count = _x_of(job, block), block.words * (WORD // 4) // job.groups_in_word
+    x = _x_of(job, block)
     for r in range(job.batch):
-        sums[r] = set_tables(x + r * job.x_stride, scratch.tables + r * stride, count)
+        if job.groups_in_word == 1:
+            sums[r] = set_tables(x + r * job.x_stride, scratch.tables + r * stride, block.words, WHOLE_WORD)
+        else:
+            sums[r] = set_tables(x + r * job.x_stride, scratch.tables + r * stride, block.words, HALF_WORD)
 
 
 @numba.njit(forceinline=True)

@@ -82,6 +82,13 @@ def rounded(x: Tensor, groups: Groups) -> Rounded:
     Args:
         x: float32 ``[n, columns padded to whole words]``, contiguous.
     """
+    made, work = rounding(x, groups)
+    round_rows(work, parallel.num_threads() if x.numel() >= ONE_THREAD_BELOW else 1)
+    return made
+
+
+def rounding(x: Tensor, groups: Groups) -> tuple[Rounded, RoundingJob]:
+    """Room for what :func:`rounded` gives, and the job of :func:`round_rows` that fills it; `x` has to live as long."""
     rows, columns = x.shape
     work = RoundingJob.from_buffer_copy(_template(groups, columns))
     of_tables, of_multipliers, of_units = work.table_stride, work.multiplier_stride, work.unit_stride
@@ -94,8 +101,7 @@ def rounded(x: Tensor, groups: Groups) -> Rounded:
     made = Rounded(memory, tables, of_tables, multipliers, of_multipliers, units, totals, of_units)
     work.rows, work.x = rows, x.data_ptr()
     work.tables, work.multipliers, work.units, work.totals = tables, multipliers, units, totals
-    _round(work, parallel.num_threads() if rows * columns >= ONE_THREAD_BELOW else 1)
-    return made
+    return made, work
 
 
 @functools.lru_cache(maxsize=1024)
@@ -115,7 +121,7 @@ def _template(groups: Groups, columns: int) -> RoundingJob:
 
 
 @kernel(RoundingJob)
-def _round(job):
+def round_rows(job):
     """Take one row of x after another."""
     whole, in_word = job.group_words, job.groups_in_word
     while True:
