@@ -136,3 +136,17 @@ def test_experts(tmp_path: Path) -> None:
     assert 1e-6 < off(logits(model), exact) < 0.1
     lb.set_activations(model, "exact")
     assert torch.equal(logits(model), exact)
+
+
+@needs_lookup
+def test_compiled_models(llama: Path) -> None:
+    """A compiled graph computes with the activations that the model has when it runs."""
+    model = load(llama)
+    mlp, x = model.model.layers[0].mlp, torch.randn(3, 32)
+    compiled = torch.compile(mlp, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        exact = mlp(x)
+        for activations in ("int8", "exact"):
+            lb.set_activations(model, activations)
+            assert torch.equal(mlp(x), exact) == (activations == "exact")
+            assert torch.equal(compiled(x), mlp(x))

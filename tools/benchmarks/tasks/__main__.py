@@ -1,14 +1,16 @@
 """Tune scales for a task, beside full fine-tuning, LoRA and a linear probe, on the same examples, steps and batches.
 
-    python -m tools.benchmarks.tasks --sst2 DIR --lm DIR --text FILE [--model DIR] [--cache DIR] [--out DIR]
+    python -m tools.benchmarks.tasks --sst2 DIR --lm DIR --text FILE --e2e DIR --writer DIR [--cache DIR] [--out DIR]
 
-Two tasks: sentiment (SST-2, a sentence-embedding model with a linear head on the mean of its outputs), and a small
-causal language model adapted to another kind of text. It wants:
+Three tasks: sentiment (SST-2, a sentence-embedding model with a linear head on the mean of its outputs), a small causal
+language model adapted to another kind of text, and a real one that learns to tell tables in words (E2E). It wants:
 
     --sst2   a directory with train.tsv and dev.tsv: a column ``label`` and one of sentences
     --model  a BERT-like model directory; by default all-MiniLM-L6-v2 as ``lowbit demo`` finds it
     --lm     a causal language model's directory, and
     --text   a text to adapt it to: the first 80% to train on, the rest to test on
+    --writer a causal language model's directory, and
+    --e2e    a directory with train.csv and eval.csv: columns ``mr`` and ``ref`` (BLEU: `pip install sacrebleu`)
 
 A task whose data is not given is left out. Every method trains at several learning rates, and examples held out of the
 training data judge them; with the best rate it trains once more for each further seed. Every run is a cell, kept as
@@ -45,7 +47,7 @@ from lowbit_format.converters import Recipe, convert_hf_to_lowbit
 from lowbit_format.quantize import Target
 
 from ..common import environment, module_command
-from .data import Batch, Data, Sizes, sst2_data, text_data
+from .data import IGNORED, Batch, Data, Prompts, Sizes, e2e_data, sst2_data, text_data
 from .report import write_report
 
 WARM_UP = 0.06  # part of the steps
@@ -86,10 +88,10 @@ class Method:
         return f"{self.codec}-{self.bits}-{self.group_size}{'-calibrated' if self.calibrated else ''}"
 
 
-FULL_RATES = {"sst2": (5e-5, 1e-4, 2e-4), "lm": (1e-3, 2e-3, 4e-3)}
-LORA_RATES = {"sst2": (5e-4, 1e-3, 2e-3), "lm": (5e-3, 1e-2, 2e-2)}
+FULL_RATES = {"sst2": (5e-5, 1e-4, 2e-4), "lm": (1e-3, 2e-3, 4e-3), "e2e": (5e-5, 1e-4)}
+LORA_RATES = {"sst2": (5e-4, 1e-3, 2e-3), "lm": (5e-3, 1e-2, 2e-2), "e2e": (1e-3, 2e-3)}
 PROBE_RATES = {"sst2": (1e-3, 3e-3, 1e-2)}
-SCALE_RATES = {"sst2": (1e-2, 2e-2, 4e-2), "lm": (1e-2, 2e-2, 4e-2)}
+SCALE_RATES = {"sst2": (1e-2, 2e-2, 4e-2), "lm": (1e-2, 2e-2, 4e-2), "e2e": (5e-3, 1e-2)}
 
 
 def _scales(
@@ -104,6 +106,7 @@ METHODS = {
     for m in (
         Method("full", "full fine-tuning, float", "full", FULL_RATES, dropout=True),
         Method("lora", "LoRA r=8, float", "lora", LORA_RATES, dropout=True),
+        Method("lora-4", "LoRA r=8, BCQ 4 bits", "lora", {"e2e": LORA_RATES["e2e"]}, 4),
         Method("probe", "linear probe, float", "probe", PROBE_RATES),
         Method("probe-4", "linear probe, BCQ 4 bits", "probe", PROBE_RATES, 4),
         _scales("alphatuning-4", "AlphaTuning, 4 bits", "alphatuning", 4),
@@ -155,6 +158,44 @@ class Language(nn.Module):
         return self.body(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
 
 
+class Completion(Language):
+    """A causal language model that goes on from prompts, and its tokenizer."""
+
+    def __init__(self, body: nn.Module, tokenizer: Any, prompts: Prompts) -> None:
+        super().__init__(body)
+        self.tokenizer, self.prompts = tokenizer, prompts
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits ``[n, vocabulary]`` and the tokens that came ``[n]``, of what follows the prompts."""
+        ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"][:, 1:]
+        logits = self.body(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        counts = labels != IGNORED
+        return logits[counts], labels[counts]
+
+    @torch.no_grad()
+    def bleu(self) -> dict[str, float]:
+        """BLEU of greedy answers (sacrebleu, all references of a prompt), and how many prompts there were."""
+        import sacrebleu  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+        self.tokenizer.padding_side = "left"
+        self.eval()
+        answers: list[str] = []
+        for i in range(0, len(self.prompts.prompts), 20):
+            batch = self.tokenizer(
+                self.prompts.prompts[i : i + 20], add_special_tokens=False, padding=True, return_tensors="pt"
+            )
+            body: Any = self.body
+            ids = body.generate(**batch, max_new_tokens=64, do_sample=False, pad_token_id=self.tokenizer.eos_token_id)
+            new = ids[:, batch["input_ids"].shape[1] :]
+            answers += [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+        most = max(len(references) for references in self.prompts.references)
+        streams = [
+            [references[i] if i < len(references) else None for references in self.prompts.references]
+            for i in range(most)
+        ]
+        return {"bleu": sacrebleu.corpus_bleu(answers, streams).score, "prompts": len(answers)}
+
+
 @dataclass(frozen=True)
 class Task:
     """What to learn, on which model."""
@@ -178,6 +219,17 @@ def sst2_task(model: Path, directory: Path, sizes: Sizes) -> Task:
     return Task(
         "sst2", model, AutoModel, make, lambda: sst2_data(directory, AutoTokenizer.from_pretrained(model), sizes),
         r".*encoder\.layer\..*\.(query|key|value|dense)", ("pooler*",),
+    )  # fmt: skip
+
+
+def e2e_task(model: Path, directory: Path, sizes: Sizes) -> Task:
+    """Tables to be told in words."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    data, prompts = e2e_data(directory, tokenizer, sizes)
+    return Task(
+        "e2e", model, AutoModelForCausalLM, lambda body: Completion(body, tokenizer, prompts), lambda: data,
+        r".*layers\..*_proj", (),
     )  # fmt: skip
 
 
@@ -332,14 +384,14 @@ class Bench:
             return found
 
         rates = {r: loss(r, head) for r in method.rates[self.task.name]}
-        for _ in range(3):  # while the best is at an end, go on beyond it
+        for _ in range(3 if self.task.name != "e2e" else 1):  # while the best is at an end, go on beyond it
             best, ordered = min(rates, key=lambda r: rates[r]), sorted(rates)
             if best not in (ordered[0], ordered[-1]):
                 break
             further = float(f"{best * (0.5 if best == ordered[0] else 2):.3g}")
             rates[further] = loss(further, head)
         best = min(rates, key=lambda r: rates[r])
-        if method.head_of or method.tune == "probe" or self.task.name == "lm":
+        if method.head_of or method.tune == "probe" or self.task.name != "sst2":
             return best, head
         return best, min(HEAD_RATES, key=lambda h: loss(best, h))
 
@@ -387,7 +439,8 @@ class Bench:
             "rms": math.sqrt(squares / max(1, trained)),
             "bundle_bytes": bundle_bytes(setup, method),
             "held_out": measure(setup.model, data.held_out),
-            "test": measure(setup.model, data.test),
+            "test": measure(setup.model, data.test)
+            | (setup.model.bleu() if isinstance(setup.model, Completion) else {}),
         }
 
     def _cached(self, name: str, facts: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -467,10 +520,12 @@ def time_all(bench: Bench, methods: list[Method]) -> None:
 SIZES = {
     "sst2": Sizes(train=6000, epochs=2, held_out=600, test=872, batch=32),
     "lm": Sizes(train=2048, epochs=2, held_out=64, test=512, batch=16),
+    "e2e": Sizes(train=1000, epochs=1, held_out=100, test=300, batch=8),
 }
 QUICK = {
     "sst2": Sizes(train=128, epochs=1, held_out=32, test=64, batch=32),
     "lm": Sizes(train=32, epochs=1, held_out=16, test=16, batch=16),
+    "e2e": Sizes(train=16, epochs=1, held_out=8, test=8, batch=8),
 }
 
 
@@ -483,6 +538,9 @@ def tasks(args: argparse.Namespace) -> Iterator[Bench]:
 
         task = sst2_task(args.model or find_model(), args.sst2, sizes["sst2"])
         yield Bench(replace(task, calibration=args.calibrate), cache, sizes["sst2"])
+    if args.e2e and args.writer:
+        task = e2e_task(args.writer, args.e2e, sizes["e2e"])
+        yield Bench(replace(task, calibration=args.calibrate), cache, sizes["e2e"])
     if args.lm and args.text:
         task = lm_task(args.lm, args.text, sizes["lm"])
         yield Bench(replace(task, calibration=args.calibrate), cache, sizes["lm"])
@@ -494,7 +552,7 @@ def run_cells(bench: Bench, methods: list[Method], seeds: int) -> None:
     A seed makes fresh parameters and dropout: the language model has none but LoRA's, and one seed is enough.
     """
     for method in methods:
-        if bench.task.name == "lm":
+        if bench.task.name != "sst2":
             bench.before(method)
     for seed in range(seeds if bench.task.name == "sst2" else 1):
         for method in methods:
@@ -508,6 +566,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the encoder; by default all-MiniLM-L6-v2")
     parser.add_argument("--lm", type=Path, help="a causal language model")
     parser.add_argument("--text", type=Path, help="the text to adapt it to")
+    parser.add_argument("--writer", type=Path, help="a causal language model that tells tables in words")
+    parser.add_argument("--e2e", type=Path, help="directory with train.csv and eval.csv")
     parser.add_argument("--calibrate", type=Path, help="a text to calibrate bases with")
     parser.add_argument("--cache", type=Path, default=Path("bench_tasks_cache"), help="cells and converted bases")
     parser.add_argument("--out", type=Path, help="directory for the table and the plot")
@@ -525,7 +585,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     benches = list(tasks(args))
     if not benches:
-        parser.error("no data: give --sst2, or --lm and --text")
+        parser.error("no data: give --sst2, or --lm and --text, or --writer and --e2e")
     for bench in benches:
         wanted = [args.one] if args.one else args.only.split(",")
         methods = [

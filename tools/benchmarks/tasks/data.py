@@ -1,4 +1,4 @@
-"""Data of the benchmark of task tuning: SST-2 sentences and a text for a language model, as fixed lists of batches.
+"""Data of the benchmark of task tuning: sentences, a text, tables to be told in words; as fixed lists of batches.
 
 Batches, their order and the held-out part are drawn once, with one seed, so that every method sees the same ones.
 """
@@ -17,6 +17,7 @@ from torch import Tensor
 
 Batch = dict[str, Tensor]
 BUCKET = 50  # batches that are sorted by length together
+IGNORED = -100  # a label of a token that is given, not predicted
 LONG = 15  # words of a held-out sentence at least: dev has whole sentences, train has mostly short phrases of them
 
 
@@ -37,7 +38,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: examples of SST-2, or blocks of text."""
+    """How much of everything: examples, or blocks of text."""
 
     train: int
     epochs: int
@@ -155,3 +156,74 @@ def _blocks(text: str, tokenizer: Any, block: int) -> Tensor:
     ids = torch.tensor([i for line in lines for i in line])
     body = ids[: len(ids) // (block - 1) * (block - 1)].reshape(-1, block - 1)
     return torch.cat([torch.full((len(body), 1), tokenizer.bos_token_id), body], dim=1)
+
+
+# --- tables to be told in words --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Meanings to be told in words.
+
+    Attributes:
+        prompts: of the model.
+        references: how people told each.
+    """
+
+    prompts: list[str]
+    references: list[list[str]]
+
+
+def e2e_data(directory: Path, tokenizer: Any, sizes: Sizes) -> tuple[Data, Prompts]:
+    """E2E (Novikova et al. 2017, arXiv:1706.09254) from ``train.csv`` and ``eval.csv`` with the columns mr and ref.
+
+    Held out are the last meanings of a shuffled train. The prompts are the first meanings of eval, a hundred at most.
+    """
+    pool, test = _by_meaning(directory / "train.csv"), _by_meaning(directory / "eval.csv")
+    meanings = random.Random(0).sample(sorted(pool), len(pool))
+
+    def examples(of: dict[str, list[str]], meanings: Sequence[str], count: int) -> list[tuple[list[int], int]]:
+        """Token ids and how many of them are the prompt's."""
+        found = []
+        for meaning, text in [(m, text) for m in meanings for text in of[m]][:count]:
+            prompt = tokenizer(_prompt(meaning), add_special_tokens=False)["input_ids"]
+            answer = tokenizer(" " + text, add_special_tokens=False)["input_ids"]
+            found.append((prompt + answer + [tokenizer.eos_token_id], len(prompt)))
+        return found
+
+    def batches(items: list[tuple[list[int], int]], epochs: int = 0) -> list[Batch]:
+        rng = random.Random(1)
+        if epochs == 0:
+            return [_completions(part) for part in _cut(sorted(items, key=lambda item: len(item[0])), sizes.batch)]
+        return [_completions(part) for _ in range(epochs) for part in _bucketed(items, sizes.batch, rng)]
+
+    many = [(m, text) for m in meanings for text in pool[m]]
+    first_held_out = next(i for i, m in enumerate(meanings) if m == many[-sizes.held_out][0])
+    shuffled = random.Random(2).sample(examples(pool, meanings[:first_held_out], len(many)), sizes.train)
+    told = list(test)[: min(100, sizes.test)]
+    return Data(
+        train=batches(shuffled, sizes.epochs),
+        held_out=batches(examples(pool, meanings[first_held_out:], sizes.held_out)),
+        test=batches(examples(test, list(test), sizes.test)),
+    ), Prompts([_prompt(m) for m in told], [test[m] for m in told])
+
+
+def _prompt(meaning: str) -> str:
+    return f"{meaning}\n"
+
+
+def _by_meaning(path: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    with open(path, encoding="utf-8", newline="") as f:
+        for row in csv.DictReader(f):
+            found.setdefault(row["mr"], []).append(row["ref"])
+    return found
+
+
+def _completions(items: list[tuple[list[int], int]]) -> Batch:
+    """As :func:`_pad`, with ``labels`` ``[batch, longest]``: the tokens after each prompt."""
+    batch = _pad(items)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
+    for labels, (_, given) in zip(batch["labels"], items, strict=True):
+        labels[:given] = IGNORED
+    return batch

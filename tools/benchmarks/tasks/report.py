@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-TITLES = {"sst2": "Sentiment (SST-2)", "lm": "A small language model"}
+TITLES = {"sst2": "Sentiment (SST-2)", "lm": "A small language model", "e2e": "Tables in words (E2E)"}
+SCORES = {"sst2": ("accuracy", "dev accuracy, %"), "lm": ("perplexity", "perplexity"), "e2e": ("bleu", "BLEU")}
 
 
 @dataclass(frozen=True)
@@ -30,10 +31,10 @@ class Row:
     timing: dict[str, float]
 
     def values(self, key: str) -> list[float]:
-        """A measure on the test data, seed by seed: ``"accuracy"`` in percent, or ``"perplexity"``."""
+        """A measure on the test data, seed by seed: ``"accuracy"`` in percent, ``"perplexity"``, or as it is."""
         if key == "perplexity":
             return [math.exp(min(50.0, c["test"]["loss"])) for c in self.cells]
-        return [100 * c["test"][key] for c in self.cells]
+        return [(100 if key == "accuracy" else 1) * c["test"][key] for c in self.cells]
 
     @property
     def numbers(self) -> int:
@@ -136,6 +137,29 @@ def _lm_table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _e2e_table(rows: list[Row]) -> str:
+    sizes, prompts = rows[0].cells[0]["settings"], rows[0].cells[0]["test"]["prompts"]
+    lines = [
+        f"## {TITLES['e2e']}\n",
+        f"{sizes['train']:,} examples, {sizes['epochs']} epoch, batches of {sizes['batch']}, AdamW, linear decay; the "
+        "same examples in the same order for all. Loss in nats a token of what follows the prompt, on "
+        f"{sizes['test']} examples of eval, before and after; BLEU of greedy answers to {prompts} prompts of eval, "
+        "against all of their references. Learning rates were searched on "
+        f"{sizes['held_out']} examples held out of train.\n",
+        "| method | loss before | after | BLEU | trained | fewer | bundle, bytes | rate |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    most = max(r.numbers for r in rows)
+    for r in rows:
+        before = f"{r.before['test']['loss']:.3f}" if r.before else ""
+        loss, bleu = (statistics.mean(r.values(key)) for key in ("loss", "bleu"))
+        lines.append(
+            f"| {r.method.title} | {before} | {loss:.3f} | {bleu:.1f} | {r.numbers:,} | {_times(most, r.numbers)} "
+            f"| {_bytes(r)} | {_rates(r)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def _interval(values: list[float]) -> str:
     """Half of the 95% interval of the mean over seeds, by Student's t."""
     if len(values) < 2:
@@ -144,7 +168,7 @@ def _interval(values: list[float]) -> str:
     return f"±{t * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
 
 
-TABLES = {"sst2": _sst2_table, "lm": _lm_table}
+TABLES = {"sst2": _sst2_table, "lm": _lm_table, "e2e": _e2e_table}
 
 
 def _times(most: int, numbers: int) -> str:
@@ -188,7 +212,7 @@ def _svg(rows: Mapping[str, list[Row]]) -> str:
 
 
 def _panel(task: str, rows: list[Row], left: float) -> str:
-    key, label = ("accuracy", "dev accuracy, %") if task == "sst2" else ("perplexity", "perplexity")
+    key, label = SCORES[task]
     points = [(r, r.values(key)) for r in rows if r.numbers]
     points.sort(key=lambda point: -statistics.mean(point[1]))  # from above, so that labels can give way downwards
     lines = [(r, statistics.mean(r.values(key))) for r in rows if not r.numbers]  # probes: nothing of the body trained
