@@ -32,7 +32,7 @@ from .class_mixin import Mixin, mix_in, restore_class
 from .modules import LowbitLinear
 
 if TYPE_CHECKING:
-    from ..kernels.cpu.layer_steps import LayerSteps, Norm, Parts
+    from ..kernels.cpu.layer_steps import LayerSteps, Parts
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +203,7 @@ def _next_token(layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor | 
 
 def _parts_now(layer: Any, batch: int) -> Parts | None:
     """What the layer computes with at this step; None where tasks need other calls."""
-    from ..kernels.cpu.layer_steps import Parts
+    from ..kernels.cpu.layer_steps import Norm, Parts
 
     parts = layer._modules
     heads, gates = parts["self_attn"]._modules, parts["mlp"]._modules
@@ -214,15 +214,15 @@ def _parts_now(layer: Any, batch: int) -> Parts | None:
                 if (factor := part.factor(batch)) is None:
                     return None
                 factors[name] = factor
-    norms = _norm_of(parts["input_layernorm"]), _norm_of(parts["post_attention_layernorm"])
-    head_norms = (_norm_of(heads["q_norm"]), _norm_of(heads["k_norm"])) if "q_norm" in heads else ()
-    return Parts(factors, norms, head_norms, parts["self_attn"].head_dim)
-
-
-def _norm_of(part: Any) -> Norm:
-    from ..kernels.cpu.layer_steps import Norm
-
-    return Norm(part._parameters["weight"], part.variance_epsilon)
+    first, second, *of_heads = (
+        Norm(part._parameters["weight"], part.variance_epsilon)
+        for part in (
+            parts["input_layernorm"],
+            parts["post_attention_layernorm"],
+            *(heads[name] for name in ("q_norm", "k_norm") if name in heads),
+        )
+    )
+    return Parts(factors, (first, second), tuple(of_heads), parts["self_attn"].head_dim)
 
 
 # Jobs know addresses, so copies of a layer must not have them: they are kept beside it. A call takes one and puts it

@@ -169,12 +169,12 @@ class _Products:
         self._factors: list[Factor] = []
         self._alive: object = None
 
-    def set(self, factors: Mapping[str, Factor]) -> bool:
+    def set(self, factors: Mapping[str, Factor], most_threads: int) -> bool:
         """Take these matrices, and the present x and outs. Whether the kernels are others than before."""
         self._factors = [factors[name] for name in self._names]
         plans = [products.plan(f.w) for f in self._factors]
         biases = [backend.readable(f.bias) for f in self._factors]
-        made_of = (parallel.num_threads(), *map(_identity, plans, self._factors, biases))
+        made_of = (most_threads, *map(_identity, plans, self._factors, biases))
         is_same = made_of == self._made_of
         if not is_same:
             self._make(plans, biases)
@@ -217,7 +217,8 @@ class _Call:
 
     def __call__(self, factors: Mapping[str, Factor]) -> None:
         """Run all steps with these matrices."""
-        changed = [products.set(factors) for products in self._products]
+        threads = parallel.num_threads()
+        changed = [products.set(factors, threads) for products in self._products]
         if any(changed):
             self._prepare()
         for job in self._jobs:
