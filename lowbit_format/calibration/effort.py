@@ -32,8 +32,8 @@ class Effort:
 
 EFFORTS = {
     "fast": Effort(sweeps=2, steps=0, learning_rate=0.0, drift=True, samples=32),
-    "default": Effort(sweeps=4, steps=96, learning_rate=0.01, drift=True, samples=64, passes=2, end_rate=0.004),
+    "default": Effort(sweeps=4, steps=192, learning_rate=0.01, drift=True, samples=64, passes=1, end_rate=0.001),
     "high": Effort(
-        sweeps=6, steps=384, learning_rate=0.01, drift=True, samples=128, passes=3, end_rate=0.004, codes=True
+        sweeps=6, steps=800, learning_rate=0.01, drift=True, samples=128, passes=2, end_rate=0.001, codes=True
     ),
 }
