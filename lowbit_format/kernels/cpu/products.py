@@ -456,7 +456,8 @@ def multiply_together(x: Tensor, factors: Sequence[Product]) -> list[Tensor]:
     batch = x.shape[0]  # len(x) takes longer
     found = [torch.empty(batch, plan.rows, dtype=torch.float32, device="cpu") for plan, *_ in factors]
     threads = threads_for(factors, batch)
-    for work, one in Together(x, factors, found, threads).work:
+    together = Together(x, factors, found, threads)  # keeps the jobs, of which the kernel knows only addresses
+    for work, one in together.work:
         work(one, threads)
     return found
 

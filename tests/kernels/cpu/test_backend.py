@@ -599,3 +599,23 @@ def test_levels_that_stop_counting() -> None:
     for change in (0.0, 0.25):
         w.codebook[3] += change
         torch.testing.assert_close(operators.linear(x, w), x @ naive.decode(backend.untile(w)).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("known", [{"sse2", "avx2"}, {"sse2", "avx512bf16", "avx512fp16"}, {"neon"}])
+def test_the_dtype_of_products_of_many_rows(
+    dtype: torch.dtype, known: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half precisions that the machine has no instructions for are multiplied in float32, and rounded once."""
+    call = next(call for call in fixed_calls() if call.deltas is None)._replace(bias=None)
+    x, w = torch.randn(300, call.w.cols).to(dtype), backend.tile(call.w)
+    monkeypatch.setattr(backend, "features", lambda: frozenset(known))
+    backend.product_dtype.cache_clear()
+    emulated = known == {"sse2", "avx2"}
+    assert backend.product_dtype(dtype) == (torch.float32 if emulated else dtype)
+    assert backend.product_dtype(torch.float32) == torch.float32
+    found = operators.linear(x, w, None, None, None)
+    assert found.dtype == dtype
+    if emulated:
+        assert torch.equal(found, operators.linear(x.float(), w, None, None, None).to(dtype))
+    backend.product_dtype.cache_clear()
