@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 SELF = "self"
 SENTENCES = Path(__file__).parent / "sentences.txt"  # a text of our own, to measure on where there is no other
-HELD_OUT, HELD_OUT_BATCHES = 16, 4  # samples of text, or batches of tensors, that measure what came of it
+HELD_OUT = 16  # samples that measure what came of it
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_data(calibration: Calibration, directory: Path) -> Data:
     path, model = Path(calibration.source), meta_model(directory)
     if path.suffix == ".safetensors":
         batches = data.tensor_batches(path)
-        return data.Data.of(batches, held_out=min(HELD_OUT_BATCHES, len(batches) // 4))
+        return data.Data.of(batches, held_out=min(HELD_OUT, len(batches) // 4))
     if model.main_input_name != "input_ids":
         raise CalibrationError(
             f"{type(model).__name__} takes {model.main_input_name}, not text; give --calibrate a safetensors file with "

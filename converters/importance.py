@@ -15,7 +15,7 @@ from .blockwise import BlockwiseModel
 from .plan import Plan
 from .source import Source
 
-BATCHES = 8  # of the data, which are run through the float model once
+BATCHES = 32  # of the data, which are run through the float model once
 
 
 def importances(source: Source, plan: Plan, data: Data, device: torch.device) -> dict[str, F32]:

@@ -29,17 +29,22 @@ from .steps import load_step
 from .streamed import StreamedSource
 from .student import Student
 
-PROBED = 2  # samples of text
+PROBED, PROBED_OTHERS = 2, 4  # samples of text, and of other inputs
 MOST_NATS, MOST_COSINE = 1.0, 0.25  # expected damage of a choice that would have to be calibrated before it tells more
 
 
 def probe_batch(data: Data) -> dict[str, Any]:
-    """A part of the data that is enough for :class:`Divergences`: samples of text, or one batch of other inputs."""
+    """A part of the data that is enough for :class:`Divergences`: some samples; of inputs that do not say how many
+    they are, the first batch.
+    """
     first = data.batches[0]
-    ids = first.get("input_ids")
-    if ids is None or any(not isinstance(v, Tensor) or v.shape[:1] != ids.shape[:1] for v in first.values()):
+    shapes = {name: value.shape for name, value in first.items() if isinstance(value, Tensor)}
+    if len(shapes) < len(first) or len({shape[:1] for shape in shapes.values()}) != 1 or () in shapes.values():
         return dict(first)
-    return {name: value[:PROBED] for name, value in first.items()}
+    wanted = PROBED if "input_ids" in first else PROBED_OTHERS
+    count = len(next(iter(first.values())))
+    some = [b for b in data.batches[: -(-wanted // count)] if {name: t.shape for name, t in b.items()} == shapes]
+    return {name: torch.cat([batch[name] for batch in some])[:wanted] for name in first}
 
 
 class Divergences:

@@ -15,9 +15,11 @@ from typer.testing import CliRunner
 import lowbit_format
 from lowbit_format.calibration.blocks import find_blocks
 from lowbit_format.calibration.compare import Comparison
+from lowbit_format.calibration.data import Data
 from lowbit_format.converters import Recipe, command, convert_hf_to_lowbit, measure, plan_conversion
 from lowbit_format.converters.calibration_data import SENTENCES, load_tokenizer
 from lowbit_format.converters.float_model import FloatModel
+from lowbit_format.converters.sensitivity import probe_batch
 from lowbit_format.converters.student import Student
 from lowbit_format.quantize import Target
 
@@ -90,3 +92,19 @@ def test_blocks_that_are_not_called_are_not_decoded(checkpoint: Checkpoint) -> N
     assert set(one._inside) == {encoder.path_of(0), encoder.path_of(1)}
     assert not any(name.startswith((encoder.path, decoder.path)) for name in one._outside)
     assert "shared.weight" in one._outside
+
+
+def test_what_of_the_data_is_probed() -> None:
+    """As many samples, however they lie in batches; inputs that do not say how many they are stay as they are."""
+    ids = torch.arange(24).reshape(6, 4)
+    for size in (1, 2, 3):
+        batches = [{"input_ids": ids[i : i + size], "mask": ids[i : i + size] + 1} for i in range(0, 6, size)]
+        found = probe_batch(Data.of(batches))
+        assert torch.equal(found["input_ids"], ids[:2])
+        assert torch.equal(found["mask"], ids[:2] + 1)
+    assert torch.equal(probe_batch(Data.of([{"input_ids": ids[:1]}, {"input_ids": ids[:1, :3]}]))["input_ids"], ids[:1])
+    images = torch.rand(6, 3, 2)
+    found = probe_batch(Data.of([{"pixel_values": images[i : i + 1]} for i in range(6)]))
+    assert torch.equal(found["pixel_values"], images[:4])
+    odd = {"pixel_values": images, "size": torch.tensor(2)}
+    assert probe_batch(Data.of([odd]))["pixel_values"] is images
