@@ -47,7 +47,7 @@ class Data:
         for batch in batches:
             for name, value in sorted(batch.items()):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return cls(tuple(batches), held_out, digest.hexdigest())
 
 
