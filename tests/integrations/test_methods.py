@@ -213,7 +213,10 @@ def test_as_over_the_float_model(name: str, bases: dict[str, tuple[Any, Any]]) -
     losses = steps(case, over[0])
     assert losses[-1] < 0.98 * losses[0]
     saved = {key: t for key, t in over[0].state_dict().items() if not torch.equal(t, start[key])}
-    assert saved.keys() - dict(over[0].named_buffers()) == own[0].keys()  # norms of batches have buffers
+    changed = saved.keys() - dict(over[0].named_buffers())  # norms of batches have buffers
+    assert changed <= own[0].keys()
+    # What is added to all tokens before a norm makes no difference; on some machines its gradient is not even noise.
+    assert not any((grad := own[0][name].grad) is not None and grad.any() for name in own[0].keys() - changed)
     again = made(case, bases[case.base][0])
     for other in (again, over[1]):
         assert not other.load_state_dict(saved, strict=False).unexpected_keys
